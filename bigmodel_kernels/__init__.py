@@ -1,0 +1,55 @@
+"""Fast kernels for transformer models in PyTorch: attention, feed-forward, norm and embedding, on CPU and GPU.
+
+    import bigmodel_kernels as bk
+    report = bk.patch(model)                       # a transformers model, replaced layer by layer
+    out = bk.attention(query, key, value, is_causal=True)
+    print(bk.explain("attention", query, key, value))
+
+Importing this package loads no kernel, no Triton and no transformers, and needs no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bigmodel_kernels.backends import BackendError, Explanation, explain
+from bigmodel_kernels.ops.attention import attention
+from bigmodel_kernels.ops.embedding import embedding
+from bigmodel_kernels.ops.feed_forward import feed_forward
+from bigmodel_kernels.ops.linear import linear
+from bigmodel_kernels.ops.norm import layer_norm
+
+if TYPE_CHECKING:
+    from bigmodel_kernels.transformers import PatchReport, patch, patched, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "PatchReport",
+    "attention",
+    "embedding",
+    "explain",
+    "feed_forward",
+    "layer_norm",
+    "linear",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+_FROM_TRANSFORMERS_LAYER = ("PatchReport", "patch", "patched", "unpatch")
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import, and the operators do without it.
+    if name in _FROM_TRANSFORMERS_LAYER:
+        from bigmodel_kernels import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FROM_TRANSFORMERS_LAYER])

@@ -1,0 +1,238 @@
+"""Which implementation runs an operator: one table, with the reasons against each row.
+
+The order of a row is the order of preference. An implementation is a module with a function `run` that takes the
+operator's own arguments, and a function `supports` that takes the same and returns None, or the reason why it cannot
+run this call. Modules are imported on first use, so that importing the package compiles and loads nothing.
+
+`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ENVIRONMENT = "BIGMODEL_BACKEND"
+NAMES = ("native", "triton", "reference")
+
+
+class BackendError(RuntimeError):
+    """No implementation can run the call, or the forced one cannot."""
+
+
+@dataclass
+class Implementation:
+    """One way to run an operator: `module.run`, guarded by `module.supports`."""
+
+    name: str
+    module: str
+    suffix: str = ""
+    #: Says why the implementation must not be chosen on its own, or None.
+    only_when_forced: str | None = None
+    _loaded: tuple[Callable[..., Any], Callable[..., str | None] | None] | None = field(
+        default=None, repr=False
+    )
+    _load_error: str | None = field(default=None, repr=False)
+
+    def load(self) -> tuple[Callable[..., Any], Callable[..., str | None] | None]:
+        if self._loaded is None:
+            module = importlib.import_module(self.module)
+            run = getattr(module, "run" + self.suffix)
+            supports = None if self.name == "reference" else getattr(module, "supports" + self.suffix)
+            self._loaded = (run, supports)
+        return self._loaded
+
+    def why_not(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The reason why this implementation cannot run the call; None when it can."""
+        if self._load_error is not None:
+            return self._load_error
+        try:
+            _, supports = self.load()
+        except (
+            ImportError
+        ) as error:  # the library behind the backend is not installed; remembered, and reported
+            self._load_error = f"{self.module} cannot be imported: {error}"
+            return self._load_error
+        return None if supports is None else supports(*args, **kwargs)
+
+
+def _row(op: str, folder: str, *names: str, suffix: str = "") -> tuple[Implementation, ...]:
+    return tuple(Implementation(name, f"bigmodel_kernels.ops.{folder}.{name}", suffix) for name in names)
+
+
+def _cpu_triton(op: str, folder: str) -> Implementation:
+    return Implementation(
+        "triton",
+        f"bigmodel_kernels.ops.{folder}.triton",
+        only_when_forced="on the CPU Triton only interprets; set TRITON_INTERPRET=1 and BIGMODEL_BACKEND=triton",
+    )
+
+
+_FOLDERS = {
+    "attention": "attention",
+    "linear": "linear",
+    "feed_forward": "feed_forward",
+    "layer_norm": "norm",
+    "embedding": "embedding",
+}
+
+#: (operator, device type) -> implementations, best first.
+TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {}
+for _op, _folder in _FOLDERS.items():
+    TABLE[_op, "cpu"] = (
+        *_row(_op, _folder, "native"),
+        _cpu_triton(_op, _folder),
+        *_row(_op, _folder, "reference"),
+    )
+    TABLE[_op, "cuda"] = _row(_op, _folder, "triton", "reference")
+TABLE["attention_backward", "cpu"] = _row("attention_backward", "attention", "reference", suffix="_backward")
+TABLE["attention_backward", "cuda"] = _row("attention_backward", "attention", "reference", suffix="_backward")
+
+
+def operators() -> list[str]:
+    """Names of the operators that the table knows."""
+    return sorted({op for op, _ in TABLE})
+
+
+def _row_of(op: str, device_type: str) -> tuple[Implementation, ...]:
+    try:
+        return TABLE[op, device_type]
+    except KeyError:
+        devices = sorted(device for name, device in TABLE if name == op)
+        if not devices:
+            raise ValueError(f"op={op!r} is unknown; allowed are {', '.join(operators())}") from None
+        raise BackendError(
+            f"{op} has no implementation on {device_type!r}; it has on {', '.join(devices)}"
+        ) from None
+
+
+def forced() -> str | None:
+    """The backend that the environment forces, checked; None when it forces none."""
+    name = os.environ.get(ENVIRONMENT)
+    if not name:
+        return None
+    if name not in NAMES:
+        raise ValueError(f"{ENVIRONMENT}={name!r} is unknown; allowed are {', '.join(NAMES)}")
+    return name
+
+
+def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Implementation:
+    """The implementation that runs this call.
+
+    Raises BackendError when none can, or when the forced one cannot. On a device other than the CPU, falling back to
+    the reference warns once for each reason.
+    """
+    row = _row_of(op, device_type)
+    force = forced()
+    if force is not None and any(i.name == force for i in row):
+        return _forced(op, device_type, force, row, args, kwargs)
+    if force is not None and len(row) > 1:
+        raise BackendError(
+            f"{ENVIRONMENT}={force} cannot run {op} on {device_type}: it has no such implementation"
+        )
+    reasons: list[str] = []
+    for implementation in row:
+        reason = implementation.only_when_forced or implementation.why_not(args, kwargs)
+        if reason is None:
+            if reasons and implementation.name == "reference" and device_type != "cpu":
+                _warn_once(
+                    f"{op} on {device_type} runs in plain PyTorch, which is slow. " + "; ".join(reasons)
+                )
+            return implementation
+        reasons.append(f"{implementation.name}: {reason}")
+    raise BackendError(f"no implementation can run {op} on {device_type}: " + "; ".join(reasons))
+
+
+def _forced(
+    op: str,
+    device_type: str,
+    name: str,
+    row: tuple[Implementation, ...],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Implementation:
+    implementation = next(i for i in row if i.name == name)
+    if implementation.only_when_forced is not None and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(
+            f"{ENVIRONMENT}={name} cannot run {op} on {device_type}: {implementation.only_when_forced}"
+        )
+    reason = implementation.why_not(args, kwargs)
+    if reason is not None:
+        raise BackendError(f"{ENVIRONMENT}={name} cannot run {op} on {device_type}: {reason}")
+    return implementation
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def run(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Runs the call on the implementation that `select` picks."""
+    function, _ = select(op, device_type, args, kwargs).load()
+    return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, and for every other one the reason why it does not."""
+
+    op: str
+    device: str
+    chosen: str | None
+    reasons: dict[str, str]
+    error: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.chosen or 'no backend'}"]
+        if self.error:
+            lines.append(f"  error      {self.error}")
+        lines += [f"  {name:<10} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain_call(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Explanation:
+    """What `select` would do for this call, without running it."""
+    row = _row_of(op, device_type)
+    chosen, error = None, None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            chosen = select(op, device_type, args, kwargs).name
+        except BackendError as problem:
+            error = str(problem)
+    reasons = {}
+    for implementation in row:
+        if implementation.name == chosen:
+            reasons[implementation.name] = "runs this call"
+        else:
+            reason = implementation.only_when_forced or implementation.why_not(args, kwargs)
+            reasons[implementation.name] = reason or "can run it, but comes later in the order of preference"
+    return Explanation(op, device_type, chosen, reasons, error)
+
+
+def explain(what: Any, *args: Any, **kwargs: Any) -> Any:
+    """Says which backend would run, and why the others would not. Runs nothing.
+
+    explain("attention", query, key, value, is_causal=True) takes the name of an operator and the arguments of its
+    public function, and returns an Explanation. explain(model) takes a transformers model and returns the report that
+    `patch` would give.
+    """
+    if isinstance(what, str):
+        folder = _FOLDERS.get(what)
+        if folder is None:
+            raise ValueError(f"op={what!r} is unknown; allowed are {', '.join(sorted(_FOLDERS))}")
+        prepare = importlib.import_module(f"bigmodel_kernels.ops.{folder}").prepare
+        op_args, op_kwargs = prepare(*args, **kwargs)
+        return explain_call(what, op_args[0].device.type, op_args, op_kwargs)
+    from bigmodel_kernels import transformers  # the only import upwards: explain(model) belongs to that layer
+
+    return transformers.explain(what, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""One folder per operation; each holds its public function, its definition in plain PyTorch and its backends."""

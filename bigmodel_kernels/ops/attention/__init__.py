@@ -1,0 +1,293 @@
+"""Attention: `bigmodel::attention`, its gradient `bigmodel::attention_backward`, and the public function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import backends
+from bigmodel_kernels.ops.attention.checks import check, check_values
+from bigmodel_kernels.ops.registration import backward_formula, compute_dtype, define
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask=None, Tensor? bias=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None"
+)
+_OPTIONS = (
+    "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, bool is_causal=False, "
+    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0"
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention, exact and without an Sq x Sk tensor.
+
+    logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then + bias, then masks; the
+    result is softmax(logits) @ value. A query with no visible key gets zeros, and a logsumexp of -inf.
+
+    Two forms:
+      dense:  query (B, H, Sq, D), key and value (B, Hkv, Sk, D). The result is (B, H, Sq, D), laid out in memory as
+              (B, Sq, H, D), so that `.transpose(1, 2).reshape(B, Sq, H * D)` copies nothing.
+      packed: query (total_q, H, D), key and value (total_k, Hkv, D), with `cu_seqlens_q` and `cu_seqlens_k`, int32
+              (B + 1,), where the sequences begin and end. The result is (total_q, H, D).
+    H is a multiple of Hkv: query head h reads key head h // (H // Hkv). D is 1 to 256. Any strides will do as long as
+    the last dimension is contiguous (if not, it is copied).
+
+    Args:
+      is_causal: key j is visible to query i when j <= i + Sk - Sq: the last query sees the last key (bottom-right;
+        torch's own is_causal is top-left).
+      softmax_scale: 1 / sqrt(D) when None.
+      window: (left, right): key j is visible to query i when i + Sk - Sq - left <= j <= i + Sk - Sq + right; None on
+        a side is no limit.
+      key_padding_mask: bool (B, Sk), True is visible; dense form only.
+      bias: added to the logits; broadcasts to (B, H, Sq, Sk); in the dtype of query or float32; dense form only.
+      softcap: 0 for none (Gemma 2).
+      max_seqlen_q, max_seqlen_k: at least the longest sequence; computed from cu_seqlens when None.
+      dropout_p: probabilities are dropped with this chance and the others scaled by 1 / (1 - dropout_p).
+      return_logsumexp: also return the natural log of the sum of exp(logits), float32 (float64 for float64):
+        (B, H, Sq), or packed (H, total_q). It has a gradient.
+
+    dtypes float32, bfloat16 and float16 (float64 in the reference), the same for query, key and value; sums and the
+    softmax are in float32 with one rounding of the result. Under autocast all are cast to its dtype. Differentiable
+    once in query, key, value and bias; a second derivative raises.
+
+    Raises TypeError or ValueError naming the argument, its value and what is allowed.
+
+    Source: FlashAttention-2 (Dao, 2023, arXiv:2307.08691).
+    """
+    args, kwargs = prepare(
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        softmax_scale=softmax_scale,
+        window=window,
+        key_padding_mask=key_padding_mask,
+        bias=bias,
+        softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p,
+    )
+    out, logsumexp = torch.ops.bigmodel.attention.default(*args, **kwargs)
+    return (out, logsumexp) if return_logsumexp else out
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    softmax_scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    return_logsumexp: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operator's arguments for those of the public function."""
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(max(1, query.shape[-1])) if query.dim() else 1.0
+    left, right = _window(window)
+    if cu_seqlens_q is not None and max_seqlen_q is None:
+        max_seqlen_q = _longest(cu_seqlens_q)
+    if cu_seqlens_k is not None and max_seqlen_k is None:
+        max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q else _longest(cu_seqlens_k)
+    # The seed is a tensor drawn from torch's own generator: manual_seed, checkpointing and compile see it.
+    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p else None
+    return (query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, seed), {
+        "max_seqlen_q": max_seqlen_q or 0,
+        "max_seqlen_k": max_seqlen_k or 0,
+        "softmax_scale": softmax_scale,
+        "is_causal": is_causal,
+        "window_left": left,
+        "window_right": right,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
+
+
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window={window!r} must be a pair (left, right) of sizes, with None for no limit")
+    for side in window:
+        if side is not None and side < 0:
+            raise ValueError(
+                f"window={window!r} has a negative side; allowed are 0, 1, ... and None for no limit"
+            )
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _longest(cu_seqlens: Tensor) -> int:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        return 0  # the check of the operator says what is wrong
+    return int(cu_seqlens.diff().max())
+
+
+def _run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    args = _ready(args)
+    check(*args, **options)
+    check_values(args, options)
+    return backends.run("attention", args[0].device.type, args, options)
+
+
+def _ready(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors with a last dimension that is not contiguous are copied; every kernel may then count on it."""
+    return tuple(
+        a.contiguous()
+        if isinstance(a, Tensor) and a.dim() > 2 and a.shape[-1] > 1 and a.stride(-1) > 1
+        else a
+        for a in args
+    )
+
+
+def _fake(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    check(query, *args, **options)
+    if query.dim() == 3:
+        total, heads, _ = query.shape
+        return query.new_empty(query.shape), query.new_empty((heads, total), dtype=compute_dtype(query.dtype))
+    batch, heads, rows, dim = query.shape
+    out = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    return out, query.new_empty((batch, heads, rows), dtype=compute_dtype(query.dtype))
+
+
+def _run_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *args: Any,
+    bias_requires_grad: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward = _ready((query, key, value, *args))
+    _check_backward(grad_out, grad_logsumexp, out, logsumexp, forward, options)
+    check_values(forward, options)
+    return backends.run(
+        "attention_backward",
+        query.device.type,
+        (*_ready((grad_out,)), grad_logsumexp, *forward[:3], *_ready((out,)), logsumexp, *forward[3:]),
+        {**options, "bias_requires_grad": bias_requires_grad},
+    )
+
+
+def _check_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    forward: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    check(*forward, **options)
+    query = forward[0]
+    rows = (query.shape[1], query.shape[0]) if query.dim() == 3 else tuple(query.shape[:3])
+    expected = (
+        ("grad_out", grad_out, query.shape),
+        ("out", out, query.shape),
+        ("logsumexp", logsumexp, rows),
+    )
+    for name, tensor, size in (*expected, ("grad_logsumexp", grad_logsumexp, rows)):
+        if tensor is not None and tuple(tensor.shape) != tuple(size):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(size)}")
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *args: Any,
+    bias_requires_grad: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(grad_out, grad_logsumexp, out, logsumexp, (query, key, value, *args), options)
+    bias = args[1] if len(args) > 1 else None
+    dq = query.new_empty(query.shape)
+    if query.dim() == 4:
+        batch, heads, rows, dim = query.shape
+        dq = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else query.new_empty(0)
+    return dq, key.new_empty(key.shape), value.new_empty(value.shape), dbias
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options = keyword_only_inputs
+
+
+@backward_formula(8)
+def _backward(
+    ctx: Any, needs: tuple[Any, ...], grad_out: Tensor | None, grad_logsumexp: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *inputs, out, logsumexp = ctx.saved_tensors
+    query, key, value, mask, bias, cu_seqlens_q, cu_seqlens_k, seed = inputs
+    if grad_out is None and grad_logsumexp is None:
+        return (None,) * len(inputs)
+    dq, dk, dv, dbias = torch.ops.bigmodel.attention_backward.default(
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        *(grad_logsumexp, query, key, value, out, logsumexp, mask, bias, cu_seqlens_q, cu_seqlens_k, seed),
+        **ctx.options,
+        bias_requires_grad=needs[4],
+    )
+    gradients = (dq, dk, dv, None, dbias, None, None, None)
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "bigmodel::attention has no second derivative (create_graph=True and then backward again); "
+        "use torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH) for that"
+    )
+
+
+define(f"attention({_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake, autocast="lower")
+define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_logsumexp, {_TENSORS.split(', Tensor? key_padding')[0]}, "
+    f"Tensor out, Tensor logsumexp, Tensor? key_padding{_TENSORS.split('Tensor? key_padding')[1]}, *, {_OPTIONS}, "
+    "bool bias_requires_grad=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+torch.library.register_autograd("bigmodel::attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("bigmodel::attention_backward", _no_second_derivative)

@@ -1,0 +1,174 @@
+"""What is wrong with the arguments of attention, said before any kernel runs."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.ops.registration import require_device, require_float, require_like, shape
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> None:
+    """Everything that shapes, dtypes and devices tell; also for fake tensors."""
+    require_float("query", query)
+    require_like("key", key, "query", query)
+    require_like("value", value, "query", query)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    rank = 3 if packed else 4
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != rank:
+            form = "(total, H, D) with cu_seqlens" if packed else "(B, H, S, D) without cu_seqlens"
+            raise ValueError(f"{name} has shape {shape(tensor)}; it must have {rank} dimensions, {form}")
+    dim = query.shape[-1]
+    if not 1 <= dim <= 256:
+        raise ValueError(f"query has head_dim {dim}; allowed are 1 to 256")
+    if key.shape != value.shape:
+        raise ValueError(f"value has shape {shape(value)}; it must be that of key, {shape(key)}")
+    if key.shape[-1] != dim:
+        raise ValueError(f"key has head_dim {key.shape[-1]}; it must be that of query, {dim}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key has {kv_heads} heads; they must divide the {heads} heads of query")
+    if window_left < -1 or window_right < -1:
+        raise ValueError(
+            f"window=({window_left}, {window_right}) is out of range; allowed are -1 (no limit), 0, 1, ..."
+        )
+    if not softcap >= 0:
+        raise ValueError(f"softcap={softcap} is out of range; allowed are 0 (none) and positive numbers")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} is out of range; allowed is 0 <= dropout_p < 1")
+    if dropout_p and dropout_seed is None:
+        raise ValueError(
+            f"dropout_seed is None with dropout_p={dropout_p}; it must be an int64 tensor of one element"
+        )
+    if dropout_seed is not None:
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise ValueError(
+                f"dropout_seed has dtype {dropout_seed.dtype} and shape {shape(dropout_seed)}; "
+                "it must be an int64 tensor of one element"
+            )
+        require_device("dropout_seed", dropout_seed, "query", query)
+    if packed:
+        _check_packed(query, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    if key.shape[0] != batch:
+        raise ValueError(f"key has batch {key.shape[0]}; it must be that of query, {batch}")
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(
+                f"key_padding_mask has dtype {key_padding_mask.dtype}; it must be bool, True for visible"
+            )
+        if (
+            key_padding_mask.dim() != 2
+            or key_padding_mask.shape[0] != batch
+            or key_padding_mask.shape[1] != keys
+        ):
+            raise ValueError(
+                f"key_padding_mask has shape {shape(key_padding_mask)}; it must be (B, Sk), ({batch}, {keys})"
+            )
+        require_device("key_padding_mask", key_padding_mask, "query", query)
+    if bias is not None:
+        if bias.dtype != query.dtype and bias.dtype != torch.float32:
+            raise TypeError(
+                f"bias has dtype {bias.dtype}; allowed are that of query, {query.dtype}, and torch.float32"
+            )
+        full = (batch, heads, rows, keys)
+        size = tuple(bias.shape)
+        if len(size) > 4 or any(
+            a not in (1, b) for a, b in zip(reversed(size), reversed(full), strict=False)
+        ):
+            raise ValueError(f"bias has shape {size}; it must broadcast to (B, H, Sq, Sk), {full}")
+        require_device("bias", bias, "query", query)
+
+
+def _check_packed(
+    query: Tensor,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> None:
+    for name, tensor in (("key_padding_mask", key_padding_mask), ("bias", bias)):
+        if tensor is not None:
+            raise ValueError(
+                f"{name} has shape {shape(tensor)} with cu_seqlens; it must be None for packed sequences"
+            )
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise ValueError(f"{missing} is None; cu_seqlens_q and cu_seqlens_k must be given together")
+    for name, tensor in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be torch.int32")
+        if tensor.dim() != 1 or tensor.shape[0] < 1:
+            raise ValueError(f"{name} has shape {shape(tensor)}; it must be (B + 1,)")
+        require_device(name, tensor, "query", query)
+    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
+        raise ValueError(
+            f"cu_seqlens_k has shape {shape(cu_seqlens_k)}; it must be that of cu_seqlens_q, {shape(cu_seqlens_q)}"
+        )
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{name}={longest} is negative; it must be at least the longest sequence")
+
+
+# On a GPU reading cu_seqlens waits for the device, so a tensor is read once: id -> (weak reference, version, longest).
+_seen: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+
+
+def check_values(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What needs the numbers in cu_seqlens; run with real tensors only, inside the operator."""
+    if len(args) <= 6 or args[5] is None:
+        return
+    query, key = args[0], args[1]
+    _check_cu_seqlens("cu_seqlens_q", args[5], query.shape[0], "max_seqlen_q", options.get("max_seqlen_q", 0))
+    _check_cu_seqlens("cu_seqlens_k", args[6], key.shape[0], "max_seqlen_k", options.get("max_seqlen_k", 0))
+
+
+def _check_cu_seqlens(name: str, cu: Tensor, total: int, max_name: str, max_seqlen: int) -> None:
+    if cu.device.type == "cuda":
+        state = (None if cu.is_inference() else cu._version, total, max_seqlen)
+        seen = _seen.get(id(cu))
+        if seen is not None and seen[0]() is cu and seen[1] == state:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        number = id(cu)
+        _seen[number] = (weakref.ref(cu, lambda _: _seen.pop(number, None)), state)
+    values = cu.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} starts at {values[0]}; it must start at 0")
+    longest = 0
+    for before, after in zip(values, values[1:], strict=False):
+        if after < before:
+            raise ValueError(f"{name} goes down from {before} to {after}; it must not decrease")
+        longest = max(longest, after - before)
+    if values[-1] != total:
+        raise ValueError(f"{name} ends at {values[-1]}; it must end at the number of rows, {total}")
+    if longest > max_seqlen:
+        raise ValueError(
+            f"{max_name}={max_seqlen} is less than the longest sequence; it must be at least {longest}"
+        )

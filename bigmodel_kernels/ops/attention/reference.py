@@ -1,0 +1,277 @@
+"""Attention and its gradient in plain PyTorch: the definition of right.
+
+Works over blocks of query rows, so that no tensor of Sq x Sk elements is made, in float32 for half inputs (one
+rounding, at the end) and in float64 for float64 inputs. Masks are computed for each block from indices. The gradient
+follows FlashAttention-2 (Dao, 2023, arXiv:2307.08691): the probabilities are recomputed from the logsumexp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.ops.attention.dropout import keep_mask
+from bigmodel_kernels.ops.registration import compute_dtype
+
+# A block holds at most this many logits (unless 16 rows hold more) and at most 256 rows.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the logits of one call go through, apart from the tensors."""
+
+    scale: float
+    softcap: float
+    left: int  # -1: no limit
+    right: int
+    dropout_p: float
+
+
+def _rule(
+    softmax_scale: float,
+    is_causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+) -> _Rule:
+    return _Rule(softmax_scale, softcap, window_left, 0 if is_causal else window_right, dropout_p)
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See `bigmodel_kernels.attention`."""
+    rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
+    out = _empty_like_query(query)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+        _forward(query, key, value, key_padding_mask, bias, dropout_seed, 0, rule, out, logsumexp)
+        return out, logsumexp
+    logsumexp = query.new_empty((query.shape[1], query.shape[0]), dtype=compute_dtype(query.dtype))
+    for index, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
+        _forward(
+            _one(query, q),
+            _one(key, k),
+            _one(value, k),
+            None,
+            None,
+            dropout_seed,
+            index,
+            rule,
+            _one(out, q),
+            logsumexp[None, :, q],
+        )
+    return out, logsumexp
+
+
+def run_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    bias_requires_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias (an empty tensor when not wanted), given those of both outputs."""
+    rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
+    compute = compute_dtype(query.dtype)
+    dq = _empty_like_query(query)
+    dk = torch.zeros_like(key, dtype=compute, memory_format=torch.contiguous_format)
+    dv = torch.zeros_like(value, dtype=compute, memory_format=torch.contiguous_format)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        dbias = None
+        if bias is not None and bias_requires_grad:
+            dbias = bias.new_zeros((1,) * (4 - bias.dim()) + tuple(bias.shape), dtype=compute)
+        _backward(
+            *(grad_out, grad_logsumexp, query, key, value, out, logsumexp, key_padding_mask, bias),
+            *(dropout_seed, 0, rule, dq, dk, dv, dbias),
+        )
+        if bias is None or dbias is None:
+            return dq, dk.to(key.dtype), dv.to(value.dtype), query.new_empty(0)
+        return dq, dk.to(key.dtype), dv.to(value.dtype), dbias.to(bias.dtype).view(bias.shape)
+    for index, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
+        grad_lse = None if grad_logsumexp is None else grad_logsumexp[None, :, q]
+        _backward(
+            *(_one(grad_out, q), grad_lse, _one(query, q), _one(key, k), _one(value, k), _one(out, q)),
+            *(logsumexp[None, :, q], None, None, dropout_seed, index, rule),
+            *(_one(dq, q), _one(dk, k), _one(dv, k), None),
+        )
+    return dq, dk.to(key.dtype), dv.to(value.dtype), query.new_empty(0)
+
+
+def _empty_like_query(query: Tensor) -> Tensor:
+    """Dense results are laid out as (B, S, H, D), the order in which the next projection reads them."""
+    if query.dim() == 3:
+        return query.new_empty(query.shape)
+    b, h, s, d = query.shape
+    return query.new_empty((b, s, h, d)).transpose(1, 2)
+
+
+def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(q) - 1):
+        yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+
+
+def _one(packed: Tensor, rows: slice) -> Tensor:
+    """One sequence of a packed (total, H, D) tensor as (1, H, S, D)."""
+    return packed[rows].transpose(0, 1)[None]
+
+
+def _blocks(query: Tensor, key: Tensor, rule: _Rule) -> Iterator[tuple[slice, slice]]:
+    """Blocks of query rows, each with the range of keys that the window leaves to it."""
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    offset = keys - rows
+    step = min(256, max(16, _BLOCK_ELEMENTS // max(1, batch * heads * keys)))
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        first = 0 if rule.left < 0 else min(keys, max(0, start + offset - rule.left))
+        last = keys if rule.right < 0 else min(keys, max(0, stop + offset + rule.right))
+        yield slice(start, stop), slice(first, max(first, last))
+
+
+def _grouped(block: Tensor, kv_heads: int) -> Tensor:
+    """(B, H, R, D) -> (B, Hkv, G * R, D): the G query heads of a key head side by side, so that no key is copied."""
+    batch, heads, rows, dim = block.shape
+    return block.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
+
+
+def _logits(
+    q: Tensor, k: Tensor, heads: int, rows: slice, keys: slice, offset: int, mask: Tensor | None, bias: Tensor | None,
+    rule: _Rule
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Masked logits (B, H, R, K) of a block, and tanh of the capped ones when there is a cap."""
+    batch, _, _, _ = k.shape
+    logits = (q @ k.transpose(-1, -2)).view(batch, heads, rows.stop - rows.start, keys.stop - keys.start)
+    logits *= rule.scale
+    tanh = None
+    if rule.softcap > 0:
+        tanh = torch.tanh(logits / rule.softcap)
+        logits = rule.softcap * tanh
+    if bias is not None:
+        logits = logits + bias[..., _clip(rows, bias.shape[-2]), _clip(keys, bias.shape[-1])].to(logits.dtype)
+    if rule.left >= 0 or rule.right >= 0:
+        i = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + offset
+        j = torch.arange(keys.start, keys.stop, device=q.device)
+        if rule.right >= 0:
+            logits.masked_fill_(j > i + rule.right, -torch.inf)
+        if rule.left >= 0:
+            logits.masked_fill_(j < i - rule.left, -torch.inf)
+    if mask is not None:
+        logits.masked_fill_(~mask[:, None, None, keys], -torch.inf)
+    return logits, tanh
+
+
+def _clip(part: slice, size: int) -> slice:
+    """The part of a dimension, or the whole of a broadcast one."""
+    return slice(None) if size == 1 else part
+
+
+def _four(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias[(None,) * (4 - bias.dim())]
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
+    sequence: int, rule: _Rule, out: Tensor, logsumexp: Tensor
+) -> None:  # fmt: skip
+    """Dense attention into `out` and `logsumexp`."""
+    heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
+    compute = compute_dtype(query.dtype)
+    key, value, bias = key.to(compute), value.to(compute), _four(bias)
+    for rows, keys in _blocks(query, key, rule):
+        q = _grouped(query[:, :, rows].to(compute), kv_heads)
+        if keys.start == keys.stop:
+            out[:, :, rows] = 0
+            logsumexp[:, :, rows] = -torch.inf
+            continue
+        logits, _ = _logits(q, key[:, :, keys], heads, rows, keys, offset, mask, bias, rule)
+        top = logits.amax(-1, keepdim=True)
+        top = torch.where(
+            top == -torch.inf, 0.0, top
+        )  # a row with no visible key: exp(-inf - 0) = 0, not NaN
+        weights = torch.exp_(logits.sub_(top))
+        total = weights.sum(-1, keepdim=True)
+        logsumexp[:, :, rows] = (top + total.log()).squeeze(-1)
+        if seed is not None:
+            weights *= keep_mask(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
+        result = (_grouped(weights, kv_heads) @ value[:, :, keys]).view(*weights.shape[:3], -1)
+        out[:, :, rows] = (result / torch.where(total == 0, 1.0, total)).to(out.dtype)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    logsumexp: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None, sequence: int, rule: _Rule,
+    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None
+) -> None:  # fmt: skip
+    """Dense gradients: dq is written, dk, dv and dbias (in the type of computation) are added to."""
+    heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
+    compute = compute_dtype(query.dtype)
+    key, value, bias = key.to(compute), value.to(compute), _four(bias)
+    for rows, keys in _blocks(query, key, rule):
+        if keys.start == keys.stop:
+            dq[:, :, rows] = 0
+            continue
+        q = _grouped(query[:, :, rows].to(compute), kv_heads)
+        grad = grad_out[:, :, rows].to(compute)
+        k, v = key[:, :, keys], value[:, :, keys]
+        logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, rule)
+        lse = logsumexp[:, :, rows, None]
+        p = torch.exp_(logits.sub_(torch.where(lse == -torch.inf, 0.0, lse)))
+        dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
+        dropped = p
+        if seed is not None:
+            keep = keep_mask(seed, rule.dropout_p, sequence, heads, rows, keys, p)
+            dropped = p * keep
+            dp *= keep
+        dv[:, :, keys] += _grouped(dropped, kv_heads).transpose(-1, -2) @ _grouped(grad, kv_heads)
+        delta = (grad * out[:, :, rows].to(compute)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse[:, :, rows, None]
+        ds = dp.sub_(delta).mul_(p)
+        if dbias is not None:
+            target = dbias[..., _clip(rows, dbias.shape[-2]), _clip(keys, dbias.shape[-1])]
+            target += ds.sum_to_size(target.shape)
+        if tanh is not None:
+            ds = ds * (1 - tanh * tanh)
+        ds = _grouped(ds * rule.scale, kv_heads)
+        dq[:, :, rows] = (ds @ k).view(*p.shape[:3], -1).to(dq.dtype)
+        dk[:, :, keys] += ds.transpose(-1, -2) @ q

@@ -1,0 +1,38 @@
+"""Embedding by the compiled CPU library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.ops.native_library import contiguous, unavailable
+
+
+def supports(input_ids: Tensor, word_weight: Tensor, *args: object) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return unavailable(word_weight.dtype)
+
+
+def run(
+    input_ids: Tensor,
+    word_weight: Tensor,
+    position_ids: Tensor | None,
+    position_weight: Tensor | None,
+    token_type_ids: Tensor | None,
+    token_type_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+) -> Tensor:
+    """See `bigmodel_kernels.embedding`."""
+    return torch.ops.bigmodel.cpu_embedding(
+        input_ids.contiguous(),
+        word_weight.contiguous(),
+        contiguous(position_ids),
+        contiguous(position_weight),
+        contiguous(token_type_ids),
+        contiguous(token_type_weight),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        norm_eps,
+    )

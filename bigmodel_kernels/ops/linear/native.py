@@ -1,0 +1,149 @@
+"""Linear by the compiled CPU library, and its cache of packed weights.
+
+The library multiplies with weights laid out for its own tiles. A packed copy is made once, and found again by the
+identity of the weights. It is made anew when a weight's memory, version, shape, strides, dtype or a fingerprint of
+64 of its elements has changed: optimizer steps, `load_state_dict`, `.to()` and edits through `.data` (which leave the
+version as it is) are seen. An edit through `.data` that touches none of the 64 elements is not; `clear()` drops all.
+A copy dies with its weights.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.ops.native_library import contiguous, unavailable
+
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class _Entry:
+    weights: tuple[weakref.ref[Tensor], ...]
+    states: tuple[Any, ...]
+    samples: tuple[Tensor, ...]
+    packed: Tensor
+
+
+_Key = tuple[Any, ...]
+_entries: dict[_Key, _Entry] = {}
+# Reentrant: a weak reference can die, and call back, while this thread holds the lock.
+_lock = threading.RLock()
+
+
+def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
+    """The weights side by side in the library's own layout, from the cache when they have not changed."""
+    key = (weight_layout, *(id(w) for w in weights))
+    states = tuple(_state(w) for w in weights)
+    samples = tuple(_sample(w) for w in weights)
+    with _lock:
+        entry = _entries.get(key)
+    if (
+        entry is not None
+        and entry.states == states
+        and all(ref() is w for ref, w in zip(entry.weights, weights, strict=True))
+        and all(_same_bits(a, b) for a, b in zip(entry.samples, samples, strict=True))
+    ):
+        return entry.packed
+    result = _pack(list(weights), weight_layout)
+    references = tuple(weakref.ref(w, _forget(key)) for w in weights)
+    with _lock:
+        _entries[key] = _Entry(references, states, samples, result)
+    return result
+
+
+def _pack(weights: list[Tensor], weight_layout: str) -> Tensor:
+    return torch.ops.bigmodel.cpu_pack_weight([w.detach().contiguous() for w in weights], weight_layout)
+
+
+def _forget(key: _Key) -> Any:
+    def callback(dead: weakref.ref[Tensor]) -> None:
+        with _lock:
+            entry = _entries.get(key)
+            # Another tensor may have got the same id since: its entry stays.
+            if entry is not None and any(ref is dead for ref in entry.weights):
+                del _entries[key]
+
+    return callback
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    version = None if weight.is_inference() else weight._version  # inference tensors count no versions
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A copy of 64 elements, spread over the whole weight."""
+    flat = weight.detach()
+    if not flat.is_contiguous():
+        flat = flat.t() if flat.dim() == 2 and flat.t().is_contiguous() else flat.contiguous()
+    flat = flat.view(-1)
+    return flat[:: max(1, (flat.numel() - 1) // (_SAMPLES - 1) if flat.numel() > 1 else 1)].clone()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # Bits, because a NaN equals nothing: a weight with one would be packed at every call.
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def packed_bytes(what: torch.nn.Module | Iterable[Tensor]) -> int:
+    """Bytes of the packed copies made for these tensors, or for the parameters of this module."""
+    tensors = what.parameters() if isinstance(what, torch.nn.Module) else what
+    wanted = {id(t) for t in tensors}
+    with _lock:
+        entries = list(_entries.values())
+    total = 0
+    for entry in entries:
+        alive = [ref() for ref in entry.weights]
+        if any(w is not None and id(w) in wanted for w in alive):
+            total += entry.packed.numel() * entry.packed.element_size()
+    return total
+
+
+def clear() -> None:
+    """Drops all packed copies."""
+    with _lock:
+        _entries.clear()
+
+
+def joined(biases: Sequence[Tensor]) -> Tensor | None:
+    """The biases as one, or None when there are none."""
+    if not biases:
+        return None
+    return biases[0].contiguous() if len(biases) == 1 else torch.cat(list(biases))
+
+
+def supports(x: Tensor, *args: Any, **options: Any) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return unavailable(x.dtype)
+
+
+def run(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    weight_layout: str = "linear",
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """See `bigmodel_kernels.linear`."""
+    return torch.ops.bigmodel.cpu_linear(
+        x.contiguous(),
+        packed(weights, weight_layout),
+        joined(biases),
+        activation,
+        contiguous(residual),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        norm_eps,
+    )

@@ -1,0 +1,114 @@
+"""Registration of the operators of the `bigmodel` namespace and the small checks that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("bigmodel", "FRAGMENT")
+
+#: Floating types an operator accepts. float64 runs in the reference only.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def define(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, autocast: str | None = None
+) -> None:
+    """Defines `bigmodel::<schema>` with one implementation for CPU and CUDA and one for fake tensors.
+
+    Both get the same checks, so that a raw `torch.ops.bigmodel` call with bad arguments raises as the public
+    function does. Under torch.autocast, `autocast="lower"` casts the floating arguments to the autocast dtype, as
+    torch does for linear and scaled_dot_product_attention, and `"float32"` to float32, as torch does for layer_norm.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"bigmodel::{name}", fake, lib=LIBRARY)
+    if autocast:
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(name, _autocast_kernel(name, device, autocast), f"Autocast{device.upper()}")
+
+
+def _autocast_kernel(name: str, device: str, rule: str) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.float32 if rule == "float32" else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return getattr(torch.ops.bigmodel, name).default(*(_cast(a, dtype) for a in args), **kwargs)
+
+    return kernel
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        # Autocast leaves float64 alone, as torch's own rules do.
+        return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype) for v in value]
+    return value
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a result of `dtype` is accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def require_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; allowed are float32, bfloat16, float16 and float64"
+        )
+
+
+def require_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same dtype and same device."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it must have that of {other_name}, {other.dtype}")
+    require_device(name, tensor, other_name, other)
+
+
+def require_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}; it must be on the device of {other_name}, {other.device}"
+        )
+
+
+def require_vector(name: str, tensor: Tensor, size: Any, what: str, x: Tensor) -> None:
+    """A parameter of shape (size,) with the dtype and device of x."""
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise ValueError(f"{name} has shape {shape(tensor)}; it must be ({size},), {what}")
+    require_like(name, tensor, "x", x)
+
+
+def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, allowed))}")
+
+
+def backward_formula(count: int) -> Callable[..., Any]:
+    """Decorates `formula(ctx, needs, *grads) -> count gradients` for register_autograd.
+
+    The dispatcher leaves out trailing arguments that equal their defaults, and with them their places in
+    `ctx.needs_input_grad` and in the gradients. This gives the formula all of them. Autocast is off inside, because
+    the formula chooses its types itself.
+    """
+
+    def decorate(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            given = len(ctx.needs_input_grad)
+            needs = (*ctx.needs_input_grad, *(False,) * (count - given))
+            device = ctx.saved_tensors[0].device.type
+            with torch.autocast(device, enabled=False):
+                return formula(ctx, needs, *grads)[:given]
+
+        return backward
+
+    return decorate

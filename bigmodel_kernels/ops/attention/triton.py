@@ -1,0 +1,422 @@
+"""Attention forward in Triton: ``softmax(scale * Q K^T + bias, masked) V`` with no tensor of Sq x Sk elements.
+
+    Milakov, Gimelshein: Online normalizer calculation for softmax, arXiv 1805.02867.
+    Dao: FlashAttention-2, arXiv 2307.08691.
+
+A program owns one tile of TILE_M query rows of one head and walks over the keys that those rows can see::
+
+                 keys ->
+              +-------+-------+-------+-------+-------+
+              |       | /m    |  m \  |       |       |    skipped: tiles that no row of ours can see (causal,
+     queries  |  skip |/ mask | full \| mask  |  skip |    window): they are never loaded
+       ours:  |       |  mask | full  |\ mask |       |    mask:    tiles at the edge of the window or of the
+              +-------+-------+-------+-------+-------+             sequence, compared key by key
+                        left    middle   right             full:    every row sees every key: no comparison
+
+For each tile of keys, with m the running maximum of a row's logits, l the running sum and O the running output:
+
+    S = scale * Q K_tile^T                              logits, float32
+    m' = max(m, rowmax S),  P = 2^(S - m')              base 2: the GPU's exponential; log2(e) is folded into scale
+    l = l * 2^(m - m') + rowsum P
+    O = O * 2^(m - m') + P V_tile                       P in the dtype of V, the sum in float32
+
+and at the end ``out = O / l`` and ``logsumexp = ln 2 * (m + log2 l)``. A row with no visible key has l = 0: its
+output is 0 and its logsumexp is -inf.
+
+Dense (B, H, S, D) and packed (total, H, D) inputs are one kernel: a packed sequence is a dense one that starts at
+its ``cu_seqlens`` entry. Every tensor is addressed by its strides, so a slice of a fused QKV projection needs no
+copy. Causal masks are aligned to the bottom right: query i sees keys up to ``i + Sk - Sq``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_runtime import Target, on_device, target_of, unsupported
+
+MAX_HEAD_DIM = 256
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tanh(x):
+    """tanh of float32 from one exponential; near 0, where 1 - 2 / (e^2x + 1) has no digits left, by its series."""
+    square = x * x
+    series = x * (
+        1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949)))
+    )
+    exponential = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - exponential) / (1.0 + exponential)
+    return tl.where(square < 0.0625, series, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _attend(
+    output, total, maximum, query,
+    key_ptr, value_ptr, padding_ptr, bias_ptr,
+    stride_kn, stride_vn, stride_pn, stride_bn,
+    rows, dims, begin, end, keys, offset, head_dim,
+    scale, softcap, window_left, window_right,
+    seed, drop_below, head, sequence,
+    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr,
+    EVEN_D: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """The loop of the module's docstring over the tiles of keys from ``begin`` to ``end``."""
+    columns = tl.arange(0, TILE_N)
+    for start in range(begin, end, TILE_N):
+        start_n = tl.cast(start, tl.int64)  # start * stride may pass 2^31
+        key_column = start + columns
+        in_range = key_column < keys
+
+        k_tile = key_ptr + start_n * stride_kn + columns[None, :] * stride_kn + dims[:, None]
+        if MASKED and not EVEN_D:
+            k = tl.load(k_tile, mask=in_range[None, :] & (dims < head_dim)[:, None], other=0.0)
+        elif MASKED:
+            k = tl.load(k_tile, mask=in_range[None, :], other=0.0)
+        elif not EVEN_D:
+            k = tl.load(k_tile, mask=(dims < head_dim)[:, None], other=0.0)
+        else:
+            k = tl.load(k_tile)
+        # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
+        logits = tl.dot(query, k, input_precision="ieee")
+
+        if HAS_SOFTCAP:  # scale is softmax_scale / softcap and softcap is in base 2
+            logits = softcap * _tanh(logits * scale)
+        elif not SCALE_LATE:
+            logits = logits * scale
+        if HAS_BIAS:
+            b_tile = bias_ptr + start_n * stride_bn + columns[None, :] * stride_bn
+            if MASKED:
+                bias = tl.load(b_tile, mask=in_range[None, :], other=0.0)
+            else:
+                bias = tl.load(b_tile)
+            logits += bias.to(tl.float32) * 1.4426950408889634
+        if MASKED:
+            visible = in_range[None, :]
+            if HAS_RIGHT:
+                visible = visible & (key_column[None, :] <= rows[:, None] + (offset + window_right))
+            if HAS_LEFT:
+                visible = visible & (key_column[None, :] >= rows[:, None] + (offset - window_left))
+            logits = tl.where(visible, logits, float("-inf"))
+        if HAS_PADDING:
+            shown = tl.load(padding_ptr + start_n * stride_pn + columns * stride_pn, mask=in_range, other=0)
+            logits = tl.where((shown != 0)[None, :], logits, float("-inf"))
+
+        # SCALE_LATE leaves the scale to the exponent, where it is part of a fused multiply-add.
+        tile_maximum = tl.max(logits, axis=1)
+        if SCALE_LATE:
+            new_maximum = tl.maximum(maximum, tile_maximum * scale)
+        else:
+            new_maximum = tl.maximum(maximum, tile_maximum)
+        if MASKED or HAS_PADDING or HAS_BIAS:
+            # A row that has seen nothing yet has maximum -inf: subtract 0 instead, so that 2^(-inf) = 0, not NaN.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        else:
+            shift = new_maximum
+        if SCALE_LATE:
+            weights = tl.exp2(logits * scale - shift[:, None])
+        else:
+            weights = tl.exp2(logits - shift[:, None])
+        correction = tl.exp2(maximum - shift)
+        total = total * correction + tl.sum(weights, axis=1)
+        output = output * correction[:, None]
+        if HAS_DROPOUT:
+            # Counter (key, query, head, sequence): see ops/attention/dropout.py. The sum above is of all weights.
+            zero = tl.zeros_like(logits).to(tl.uint32)
+            word, _1, _2, _3 = tl.philox(
+                seed, zero + key_column[None, :].to(tl.uint32), zero + rows[:, None].to(tl.uint32), zero + head,
+                zero + sequence,
+            )  # fmt: skip
+            weights = tl.where(word >= drop_below, weights, 0.0)
+
+        v_tile = value_ptr + start_n * stride_vn + columns[:, None] * stride_vn + dims[None, :]
+        if MASKED and not EVEN_D:
+            v = tl.load(v_tile, mask=in_range[:, None] & (dims < head_dim)[None, :], other=0.0)
+        elif MASKED:
+            v = tl.load(v_tile, mask=in_range[:, None], other=0.0)
+        elif not EVEN_D:
+            v = tl.load(v_tile, mask=(dims < head_dim)[None, :], other=0.0)
+        else:
+            v = tl.load(v_tile)
+        output = tl.dot(weights.to(v.dtype), v, output, input_precision="ieee")
+        maximum = new_maximum
+    return output, total, maximum
+
+
+@triton.jit
+def attention_kernel(
+    query_ptr, key_ptr, value_ptr, padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, out_ptr, logsumexp_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
+    stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
+    heads, group, rows_total, keys_total, head_dim,
+    scale, softcap, window_left, window_right, drop_below, keep_scale,
+    VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr,
+    EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    # Which rows of which head. The tiles of one head come one after the other and share its keys in the L2 cache;
+    # under a causal mask the last rows see the most keys, so they start first.
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows_total, TILE_M)
+    tile = program % tiles
+    if HAS_RIGHT:
+        tile = tiles - 1 - tile
+    head = (program // tiles) % heads
+    sequence = program // (tiles * heads)
+    first_row = tile * TILE_M
+
+    # Where the sequence lies. Offsets in 64 bits: a tensor may have more than 2^31 elements.
+    batch = sequence.to(tl.int64)
+    if VARLEN:
+        first_q = tl.load(cu_q_ptr + sequence).to(tl.int64)
+        first_k = tl.load(cu_k_ptr + sequence).to(tl.int64)
+        queries = (tl.load(cu_q_ptr + sequence + 1) - first_q).to(tl.int32)
+        keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
+        if first_row >= queries:
+            return
+        query_ptr += first_q * stride_qm
+        out_ptr += first_q * stride_om
+        logsumexp_ptr += first_q
+        key_ptr += first_k * stride_kn
+        value_ptr += first_k * stride_vn
+    else:
+        queries = rows_total
+        keys = keys_total
+        query_ptr += batch * stride_qb
+        out_ptr += batch * stride_ob
+        logsumexp_ptr += batch * stride_lb
+        key_ptr += batch * stride_kb
+        value_ptr += batch * stride_vb
+    head_64 = head.to(tl.int64)
+    kv_head = (head // group).to(tl.int64)
+    row_64 = first_row.to(tl.int64)
+    key_ptr += kv_head * stride_kh
+    value_ptr += kv_head * stride_vh
+
+    local_rows = tl.arange(0, TILE_M)
+    rows = first_row + local_rows
+    dims = tl.arange(0, TILE_D)
+    row_mask = rows < queries
+    mask = row_mask[:, None]
+    if not EVEN_D:
+        mask = mask & (dims < head_dim)[None, :]
+    query_tile = (
+        query_ptr + head_64 * stride_qh + row_64 * stride_qm + local_rows[:, None] * stride_qm + dims[None, :]
+    )
+    query = tl.load(query_tile, mask=mask, other=0.0)
+    if HAS_PADDING:
+        padding_ptr += batch * stride_pb
+    if HAS_BIAS:
+        # Rows past the end read the bias of the last row: what they compute is not stored.
+        bias_row = tl.minimum(rows, queries - 1).to(tl.int64)
+        bias_ptr = bias_ptr + batch * stride_bb + head_64 * stride_bh + bias_row[:, None] * stride_bm
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    # Keys that some row of ours sees: [low, high). Keys that all of them see: [full_low, full_high), in whole tiles.
+    offset = keys - queries
+    last_row = tl.minimum(first_row + TILE_M, queries) - 1
+    low = 0
+    high = keys
+    full_low = 0
+    full_high = keys
+    if HAS_RIGHT:
+        high = tl.maximum(0, tl.minimum(keys, last_row + offset + window_right + 1))
+        full_high = tl.maximum(0, tl.minimum(keys, first_row + offset + window_right + 1))
+    if HAS_LEFT:
+        low = tl.maximum(0, first_row + offset - window_left) // TILE_N * TILE_N
+        full_low = tl.cdiv(tl.maximum(0, last_row + offset - window_left), TILE_N) * TILE_N
+    full_high = tl.maximum(full_high // TILE_N * TILE_N, full_low)
+
+    output = tl.zeros((TILE_M, TILE_D), dtype=tl.float32)
+    total = tl.zeros((TILE_M,), dtype=tl.float32)
+    maximum = tl.full((TILE_M,), float("-inf"), dtype=tl.float32)
+    if HAS_LEFT:  # left edge of the window
+        output, total, maximum = _attend(
+            output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+            stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, low, tl.minimum(full_low, high), keys, offset,
+            head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
+            MASKED=True, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
+            HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+        )  # fmt: skip
+    output, total, maximum = _attend(  # whole tiles that every row sees
+        output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_low, full_high, keys, offset,
+        head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
+        MASKED=False, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
+        HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+    )  # fmt: skip
+    output, total, maximum = _attend(  # right edge of the window, or of the sequence
+        output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_high, high, keys, offset,
+        head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
+        MASKED=True, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
+        HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+    )  # fmt: skip
+
+    nothing_seen = total == 0.0
+    output = output * (keep_scale / tl.where(nothing_seen, 1.0, total))[:, None]
+    logsumexp = tl.where(
+        nothing_seen,
+        float("-inf"),
+        0.6931471805599453 * (maximum + tl.log2(tl.where(nothing_seen, 1.0, total))),
+    )
+    tl.store(logsumexp_ptr + head_64 * stride_lh + rows, logsumexp, mask=row_mask)
+    out_tile = (
+        out_ptr + head_64 * stride_oh + row_64 * stride_om + local_rows[:, None] * stride_om + dims[None, :]
+    )
+    tl.store(out_tile, output.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class AttentionTile(NamedTuple):
+    """Query rows and keys of a step, and how a program executes it."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> AttentionTile:
+    """The tile for ``rows`` query rows per head.
+
+    A thread holds ``tile_m * (tile_d + 1.5 * tile_n) / threads`` registers of accumulators and weights, which has to
+    stay near 160 of its 255; the stages of K and V, ``num_stages * 2 * tile_n * tile_d * itemsize`` bytes, have to
+    fit in shared memory beside Q. Within both, more query rows mean fewer passes over K and V.
+    """
+    tile_d = max(16, triton.next_power_of_2(head_dim))
+    if itemsize == 4:
+        # Full-precision float32 products run on the ordinary cores and are slow anyway: small tiles, no spills.
+        tile_m, tile_n, num_warps, num_stages = (64, 32, 4, 2) if tile_d <= 64 else (32, 32, 4, 2)
+    elif tile_d <= 64:
+        tile_m, tile_n, num_warps, num_stages = 128, 64, 4, 3
+    elif tile_d == 128:
+        tile_m, tile_n, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        tile_m, tile_n, num_warps, num_stages = 128, 64, 8, 2
+    if rows < tile_m:  # short sequences and decoding
+        tile_m = max(16, triton.next_power_of_2(max(rows, 1)))
+        num_warps = min(num_warps, max(1, tile_m // 16))
+        if tile_m == 16 and tile_d >= 128:
+            num_warps = 2
+    query_bytes = tile_m * tile_d * itemsize
+    stage_bytes = 2 * tile_n * tile_d * itemsize
+    while num_stages > 1 and query_bytes + num_stages * stage_bytes > target.shared_memory:
+        num_stages -= 1
+    if query_bytes + num_stages * stage_bytes > target.shared_memory:
+        tile_n //= 2
+    return AttentionTile(tile_m, tile_n, num_warps, num_stages)
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Output and natural-log logsumexp, with the layouts that ``bigmodel_kernels.attention`` documents."""
+    varlen = cu_seqlens_q is not None and cu_seqlens_k is not None
+    head_dim = query.shape[-1]
+    if varlen:
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None
+        total, heads, _ = query.shape
+        sequences, rows, keys, kv_heads = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, key.shape[1]
+        out = torch.empty((total, heads, head_dim), dtype=query.dtype, device=query.device)
+        logsumexp = torch.empty((heads, total), dtype=torch.float32, device=query.device)
+        # A packed tensor is a dense one of stride 0 over the sequences.
+        strides = [(0, t.stride(1), t.stride(0)) for t in (query, key, value, out)]
+        logsumexp_strides = (0, total)
+    else:
+        sequences, heads, rows, _ = query.shape
+        kv_heads, keys = key.shape[1], key.shape[2]
+        out = torch.empty(
+            (sequences, rows, heads, head_dim), dtype=query.dtype, device=query.device
+        ).transpose(1, 2)
+        logsumexp = torch.empty((sequences, heads, rows), dtype=torch.float32, device=query.device)
+        strides = [t.stride()[:3] for t in (query, key, value, out)]
+        logsumexp_strides = (heads * rows, rows)
+    if out.numel() == 0 or rows == 0:
+        return out, logsumexp
+
+    if bias is not None:
+        bias = bias.expand(sequences, heads, rows, keys)
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.view(torch.uint8)
+    if is_causal:
+        window_right = 0
+    # A limit beyond every key is none; it could overflow the kernel's 32-bit positions.
+    has_left = 0 <= window_left < rows + keys
+    has_right = 0 <= window_right < rows + keys
+    tile = attention_tile(rows, head_dim, query.element_size(), target_of(query))
+    tile_d = max(16, triton.next_power_of_2(head_dim))
+    strides_q, strides_k, strides_v, strides_o = strides
+    threshold = round(dropout_p * 2**32)
+    with on_device(query):
+        attention_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
+            query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, out, logsumexp,
+            *strides_q, *strides_k, *strides_v,
+            *((0, 0) if key_padding_mask is None else key_padding_mask.stride()),
+            *((0, 0, 0, 0) if bias is None else bias.stride()),
+            *strides_o, *logsumexp_strides,
+            heads, heads // kv_heads, rows, keys, head_dim,
+            softmax_scale / softcap if softcap > 0 else softmax_scale * _LOG2_E, softcap * _LOG2_E,
+            window_left if has_left else 0, window_right if has_right else 0,
+            threshold, 1.0 / (1.0 - dropout_p),
+            VARLEN=varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right, HAS_PADDING=key_padding_mask is not None,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_seed is not None,
+            SCALE_LATE=bias is None and softcap <= 0 and softmax_scale > 0,
+            EVEN_D=tile_d == head_dim, TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_D=tile_d,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, logsumexp
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    if reason := unsupported("query", query):
+        return reason
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim is {query.shape[-1]}; the Triton kernel takes up to {MAX_HEAD_DIM}"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            return f"the last dimension of {name} has stride {tensor.stride(-1)}; it must be contiguous"
+    return None

@@ -1,0 +1,309 @@
+"""Compile the Triton kernels ahead of time, with no GPU, and say what the compilers made of them.
+
+    python -m bigmodel_kernels.triton_build                      # a table, every case on every target
+    python -m bigmodel_kernels.triton_build --target sm_90 --case attention --json
+
+Triton carries its own assemblers, so a kernel compiles for NVIDIA and AMD devices on any machine. Each case below
+calls an operation's own launcher; the launch is recorded instead of run and compiled with exactly the tile, types and
+specialisations that it would have had on the device. The table shows registers per thread, shared memory, bytes of
+spilled registers (which should be 0) and the matrix instruction that the assembly holds.
+
+Exits with status 1 if a case fails to compile or spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bigmodel_kernels import triton_runtime
+from bigmodel_kernels.ops.attention import triton as attention
+from bigmodel_kernels.ops.embedding import triton as embedding
+from bigmodel_kernels.ops.linear import triton as linear
+from bigmodel_kernels.ops.norm import triton as norm
+
+TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
+    "sm_80": (GPUTarget("cuda", 80, 32), triton_runtime.AMPERE),
+    "sm_90": (GPUTarget("cuda", 90, 32), triton_runtime.HOPPER),
+    "sm_100": (GPUTarget("cuda", 100, 32), triton_runtime.BLACKWELL),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), triton_runtime.MI300),
+}
+
+
+# ---- cases --------------------------------------------------------------------------------------------------------
+
+
+def _attention(dtype: torch.dtype, rows: int, head_dim: int, heads: int = 16, kv_heads: int = 16, **options: Any) -> None:
+    batch = 8
+    query = torch.empty(batch, heads, rows, head_dim, dtype=dtype)
+    keys = max(rows, 512)
+    key, value = torch.empty(2, batch, kv_heads, keys, head_dim, dtype=dtype)
+    if options.pop("padding", False):
+        options["key_padding_mask"] = torch.empty(batch, keys, dtype=torch.bool)
+    if options.pop("with_bias", False):
+        options["bias"] = torch.empty(1, heads, rows, keys, dtype=dtype)
+    if options.get("dropout_p"):
+        options["dropout_seed"] = torch.tensor(0)
+    attention.run(query, key, value, softmax_scale=head_dim**-0.5, **options)
+
+
+def _packed_attention(dtype: torch.dtype, head_dim: int) -> None:
+    query = torch.empty(4096, 3, 12, head_dim, dtype=dtype)
+    ends = torch.tensor([0, 4096], dtype=torch.int32)
+    attention.run(
+        *query.unbind(1), cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=512, max_seqlen_k=512, softmax_scale=0.1
+    )
+
+
+def _linear(dtype: torch.dtype, rows: int, k: int, n: int, layout: str = "linear", **options: Any) -> None:
+    weight = torch.empty(n, k, dtype=dtype) if layout == "linear" else torch.empty(k, n, dtype=dtype)
+    if options.pop("with_residual", False):
+        options["residual"] = torch.empty(rows, n, dtype=dtype)
+    linear.run(torch.empty(rows, k, dtype=dtype), [weight], [torch.empty(n, dtype=dtype)], weight_layout=layout, **options)
+
+
+def _norm(dtype: torch.dtype, columns: int) -> None:
+    x = torch.empty(4096, columns, dtype=dtype)
+    norm.run(x, x[0], x[0], 1e-5, x)
+
+
+def _embedding(dtype: torch.dtype, columns: int) -> None:
+    ids = torch.empty(8, 512, dtype=torch.int64)
+    table = torch.empty(1024, columns, dtype=dtype)
+    embedding.run(ids, table, ids[:1], table, ids, table, table[0], table[0], 1e-12)
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+CASES: dict[str, Callable[[], None]] = {
+    "attention bf16 d32": lambda: _attention(_BF16, 512, 32),
+    "attention bf16 d64": lambda: _attention(_BF16, 512, 64),
+    "attention bf16 d64 causal": lambda: _attention(_BF16, 1024, 64, is_causal=True),
+    "attention bf16 d64 padding": lambda: _attention(_BF16, 512, 64, padding=True),
+    "attention bf16 d64 bias": lambda: _attention(_BF16, 512, 64, with_bias=True),
+    "attention bf16 d64 dropout": lambda: _attention(_BF16, 512, 64, dropout_p=0.1),
+    "attention bf16 d64 packed": lambda: _packed_attention(_BF16, 64),
+    "attention fp16 d64 causal": lambda: _attention(_FP16, 1024, 64, is_causal=True),
+    "attention bf16 d96 causal": lambda: _attention(_BF16, 1024, 96, is_causal=True),
+    "attention bf16 d128": lambda: _attention(_BF16, 1024, 128),
+    "attention bf16 d128 causal gqa": lambda: _attention(_BF16, 1024, 128, kv_heads=4, is_causal=True),
+    "attention bf16 d128 window softcap": lambda: _attention(
+        _BF16, 1024, 128, is_causal=True, window_left=256, softcap=50.0
+    ),
+    "attention bf16 d256 causal": lambda: _attention(_BF16, 1024, 256, is_causal=True),
+    "attention bf16 d128 decode": lambda: _attention(_BF16, 1, 128, kv_heads=4, is_causal=True),
+    "attention fp32 d64": lambda: _attention(_FP32, 512, 64),
+    "attention fp32 d128 causal": lambda: _attention(_FP32, 512, 128, is_causal=True),
+    "attention fp32 d256": lambda: _attention(_FP32, 512, 256),
+    "linear bf16 4096x768x3072 gelu": lambda: _linear(_BF16, 4096, 768, 3072, activation="gelu"),
+    "linear bf16 4096x3072x768 residual": lambda: _linear(_BF16, 4096, 3072, 768, with_residual=True),
+    "linear bf16 8192x4096x4096 silu": lambda: _linear(_BF16, 8192, 4096, 4096, activation="silu"),
+    "linear fp16 4096x768x3072 conv1d gelu_tanh": lambda: _linear(
+        _FP16, 4096, 768, 3072, "conv1d", activation="gelu_tanh"
+    ),
+    "linear bf16 512x768x768": lambda: _linear(_BF16, 512, 768, 768),
+    "linear bf16 8x768x3072": lambda: _linear(_BF16, 8, 768, 3072),
+    "linear bf16 1000x770x770": lambda: _linear(_BF16, 1000, 770, 770),
+    "linear fp32 4096x768x3072 gelu": lambda: _linear(_FP32, 4096, 768, 3072, activation="gelu"),
+    "norm bf16 384": lambda: _norm(_BF16, 384),
+    "norm bf16 768": lambda: _norm(_BF16, 768),
+    "norm fp32 4096": lambda: _norm(_FP32, 4096),
+    "norm bf16 65536": lambda: _norm(_BF16, 65_536),
+    "embedding bf16 768": lambda: _embedding(_BF16, 768),
+    "embedding fp32 384": lambda: _embedding(_FP32, 384),
+}  # fmt: skip
+
+
+# ---- recording a launch -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked Triton to run."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def source(self) -> tuple[ASTSource, dict[str, Any]]:
+        """The kernel specialised for these arguments as the just-in-time compiler would, and compiler options.
+
+        An integer of 1 and an absent tensor become constants; an integer or an address that 16 divides is marked.
+        """
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.arguments, strict=False))
+        values.update({name: value for name, value in self.options.items() if name in names})
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for position, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[name] = "constexpr"
+                constants[name] = value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TRITON_TYPES[value.dtype]
+                aligned = value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+                aligned = False
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned = value % 16 == 0
+            if aligned:
+                attributes[position,] = [["tt.divisibility", 16]]
+        options = {name: value for name, value in self.options.items() if name not in names}
+        return ASTSource(self.kernel, signature, constants, attributes), options
+
+
+_TRITON_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within it a launch of any Triton kernel is noted in the list and not run."""
+    launches: list[Launch] = []
+
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(self, arguments, options))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+# ---- compiling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compiler made of one case for one target."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    mma: str
+    seconds: float
+
+
+def build(case: str, target: str) -> Result:
+    """Compile one of ``CASES`` for one of ``TARGETS``."""
+    if triton_runtime.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels in this process are interpreted and cannot be compiled")
+    gpu, description = TARGETS[target]
+    with recorded() as launches, triton_runtime.pretend(description):
+        CASES[case]()
+    (launch,) = launches
+    source, options = launch.source()
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=gpu, options=options)
+    seconds = time.perf_counter() - start
+    if gpu.backend == "cuda":
+        registers, spilled = _nvidia_resources(compiled.asm["cubin"])
+        assembly = compiled.asm["ptx"]
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = _amd_resources(assembly)
+    name = f"{launch.kernel.__name__}"
+    return Result(case, name, target, registers, compiled.metadata.shared, spilled, _mma(assembly), round(seconds, 2))
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of local memory (where registers spill to) per thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    """Vector registers (both files) per thread, and bytes of spilled ones."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return field("vgpr_count"), 4 * field("vgpr_spill_count")
+
+
+def _mma(assembly: str) -> str:
+    """The kind of matrix instruction in the assembly, or "-"."""
+    patterns = (
+        r"tcgen05\.mma[\w.:]*",
+        r"wgmma\.mma_async\.sync\.aligned\.\w+[\w.]*",
+        r"mma\.sync\.aligned\.\w+[\w.]*",
+        r"v_mfma_\w+",
+    )
+    for pattern in patterns:
+        if found := re.search(pattern, assembly):
+            return found[0].replace(".sync.aligned", "")
+    return "-"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bigmodel_kernels.triton_build", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
+    chosen = parser.parse_args(arguments)
+    results: list[Result] = []
+    failures: list[str] = []
+    heading = f"{'case':44} {'target':8} {'registers':>9} {'shared':>8} {'spilled':>8} {'seconds':>8}  matrix instruction"
+    if not chosen.json:
+        print(heading)
+    for case in CASES:
+        if chosen.case not in case:
+            continue
+        for target in chosen.target or TARGETS:
+            try:
+                result = build(case, target)
+            except Exception as error:  # a compiler may fail in many ways; every failure is reported at the end
+                failures.append(f"{case} on {target}: {type(error).__name__}: {error}")
+                continue
+            results.append(result)
+            if not chosen.json:
+                print(
+                    f"{case:44} {target:8} {result.registers:9} {result.shared_bytes:8} {result.spilled_bytes:8} "
+                    f"{result.seconds:8.2f}  {result.mma}",
+                    flush=True,
+                )
+    if chosen.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    failures += [f"{r.case} on {r.target}: spills {r.spilled_bytes} bytes" for r in results if r.spilled_bytes]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

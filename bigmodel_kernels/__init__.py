@@ -18,6 +18,7 @@ from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
 from bigmodel_kernels.ops.linear import linear
 from bigmodel_kernels.ops.norm import layer_norm
+from bigmodel_kernels.transformers.autoregister import register_when_imported
 
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers import PatchReport, patch, patched, unpatch
@@ -53,3 +54,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_FROM_TRANSFORMERS_LAYER])
+
+
+# attn_implementation="bigmodel" is known to transformers from now on, or as soon as transformers is imported.
+register_when_imported()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,13 +112,30 @@ def _row_of(op: str, device_type: str) -> tuple[Implementation, ...]:
         ) from None
 
 
+_override: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Forces a backend inside the block, in this thread, in place of the environment's; None forces none."""
+    token = _override.set(_checked("backend", name) if name else "")
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
 def forced() -> str | None:
-    """The backend that the environment forces, checked; None when it forces none."""
-    name = os.environ.get(ENVIRONMENT)
-    if not name:
-        return None
+    """The backend that `use` or the environment forces, checked; None when neither does."""
+    name = _override.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT)
+    return _checked(ENVIRONMENT, name) if name else None
+
+
+def _checked(what: str, name: str) -> str:
     if name not in NAMES:
-        raise ValueError(f"{ENVIRONMENT}={name!r} is unknown; allowed are {', '.join(NAMES)}")
+        raise ValueError(f"{what}={name!r} is unknown; allowed are {', '.join(NAMES)}")
     return name
 
 

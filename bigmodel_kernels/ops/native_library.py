@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,10 +20,17 @@ def unavailable(dtype: torch.dtype) -> str | None:
     return reason
 
 
-def _missing() -> str | None:
+@functools.cache
+def _library() -> ModuleType | None:
     try:
-        library = importlib.import_module("bigmodel_kernels._native")
-    except ModuleNotFoundError:
+        return importlib.import_module("bigmodel_kernels._native")
+    except ModuleNotFoundError:  # a source tree without the loader; `_missing` says so
+        return None
+
+
+def _missing() -> str | None:
+    library = _library()
+    if library is None:
         return "the compiled library is not part of this installation"
     return None if library.available() else library.reason()
 

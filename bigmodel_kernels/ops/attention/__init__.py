@@ -163,13 +163,8 @@ def _run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def _ready(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Tensors with a last dimension that is not contiguous are copied; every kernel may then count on it."""
-    return tuple(
-        a.contiguous()
-        if isinstance(a, Tensor) and a.dim() > 2 and a.shape[-1] > 1 and a.stride(-1) > 1
-        else a
-        for a in args
-    )
+    """Queries, keys and values with a last dimension that is not contiguous are copied; kernels count on it."""
+    return (*(a if a.dim() == 0 or a.stride(-1) == 1 else a.contiguous() for a in args[:3]), *args[3:])
 
 
 def _fake(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from typing import Any
 
@@ -54,8 +56,10 @@ def check(
         raise ValueError(
             f"window=({window_left}, {window_right}) is out of range; allowed are -1 (no limit), 0, 1, ..."
         )
-    if not softcap >= 0:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap={softcap} is out of range; allowed are 0 (none) and positive numbers")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale={softmax_scale} is out of range; it must be finite")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p} is out of range; allowed is 0 <= dropout_p < 1")
     if dropout_p and dropout_seed is None:
@@ -162,7 +166,7 @@ def _check_cu_seqlens(name: str, cu: Tensor, total: int, max_name: str, max_seql
     if values[0] != 0:
         raise ValueError(f"{name} starts at {values[0]}; it must start at 0")
     longest = 0
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         if after < before:
             raise ValueError(f"{name} goes down from {before} to {after}; it must not decrease")
         longest = max(longest, after - before)

@@ -233,7 +233,7 @@ def _forward(
         logsumexp[:, :, rows] = (top + total.log()).squeeze(-1)
         if seed is not None:
             weights *= keep_mask(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
-        result = (_grouped(weights, kv_heads) @ value[:, :, keys]).view(*weights.shape[:3], -1)
+        result = (_grouped(weights, kv_heads) @ value[:, :, keys]).view(*weights.shape[:3], value.shape[-1])
         out[:, :, rows] = (result / torch.where(total == 0, 1.0, total)).to(out.dtype)
 
 
@@ -256,6 +256,8 @@ def _backward(
         logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, rule)
         lse = logsumexp[:, :, rows, None]
         p = torch.exp_(logits.sub_(torch.where(lse == -torch.inf, 0.0, lse)))
+        total = p.sum(-1, keepdim=True)  # 1 but for the rounding of logsumexp, which large logits make visible
+        p /= torch.where(total == 0, 1.0, total)
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
         dropped = p
         if seed is not None:
@@ -263,15 +265,16 @@ def _backward(
             dropped = p * keep
             dp *= keep
         dv[:, :, keys] += _grouped(dropped, kv_heads).transpose(-1, -2) @ _grouped(grad, kv_heads)
-        delta = (grad * out[:, :, rows].to(compute)).sum(-1, keepdim=True)
+        delta = (p * dp).sum(-1, keepdim=True)  # = rowsum(grad * out), without the rounding of out
+        ds = dp.sub_(delta)
         if grad_lse is not None:
-            delta = delta - grad_lse[:, :, rows, None]
-        ds = dp.sub_(delta).mul_(p)
+            ds += grad_lse[:, :, rows, None]
+        ds *= p
         if dbias is not None:
             target = dbias[..., _clip(rows, dbias.shape[-2]), _clip(keys, dbias.shape[-1])]
             target += ds.sum_to_size(target.shape)
         if tanh is not None:
             ds = ds * (1 - tanh * tanh)
         ds = _grouped(ds * rule.scale, kv_heads)
-        dq[:, :, rows] = (ds @ k).view(*p.shape[:3], -1).to(dq.dtype)
+        dq[:, :, rows] = (ds @ k).view(*p.shape[:3], k.shape[-1]).to(dq.dtype)
         dk[:, :, keys] += ds.transpose(-1, -2) @ q

@@ -28,11 +28,16 @@ def run(
     return torch.ops.bigmodel.cpu_embedding(
         input_ids.contiguous(),
         word_weight.contiguous(),
-        contiguous(position_ids),
+        _full(position_ids, input_ids),
         contiguous(position_weight),
-        contiguous(token_type_ids),
+        _full(token_type_ids, input_ids),
         contiguous(token_type_weight),
         contiguous(norm_weight),
         contiguous(norm_bias),
         norm_eps,
     )
+
+
+def _full(ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """Ids that broadcast, one for each input id: the library takes no strides."""
+    return None if ids is None else ids.expand(input_ids.shape).contiguous()

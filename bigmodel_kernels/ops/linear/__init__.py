@@ -168,10 +168,9 @@ def projection_backward(
     conv1d = weight_layout == "conv1d"
     parts = grad.split([w.shape[1 if conv1d else 0] for w in weights], -1)
     dx = None
-    if need_x:
-        for part, w in zip(parts, weights, strict=True):
-            product = part @ (w.t() if conv1d else w)
-            dx = product if dx is None else dx + product
+    if need_x:  # one product, so that a half gradient is rounded once
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights, 1 if conv1d else 0)
+        dx = grad @ (whole.t() if conv1d else whole)
     dw: list[Tensor | None] = [
         (x.t() @ part if conv1d else part.t() @ x) if need else None
         for part, need in zip(parts, need_weights, strict=True)

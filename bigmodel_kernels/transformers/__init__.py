@@ -1,0 +1,48 @@
+"""The transformers layer: patching whole models, and `attn_implementation="bigmodel"` for every model.
+
+`patch`, `unpatch`, `patched` and `explain` work on a loaded model; `register` names the attention function to
+transformers. Importing this package does not import transformers; using what it holds does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bigmodel_kernels.transformers.autoregister import register, register_when_imported
+
+if TYPE_CHECKING:
+    from bigmodel_kernels.transformers.patching import explain, patch, patched, unpatch
+    from bigmodel_kernels.transformers.report import PatchReport, Row
+
+__all__ = [
+    "PatchReport",
+    "Row",
+    "explain",
+    "patch",
+    "patched",
+    "register",
+    "register_when_imported",
+    "unpatch",
+]
+
+_HOMES = {
+    "PatchReport": "report",
+    "Row": "report",
+    "explain": "patching",
+    "patch": "patching",
+    "patched": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,361 @@
+"""`attn_implementation="bigmodel"`: the attention function and the mask function that transformers calls.
+
+The mask function keeps masks small. What it returns says by its shape what it means, so that it survives the trip
+through any model, `torch.compile` included:
+
+    None            what it means for sdpa: nothing masked, or causal where the module or the call says so
+    (B, S)          causal; True is a real key; the last query sees key S - 1, and keys from S on do not exist yet
+    (B, 1, S)       the same within a sliding window, which rides along as an attribute of the tensor
+    (B, 1, 1, S)    padding only, every query sees every real key
+    (B, 1, Sq, Sk)  any other pattern, dense, as sdpa has it; also what a user passes, boolean or additive
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
+
+_logger = logging.getLogger(__name__)
+_WINDOW = "_bigmodel_window"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# masks
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a layer, as small as its pattern allows. Arguments are those of transformers' `sdpa_mask`."""
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        _check_reads_the_interface(kwargs.get("config"))
+
+    def dense() -> Tensor:
+        options = {k: v for k, v in kwargs.items() if k not in ("dtype", "config")}
+        mask = masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **options,
+        )
+        assert mask is not None
+        return mask
+
+    pattern = _pattern(mask_function, tracing)
+    if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
+        return dense()
+    causal, window = pattern
+    if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
+        return dense()  # the caller goes on to combine it with another mask
+
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    if padding is not None and not tracing and bool(padding.all()):
+        padding = None
+    if not causal:
+        if window is not None:
+            return dense()
+        return None if padding is None else padding[:, None, None, :]
+
+    if isinstance(q_offset, Tensor):
+        if tracing:
+            return dense()
+        q_offset = int(q_offset)
+    visible = q_offset + q_length - kv_offset  # keys up to the one of the last query
+    if not q_length <= visible <= kv_length:
+        return dense()
+    if window is not None and window < visible:
+        if padding is None:
+            padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        mask = padding[:, None, :visible]
+        setattr(mask, _WINDOW, window)
+        return mask
+    if padding is not None:
+        return padding[:, :visible]
+    if visible == q_length or (q_length == 1 and visible == kv_length):
+        return None  # sdpa's own meaning of None: causal over the first q_length keys, or one query that sees all
+    return torch.ones(batch_size, visible, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The 2D mask of the keys at hand: a cache holds kv_length of them, from kv_offset on."""
+    if mask is None:
+        return None
+    missing = kv_length + kv_offset - mask.shape[-1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    return mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+
+
+def _pattern(function: Any, tracing: bool) -> tuple[bool, int | None] | None:
+    """(causal, window) of a mask function of transformers, or None for one that we do not know."""
+    if function is masking_utils.causal_mask_function:
+        return True, None
+    if function is masking_utils.bidirectional_mask_function:
+        return False, None
+    if tracing:
+        return None  # the closures below cannot be looked into while tracing; a dense mask is as right
+    parts = _closure(function, _AND_MASK).get("mask_functions")
+    if parts is None or len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+        return None
+    window = _closure(parts[0], _WINDOW_OVERLAY).get("sliding_window")
+    return (True, window) if isinstance(window, int) and window > 0 else None
+
+
+def _closure(function: Any, maker: Any) -> dict[str, Any]:
+    """The variables that `function` closes over, if it is one of those that `maker` makes; else nothing."""
+    if getattr(function, "__code__", None) is not maker.__code__ or function.__closure__ is None:
+        return {}
+    return dict(
+        zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True)
+    )
+
+
+_AND_MASK = masking_utils.and_masks()
+_WINDOW_OVERLAY = masking_utils.sliding_window_overlay(1)
+
+
+_reads_the_interface: set[type] = set()
+
+
+def _check_reads_the_interface(config: Any) -> None:
+    """Some modeling files (mpnet, deberta, longformer, ...) compute attention themselves and would misread our masks."""
+    cls = type(config)
+    if config is None or cls in _reads_the_interface:
+        return
+    folder, _, name = cls.__module__.rpartition(".")
+    if folder.startswith("transformers.models.") and name.startswith("configuration_"):
+        modeling = sys.modules.get(f"{folder}.{name.replace('configuration_', 'modeling_', 1)}")
+        if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+            raise ValueError(
+                f"attn_implementation='bigmodel' does not work for {cls.__name__}: {modeling.__name__} does not call "
+                "transformers' attention interface; allowed are 'eager' and what else the model supports"
+            )
+    _reads_the_interface.add(cls)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+@dataclass
+class Visibility:
+    """Which keys a query sees, in the terms of `bigmodel::attention`, and how many keys there are."""
+
+    keys: int
+    causal: bool = False
+    window: int | None = None  # keys to the left, this one included
+    padding: Tensor | None = None  # bool (B, keys)
+    bias: Tensor | None = None  # added to the logits, broadcasts to (B, H, Sq, keys)
+
+
+def visibility(
+    query: Tensor, keys: int, mask: Tensor | None, *, is_causal: bool, position_bias: Tensor | None = None
+) -> Visibility:
+    """Reads a mask (see the top of this file). `is_causal` counts only where there is no mask, as for sdpa."""
+    rows = query.shape[2]
+    if mask is None:
+        result = Visibility(keys, causal=is_causal and rows > 1)
+        if result.causal and keys > rows:
+            result.keys = rows  # prefill into an empty static cache: the keys behind are not there yet
+        elif result.causal and keys < rows:
+            triangle = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril()
+            result.causal, result.bias = False, _additive(triangle, query)
+    elif not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
+    elif mask.dim() in (2, 3):
+        window = None
+        if mask.dim() == 3:
+            window = getattr(mask, _WINDOW, None)
+            if window is None:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4 dimensions. "
+                    "If it was made for a sliding window, it was copied on the way to the attention"
+                )
+            mask = mask[:, 0]
+        if mask.shape[1] > keys:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, for more than the {keys} keys there are")
+        result = Visibility(mask.shape[1], causal=rows > 1, window=window, padding=mask.to(torch.bool))
+    elif mask.dim() == 4:
+        result = Visibility(keys)
+        if mask.dtype != torch.bool:
+            result.bias = mask if mask.dtype in (query.dtype, torch.float32) else mask.to(query.dtype)
+        elif mask.shape[1] == 1 and mask.shape[2] == 1:
+            result.padding = mask[:, 0, 0, :].expand(query.shape[0], -1)
+        else:
+            result.bias = _additive(mask, query)
+    else:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 and 4 dimensions")
+    if position_bias is not None:
+        position_bias = position_bias[..., : result.keys].to(query.dtype)
+        result.bias = position_bias if result.bias is None else result.bias + position_bias
+    return result
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of (B, H, Sq, D) on (B, Hkv, Sk, D) for any transformers model, to the result of its eager code.
+
+    Returns the output as (B, Sq, H, D), and the probabilities (B, H, Sq, Sk) where the call asks for them
+    (`output_attentions`): those are then computed in plain PyTorch next to the kernel's output. Dropout of
+    probabilities is the operator's own. Value heads of another size than the key's, and heads above 256, run in
+    torch's scaled_dot_product_attention and are logged once. Attention sinks (`s_aux`) raise ValueError.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("s_aux (attention sinks) is not supported by attn_implementation='bigmodel'; use 'eager'")
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    seen = visibility(query, key.shape[2], attention_mask, is_causal=is_causal, position_bias=position_bias)
+    if seen.keys != key.shape[2]:
+        key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
+    p = dropout if module.training else 0.0
+    wanted = wants_attentions(kwargs)
+    if wanted and p:
+        weights = _probabilities(query, key, seen, scale, softcap)
+        weights = torch.nn.functional.dropout(weights, p=p)
+        return _weigh(weights, value).transpose(1, 2).contiguous(), weights
+    if value.shape[-1] != key.shape[-1] or query.shape[-1] > 256:
+        out = _sdpa(query, key, value, seen, scale, softcap, p)
+    else:
+        out = run(query, key, value, seen, scale, softcap or 0.0, p)
+    return out.transpose(1, 2), _probabilities(query, key, seen, scale, softcap) if wanted else None
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Visibility,
+    scale: float,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The operator itself, (B, H, Sq, D), laid out in memory as (B, Sq, H, D)."""
+    out: Tensor = torch.ops.bigmodel.attention.default(
+        query,
+        key,
+        value,
+        seen.padding,
+        seen.bias,
+        None,
+        None,
+        torch.randint(0, 2**62, (), device=query.device) if dropout_p else None,
+        softmax_scale=scale,
+        is_causal=seen.causal,
+        window_left=-1 if seen.window is None else seen.window - 1,
+        softcap=softcap,
+        dropout_p=dropout_p,
+    )[0]
+    return out
+
+
+def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
+    """Causal, window and padding as one boolean mask; the bias is apart."""
+    mask = None if seen.padding is None else seen.padding[:, None, None, :]
+    if seen.causal:
+        rows = query.shape[2]
+        last = torch.arange(rows, device=query.device)[:, None] + seen.keys - rows
+        index = torch.arange(seen.keys, device=query.device)
+        pattern = index <= last
+        if seen.window is not None:
+            pattern = pattern & (index > last - seen.window)
+        mask = pattern if mask is None else mask & pattern
+    return mask
+
+
+def _probabilities(query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None) -> Tensor:
+    """The weights (B, H, Sq, Sk) by definition; zero for a query that sees nothing, as in the operator."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if seen.bias is not None:
+        logits = logits + seen.bias
+    mask = _dense_mask(query, seen)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.softmax(logits, dim=-1, dtype=exact).nan_to_num(0.0).to(query.dtype)
+
+
+def _weigh(weights: Tensor, value: Tensor) -> Tensor:
+    return torch.matmul(weights, value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1))
+
+
+_logged: set[str] = set()
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float, softcap: float | None, p: float
+) -> Tensor:
+    """Shapes that the operator does not take."""
+    if softcap:
+        return _weigh(torch.dropout(_probabilities(query, key, seen, scale, softcap), p, p > 0), value)
+    reason = f"query and key heads of {query.shape[-1]} and value heads of {value.shape[-1]}"
+    if not torch.compiler.is_compiling() and reason not in _logged:
+        _logged.add(reason)
+        _logger.warning("bigmodel attention does not take %s: torch's scaled_dot_product_attention runs them", reason)
+    mask = _dense_mask(query, seen)
+    if seen.bias is not None:
+        mask = seen.bias if mask is None else seen.bias.masked_fill(~mask, float("-inf"))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=p, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# outputs that the call asks for
+
+
+def collected() -> Any:
+    """Names of the outputs ("hidden_states", "attentions", ...) that the running forward collects by hooks."""
+    try:
+        from transformers.utils.output_capturing import _active_collector as collector
+    except ImportError:  # transformers before 5.2 has no such hooks, and passes flags instead
+        return ()
+    if torch.compiler.is_compiling():
+        return (collector.global_var or ()) if collector.compiling else ()
+    return collector.get() or ()
+
+
+def wants_attentions(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions")) or "attentions" in collected() or "cross_attentions" in collected()

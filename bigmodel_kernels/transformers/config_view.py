@@ -1,0 +1,65 @@
+"""A view of a config that differs in one answer: its attention implementation is "bigmodel".
+
+transformers builds attention masks, and picks the attention function, by `config._attn_implementation`. Several
+models may share one config object, and users go on changing it after patching, so neither changing it nor copying it
+will do. A view shares the `__dict__` of its base: every other attribute is the same for both, at all times.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from bigmodel_kernels.transformers.autoregister import NAME
+
+_BASE = "_bigmodel_base"
+_classes: dict[type, type] = {}
+
+
+def view(base: Any) -> Any:
+    """A config equal to `base` but for the attention implementation."""
+    cls = type(base)
+    if cls not in _classes:
+        namespace = {
+            "__slots__": (_BASE,),
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__eq__": _equal,
+            "_attn_implementation": property(_implementation, _set_implementation),
+            "__reduce_ex__": _reduce,
+            "__deepcopy__": _deepcopy,
+        }
+        _classes[cls] = type(cls.__name__, (cls,), namespace)
+    result = object.__new__(_classes[cls])
+    object.__setattr__(result, "__dict__", base.__dict__)
+    object.__setattr__(result, _BASE, base)
+    return result
+
+
+def is_view(config: Any) -> bool:
+    return type(config) in _classes.values()
+
+
+def base_of(config: Any) -> Any:
+    """The config behind a view; any other config itself."""
+    return object.__getattribute__(config, _BASE) if is_view(config) else config
+
+
+def _implementation(self: Any) -> str:
+    return NAME
+
+
+def _set_implementation(self: Any, value: Any) -> None:
+    object.__getattribute__(self, _BASE)._attn_implementation = value
+
+
+def _equal(self: Any, other: Any) -> bool:
+    return bool(base_of(self) == base_of(other))
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    return view, (base_of(self),)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    return view(copy.deepcopy(base_of(self), memo))

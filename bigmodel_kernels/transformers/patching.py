@@ -1,0 +1,345 @@
+"""`patch`, `unpatch`, `patched` and `explain`.
+
+A module is patched by giving the instance another class: a subclass of its own, named at the top of a module, with
+another `forward`. So `isinstance`, pickle, deepcopy, `state_dict` and hooks go on working, weights are the same
+tensors, no class or global of transformers changes, and taking the subclass away again restores everything. The
+models themselves (BertModel, ...) keep their class: transformers keys behaviour and saved names on it. What they
+need to know - that masks may stay two-dimensional - they read from their config, which they see through a view
+(see config_view).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigmodel_kernels import backends
+from bigmodel_kernels.transformers import checks, config_view, families, report
+from bigmodel_kernels.transformers.autoregister import register
+from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.report import PatchReport, Row
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Lets the model's modules run our operators, in place, and says what became of each.
+
+    model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not exactly as
+    known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a config that the
+    operators do not have, weights that are not loaded) is left alone, and the report says why. Modules that are
+    patched already stay so. If anything fails on the way, nothing is patched.
+
+    Raises TypeError for something that is not a module.
+    """
+    plan = _plan(model)
+    _apply(plan.changes)
+    return plan.report(applied=True)
+
+
+def unpatch(model: nn.Module) -> int:
+    """Gives every patched module its own class and config back. Returns how many modules that were."""
+    _require_module(model)
+    originals = {rule.patched: rule.original for family in families.loaded() for rule in _all_rules(family)}
+    restored = 0
+    for module in model.modules():
+        original = originals.get(type(module))
+        if original is not None:
+            module.__class__ = original
+            restored += 1
+        config = module.__dict__.get("config")
+        if config is not None and config_view.is_view(config):
+            module.__dict__["config"] = config_view.base_of(config)
+    return restored
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module) -> Iterator[PatchReport]:
+    """`patch` within a `with`, undone at its end; what was patched before stays patched. Yields the report."""
+    plan = _plan(model)
+    _apply(plan.changes)
+    try:
+        yield plan.report(applied=True)
+    finally:
+        for change in reversed(plan.changes):
+            change.undo()
+
+
+def explain(model: nn.Module) -> PatchReport:
+    """The report that `patch` would give, and nothing patched."""
+    return _plan(model).report(applied=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# changes
+
+
+@dataclass
+class Change:
+    """One module's class or config, before and after."""
+
+    module: nn.Module
+    before: Any
+    after: Any
+    is_config: bool = False
+
+    def apply(self) -> None:
+        self._set(self.after)
+
+    def undo(self) -> None:
+        """Restores what was before, unless somebody else has changed it since."""
+        if self._get() is self.after:
+            self._set(self.before)
+
+    def _get(self) -> Any:
+        return self.module.__dict__.get("config") if self.is_config else type(self.module)
+
+    def _set(self, value: Any) -> None:
+        if self.is_config:
+            self.module.__dict__["config"] = value
+        else:
+            self.module.__class__ = value
+
+
+def _apply(changes: list[Change]) -> None:
+    """All, or on an error none."""
+    done: list[Change] = []
+    try:
+        for change in changes:
+            change.apply()
+            done.append(change)
+    except BaseException:
+        for change in reversed(done):
+            change.undo()
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the plan
+
+
+@dataclass
+class _Plan:
+    model: nn.Module
+    changes: list[Change]
+    rows: list[Row]
+    targets: list[nn.Module]
+
+    def report(self, applied: bool) -> PatchReport:
+        import transformers
+
+        now, most = _packed_bytes(self.targets)
+        notes = []
+        if not self.targets:
+            notes.append(
+                "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces the attention "
+                "of any transformers model"
+            )
+        return PatchReport(
+            model=type(self.model).__name__,
+            rows=self.rows,
+            packed_bytes=now,
+            packed_bytes_at_most=most,
+            transformers_version=transformers.__version__,
+            torch_version=torch.__version__,
+            notes=notes,
+            applied=applied,
+        )
+
+
+def _plan(model: nn.Module) -> _Plan:
+    _require_module(model)
+    register()
+    plan = _Plan(model, [], [], [])
+    for family in families.loaded():
+        _plan_family(plan, family)
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    plan.rows.sort(key=lambda row: order[row.name])
+    return plan
+
+
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+
+
+def _all_rules(family: Family) -> tuple[Rule | ChildRule, ...]:
+    return (*family.rules, *family.children)
+
+
+def _plan_family(plan: _Plan, family: Family) -> None:
+    model = plan.model
+    roots = [(name, module) for name, module in model.named_modules() if isinstance(module, family.models)]
+    places = {
+        id(module._modules.get(rule.attribute)): rule
+        for module in model.modules()
+        for rule in family.children
+        if isinstance(module, rule.parent) and module._modules.get(rule.attribute) is not None
+    }
+    covered: list[str] = []
+    for name, module in model.named_modules():
+        rule = places.get(id(module)) or _rule_for(module, family)
+        if rule is not None:
+            if type(module) is not rule.original and type(module) is not rule.patched:
+                why = checks.reason_for_class(module, rule.original)
+                plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why or ""))
+            else:
+                _plan_module(plan, family, rule, name, module)
+            covered.append(name)
+        elif type(module) in family.left:
+            plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=family.left[type(module)]))
+            covered.append(name)
+    _rows_for_the_rest(plan, family, roots, covered)
+    for _, root in roots:
+        _plan_config(plan, family, root)
+
+
+def _rule_for(module: nn.Module, family: Family) -> Rule | None:
+    for rule in family.rules:
+        if isinstance(module, rule.original):
+            return rule
+    return None
+
+
+def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str, module: nn.Module) -> None:
+    already = type(module) is rule.patched
+    if already:
+        why = None
+    else:
+        why = checks.reason_for_hooks(module) or checks.reason_for_parameters(module)
+        if why is None and isinstance(rule, Rule):
+            why = rule.check(module)
+    chosen: tuple[str, ...] = ()
+    if why is None:
+        chosen, why = _backends(rule.ops, module)
+    if why is not None:
+        plan.rows.append(Row(name, rule.original.__name__, report.LEFT, reason=why))
+        return
+    note = rule.note if isinstance(rule, Rule) else ""
+    status = report.ALREADY if already else report.PATCHED
+    plan.rows.append(Row(name, rule.original.__name__, status, rule.ops, chosen, note))
+    plan.targets.append(module)
+    if not already:
+        plan.changes.append(Change(module, type(module), rule.patched))
+
+
+def _rows_for_the_rest(
+    plan: _Plan, family: Family, roots: list[tuple[str, nn.Module]], covered: list[str]
+) -> None:
+    """Modules with weights that no rule speaks of: said too, so that the report accounts for the whole model."""
+    if not roots:
+        return
+    prefixes = tuple(name + "." for name in covered)
+    for name, module in plan.model.named_modules():
+        if not name or name in covered or name.startswith(prefixes) or not module._parameters:
+            continue
+        if type(module) is nn.Embedding:
+            why = "a table lookup, nothing to fuse"
+        else:
+            why = "outside the blocks, too small to gain"
+        plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why))
+
+
+def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
+    """Lets a model keep masks two-dimensional, if everybody on the mask's way knows what to do with one."""
+    config = root.__dict__.get("config")
+    cls = next(cls for cls in family.models if isinstance(root, cls))
+    if config is None or config_view.is_view(config) or "forward" in root.__dict__:
+        return
+    if type(root).forward is not cls.forward or getattr(type(root), "_create_attention_masks", None) is not getattr(
+        cls, "_create_attention_masks", None
+    ):
+        return
+    known = {*family.mask_path, *(rule.patched for rule in family.rules)}
+    on_path = [module for module in root.modules() if isinstance(module, family.mask_path)]
+    if any(type(module) not in known or "forward" in module.__dict__ for module in on_path):
+        return
+    for module in (root, *on_path):
+        own = module.__dict__.get("config")
+        if own is not None and not config_view.is_view(own):
+            plan.changes.append(Change(module, own, config_view.view(own), is_config=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# backends and memory
+
+
+def _backends(ops: tuple[str, ...], module: nn.Module) -> tuple[tuple[str, ...], str | None]:
+    """The backend that will run each operator for weights like these, or the reason why none will."""
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return (), None
+    heads = getattr(module, "attention_head_size", None) or getattr(module, "head_dim", None) or 64
+    chosen = []
+    for op in ops:
+        try:
+            answer = backends.explain_call(op, weight.device.type, *_example(op, weight, heads))
+        except backends.BackendError as error:
+            return (), str(error)
+        if answer.chosen is None:
+            return (), answer.error or "no backend runs it"
+        chosen.append(answer.chosen)
+    return tuple(chosen), None
+
+
+def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a small call of the operator, of the weights' dtype and device."""
+    from bigmodel_kernels import ops
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    prepare = __import__(f"{ops.__name__}.{_FOLDERS[op]}", fromlist=["prepare"]).prepare
+    if op == "attention":
+        query = new(1, 1, 2, head_dim)
+        return prepare(query, query, query)  # type: ignore[no-any-return]
+    if op == "linear":
+        return prepare(new(1, 64), new(64, 64), new(64))  # type: ignore[no-any-return]
+    if op == "feed_forward":
+        return prepare(new(1, 64), new(64, 64), new(64), new(64, 64), new(64), activation="gelu")  # type: ignore[no-any-return]
+    if op == "layer_norm":
+        return prepare(new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
+    ids = torch.zeros(1, dtype=torch.int64, device=like.device)
+    return prepare(ids, new(1, 64), ids, new(1, 64), ids, new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
+
+
+_FOLDERS = {
+    "attention": "attention",
+    "linear": "linear",
+    "feed_forward": "feed_forward",
+    "layer_norm": "norm",
+    "embedding": "embedding",
+}
+
+
+def _packed_bytes(targets: list[nn.Module]) -> tuple[int, int]:
+    """Bytes of packed copies now, and once everything has run. Only the CPU library packs."""
+    from bigmodel_kernels.ops.linear.native import packed_bytes
+
+    projections = {
+        id(weight): weight
+        for target in targets
+        if not _is_embedding(target)
+        for weight in target.parameters()
+        if weight.dim() == 2
+    }
+    weights = list(projections.values())
+    most = sum(w.numel() * w.element_size() for w in weights if _packs(w))
+    return packed_bytes(weights), most
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Embedding) for child in module.modules())
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    return _backends(("linear",), _Holder(weight))[0] == ("native",)
+
+
+class _Holder(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)

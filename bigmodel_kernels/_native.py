@@ -1,0 +1,30 @@
+"""Loads the compiled CPU library once, on first need, and says why where it cannot."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).parent / "libbigmodel_cpu.so"
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why the compiled library is not loaded, or None where it is."""
+    if not _LIBRARY.exists():
+        return (
+            f"the CPU extension is not built ({_LIBRARY.name} is missing); "
+            "reinstall with a C++20 compiler and ninja on PATH"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the CPU extension does not load: {error}"
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled CPU ops (``torch.ops.bigmodel.cpu_*``) can be called."""
+    return reason() is None

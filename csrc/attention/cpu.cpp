@@ -1,0 +1,347 @@
+// attention: softmax(scale * Q K^T + bias, masked) V, tiled over keys with an online softmax, so that memory is linear in the
+// sequence length. Milakov & Gimelshein, arXiv 1805.02867; Dao, FlashAttention-2, arXiv 2307.08691, algorithm 1.
+//
+//   one task: one sequence, one kv head, a chunk of its queries (with GQA, of all query heads that share the kv head)
+//
+//                      key block (key_block keys, packed once per chunk: K transposed into panels, V into panels)
+//                     +--------------------------+
+//     score_rows rows |  S = Q K^T, in L1        |   row max, P = 2^(S - max), row sum, O = O * 2^(old max - max) + P V
+//                     +--------------------------+
+//
+// Logits are kept in base 2 (log2(e) is folded into the query's scale), so the softmax needs 2^x alone. Everything between
+// loading Q, K, V and storing O is float32. A chunk of very few rows (decoding) skips the packing, which would cost more
+// than it saves, and takes K and V as they lie in memory.
+#include "../dispatch.h"
+#include "../gemm/gemm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+namespace {
+
+constexpr int64_t key_block = 256;
+constexpr int64_t score_rows = 4 * tile_rows;
+constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
+constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
+constexpr float log2e = 1.44269504f, ln2 = 0.693147181f, infinity = __builtin_inff();
+
+// Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
+template <class T>
+static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
+  for (int64_t first = 0; first < keys; first += panel, packed += depth * panel) {
+    const int64_t here = smaller(panel, keys - first);
+    const T* source = x + first * stride;
+    int64_t d = 0;
+#if BIGMODEL_SIMD >= 256
+    for (; d + 8 <= depth; d += 8)
+      for (int64_t group = 0; group < panel; group += 8) {
+        __m256 r[8];
+        for (int i = 0; i < 8; i++) r[i] = group + i < here ? load8(source + (group + i) * stride + d) : _mm256_setzero_ps();
+        transpose8x8(r, packed + d * panel + group, panel);
+      }
+#endif
+    for (; d < depth; d++)
+      for (int64_t i = 0; i < panel; i++) packed[d * panel + i] = i < here ? to_float(source[i * stride + d]) : 0.0f;
+  }
+}
+
+// The same rows as panels [depth / panel][keys][panel]: V's columns, in its own order.
+template <class T>
+static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
+  for (int64_t first = 0; first < depth; first += panel)
+    for (int64_t j = 0; j < keys; j++, packed += panel)
+      for (int64_t i = 0; i < panel; i += F32::width) {
+        const int64_t here = depth - first - i;
+        (here >= F32::width ? F32::load(x + j * stride + first + i)
+         : here > 0         ? load_partial(x + j * stride + first + i, int(here))
+                            : F32::zero()).store(packed + i);
+      }
+}
+
+struct Statistics {  // of one query row: running maximum (base 2) and sum
+  float maximum, sum;
+};
+
+template <class T>
+struct Attention {
+  const Runtime& runtime;
+  const AttentionArgs& args;
+  const int64_t group = args.heads / args.kv_heads, depth = args.head_dim, depth_padded = round_up(args.head_dim, panel);
+  const float query_scale = args.softcap > 0 ? args.softmax_scale / args.softcap : args.softmax_scale * log2e;
+
+  // One sequence and kv head: where its rows are and how keys are limited.
+  struct Sequence {
+    int64_t batch, kv_head, queries, keys, first_query;  // first_query: offset of the sequence's rows in a packed output
+    const T *query, *key, *value;
+
+    int64_t diagonal() const { return keys - queries; }  // bottom-right alignment
+  };
+
+  Sequence sequence(int64_t batch, int64_t kv_head) const {
+    Sequence s = {batch, kv_head, args.query_length, args.key_length, 0, static_cast<const T*>(args.query) + batch * args.query_stride[0],
+                  static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1],
+                  static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1]};
+    if (args.cu_seqlens_q) {
+      s.first_query = args.cu_seqlens_q[batch];
+      const int64_t first_key = args.cu_seqlens_k[batch];
+      s.queries = args.cu_seqlens_q[batch + 1] - s.first_query;
+      s.keys = args.cu_seqlens_k[batch + 1] - first_key;
+      s.query += s.first_query * args.query_stride[2];
+      s.key += first_key * args.key_stride[2];
+      s.value += first_key * args.value_stride[2];
+    }
+    return s;
+  }
+
+  // Keys [low, high) that query i may see by causality and window.
+  int64_t low(const Sequence& s, int64_t i) const {
+    return args.window_left < 0 ? 0 : larger(0, i + s.diagonal() - args.window_left);
+  }
+  int64_t high(const Sequence& s, int64_t i) const {
+    int64_t end = s.keys;
+    if (args.is_causal) end = smaller(end, i + s.diagonal() + 1);
+    if (args.window_right >= 0) end = smaller(end, i + s.diagonal() + args.window_right + 1);
+    return larger(0, end);
+  }
+
+  // A row of a chunk is (query, head of the group), heads varying fastest, so limits grow with the row.
+  int64_t query_of(int64_t first, int64_t row) const { return first + row / group; }
+  int64_t head_of(const Sequence& s, int64_t row) const { return s.kv_head * group + row % group; }
+
+  // ---- what is done to logits between S = QK^T and the softmax ----
+
+  template <class B>
+  void add_bias(const B* bias, int64_t stride, float* scores, int64_t n) const {
+    const F32 factor = F32::set(log2e);
+    int64_t j = 0;
+    if (stride == 1)
+      for (; j + F32::width <= n; j += F32::width) fma(F32::load(bias + j), factor, F32::load(scores + j)).store(scores + j);
+    for (; j < n; j++) scores[j] += to_float(bias[j * stride]) * log2e;
+  }
+
+  // Softcap, bias, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
+  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+    if (args.softcap > 0) {
+      const F32 cap = F32::set(args.softcap * log2e);
+      for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j)) * cap).store(scores + j);
+    }
+    if (args.bias) {
+      const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
+      with_dtype(args.bias_dtype, [&](auto type) { add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scores, n); });
+    }
+    if (mask)
+      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
+    const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
+    for (int64_t j = 0; j < first; j++) scores[j] = -infinity;
+    for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
+  }
+
+  // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before.
+  static float softmax(float* scores, int64_t n_padded, Statistics& row) {
+    F32 m0 = F32::set(-infinity), m1 = m0;
+    int64_t j = 0;
+    for (; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
+      m0 = max(m0, F32::load(scores + j));
+      m1 = max(m1, F32::load(scores + j + F32::width));
+    }
+    for (; j < n_padded; j += F32::width) m0 = max(m0, F32::load(scores + j));
+    const float block = maximum(max(m0, m1)), top = block > row.maximum ? block : row.maximum;
+    const float reference = top == -infinity ? 0.0f : top;  // no key seen yet: -inf - 0 stays -inf and 2^-inf is 0
+    const F32 shift = F32::set(reference);
+    F32 s0 = F32::zero(), s1 = F32::zero();
+    for (j = 0; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
+      const F32 p0 = exp2(F32::load(scores + j) - shift), p1 = exp2(F32::load(scores + j + F32::width) - shift);
+      p0.store(scores + j);
+      p1.store(scores + j + F32::width);
+      s0 = s0 + p0;
+      s1 = s1 + p1;
+    }
+    for (; j < n_padded; j += F32::width) {
+      const F32 p = exp2(F32::load(scores + j) - shift);
+      p.store(scores + j);
+      s0 = s0 + p;
+    }
+    const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f(row.maximum - reference);
+    row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(s0 + s1);
+    row.maximum = top;
+    return factor;
+  }
+
+  static void rescale(float* output, int64_t n, float factor) {
+    if (factor == 1.0f) return;
+    const F32 f = F32::set(factor);
+    for (int64_t d = 0; d < n; d += F32::width) (F32::load(output + d) * f).store(output + d);
+  }
+
+  // The key padding mask of a block as 0 / -inf to add; nullptr where all its keys are visible, `visible` false where none is.
+  const float* padding(const Sequence& s, int64_t key, int64_t n, int64_t n_padded, float* buffer, bool& visible) const {
+    visible = true;
+    if (!args.key_padding_mask) return nullptr;
+    const uint8_t* mask = args.key_padding_mask + s.batch * args.mask_stride + key;
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; j++) {
+      buffer[j] = mask[j] ? 0.0f : -infinity;
+      count += mask[j] != 0;
+    }
+    for (int64_t j = n; j < n_padded; j++) buffer[j] = -infinity;
+    visible = count > 0;
+    return count == n ? nullptr : buffer;
+  }
+
+  // ---- a chunk: queries [first, first + count) of one sequence and kv head ----
+
+  void chunk(const Sequence& s, int64_t first, int64_t count) const {
+    const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
+    const bool direct = rows <= direct_rows;
+    auto floats = [&](ScratchSlot slot, int64_t n) { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); };
+    float* query = floats(scratch_query, 2 * padded_rows * depth_padded + 16);   // rows, and the same packed into tiles
+    float* output = floats(scratch_output, rows * depth_padded);
+    float* scores = floats(scratch_scores, (score_rows + 1) * score_stride);     // the last row holds the padding mask
+    auto* statistics = static_cast<Statistics*>(runtime.scratch(scratch_statistics, size_t(rows) * sizeof(Statistics)));
+    float *packed_key = nullptr, *packed_value = nullptr;
+    if (!direct) {
+      packed_key = floats(scratch_key, key_block * depth);
+      packed_value = floats(scratch_value, key_block * depth_padded);
+    }
+
+    for (int64_t row = 0; row < rows; row++) {
+      const T* source = s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
+      for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) * query_scale : 0.0f;
+      statistics[row] = {-infinity, 0.0f};
+    }
+    float* tiles = query + padded_rows * depth_padded;
+    if (!direct) pack_rows(query, depth_padded, rows, depth, tiles);
+    memset(output, 0, size_t(rows * depth_padded) * sizeof(float));
+
+    const int64_t begin = low(s, first), end = high(s, first + count - 1);
+    for (int64_t key = begin; key < end; key += key_block) {
+      const int64_t n = smaller(key_block, end - key), n_padded = round_up(n, panel);
+      bool visible;
+      const float* mask = padding(s, key, n, n_padded, scores + score_rows * score_stride, visible);
+      if (!visible) continue;
+      const T* keys = s.key + key * args.key_stride[2];
+      const T* values = s.value + key * args.value_stride[2];
+      if (direct) {
+        direct_block(s, first, rows, key, n, mask, keys, values, query, scores, statistics, output);
+        continue;
+      }
+      pack_transposed(keys, args.key_stride[2], n, depth, packed_key);
+      pack_columns(values, args.value_stride[2], n, depth, packed_value);
+      for (int64_t row = 0; row < rows; row += score_rows)
+        tile(s, first, row, smaller(score_rows, rows - row), key, n, mask, tiles, packed_key, packed_value, scores, statistics, output);
+    }
+
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t i = query_of(first, row), head = head_of(s, row);
+      const float total = statistics[row].sum;
+      const F32 inverse = F32::set(total == 0.0f ? 0.0f : 1.0f / total);  // no visible key: a row of zeros
+      T* out = static_cast<T*>(args.out) + s.batch * args.out_stride[0] + head * args.out_stride[1] + (s.first_query + i) * args.out_stride[2];
+      for (int64_t d = 0; d < depth; d += F32::width)
+        store_row(F32::load(output + row * depth_padded + d) * inverse, out + d, depth - d);
+      args.logsumexp[s.batch * args.logsumexp_stride[0] + head * args.logsumexp_stride[1] + s.first_query + i] =
+          total == 0.0f ? -infinity : statistics[row].maximum * ln2 + __builtin_logf(total);
+    }
+  }
+
+  static BIGMODEL_INLINE void store_row(F32 x, T* out, int64_t left) {
+    if (left >= F32::width) x.store(out);
+    else store_partial(x, out, int(left));
+  }
+
+  // score_rows rows against one packed key block.
+  void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const float* tiles,
+            const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
+    using Step = Widen<float>;
+    const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
+    const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
+    if (low_key >= high_key) return;
+    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
+    for (int64_t p = first_panel; p < last_panel; p++)
+      for (int64_t r = 0; r < rows; r += tile_rows)
+        multiply_rows<Step>(smaller(tile_rows, rows - r), depth, PackedTile<Step>{tiles + (row + r) * depth}, packed_key + p * panel * depth,
+                            scores + r * score_stride + p * panel, score_stride, false);
+
+    const int64_t from = first_panel * panel, width = last_panel * panel - from;
+    for (int64_t r = 0; r < rows; r++) {
+      float* line = scores + r * score_stride + from;
+      modify(s, query_of(first, row + r), head_of(s, row + r), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
+      rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r]));
+    }
+    for (int64_t p = 0; p * panel < depth; p++)
+      for (int64_t r = 0; r < rows; r += tile_rows)
+        multiply_rows<Step>(smaller(tile_rows, rows - r), high_key - from, RowMajorTile{scores + r * score_stride + from, score_stride},
+                            packed_value + (p * n + from) * panel, output + (row + r) * depth_padded + p * panel, depth_padded, true);
+  }
+
+  // A few rows against a block of keys in place: dot products along head_dim, then a weighted sum of V's rows.
+  void direct_block(const Sequence& s, int64_t first, int64_t rows, int64_t key, int64_t n, const float* mask, const T* keys, const T* values,
+                    const float* query, float* scores, Statistics* statistics, float* output) const {
+    const int64_t n_padded = round_up(n, panel), whole = depth / F32::width * F32::width;
+    for (int64_t j = 0; j < n; j++) {
+      const T* k = keys + j * args.key_stride[2];
+      for (int64_t r = 0; r < rows; r++) {
+        const float* q = query + r * depth_padded;
+        F32 a0 = F32::zero(), a1 = F32::zero();
+        int64_t d = 0;
+        for (; d + 2 * F32::width <= whole; d += 2 * F32::width) {
+          a0 = fma(F32::load(q + d), F32::load(k + d), a0);
+          a1 = fma(F32::load(q + d + F32::width), F32::load(k + d + F32::width), a1);
+        }
+        for (; d < whole; d += F32::width) a0 = fma(F32::load(q + d), F32::load(k + d), a0);
+        float dot = sum(a0 + a1);
+        for (; d < depth; d++) dot += q[d] * to_float(k[d]);
+        scores[r * score_stride + j] = dot;
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      float* line = scores + r * score_stride;
+      for (int64_t j = n; j < n_padded; j++) line[j] = 0.0f;
+      modify(s, query_of(first, r), head_of(s, r), key, n, n_padded, mask, line);
+      rescale(output + r * depth_padded, depth_padded, softmax(line, n_padded, statistics[r]));
+      float* out = output + r * depth_padded;
+      constexpr int64_t stripe = 4 * F32::width;
+      int64_t d = 0;
+      for (; d + stripe <= whole; d += stripe) {
+        F32 acc[4];
+        for (int i = 0; i < 4; i++) acc[i] = F32::load(out + d + i * F32::width);
+        const T* v = values + d;
+        for (int64_t j = 0; j < n; j++, v += args.value_stride[2]) {
+          const F32 p = F32::set(line[j]);
+          for (int i = 0; i < 4; i++) acc[i] = fma(p, F32::load(v + i * F32::width), acc[i]);
+        }
+        for (int i = 0; i < 4; i++) acc[i].store(out + d + i * F32::width);
+      }
+      for (; d < depth; d += F32::width) {
+        const int here = int(smaller(F32::width, depth - d));
+        F32 acc = F32::load(out + d);
+        for (int64_t j = 0; j < n; j++) {
+          const T* v = values + j * args.value_stride[2] + d;
+          acc = fma(F32::set(line[j]), here == F32::width ? F32::load(v) : load_partial(v, here), acc);
+        }
+        acc.store(out + d);
+      }
+    }
+  }
+
+  void run() const {
+    // Chunks as long as packing K and V per chunk stays cheap, but enough of them for every thread. Last queries first: under
+    // causality they see the most keys, and long tasks are best started early.
+    const int64_t sequences = args.batch * args.kv_heads;
+    int64_t queries = larger(1, 32768 / larger(64, depth) / group);
+    while (sequences * ceil_div(args.query_length, queries) < 4 * runtime.threads && queries * group > 16 * tile_rows) queries /= 2;
+    const int64_t chunks = ceil_div(args.query_length, queries);
+    queries = ceil_div(args.query_length, chunks);
+    parallel(runtime, sequences * chunks, [&](int64_t task) {
+      const int64_t pair = task % sequences, first = (chunks - 1 - task / sequences) * queries;
+      const Sequence s = sequence(pair / args.kv_heads, pair % args.kv_heads);
+      if (first < s.queries) chunk(s, first, smaller(queries, s.queries - first));
+    });
+  }
+};
+
+}  // namespace
+
+void attention(const Runtime& runtime, const AttentionArgs& args) {
+  with_dtype(args.dtype, [&](auto type) { Attention<decltype(type)>{runtime, args}.run(); });
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

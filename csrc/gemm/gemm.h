@@ -1,0 +1,196 @@
+// Matrix product of a block of activation rows with a packed weight, the heart of linear, feed_forward and attention.
+//
+// The picture (Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008; BLIS names):
+//
+//        packed weight, panels of `panel` columns             A: tiles of `tile_rows` rows, packed [k][tile_rows]
+//        +------+------+------+                               C: a tile of tile_rows x panel floats stays in registers
+//      k |      |      |      |                                  while k runs through one block of depth_block
+//        +------+------+------+
+//   A ->   C      C      C        one panel's depth block (panel * depth_block floats) stays in L1 while all tiles of the
+//                                 row block go over it; the row block's A stays in L2
+//
+// Half weights are widened to float32 as they are loaded; where the CPU has a bf16 dot product (AVX-512-BF16) both sides are
+// kept as pairs along k and multiplied by it, accumulating in float32.
+#pragma once
+#include "../arch/simd.h"
+#include "../kernels.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// 16 or 32 registers hold the tile, the panel's row and one broadcast.
+#if BIGMODEL_SIMD == 512
+inline constexpr int tile_rows = 12, panel_vectors = 2;
+#elif BIGMODEL_SIMD == 256
+inline constexpr int tile_rows = 6, panel_vectors = 2;
+#else
+inline constexpr int tile_rows = 4, panel_vectors = 1;
+#endif
+inline constexpr int panel = panel_vectors * F32::width;
+// In k steps. A panel's block (8 KB at 16 columns) stays in L1 with room to spare; the length is set by accuracy: each block's
+// sum starts from zero, so no chain of additions is longer, and the error is that of a blocked sum instead of growing with k.
+inline constexpr int64_t depth_block = 128;
+inline constexpr int64_t row_block = 16 * tile_rows;
+
+BIGMODEL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BIGMODEL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+BIGMODEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- how one k step multiplies: the element types of A and of the panel, and the step itself ----
+
+template <class Weight>
+struct Widen {               // A float32; panel float32, bf16 or fp16, widened at load
+  using A = float;
+  using B = Weight;
+  static constexpr int k_per_step = 1;
+  static BIGMODEL_INLINE F32 panel_row(const B* b) { return F32::load(b); }
+  static BIGMODEL_INLINE F32 broadcast(const A* a) { return F32::set(*a); }
+  static BIGMODEL_INLINE F32 step(F32 a, F32 b, F32 acc) { return fma(a, b, acc); }
+};
+
+#if BIGMODEL_BF16_DOT
+struct Pairs {               // both sides bf16 pairs along k
+  using A = uint32_t;
+  using B = uint32_t;
+  static constexpr int k_per_step = 2;
+  static BIGMODEL_INLINE F32 panel_row(const B* b) { return {_mm512_castsi512_ps(_mm512_loadu_si512(b))}; }
+  static BIGMODEL_INLINE F32 broadcast(const A* a) { return {_mm512_castsi512_ps(_mm512_set1_epi32(int(*a)))}; }
+  static BIGMODEL_INLINE F32 step(F32 a, F32 b, F32 acc) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  }
+};
+#endif
+
+// ---- the micro kernel: ROWS x panel accumulators over `steps` k steps ----
+
+template <class Step>
+struct PackedTile {          // a tile packed [k][tile_rows]
+  const typename Step::A* a;
+  BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * tile_rows + row; }
+};
+struct RowMajorTile {        // rows as they lie in memory: attention's probabilities
+  const float* a;
+  int64_t stride;
+  BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + row * stride + k; }
+};
+
+template <int ROWS, class Step, class Tile>
+BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate) {
+  F32 acc[ROWS][panel_vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; v++) acc[r][v] = F32::zero();
+  for (int64_t k = 0; k < steps; k++, b += panel) {
+    F32 row[panel_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; v++) row[v] = Step::panel_row(b + v * F32::width);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+      const F32 a = Step::broadcast(tile.at(k, r));
+#pragma GCC unroll 4
+      for (int v = 0; v < panel_vectors; v++) acc[r][v] = Step::step(a, row[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < panel_vectors; v++) {
+      float* target = c + r * c_stride + v * F32::width;
+      (accumulate ? F32::load(target) + acc[r][v] : acc[r][v]).store(target);
+    }
+}
+
+// `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others.
+template <class Step, class Tile, int ROWS = tile_rows>
+static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate) {
+  if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate);
+  if constexpr (ROWS > 1) multiply_rows<Step, Tile, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate);
+}
+
+// ---- packing A ----
+
+// Packs `rows` rows of x (row stride x_stride, k columns) into tiles [k][tile_rows]; rows that a last tile lacks are not read
+// by multiply_rows, so they are left as they are. `packed` needs tile_rows * k * tiles floats and 8 more.
+template <class T>
+static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, float* packed, float scale = 1.0f) {
+  for (int64_t first = 0; first < rows; first += tile_rows, packed += tile_rows * k) {
+    const int64_t here = smaller(tile_rows, rows - first);
+    const T* source = x + first * x_stride;
+    int64_t column = 0;
+#if BIGMODEL_SIMD >= 256
+    // A group's eight-wide store may run past its own rows into the next k: groups go from last to first and k upwards, so
+    // whatever was spilled into is written later.
+    const __m256 factor = _mm256_set1_ps(scale);
+    for (; column + 8 <= k; column += 8) {
+      for (int64_t group = (here - 1) / 8 * 8; group >= 0; group -= 8) {
+        __m256 r[8];
+        for (int i = 0; i < 8; i++) r[i] = group + i < here ? _mm256_mul_ps(load8(source + (group + i) * x_stride + column), factor) : _mm256_setzero_ps();
+        transpose8x8(r, packed + column * tile_rows + group, tile_rows);
+      }
+    }
+#endif
+    for (; column < k; column++)
+      for (int64_t i = 0; i < here; i++) packed[column * tile_rows + i] = to_float(source[i * x_stride + column]) * scale;
+  }
+}
+
+#if BIGMODEL_BF16_DOT
+// The same as pairs of bf16 along k; an odd k is completed with zero.
+template <class T>
+static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed) {
+  const int64_t steps = ceil_div(k, 2);
+  for (int64_t first = 0; first < rows; first += tile_rows, packed += tile_rows * steps) {
+    const int64_t here = smaller(tile_rows, rows - first);
+    for (int64_t i = 0; i < here; i++) {
+      const T* source = x + (first + i) * x_stride;
+      int64_t step = 0;
+      for (; step * 2 + F32::width <= k; step += F32::width / 2) {
+        alignas(64) uint32_t pairs[F32::width / 2];
+        F32::load(source + step * 2).store(reinterpret_cast<bf16*>(pairs));
+        for (int j = 0; j < F32::width / 2; j++) packed[(step + j) * tile_rows + i] = pairs[j];
+      }
+      for (; step < steps; step++) {
+        bf16 pair[2] = {{0}, {0}};
+        from_float(to_float(source[step * 2]), &pair[0]);
+        if (step * 2 + 1 < k) from_float(to_float(source[step * 2 + 1]), &pair[1]);
+        packed[step * tile_rows + i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
+      }
+    }
+  }
+}
+#endif
+
+// ---- a row block against a range of panels ----
+
+// C (rows x round_up(columns, panel), row stride c_stride) = A * panels[first_panel, last_panel). `finish(column, c)` is called
+// for each panel once its columns of C are complete and still in cache: the epilogue.
+template <class Step, class Finish>
+static void multiply_block(const typename Step::A* a, int64_t rows, int64_t steps, const typename Step::B* panels, int64_t first_panel,
+                           int64_t last_panel, float* c, int64_t c_stride, const Finish& finish) {
+  auto one = [&](int64_t begin, int64_t p) {
+    const int64_t depth = smaller(depth_block, steps - begin);
+    const typename Step::B* b = panels + (p * steps + begin) * panel;
+    float* c_panel = c + (p - first_panel) * panel;
+    for (int64_t row = 0; row < rows; row += tile_rows)
+      multiply_rows<Step>(smaller(tile_rows, rows - row), depth, PackedTile<Step>{a + row * steps + begin * tile_rows}, b,
+                          c_panel + row * c_stride, c_stride, begin > 0);
+    if (begin + depth == steps) finish(p * panel, c_panel);
+  };
+  if (rows > tile_rows) {
+    for (int64_t begin = 0; begin < steps; begin += depth_block)
+      for (int64_t p = first_panel; p < last_panel; p++) one(begin, p);
+  } else {  // a single tile reuses no panel: the weight is read once, straight through
+    for (int64_t p = first_panel; p < last_panel; p++)
+      for (int64_t begin = 0; begin < steps; begin += depth_block) one(begin, p);
+  }
+}
+
+// ---- threads ----
+
+template <class Body>
+static void parallel(const Runtime& runtime, int64_t tasks, const Body& body) {
+  runtime.run(runtime, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, const_cast<Body*>(&body));
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -1,0 +1,136 @@
+// What the instruction-set objects and the registration share: plain argument structs, one table of functions per
+// instruction set, and the little runtime (threads, scratch memory) that kernels are lent. No torch header comes in here,
+// so nothing of torch is compiled with AVX-512 flags.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace bigmodel {
+
+enum class Dtype : int32_t { float32, bfloat16, float16 };
+enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu };
+enum class WeightLayout : int32_t { linear, conv1d };     // (out, in) as nn.Linear, (in, out) as GPT-2's Conv1D
+enum class NormPosition : int32_t { none, pre, post };
+
+inline constexpr int64_t dtype_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// Lent to a kernel for the time of one call.
+struct Runtime {
+  int64_t threads;
+  // Runs body(context, task) for every task in [0, tasks), tasks handed out in order to whichever thread is free.
+  void (*run)(const Runtime& runtime, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  // Memory of the calling thread, 64-byte aligned, kept between calls; a slot's earlier pointer dies when it grows.
+  void* (*scratch)(int slot, size_t bytes);
+};
+// One slot per use that may be alive at the same time on one thread.
+enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
+                         scratch_scores, scratch_output, scratch_statistics, scratch_slots };
+
+// A packed weight: this header, then panels of `panel` columns, each [k][panel] (see gemm/gemm.h).
+struct PackedHeader {
+  uint64_t magic;          // packed_magic; anything else is not a packed weight
+  int64_t k, n;            // in_features, out_features
+  Dtype dtype;             // of the weights
+  int32_t panel;           // columns per panel
+  int32_t pairs;           // 1: bf16 pairs along k for the dot-product instruction
+  int32_t reserved[7];
+};
+static_assert(sizeof(PackedHeader) == 64, "panels start on a cache line");
+inline constexpr uint64_t packed_magic = 0x31304b434150'4d42ull;  // "BMPACK01"
+
+struct PackArgs {
+  const void* weight;      // one weight; several are packed one after the other into neighbouring columns
+  WeightLayout layout;
+  Dtype dtype;
+  int64_t k, n;            // of this weight
+  int64_t first_column;    // where its columns start in the packed weight
+  void* packed;            // with its header filled in
+};
+
+struct NormArgs {          // layer norm over the last dimension; weight and bias may be null
+  const void* weight;
+  const void* bias;
+  float eps;
+};
+
+struct LinearArgs {
+  Dtype dtype;             // of x, bias, residual, norm and out
+  int64_t rows;
+  const void* x;           // (rows, k), contiguous
+  const void* packed;
+  const void* bias;        // (n,) or null
+  Activation activation;
+  const void* residual;    // (rows, n) or null
+  bool has_norm;
+  NormArgs norm;
+  void* out;               // (rows, n)
+};
+
+struct FeedForwardArgs {
+  Dtype dtype;
+  int64_t rows;
+  const void* x;           // (rows, hidden)
+  const void* packed_in;
+  const void* bias_in;     // (inner,) or null
+  const void* packed_out;
+  const void* bias_out;    // (hidden,) or null
+  Activation activation;
+  const void* residual;    // (rows, hidden) or null
+  NormPosition norm_position;
+  NormArgs norm;
+  void* out;
+};
+
+struct LayerNormArgs {
+  Dtype dtype;
+  int64_t rows, columns;
+  const void* x;
+  const void* residual;    // or null
+  NormArgs norm;
+  void* out;
+};
+
+struct EmbeddingArgs {
+  Dtype dtype;
+  int64_t tokens, hidden;
+  const int64_t* ids[3];   // word, position, token type: null where there is no such table; checked to be in range
+  const void* tables[3];
+  bool has_norm;
+  NormArgs norm;
+  void* out;               // (tokens, hidden)
+};
+
+struct AttentionArgs {
+  Dtype dtype;
+  int64_t batch, heads, kv_heads, head_dim;
+  int64_t query_length, key_length;    // dense; with cu_seqlens the longest
+  const void *query, *key, *value;
+  int64_t query_stride[3], key_stride[3], value_stride[3];  // batch, head, row, in elements; varlen: the batch stride is 0
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;               // or null: dense
+  const uint8_t* key_padding_mask;     // (batch, key_length), 1 = visible, or null
+  int64_t mask_stride;
+  const void* bias;                    // or null
+  Dtype bias_dtype;
+  int64_t bias_stride[4];              // batch, head, query, key; 0 where broadcast
+  float softmax_scale, softcap;        // softcap 0: none
+  bool is_causal;
+  int64_t window_left, window_right;   // -1: no limit
+  void* out;
+  int64_t out_stride[3];
+  float* logsumexp;
+  int64_t logsumexp_stride[2];         // batch, head; rows are contiguous
+};
+
+struct KernelTable {
+  const char* isa;
+  int32_t panel;                       // columns per packed panel, by dtype the same
+  bool bf16_pairs;                     // packs bf16 weights as pairs
+  void (*pack)(const PackArgs&);
+  void (*linear)(const Runtime&, const LinearArgs&);
+  void (*feed_forward)(const Runtime&, const FeedForwardArgs&);
+  void (*layer_norm)(const Runtime&, const LayerNormArgs&);
+  void (*embedding)(const Runtime&, const EmbeddingArgs&);
+  void (*attention)(const Runtime&, const AttentionArgs&);
+};
+
+}  // namespace bigmodel

@@ -1,0 +1,70 @@
+// pack: a weight into panels, once. linear: out = LN(act(x W^T + b) + residual), everything after the product in its epilogue.
+#include "linear.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// Weight element (k, n) goes to panel n / panel, row k, column n % panel; with pairs two neighbouring k share a 32-bit word.
+// Columns past n and the last odd k are zero, so no kernel ever asks where a weight ends.
+void pack(const PackArgs& args) {
+  PackedHeader& header = *static_cast<PackedHeader*>(args.packed);
+  const int64_t k_per_step = header.pairs ? 2 : 1, rows = round_up(args.k, k_per_step);
+  const int64_t stride_k = args.layout == WeightLayout::linear ? 1 : args.n;
+  const int64_t stride_n = args.layout == WeightLayout::linear ? args.k : 1;
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* panels = static_cast<T*>(static_cast<void*>(&header + 1));
+    const T* weight = static_cast<const T*>(args.weight);
+    const bool last = args.first_column + args.n == header.n;
+    const int64_t end = last ? round_up(header.n, panel) : args.first_column + args.n;
+    // Eight columns at a time: each reads a contiguous run of a (out, in) weight while the panel's lines are written whole.
+    for (int64_t column = args.first_column; column < end;) {
+      const int64_t in_panel = column % panel, width = smaller(end - column, smaller(8, panel - in_panel));
+      T* target = panels + column / panel * (rows * panel) + in_panel * k_per_step;
+      for (int64_t k = 0; k < rows; k++) {
+        T* row = target + k / k_per_step * (panel * k_per_step) + k % k_per_step;
+        for (int64_t i = 0; i < width; i++) {
+          const int64_t n = column + i - args.first_column;
+          row[i * k_per_step] = k < args.k && n < args.n ? weight[k * stride_k + n * stride_n] : T{};
+        }
+      }
+      column += width;
+    }
+  });
+}
+
+void linear(const Runtime& runtime, const LinearArgs& args) {
+  const Packed weight(args.packed);
+  const int64_t k = weight.k(), n = weight.n(), n_padded = weight.panel_count() * panel;
+  const Grid grid(args.rows, weight.panel_count(), runtime.threads);
+  const bool norm_apart = args.has_norm && grid.column_blocks > 1;
+  float* shared = norm_apart ? static_cast<float*>(runtime.scratch(scratch_shared, size_t(args.rows * n_padded) * sizeof(float))) : nullptr;
+
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    T* out = static_cast<T*>(args.out);
+    with_step(weight, [&](auto step) {
+      using Step = decltype(step);
+      parallel(runtime, grid.tasks(), [&](int64_t task) {
+        const int64_t block = task / grid.column_blocks, column_block = task % grid.column_blocks;
+        const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
+        const int64_t first = grid.first_panel(column_block), last = grid.first_panel(column_block + 1);
+        if (rows == 0 || first == last) return;
+        const auto* a = pack_a<Step>(runtime, static_cast<const T*>(args.x) + row * k, k, rows, k);
+
+        const int64_t c_stride = norm_apart ? n_padded : (last - first) * panel;
+        float* c = norm_apart ? shared + row * n_padded + first * panel
+                              : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
+        const Epilogue<T> epilogue = {static_cast<const T*>(args.bias), args.activation,
+                                      args.residual ? static_cast<const T*>(args.residual) + row * n : nullptr, n,
+                                      args.has_norm ? nullptr : out + row * n, n, n};
+        multiply_block<Step>(a, rows, weight.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, c, c_stride,
+                             [&](int64_t column, float* c_panel) { finish_panel(epilogue, rows, column, c_panel, c_stride); });
+        if (args.has_norm && !norm_apart)
+          for (int64_t r = 0; r < rows; r++) layer_norm_row(c + r * c_stride, n, args.norm, out + (row + r) * n);
+      });
+    });
+    if (norm_apart) norm_rows(runtime, shared, n_padded, args.rows, n, args.norm, out);
+  });
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -1,0 +1,128 @@
+// What linear and feed_forward share: choosing the step for a packed weight, packing A for it, the epilogue of a panel, and
+// how a product is cut into tasks.
+#pragma once
+#include "../dispatch.h"
+#include "../gemm/gemm.h"
+#include "../norm/norm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// ---- activations; the definitions are those of torch.nn.functional and transformers ----
+
+template <Activation A>
+BIGMODEL_INLINE F32 activate(F32 x) {
+  if constexpr (A == Activation::gelu) return F32::set(0.5f) * x * (F32::set(1.0f) + erf(x * F32::set(0.707106781f)));
+  // 0.5 x (1 + tanh u) = x sigmoid(2u), which does not cancel; u = sqrt(2/pi) (x + 0.044715 x^3). Hendrycks & Gimpel, arXiv 1606.08415.
+  if constexpr (A == Activation::gelu_tanh) return x * sigmoid(x * fma(x * x, F32::set(0.0713548163f), F32::set(1.59576912f)));
+  if constexpr (A == Activation::quick_gelu) return x * sigmoid(F32::set(1.702f) * x);
+  if constexpr (A == Activation::relu) return max(F32::zero(), x);
+  if constexpr (A == Activation::silu) return x * sigmoid(x);
+  return x;
+}
+
+// ---- the epilogue of one panel: out = act(c + bias) + residual ----
+
+template <class T>
+struct Epilogue {
+  const T* bias;        // of the whole row, or null
+  Activation activation;
+  const T* residual;    // first row of the row block, or null
+  int64_t residual_stride;
+  T* out;               // null: the result stays in c, as float32
+  int64_t out_stride;
+  int64_t columns;      // n: a last panel is wider than what is left of it
+};
+
+template <Activation A, class T>
+static void finish_rows(const Epilogue<T>& e, int64_t rows, int64_t column, float* c, int64_t c_stride) {
+  constexpr int w = F32::width;
+  for (int64_t at = column; at < smaller(e.columns, column + panel); at += w, c += w) {
+    const int here = int(smaller(w, e.columns - at));
+    const bool whole = here == w;
+    const F32 bias = !e.bias ? F32::zero() : whole ? F32::load(e.bias + at) : load_partial(e.bias + at, here);
+    for (int64_t r = 0; r < rows; r++) {
+      F32 y = activate<A>(F32::load(c + r * c_stride) + bias);
+      if (e.residual) {
+        const T* residual = e.residual + r * e.residual_stride + at;
+        y = y + (whole ? F32::load(residual) : load_partial(residual, here));
+      }
+      if (!e.out) y.store(c + r * c_stride);
+      else if (whole) y.store(e.out + r * e.out_stride + at);
+      else store_partial(y, e.out + r * e.out_stride + at, here);
+    }
+  }
+}
+
+template <class T>
+static void finish_panel(const Epilogue<T>& e, int64_t rows, int64_t column, float* c, int64_t c_stride) {
+  switch (e.activation) {
+    case Activation::none: return finish_rows<Activation::none>(e, rows, column, c, c_stride);
+    case Activation::gelu: return finish_rows<Activation::gelu>(e, rows, column, c, c_stride);
+    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(e, rows, column, c, c_stride);
+    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(e, rows, column, c, c_stride);
+    case Activation::relu: return finish_rows<Activation::relu>(e, rows, column, c, c_stride);
+    case Activation::silu: return finish_rows<Activation::silu>(e, rows, column, c, c_stride);
+  }
+}
+
+// ---- a packed weight ----
+
+struct Packed {
+  const PackedHeader& header;
+  const void* panels;
+  explicit Packed(const void* packed) : header(*static_cast<const PackedHeader*>(packed)), panels(static_cast<const PackedHeader*>(packed) + 1) {}
+  int64_t k() const { return header.k; }
+  int64_t n() const { return header.n; }
+  int64_t steps() const { return header.pairs ? ceil_div(header.k, 2) : header.k; }
+  int64_t panel_count() const { return ceil_div(header.n, panel); }
+};
+
+template <class Body>
+BIGMODEL_INLINE void with_step(const Packed& weight, const Body& body) {
+#if BIGMODEL_BF16_DOT
+  if (weight.header.pairs) return body(Pairs());
+#endif
+  with_dtype(weight.header.dtype, [&](auto type) { body(Widen<decltype(type)>()); });
+}
+
+// A's rows packed for `Step` into the calling thread's scratch.
+template <class Step, class T>
+static const typename Step::A* pack_a(const Runtime& runtime, const T* x, int64_t x_stride, int64_t rows, int64_t k) {
+  const int64_t steps = ceil_div(k, Step::k_per_step), tiles = ceil_div(rows, tile_rows);
+  void* memory = runtime.scratch(scratch_a, size_t(tiles * tile_rows * steps + 8) * sizeof(typename Step::A));
+#if BIGMODEL_BF16_DOT
+  if constexpr (Step::k_per_step == 2) {
+    pack_rows_pairs(x, x_stride, rows, k, static_cast<uint32_t*>(memory));
+    return static_cast<const typename Step::A*>(memory);
+  }
+#endif
+  pack_rows(x, x_stride, rows, k, static_cast<float*>(memory));
+  return static_cast<const typename Step::A*>(memory);
+}
+
+// ---- tasks ----
+
+// Long products are cut by rows alone: every task owns whole rows, so a norm can follow in the same task while they are in
+// cache. Short ones are cut by columns too, so that each thread reads its own part of the weight and none reads it all.
+struct Grid {
+  int64_t rows, tiles, panels, row_blocks, column_blocks;
+  Grid(int64_t rows, int64_t panels, int64_t threads) : rows(rows), tiles(ceil_div(rows, tile_rows)), panels(panels) {
+    row_blocks = larger(1, ceil_div(rows, row_block));
+    if (rows >= threads * row_block / 2) row_blocks = round_up(row_blocks, threads);
+    column_blocks = row_blocks >= threads ? 1 : smaller(panels, ceil_div(threads, row_blocks));
+  }
+  int64_t tasks() const { return row_blocks * column_blocks; }
+  int64_t first_row(int64_t block) const { return smaller(rows, tiles * block / row_blocks * tile_rows); }
+  int64_t first_panel(int64_t block) const { return panels * block / column_blocks; }
+};
+
+// Layer norm of float32 rows into out, as a pass of its own (the products were cut by columns).
+template <class T>
+static void norm_rows(const Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t n, const NormArgs& norm, T* out) {
+  const int64_t block = larger(1, 16384 / larger(1, n));
+  parallel(runtime, ceil_div(rows, block), [&](int64_t task) {
+    for (int64_t r = task * block; r < smaller(rows, (task + 1) * block); r++) layer_norm_row(x + r * x_stride, n, norm, out + r * n);
+  });
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -1,0 +1,23 @@
+// layer_norm: out = LN(x + residual), one row at a time. Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450.
+#include "../dispatch.h"
+#include "../gemm/gemm.h"
+#include "norm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+void layer_norm(const Runtime& runtime, const LayerNormArgs& args) {
+  const int64_t block = larger(1, 16384 / larger(1, args.columns));  // rows per task: some 64 KB of them
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel(runtime, ceil_div(args.rows, block), [&](int64_t task) {
+      float* row = static_cast<float*>(runtime.scratch(scratch_c, size_t(args.columns) * sizeof(float)));
+      for (int64_t r = task * block; r < smaller(args.rows, (task + 1) * block); r++) {
+        const int64_t at = r * args.columns;
+        add_row(static_cast<const T*>(args.x) + at, args.residual ? static_cast<const T*>(args.residual) + at : nullptr, args.columns, row);
+        layer_norm_row(row, args.columns, args.norm, static_cast<T*>(args.out) + at);
+      }
+    });
+  });
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -1,0 +1,60 @@
+// Layer norm of one row held in float32: mean and variance in two passes over a row that is in cache, as
+// E[(x - mean)^2], which does not cancel (Welford 1962 gives the same numbers at one pass and a division per element).
+#pragma once
+#include "../arch/simd.h"
+#include "../kernels.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+template <class T>
+static void layer_norm_row(const float* x, int64_t n, const NormArgs& norm, T* out) {
+  constexpr int w = F32::width;
+  const T* weight = static_cast<const T*>(norm.weight);
+  const T* bias = static_cast<const T*>(norm.bias);
+  F32 total0 = F32::zero(), total1 = F32::zero();
+  int64_t i = 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    total0 = total0 + F32::load(x + i);
+    total1 = total1 + F32::load(x + i + w);
+  }
+  float rest = 0.0f;
+  for (; i < n; i++) rest += x[i];
+  const float mean = (sum(total0 + total1) + rest) / float(n);
+
+  const F32 center = F32::set(mean);
+  F32 square0 = F32::zero(), square1 = F32::zero();
+  rest = 0.0f;
+  for (i = 0; i + 2 * w <= n; i += 2 * w) {
+    const F32 d0 = F32::load(x + i) - center, d1 = F32::load(x + i + w) - center;
+    square0 = fma(d0, d0, square0);
+    square1 = fma(d1, d1, square1);
+  }
+  for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
+  const float variance = (sum(square0 + square1) + rest) / float(n);
+  const F32 scale = F32::set(1.0f / __builtin_sqrtf(variance + norm.eps));
+
+  for (i = 0; i + w <= n; i += w) {
+    F32 y = (F32::load(x + i) - center) * scale;
+    if (weight) y = y * F32::load(weight + i);
+    if (bias) y = y + F32::load(bias + i);
+    y.store(out + i);
+  }
+  if (i < n) {
+    const int tail = int(n - i);
+    F32 y = (load_partial(x + i, tail) - center) * scale;
+    if (weight) y = y * load_partial(weight + i, tail);
+    if (bias) y = y + load_partial(bias + i, tail);
+    store_partial(y, out + i, tail);
+  }
+}
+
+// out = a + b in float32 (b may be null); the sum a norm is taken of.
+template <class T>
+static void add_row(const T* a, const T* b, int64_t n, float* out) {
+  constexpr int w = F32::width;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) (b ? F32::load(a + i) + F32::load(b + i) : F32::load(a + i)).store(out + i);
+  for (; i < n; i++) out[i] = to_float(a[i]) + (b ? to_float(b[i]) : 0.0f);
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

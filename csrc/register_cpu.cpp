@@ -1,0 +1,488 @@
+// The CPU ops as torch sees them: schemas, checks, choice of instruction set, threads and scratch memory; no arithmetic.
+// LibTorch's stable ABI only, so that one binary serves every torch from 2.10 on.
+//
+// These ops are called by bigmodel_kernels/ops/*/native.py after friendlier checks in Python. They check again what memory
+// safety needs, because anything can call torch.ops.bigmodel.cpu_*.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bigmodel {
+
+#define BIGMODEL_DECLARE_TABLE(isa) namespace isa { extern const KernelTable table; }
+#if defined(BIGMODEL_X86)
+BIGMODEL_DECLARE_TABLE(avx512_bf16)
+BIGMODEL_DECLARE_TABLE(avx512)
+BIGMODEL_DECLARE_TABLE(avx2)
+#endif
+BIGMODEL_DECLARE_TABLE(portable)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- instruction sets ----
+
+struct Isa {
+  const KernelTable* table;
+  bool supported;
+};
+
+const std::vector<Isa>& instruction_sets() {  // best first
+  static const std::vector<Isa> sets = [] {
+    std::vector<Isa> all;
+#if defined(BIGMODEL_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(BIGMODEL_EMULATE_AVX512)  // a test build: the AVX-512 objects run on any AVX2 CPU, and never by default
+    all.push_back({&avx512_bf16::table, avx2});
+    all.push_back({&avx512::table, avx2});
+#else
+    all.push_back({&avx512_bf16::table, avx512 && __builtin_cpu_supports("avx512bf16")});
+    all.push_back({&avx512::table, avx512});
+#endif
+    all.push_back({&avx2::table, avx2});
+#endif
+    all.push_back({&portable::table, true});
+    return all;
+  }();
+  return sets;
+}
+
+const KernelTable* find_isa(const std::string& name, std::string* known) {
+  for (const Isa& isa : instruction_sets()) {
+    if (!isa.supported) continue;
+    if (name == isa.table->isa) return isa.table;
+    *known += std::string(known->empty() ? "" : ", ") + isa.table->isa;
+  }
+  return nullptr;
+}
+
+const KernelTable* default_isa() {
+  if (const char* wanted = std::getenv("BIGMODEL_CPU_ISA"); wanted && *wanted) {
+    std::string known;
+    const KernelTable* table = find_isa(wanted, &known);
+    STD_TORCH_CHECK(table, "BIGMODEL_CPU_ISA=", wanted, " is not supported by this CPU and build; supported: ", known);
+    return table;
+  }
+  for (const Isa& isa : instruction_sets()) {
+#if defined(BIGMODEL_EMULATE_AVX512)
+    if (std::string(isa.table->isa).starts_with("avx512")) continue;
+#endif
+    if (isa.supported) return isa.table;
+  }
+  return &portable::table;
+}
+
+std::atomic<const KernelTable*>& chosen() {
+  static std::atomic<const KernelTable*> table{default_isa()};
+  return table;
+}
+const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed); }
+
+std::string cpu_isa() { return kernels().isa; }
+
+void cpu_set_isa(std::string name) {
+  std::string known;
+  const KernelTable* table = find_isa(name, &known);
+  STD_TORCH_CHECK(table, "name: '", name, "' is not supported by this CPU and build; supported: ", known);
+  chosen().store(table);
+}
+
+// ---- runtime ----
+
+void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (runtime.threads == 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; task++) body(context, task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(runtime.threads, tasks), 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+  });
+}
+
+// A thread's scratch grows to what its largest call needed. Beyond `keep` bytes a block is given back by the next smaller request.
+void* thread_scratch(int slot, size_t bytes) {
+  struct Block {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Block() { std::free(memory); }
+  };
+  constexpr size_t keep = size_t(64) << 20;
+  thread_local Block blocks[scratch_slots];
+  Block& block = blocks[slot];
+  if (bytes > block.size || (block.size > keep && bytes <= keep)) {
+    std::free(block.memory);
+    block.size = (bytes + 4095) / 4096 * 4096;
+    block.memory = std::aligned_alloc(64, block.size);
+    if (!block.memory) block.size = 0;
+    STD_TORCH_CHECK(block.memory, "out of memory: ", bytes, " bytes of scratch");
+  }
+  return block.memory;
+}
+
+Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks, thread_scratch}; }
+
+// ---- checks ----
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, name, ": dtype must be float32, bfloat16 or float16 on the CPU backend");
+  }
+  return Dtype::float32;
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + ")";
+}
+
+void check_cpu(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.device().type() == torch::headeronly::DeviceType::CPU, name, ": must be on the CPU");
+}
+
+// A dense array of exactly this dtype and this many elements.
+const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  check_cpu(tensor, name);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": dtype differs from the input's");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, ": shape ", shape_of(tensor), " does not have ", numel, " elements");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+  return tensor.const_data_ptr();
+}
+const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  return tensor ? data_of(*tensor, name, dtype, numel) : nullptr;
+}
+
+Activation activation_of(const std::string& name) {
+  static const std::pair<const char*, Activation> known[] = {
+      {"none", Activation::none}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+      {"quick_gelu", Activation::quick_gelu}, {"relu", Activation::relu}, {"silu", Activation::silu}};
+  for (const auto& [text, value] : known)
+    if (name == text) return value;
+  STD_TORCH_CHECK(false, "activation: '", name, "' is not one of none, gelu, gelu_tanh, quick_gelu, relu, silu");
+  return Activation::none;
+}
+
+WeightLayout layout_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "linear" || name == "conv1d", "weight_layout: '", name, "' is not one of linear, conv1d");
+  return name == "linear" ? WeightLayout::linear : WeightLayout::conv1d;
+}
+
+NormPosition position_of(const std::string& name) {
+  if (name == "none") return NormPosition::none;
+  if (name == "pre") return NormPosition::pre;
+  STD_TORCH_CHECK(name == "post", "norm_position: '", name, "' is not one of none, pre, post");
+  return NormPosition::post;
+}
+
+size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table) {
+  const int64_t rows = dtype == Dtype::bfloat16 && table.bf16_pairs ? (k + 1) / 2 * 2 : k;
+  return sizeof(PackedHeader) + size_t(rows) * size_t((n + table.panel - 1) / table.panel * table.panel) * size_t(dtype_size(dtype));
+}
+
+// A packed weight made by this build for the instruction set now in use, as large as its header says.
+const PackedHeader& check_packed(const Tensor& packed, const char* name) {
+  check_cpu(packed, name);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.dim() == 1 &&
+                      packed.numel() >= int64_t(sizeof(PackedHeader)),
+                  name, ": is not a weight packed by cpu_pack_weight");
+  const auto& header = *static_cast<const PackedHeader*>(packed.const_data_ptr());
+  STD_TORCH_CHECK(header.magic == packed_magic, name, ": is not a weight packed by cpu_pack_weight");
+  const KernelTable& table = kernels();
+  STD_TORCH_CHECK(header.panel == table.panel && header.pairs == (header.dtype == Dtype::bfloat16 && table.bf16_pairs),
+                  name, ": was packed for another instruction set than ", table.isa);
+  STD_TORCH_CHECK(header.k >= 0 && header.n >= 0 && size_t(packed.numel()) == packed_size(header.k, header.n, header.dtype, table),
+                  name, ": is damaged, its size does not fit its header");
+  return header;
+}
+
+// ---- ops ----
+
+Tensor cpu_pack_weight(std::vector<Tensor> weights, std::string weight_layout) {
+  STD_TORCH_CHECK(!weights.empty(), "weights: is empty");
+  const WeightLayout layout = layout_of(weight_layout);
+  const int out = layout == WeightLayout::linear ? 0 : 1;
+  const Dtype dtype = dtype_of(weights[0], "weights");
+  int64_t k = 0, n = 0;
+  for (const Tensor& weight : weights) {
+    STD_TORCH_CHECK(weight.dim() == 2, "weights: shape ", shape_of(weight), " must have two dimensions");
+    STD_TORCH_CHECK(n == 0 || weight.size(1 - out) == k, "weights: shape ", shape_of(weight), " must have in_features ", k);
+    k = weight.size(1 - out);
+    n += weight.size(out);
+  }
+  const KernelTable& table = kernels();
+  Tensor packed = torch::stable::empty({int64_t(packed_size(k, n, dtype, table))}, ScalarType::Byte);
+  auto& header = *static_cast<PackedHeader*>(packed.mutable_data_ptr());
+  header = {packed_magic, k, n, dtype, table.panel, dtype == Dtype::bfloat16 && table.bf16_pairs, {}};
+  int64_t column = 0;
+  for (const Tensor& weight : weights) {
+    const void* data = data_of(weight, "weights", weights[0].scalar_type(), weight.numel());
+    table.pack({data, layout, dtype, k, weight.size(out), column, &header});
+    column += weight.size(out);
+  }
+  return packed;
+}
+
+int64_t rows_of(const Tensor& x, int64_t columns) {
+  check_cpu(x, "x");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, "x: shape ", shape_of(x), " must end in ", columns);
+  STD_TORCH_CHECK(x.is_contiguous(), "x: must be contiguous");
+  return columns == 0 ? 0 : x.numel() / columns;
+}
+
+Tensor empty_rows_like(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = columns;
+  return torch::stable::empty(shape, x.scalar_type());
+}
+
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n) {
+  return {data_of(weight, "norm_weight", dtype, n), data_of(bias, "norm_bias", dtype, n), float(eps)};
+}
+
+Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual,
+                  OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps) {
+  const PackedHeader& header = check_packed(packed, "packed");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype_of(x, "x") == header.dtype, "packed: dtype differs from the input's");
+  const int64_t rows = rows_of(x, header.k), n = header.n;
+  Tensor out = empty_rows_like(x, n);
+  if (rows == 0 || n == 0) return out;
+  const LinearArgs args = {header.dtype, rows, x.const_data_ptr(), &header, data_of(bias, "bias", dtype, n), activation_of(activation),
+                           data_of(residual, "residual", dtype, rows * n), norm_weight.has_value(),
+                           norm_args(norm_weight, norm_bias, norm_eps, dtype, n), out.mutable_data_ptr()};
+  kernels().linear(runtime(), args);
+  return out;
+}
+
+Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,
+                        OptionalTensor residual, std::string norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                        double norm_eps) {
+  const PackedHeader& in = check_packed(packed_in, "packed_in");
+  const PackedHeader& second = check_packed(packed_out, "packed_out");
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype_of(x, "x") == in.dtype && in.dtype == second.dtype, "packed_in, packed_out: dtype differs from the input's");
+  STD_TORCH_CHECK(in.n == second.k, "packed_out: in_features ", second.k, " must be packed_in's out_features ", in.n);
+  const NormPosition position = position_of(norm_position);
+  const int64_t rows = rows_of(x, in.k), n = second.n;
+  Tensor out = empty_rows_like(x, n);
+  if (rows == 0 || n == 0) return out;
+  const FeedForwardArgs args = {in.dtype, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, in.n), &second,
+                                data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
+                                position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n),
+                                out.mutable_data_ptr()};
+  kernels().feed_forward(runtime(), args);
+  return out;
+}
+
+Tensor cpu_layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor residual) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
+  const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
+  const ScalarType dtype = x.scalar_type();
+  Tensor out = empty_rows_like(x, n);
+  const LayerNormArgs args = {dtype_of(x, "x"), rows, n, x.const_data_ptr(), data_of(residual, "residual", dtype, rows * n),
+                              norm_args(weight, bias, eps, dtype, n), out.mutable_data_ptr()};
+  if (rows > 0) kernels().layer_norm(runtime(), args);
+  return out;
+}
+
+// Ids as int64 and in range; the index of the first that is not is named.
+const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens) {
+  STD_TORCH_CHECK(ids.has_value() == table.has_value(), name, ": ids and table must both be given or both be None");
+  if (!ids) return nullptr;
+  const auto* data = static_cast<const int64_t*>(data_of(*ids, name, ScalarType::Long, tokens));
+  const int64_t rows = table->size(0);
+  for (int64_t i = 0; i < tokens; i++)
+    if (data[i] < 0 || data[i] >= rows)
+      STD_TORCH_CHECK(false, name, ": index out of range: value ", data[i], " at position ", i, ", allowed is 0 to ", rows - 1);
+  return data;
+}
+
+Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor position_ids, OptionalTensor position_weight,
+                     OptionalTensor token_type_ids, OptionalTensor token_type_weight, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                     double norm_eps) {
+  STD_TORCH_CHECK(word_weight.dim() == 2, "word_weight: shape ", shape_of(word_weight), " must have two dimensions");
+  const int64_t tokens = input_ids.numel(), hidden = word_weight.size(1);
+  const ScalarType dtype = word_weight.scalar_type();
+  EmbeddingArgs args = {dtype_of(word_weight, "word_weight"), tokens, hidden, {}, {}, norm_weight.has_value(),
+                        norm_args(norm_weight, norm_bias, norm_eps, dtype, hidden), nullptr};
+  const OptionalTensor ids[3] = {input_ids, position_ids, token_type_ids}, tables[3] = {word_weight, position_weight, token_type_weight};
+  const char* id_names[3] = {"input_ids", "position_ids", "token_type_ids"};
+  const char* table_names[3] = {"word_weight", "position_weight", "token_type_weight"};
+  for (int t = 0; t < 3; t++) {
+    if (tables[t]) {
+      STD_TORCH_CHECK(tables[t]->dim() == 2 && tables[t]->size(1) == hidden, table_names[t], ": shape ", shape_of(*tables[t]), " must be (rows, ", hidden, ")");
+      args.tables[t] = data_of(*tables[t], table_names[t], dtype, tables[t]->size(0) * hidden);
+    }
+    args.ids[t] = ids_of(ids[t], id_names[t], tables[t], tokens);
+  }
+  std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(hidden);
+  Tensor out = torch::stable::empty(shape, dtype);
+  args.out = out.mutable_data_ptr();
+  if (tokens > 0 && hidden > 0) kernels().embedding(runtime(), args);
+  return out;
+}
+
+// cu_seqlens: 0 = c[0] <= c[1] <= ... = total, no sequence longer than `longest`.
+const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64_t total, int64_t longest) {
+  const auto* c = static_cast<const int32_t*>(data_of(lengths, name, ScalarType::Int, lengths.numel()));
+  const int64_t batch = lengths.numel() - 1;
+  STD_TORCH_CHECK(lengths.dim() == 1 && batch >= 0, name, ": shape ", shape_of(lengths), " must be (batch + 1,)");
+  STD_TORCH_CHECK(c[0] == 0 && c[batch] == total, name, ": must run from 0 to ", total, ", but runs from ", c[0], " to ", c[batch]);
+  for (int64_t b = 0; b < batch; b++)
+    STD_TORCH_CHECK(c[b + 1] >= c[b] && c[b + 1] - c[b] <= longest, name, ": sequence ", b, " runs from ", c[b], " to ", c[b + 1],
+                    ", but lengths must be 0 to ", longest);
+  return c;
+}
+
+std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
+                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+                                         int64_t max_seqlen_k, double softmax_scale, bool is_causal, int64_t window_left,
+                                         int64_t window_right, double softcap) {
+  AttentionArgs args = {};
+  const bool varlen = cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
+  const ScalarType dtype = query.scalar_type();
+  args.dtype = dtype_of(query, "query");
+  const int rank = varlen ? 3 : 4;
+  const Tensor* tensors[3] = {&query, &key, &value};
+  const char* names[3] = {"query", "key", "value"};
+  int64_t* strides[3] = {args.query_stride, args.key_stride, args.value_stride};
+  for (int i = 0; i < 3; i++) {
+    const Tensor& t = *tensors[i];
+    check_cpu(t, names[i]);
+    STD_TORCH_CHECK(t.dim() == rank, names[i], ": shape ", shape_of(t), " must have ", rank, " dimensions");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, names[i], ": dtype differs from query's");
+    STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
+    STD_TORCH_CHECK(t.numel() == 0 || t.size(rank - 1) == 1 || t.stride(rank - 1) == 1, names[i], ": last dimension must be contiguous");
+    strides[i][0] = varlen ? 0 : t.stride(0);
+    strides[i][1] = t.stride(1);
+    strides[i][2] = varlen ? t.stride(0) : t.stride(2);
+  }
+  const int row_dim = varlen ? 0 : 2;
+  STD_TORCH_CHECK(value.size(row_dim) == key.size(row_dim) && value.size(1) == key.size(1), "value: shape ", shape_of(value), " must be key's ", shape_of(key));
+  args.head_dim = query.size(rank - 1);
+  args.heads = query.size(1);
+  args.kv_heads = key.size(1);
+  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "query: head_dim ", args.head_dim, " must be 1 to 256");
+  STD_TORCH_CHECK(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, "key: ", args.kv_heads, " kv heads do not divide ", args.heads, " query heads");
+  Tensor out, logsumexp;
+  if (varlen) {
+    STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel(), "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's ", shape_of(*cu_seqlens_q));
+    args.cu_seqlens_q = cumulative_lengths(*cu_seqlens_q, "cu_seqlens_q", query.size(0), max_seqlen_q);
+    args.cu_seqlens_k = cumulative_lengths(*cu_seqlens_k, "cu_seqlens_k", key.size(0), max_seqlen_k);
+    args.batch = cu_seqlens_q->numel() - 1;
+    args.query_length = max_seqlen_q;
+    args.key_length = max_seqlen_k;
+    out = torch::stable::empty({query.size(0), args.heads, args.head_dim}, dtype);
+    logsumexp = torch::stable::empty({args.heads, query.size(0)}, ScalarType::Float);
+    args.out_stride[1] = args.head_dim;
+    args.out_stride[2] = args.heads * args.head_dim;
+    args.logsumexp_stride[1] = query.size(0);
+  } else {
+    args.batch = query.size(0);
+    args.query_length = query.size(2);
+    args.key_length = key.size(2);
+    STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
+    Tensor rows = torch::stable::empty({args.batch, args.query_length, args.heads, args.head_dim}, dtype);
+    out = torch::stable::transpose(rows, 1, 2);
+    logsumexp = torch::stable::empty({args.batch, args.heads, args.query_length}, ScalarType::Float);
+    args.out_stride[0] = args.query_length * args.heads * args.head_dim;
+    args.out_stride[1] = args.head_dim;
+    args.out_stride[2] = args.heads * args.head_dim;
+    args.logsumexp_stride[0] = args.heads * args.query_length;
+    args.logsumexp_stride[1] = args.query_length;
+  }
+  if (key_padding_mask) {
+    STD_TORCH_CHECK(key_padding_mask->dim() == 2 && key_padding_mask->size(0) == args.batch && key_padding_mask->size(1) == args.key_length,
+                    "key_padding_mask: shape ", shape_of(*key_padding_mask), " must be (", args.batch, ", ", args.key_length, ")");
+    args.key_padding_mask = static_cast<const uint8_t*>(data_of(*key_padding_mask, "key_padding_mask", ScalarType::Bool, args.batch * args.key_length));
+    args.mask_stride = args.key_length;
+  }
+  if (bias) {
+    check_cpu(*bias, "bias");
+    args.bias_dtype = dtype_of(*bias, "bias");
+    STD_TORCH_CHECK(args.bias_dtype == args.dtype || args.bias_dtype == Dtype::float32, "bias: dtype must be query's or float32");
+    STD_TORCH_CHECK(bias->dim() <= 4, "bias: shape ", shape_of(*bias), " must have at most 4 dimensions");
+    const int64_t full[4] = {args.batch, args.heads, args.query_length, args.key_length};
+    for (int64_t i = 0; i < bias->dim(); i++) {
+      const int64_t d = 4 - bias->dim() + i;
+      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[d], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
+      args.bias_stride[d] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
+    args.bias = bias->const_data_ptr();
+  }
+  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: must be 0 (none) or positive");
+  args.softmax_scale = float(softmax_scale);
+  args.softcap = float(softcap);
+  args.is_causal = is_causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  if (query.numel() > 0) kernels().attention(runtime(), args);
+  return {out, logsumexp};
+}
+
+}  // namespace
+}  // namespace bigmodel
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_set_isa(str name) -> ()");
+  m.def("cpu_pack_weight(Tensor[] weights, str weight_layout) -> Tensor");
+  m.def("cpu_linear(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
+        "float norm_eps) -> Tensor");
+  m.def("cpu_feed_forward(Tensor x, Tensor packed_in, Tensor? b_in, Tensor packed_out, Tensor? b_out, str activation, Tensor? residual, "
+        "str norm_position, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+  m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+  m.def("cpu_embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, Tensor? token_type_ids, "
+        "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+  m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, "
+        "SymInt window_right, float softcap) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
+  m.impl("cpu_pack_weight", TORCH_BOX(&bigmodel::cpu_pack_weight));
+  m.impl("cpu_linear", TORCH_BOX(&bigmodel::cpu_linear));
+  m.impl("cpu_feed_forward", TORCH_BOX(&bigmodel::cpu_feed_forward));
+  m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));
+  m.impl("cpu_embedding", TORCH_BOX(&bigmodel::cpu_embedding));
+  m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&bigmodel::cpu_isa));
+  m.impl("cpu_set_isa", TORCH_BOX(&bigmodel::cpu_set_isa));
+}

@@ -1,0 +1,19 @@
+// One instruction set's kernels as a table: compiled once per instruction set.
+#include "gemm/gemm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+void pack(const PackArgs&);
+void linear(const Runtime&, const LinearArgs&);
+void feed_forward(const Runtime&, const FeedForwardArgs&);
+void layer_norm(const Runtime&, const LayerNormArgs&);
+void embedding(const Runtime&, const EmbeddingArgs&);
+void attention(const Runtime&, const AttentionArgs&);
+
+#define BIGMODEL_NAME_OF(isa) #isa
+#define BIGMODEL_NAME(isa) BIGMODEL_NAME_OF(isa)
+
+extern const KernelTable table;
+const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, layer_norm, embedding, attention};
+
+}  // namespace bigmodel::BIGMODEL_ISA

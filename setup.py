@@ -1,0 +1,144 @@
+"""Builds the CPU extension with ninja: each kernel source once per instruction set, each object with its own flags.
+
+The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and every Python from
+3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a test build whose AVX-512 objects run on
+any AVX2 CPU through the SIMD Everywhere headers; CXX names the compiler; MAX_JOBS limits parallel compilation.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+KERNELS = ["attention", "embedding", "feed_forward", "linear", "norm"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# name: (compiler flags, lanes in bits, has the bf16 dot product)
+INSTRUCTION_SETS: dict[str, tuple[list[str], int, int]] = {"portable": ([], 0, 0)}
+if X86:
+    INSTRUCTION_SETS |= {
+        "avx2": (AVX2, 256, 0),
+        "avx512": (AVX512, 512, 0),
+        "avx512_bf16": ([*AVX512, "-mavx512bf16"], 512, 1),
+    }
+
+
+def missing_tool(compiler: str) -> str | None:
+    """Why the extension cannot be built here, or None."""
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: '{compiler}' is not on PATH (install g++ or clang++, or set CXX)"
+    if shutil.which("ninja") is None:
+        return "ninja is not on PATH (pip install ninja)"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch is not installed in the build environment (pip install torch, then build with --no-build-isolation)"
+    return None
+
+
+class BuildWithNinja(build_ext):
+    """Writes build.ninja and runs it; ninja's own log makes the next build incremental."""
+
+    def run(self) -> None:
+        reason = (
+            "BIGMODEL_CPU_EXTENSION=0"
+            if os.environ.get("BIGMODEL_CPU_EXTENSION") == "0"
+            else missing_tool(os.environ.get("CXX", "g++"))
+        )
+        if reason:
+            print(
+                f"bigmodel_kernels: building without the CPU extension: {reason}. "
+                "The reference and Triton implementations still work.",
+                file=sys.stderr,
+            )
+            self.extensions = []
+            return
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        emulate = os.environ.get("BIGMODEL_EMULATE_AVX512") == "1"
+        build = ROOT / "build" / ("cpu-emulated" if emulate else "cpu")
+        build.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        library = build / "libbigmodel_cpu.so"
+        self.write_ninja(build / "build.ninja", library.name, emulate)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        try:
+            subprocess.run(["ninja", *jobs], cwd=build, check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"bigmodel_kernels: the CPU extension did not compile (ninja exited with {error.returncode}; its output is above). "
+                "A C++20 compiler is needed, g++ 11 or clang++ 14 and newer; BIGMODEL_CPU_EXTENSION=0 installs without it."
+            ) from None
+        shutil.copy2(library, target)
+
+    def write_ninja(self, path: Path, library: str, emulate: bool) -> None:
+        import torch
+
+        torch_root = Path(torch.__file__).parent
+        compiler = os.environ.get("CXX", "g++")
+        common = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+        common += os.environ.get("CXXFLAGS", "").split()
+        defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        defines += ["-DBIGMODEL_X86"] if X86 else []
+        defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
+        lines = [
+            "ninja_required_version = 1.5",
+            "rule compile",
+            f"  command = {compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            f"  command = {compiler} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu -ltorch -lc10",
+            "  description = link $out",
+        ]
+        objects = []
+
+        def compile_to(name: str, source: Path, flags: list[str]) -> None:
+            objects.append(name)
+            lines.extend([f"build {name}: compile {source}", f"  flags = {' '.join(flags)}"])
+
+        includes = [f"-isystem {torch_root / 'include'}"]
+        compile_to("register_cpu.o", ROOT / "csrc" / "register_cpu.cpp", [*defines, *includes])
+        for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
+            if emulate and bits == 512:
+                flags = [*AVX2, "-DBIGMODEL_SIMDE"]
+            named = [*flags, f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
+            for kernel in KERNELS:
+                compile_to(f"{kernel}.{isa}.o", ROOT / "csrc" / kernel / "cpu.cpp", named)
+            compile_to(f"table.{isa}.o", ROOT / "csrc" / "table.cpp", named)
+        lines.append(f"build {library}: link {' '.join(objects)}")
+        lines.append(f"default {library}")
+        text = "\n".join(lines) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # No Python symbols inside, so no interpreter tag in the name.
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("bigmodel_kernels.libbigmodel_cpu", sources=[])],
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": PlatformWheel},
+)

@@ -1,4 +1,5 @@
-"""Fast kernels for transformer models in PyTorch: attention, feed-forward, norm and embedding, on CPU and GPU.
+"""Fast kernels for transformer models in PyTorch: attention, feed-forward, norm and embedding, on CPU and
+GPU.
 
     import bigmodel_kernels as bk
     report = bk.patch(model)                       # a transformers model, replaced layer by layer

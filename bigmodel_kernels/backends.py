@@ -1,10 +1,12 @@
 """Which implementation runs an operator: one table, with the reasons against each row.
 
-The order of a row is the order of preference. An implementation is a module with a function `run` that takes the
-operator's own arguments, and a function `supports` that takes the same and returns None, or the reason why it cannot
-run this call. Modules are imported on first use, so that importing the package compiles and loads nothing.
+The order of a row is the order of preference. An implementation is a module with a function `run` that takes
+the operator's own arguments, and a function `supports` that takes the same and returns None, or the reason
+why it cannot run this call. Modules are imported on first use, so that importing the package compiles and
+loads nothing.
 
-`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an error.
+`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an
+error.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def _cpu_triton(op: str, folder: str) -> Implementation:
     return Implementation(
         "triton",
         f"bigmodel_kernels.ops.{folder}.triton",
-        only_when_forced="on the CPU Triton only interprets; set TRITON_INTERPRET=1 and BIGMODEL_BACKEND=triton",
+        only_when_forced="on the CPU it only interprets; TRITON_INTERPRET=1 and BIGMODEL_BACKEND=triton choose it",
     )
 
 
@@ -142,8 +144,8 @@ def _checked(what: str, name: str) -> str:
 def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Implementation:
     """The implementation that runs this call.
 
-    Raises BackendError when none can, or when the forced one cannot. On a device other than the CPU, falling back to
-    the reference warns once for each reason.
+    Raises BackendError when none can, or when the forced one cannot. On a device other than the CPU, falling
+    back to the reference warns once for each reason.
     """
     row = _row_of(op, device_type)
     force = forced()
@@ -241,9 +243,9 @@ def explain_call(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping
 def explain(what: Any, *args: Any, **kwargs: Any) -> Any:
     """Says which backend would run, and why the others would not. Runs nothing.
 
-    explain("attention", query, key, value, is_causal=True) takes the name of an operator and the arguments of its
-    public function, and returns an Explanation. explain(model) takes a transformers model and returns the report that
-    `patch` would give.
+    explain("attention", query, key, value, is_causal=True) takes the name of an operator and the arguments of
+    its public function, and returns an Explanation. explain(model) takes a transformers model and returns the
+    report that `patch` would give.
     """
     if isinstance(what, str):
         folder = _FOLDERS.get(what)

@@ -1,1 +1,2 @@
-"""One folder per operation; each holds its public function, its definition in plain PyTorch and its backends."""
+"""One folder per operation; each holds its public function, its definition in plain PyTorch and its
+backends."""

@@ -20,8 +20,9 @@ def define(
     """Defines `bigmodel::<schema>` with one implementation for CPU and CUDA and one for fake tensors.
 
     Both get the same checks, so that a raw `torch.ops.bigmodel` call with bad arguments raises as the public
-    function does. Under torch.autocast, `autocast="lower"` casts the floating arguments to the autocast dtype, as
-    torch does for linear and scaled_dot_product_attention, and `"float32"` to float32, as torch does for layer_norm.
+    function does. Under torch.autocast, `autocast="lower"` casts the floating arguments to the autocast
+    dtype, as torch does for linear and scaled_dot_product_attention, and `"float32"` to float32, as torch
+    does for layer_norm.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -97,8 +98,8 @@ def backward_formula(count: int) -> Callable[..., Any]:
     """Decorates `formula(ctx, needs, *grads) -> count gradients` for register_autograd.
 
     The dispatcher leaves out trailing arguments that equal their defaults, and with them their places in
-    `ctx.needs_input_grad` and in the gradients. This gives the formula all of them. Autocast is off inside, because
-    the formula chooses its types itself.
+    `ctx.needs_input_grad` and in the gradients. This gives the formula all of them. Autocast is off inside,
+    because the formula chooses its types itself.
     """
 
     def decorate(formula: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from bigmodel_kernels import backends
 from bigmodel_kernels.ops.attention.checks import check, check_values
 from bigmodel_kernels.ops.registration import backward_formula, compute_dtype, define
 
-_TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask=None, Tensor? bias=None, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None"
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_OPTIONAL = (
+    "Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "Tensor? dropout_seed=None"
 )
 _OPTIONS = (
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, bool is_causal=False, "
@@ -42,34 +43,34 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, exact and without an Sq x Sk tensor.
 
-    logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then + bias, then masks; the
-    result is softmax(logits) @ value. A query with no visible key gets zeros, and a logsumexp of -inf.
+    logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then + bias, then masks;
+    the result is softmax(logits) @ value. A query with no visible key gets zeros, and a logsumexp of -inf.
 
     Two forms:
-      dense:  query (B, H, Sq, D), key and value (B, Hkv, Sk, D). The result is (B, H, Sq, D), laid out in memory as
-              (B, Sq, H, D), so that `.transpose(1, 2).reshape(B, Sq, H * D)` copies nothing.
-      packed: query (total_q, H, D), key and value (total_k, Hkv, D), with `cu_seqlens_q` and `cu_seqlens_k`, int32
-              (B + 1,), where the sequences begin and end. The result is (total_q, H, D).
-    H is a multiple of Hkv: query head h reads key head h // (H // Hkv). D is 1 to 256. Any strides will do as long as
-    the last dimension is contiguous (if not, it is copied).
+      dense:  query (B, H, Sq, D), key and value (B, Hkv, Sk, D). The result is (B, H, Sq, D), laid out in
+              memory as (B, Sq, H, D), so that `.transpose(1, 2).reshape(B, Sq, H * D)` copies nothing.
+      packed: query (total_q, H, D), key and value (total_k, Hkv, D), with `cu_seqlens_q` and `cu_seqlens_k`,
+              int32 (B + 1,), where the sequences begin and end. The result is (total_q, H, D).
+    H is a multiple of Hkv: query head h reads key head h // (H // Hkv). D is 1 to 256. Any strides will do as
+    long as the last dimension is contiguous (if not, it is copied).
 
     Args:
-      is_causal: key j is visible to query i when j <= i + Sk - Sq: the last query sees the last key (bottom-right;
-        torch's own is_causal is top-left).
+      is_causal: key j is visible to query i when j <= i + Sk - Sq: the last query sees the last key
+        (bottom-right; torch's own is_causal is top-left).
       softmax_scale: 1 / sqrt(D) when None.
-      window: (left, right): key j is visible to query i when i + Sk - Sq - left <= j <= i + Sk - Sq + right; None on
-        a side is no limit.
+      window: (left, right): key j is visible to query i when i + Sk - Sq - left <= j <= i + Sk - Sq + right;
+        None on a side is no limit.
       key_padding_mask: bool (B, Sk), True is visible; dense form only.
-      bias: added to the logits; broadcasts to (B, H, Sq, Sk); in the dtype of query or float32; dense form only.
-      softcap: 0 for none (Gemma 2).
+      bias: added to the logits; broadcasts to (B, H, Sq, Sk); in the dtype of query or float32; dense form
+      only. softcap: 0 for none (Gemma 2).
       max_seqlen_q, max_seqlen_k: at least the longest sequence; computed from cu_seqlens when None.
       dropout_p: probabilities are dropped with this chance and the others scaled by 1 / (1 - dropout_p).
       return_logsumexp: also return the natural log of the sum of exp(logits), float32 (float64 for float64):
         (B, H, Sq), or packed (H, total_q). It has a gradient.
 
-    dtypes float32, bfloat16 and float16 (float64 in the reference), the same for query, key and value; sums and the
-    softmax are in float32 with one rounding of the result. Under autocast all are cast to its dtype. Differentiable
-    once in query, key, value and bias; a second derivative raises.
+    dtypes float32, bfloat16 and float16 (float64 in the reference), the same for query, key and value; sums
+    and the softmax are in float32 with one rounding of the result. Under autocast all are cast to its dtype.
+    Differentiable once in query, key, value and bias; a second derivative raises.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
 
@@ -163,7 +164,8 @@ def _run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def _ready(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Queries, keys and values with a last dimension that is not contiguous are copied; kernels count on it."""
+    """Queries, keys and values with a last dimension that is not contiguous are copied; kernels count on
+    it."""
     return (*(a if a.dim() == 0 or a.stride(-1) == 1 else a.contiguous() for a in args[:3]), *args[3:])
 
 
@@ -271,16 +273,15 @@ def _backward(
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(
-        "bigmodel::attention has no second derivative (create_graph=True and then backward again); "
-        "use torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH) for that"
+        "bigmodel::attention has no second derivative (create_graph=True and then backward again); use "
+        "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH) for that"
     )
 
 
-define(f"attention({_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake, autocast="lower")
+define(f"attention({_INPUTS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake, autocast="lower")
 define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_logsumexp, {_TENSORS.split(', Tensor? key_padding')[0]}, "
-    f"Tensor out, Tensor logsumexp, Tensor? key_padding{_TENSORS.split('Tensor? key_padding')[1]}, *, {_OPTIONS}, "
-    "bool bias_requires_grad=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor grad_out, Tensor? grad_logsumexp, {_INPUTS}, Tensor out, Tensor logsumexp, "
+    f"{_OPTIONAL}, *, {_OPTIONS}, bool bias_requires_grad=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

@@ -132,14 +132,16 @@ def _check_packed(
         require_device(name, tensor, "query", query)
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
         raise ValueError(
-            f"cu_seqlens_k has shape {shape(cu_seqlens_k)}; it must be that of cu_seqlens_q, {shape(cu_seqlens_q)}"
+            f"cu_seqlens_k has shape {shape(cu_seqlens_k)}; it must be that of cu_seqlens_q, "
+            f"{shape(cu_seqlens_q)}"
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest < 0:
             raise ValueError(f"{name}={longest} is negative; it must be at least the longest sequence")
 
 
-# On a GPU reading cu_seqlens waits for the device, so a tensor is read once: id -> (weak reference, version, longest).
+# On a GPU reading cu_seqlens waits for the device, so a tensor is read once: id -> (weak reference, version,
+# longest).
 _seen: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
 
 

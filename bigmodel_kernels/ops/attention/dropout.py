@@ -1,10 +1,12 @@
-"""Dropout of attention probabilities that every backend and the backward can repeat: a counter-based generator.
+"""Dropout of attention probabilities that every backend and the backward can repeat: a counter-based
+generator.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
     key     = the two 32-bit halves of the seed
     counter = (key index, query index, head, batch index or number of the packed sequence)
-and the first of the four words of the result: an element is kept when that word is at least round(p * 2**32), and
-then scaled by 1 / (1 - p). An element's fate depends on its place alone, not on blocks or on the order of work.
+and the first of the four words of the result: an element is kept when that word is at least round(p * 2**32),
+and then scaled by 1 / (1 - p). An element's fate depends on its place alone, not on blocks or on the order of
+work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Attention and its gradient in plain PyTorch: the definition of right.
 
-Works over blocks of query rows, so that no tensor of Sq x Sk elements is made, in float32 for half inputs (one
-rounding, at the end) and in float64 for float64 inputs. Masks are computed for each block from indices. The gradient
-follows FlashAttention-2 (Dao, 2023, arXiv:2307.08691): the probabilities are recomputed from the logsumexp.
+Works over blocks of query rows, so that no tensor of Sq x Sk elements is made, in float32 for half inputs
+(one rounding, at the end) and in float64 for float64 inputs. Masks are computed for each block from indices.
+The gradient follows FlashAttention-2 (Dao, 2023, arXiv:2307.08691): the probabilities are recomputed from the
+logsumexp.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def run_backward(
     dropout_p: float = 0.0,
     bias_requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (an empty tensor when not wanted), given those of both outputs."""
+    """Gradients of query, key, value and bias (an empty tensor when not wanted), given those of both
+    outputs."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
     compute = compute_dtype(query.dtype)
     dq = _empty_like_query(query)
@@ -169,15 +171,22 @@ def _blocks(query: Tensor, key: Tensor, rule: _Rule) -> Iterator[tuple[slice, sl
 
 
 def _grouped(block: Tensor, kv_heads: int) -> Tensor:
-    """(B, H, R, D) -> (B, Hkv, G * R, D): the G query heads of a key head side by side, so that no key is copied."""
+    """(B, H, R, D) -> (B, Hkv, G * R, D): the query heads of a key head side by side, so no key is copied."""
     batch, heads, rows, dim = block.shape
     return block.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
 
 
 def _logits(
-    q: Tensor, k: Tensor, heads: int, rows: slice, keys: slice, offset: int, mask: Tensor | None, bias: Tensor | None,
-    rule: _Rule
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    heads: int,
+    rows: slice,
+    keys: slice,
+    offset: int,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    rule: _Rule,
+) -> tuple[Tensor, Tensor | None]:
     """Masked logits (B, H, R, K) of a block, and tanh of the capped ones when there is a cap."""
     batch, _, _, _ = k.shape
     logits = (q @ k.transpose(-1, -2)).view(batch, heads, rows.stop - rows.start, keys.stop - keys.start)
@@ -210,9 +219,17 @@ def _four(bias: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None,
-    sequence: int, rule: _Rule, out: Tensor, logsumexp: Tensor
-) -> None:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    sequence: int,
+    rule: _Rule,
+    out: Tensor,
+    logsumexp: Tensor,
+) -> None:
     """Dense attention into `out` and `logsumexp`."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
@@ -238,10 +255,23 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    logsumexp: Tensor, mask: Tensor | None, bias: Tensor | None, seed: Tensor | None, sequence: int, rule: _Rule,
-    dq: Tensor, dk: Tensor, dv: Tensor, dbias: Tensor | None
-) -> None:  # fmt: skip
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    sequence: int,
+    rule: _Rule,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor | None,
+) -> None:
     """Dense gradients: dq is written, dk, dv and dbias (in the type of computation) are added to."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
@@ -256,7 +286,9 @@ def _backward(
         logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, rule)
         lse = logsumexp[:, :, rows, None]
         p = torch.exp_(logits.sub_(torch.where(lse == -torch.inf, 0.0, lse)))
-        total = p.sum(-1, keepdim=True)  # 1 but for the rounding of logsumexp, which large logits make visible
+        total = p.sum(
+            -1, keepdim=True
+        )  # 1 but for the rounding of logsumexp, which large logits make visible
         p /= torch.where(total == 0, 1.0, total)
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
         dropped = p

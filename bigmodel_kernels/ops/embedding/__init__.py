@@ -1,4 +1,5 @@
-"""Embedding: word + position + token type + LayerNorm in one pass: `bigmodel::embedding` and its public function."""
+"""Embedding: word + position + token type + LayerNorm in one pass: `bigmodel::embedding` and its public
+function."""
 
 from __future__ import annotations
 
@@ -34,13 +35,14 @@ def embedding(
 ) -> Tensor:
     """LayerNorm(word_weight[input_ids] + position_weight[position_ids] + token_type_weight[token_type_ids]).
 
-    input_ids (...,) int64 or int32; position_ids and token_type_ids broadcast to its shape, and come each with its
-    table or not at all; tables (V, N), (P, N), (T, N); norm_weight and norm_bias (N,), or None for no LayerNorm.
-    Returns (..., N), contiguous. float32, bfloat16, float16 (float64 in the reference), the same for all tables; the
-    sum and the statistics are in float32 and the result is rounded once. Differentiable in all tables and the norm.
+    input_ids (...,) int64 or int32; position_ids and token_type_ids broadcast to its shape, and come each
+    with its table or not at all; tables (V, N), (P, N), (T, N); norm_weight and norm_bias (N,), or None for
+    no LayerNorm. Returns (..., N), contiguous. float32, bfloat16, float16 (float64 in the reference), the
+    same for all tables; the sum and the statistics are in float32 and the result is rounded once.
+    Differentiable in all tables and the norm.
 
-    Raises IndexError for an id out of range (on a GPU the device reports it), TypeError or ValueError otherwise,
-    naming the argument, its value and what is allowed.
+    Raises IndexError for an id out of range (on a GPU the device reports it), TypeError or ValueError
+    otherwise, naming the argument, its value and what is allowed.
 
     Source: BERT (Devlin et al., 2018, arXiv:1810.04805).
     """
@@ -145,11 +147,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 @backward_formula(9)
-def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needs: tuple[Any, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
     input_ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias = ctx.saved_tensors
     _, need_word, _, need_position, _, need_type, need_norm_weight, need_norm_bias, _ = needs
     compute = compute_dtype(word.dtype)
-    grad = grad.to(compute)
+    grad: Tensor | None = upstream.to(compute)
     dnorm_weight = dnorm_bias = None
     if norm_weight is not None:
         total = F.embedding(input_ids, word).to(compute)
@@ -174,8 +176,10 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | 
     )
 
 
-def _table_gradient(grad: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of grad added up by id, in the type of computation; broadcast ids get the sum of what they were given to."""
+def _table_gradient(grad: Tensor | None, ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of grad added up by id, in the type of computation; broadcast ids get the sum of what they were
+    given to."""
+    assert grad is not None  # asked for by `needs`
     grad = grad.sum_to_size((*ids.shape, grad.shape[-1]))
     rows = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
     return rows.index_add(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])).to(weight.dtype)
@@ -183,8 +187,8 @@ def _table_gradient(grad: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
 
 define(
     "embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, "
-    "Tensor? token_type_ids, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) "
-    "-> Tensor",
+    "Tensor? token_type_ids, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, "
+    "float norm_eps) -> Tensor",
     _run,
     _fake,
 )

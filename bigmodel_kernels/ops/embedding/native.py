@@ -26,7 +26,7 @@ def run(
 ) -> Tensor:
     """See `bigmodel_kernels.embedding`."""
     return torch.ops.bigmodel.cpu_embedding(
-        input_ids.contiguous(),
+        _full(input_ids, input_ids),
         word_weight.contiguous(),
         _full(position_ids, input_ids),
         contiguous(position_weight),
@@ -39,5 +39,5 @@ def run(
 
 
 def _full(ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """Ids that broadcast, one for each input id: the library takes no strides."""
-    return None if ids is None else ids.expand(input_ids.shape).contiguous()
+    """Ids as the library reads them: int64, one for each input id, without strides."""
+    return None if ids is None else ids.to(torch.int64).expand(input_ids.shape).contiguous()

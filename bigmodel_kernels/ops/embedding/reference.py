@@ -1,4 +1,5 @@
-"""Sum of word, position and token type embeddings, with LayerNorm, in plain PyTorch: the definition of right."""
+"""Sum of word, position and token type embeddings, with LayerNorm, in plain PyTorch: the definition of
+right."""
 
 from __future__ import annotations
 

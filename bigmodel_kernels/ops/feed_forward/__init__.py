@@ -45,13 +45,15 @@ def feed_forward(
     norm_position: "none": FFN(x) + residual; "post" (BERT): LayerNorm(FFN(x) + residual); "pre" (GPT-2):
     FFN(LayerNorm(x)) + residual. Without residual nothing is added.
 
-    x (..., K). weight_layout "linear": w_in (F, K) and w_out (N, F); "conv1d" (GPT-2): w_in (K, F) and w_out (F, N).
-    b_in (F,) and b_out (N,) or None, residual of the shape of the result (..., N); norm_weight and norm_bias (N,) for
-    "post" and (K,) for "pre". activation: "none", "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
+    x (..., K). weight_layout "linear": w_in (F, K) and w_out (N, F); "conv1d" (GPT-2): w_in (K, F) and w_out
+    (F, N). b_in (F,) and b_out (N,) or None, residual of the shape of the result (..., N); norm_weight and
+    norm_bias (N,) for "post" and (K,) for "pre". activation: "none", "gelu", "gelu_tanh", "quick_gelu",
+    "relu" or "silu".
 
-    float32, bfloat16, float16 (float64 in the reference), the same for all. Sums are in float32; the normalised input
-    of "pre" and the hidden layer are rounded to the dtype, and then the result once. Under autocast all are cast to
-    its dtype. Differentiable in all tensors, more than once; the backward computes the hidden layer again.
+    float32, bfloat16, float16 (float64 in the reference), the same for all. Sums are in float32; the
+    normalised input of "pre" and the hidden layer are rounded to the dtype, and then the result once. Under
+    autocast all are cast to its dtype. Differentiable in all tensors, more than once; the backward computes
+    the hidden layer again.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
 
@@ -173,7 +175,7 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | 
     need_hidden = need_rows or need_w_in or need_b_in
     z = project(rows, w_in, b_in, layout).to(compute)
     hidden = activate(z, activation).to(x.dtype)
-    dy = grad.reshape(-1, grad.shape[-1]).to(compute)
+    dy: Any = grad.reshape(-1, grad.shape[-1]).to(compute)
     dnorm_weight = dnorm_bias = None
     if position == "post":
         y = project(hidden, w_out, b_out, layout).to(compute)
@@ -196,7 +198,7 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | 
             dx.to(compute), source.to(compute), norm_weight, norm_bias, eps, (need_x, *need_norm)
         )
     return (
-        cast(dx, x).view(x.shape) if need_x else None,
+        dx.to(x.dtype).view(x.shape) if need_x and dx is not None else None,
         dw_in,
         db_in,
         dw_out,

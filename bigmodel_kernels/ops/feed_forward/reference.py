@@ -25,8 +25,8 @@ def run(
     norm_position: str = "none",
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """See `bigmodel_kernels.feed_forward`. The normalised input ("pre") and the hidden layer are rounded to the
-    dtype of x, because a matrix unit reads them in it; all else is in the type of computation."""
+    """See `bigmodel_kernels.feed_forward`. The normalised input ("pre") and the hidden layer are rounded to
+    the dtype of x, because a matrix unit reads them in it; all else is in the type of computation."""
     compute = compute_dtype(x.dtype)
     high = x.to(compute)
     if norm_position == "pre":

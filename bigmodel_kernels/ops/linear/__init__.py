@@ -40,13 +40,15 @@ def linear(
 ) -> Tensor:
     """y = activation(x @ W^T + b), then + residual if given, then LayerNorm if norm_weight is given.
 
-    x (..., K). weight (N, K) as in nn.Linear, or (K, N) with weight_layout="conv1d" as in GPT-2; bias (N,) or None.
-    Several weights (and as many biases, or none) are one projection: their outputs come side by side, as Q, K and V
-    do in one product. residual has the shape of the result, (..., sum of N); norm_weight and norm_bias (sum of N,).
-    activation: "none", "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". Returns (..., sum of N), contiguous.
+    x (..., K). weight (N, K) as in nn.Linear, or (K, N) with weight_layout="conv1d" as in GPT-2; bias (N,) or
+    None. Several weights (and as many biases, or none) are one projection: their outputs come side by side,
+    as Q, K and V do in one product. residual has the shape of the result, (..., sum of N); norm_weight and
+    norm_bias (sum of N,). activation: "none", "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". Returns
+    (..., sum of N), contiguous.
 
-    float32, bfloat16, float16 (float64 in the reference), the same for all; everything up to the result is in float32
-    and rounded once. Under autocast all are cast to its dtype. Differentiable in all tensors, more than once.
+    float32, bfloat16, float16 (float64 in the reference), the same for all; everything up to the result is in
+    float32 and rounded once. Under autocast all are cast to its dtype. Differentiable in all tensors, more
+    than once.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
     """
@@ -93,8 +95,8 @@ def check_weight(name: str, weight: Tensor, features: Any, weight_layout: str, x
     size_in, size_out = weight.shape if weight_layout == "conv1d" else (weight.shape[1], weight.shape[0])
     if size_in != features:
         raise ValueError(
-            f"{name} has shape {shape(weight)}, which with weight_layout={weight_layout!r} takes {size_in} features; "
-            f"its input has {features}"
+            f"{name} has shape {shape(weight)}, which with weight_layout={weight_layout!r} takes {size_in} "
+            f"features; its input has {features}"
         )
     require_like(name, weight, "x", x)
     return size_out
@@ -204,7 +206,7 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]
         z = torch.cat(
             [project(rows, w, biases[i] if biases else None, layout) for i, w in enumerate(weights)], -1
         ).to(compute)
-    dy = grad.reshape(-1, grad.shape[-1]).to(compute)
+    dy: Any = grad.reshape(-1, grad.shape[-1]).to(compute)
     dnorm_weight = dnorm_bias = None
     if norm_weight is not None and z is not None:
         y = activate(z, activation)
@@ -214,7 +216,9 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]
         dy, dnorm_weight, dnorm_bias = norm_backward(
             dy, y, norm_weight, norm_bias, ctx.options["norm_eps"], (need_y, need_norm_weight, need_norm_bias)
         )
-    dx, dw, db = None, [None] * len(weights), [None] * len(biases)
+    dx: Tensor | None = None
+    dw: list[Tensor | None] = [None] * len(weights)
+    db: list[Tensor | None] = [None] * len(biases)
     if need_x or any(need_weights) or any(need_biases):
         dz = dy if z is None or activation == "none" else dy * derivative(z, activation)
         dx, dw, db = projection_backward(
@@ -232,7 +236,8 @@ def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]
 
 define(
     "linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? norm_weight=None, "
-    'Tensor? norm_bias=None, *, str weight_layout="linear", str activation="none", float norm_eps=1e-5) -> Tensor',
+    'Tensor? norm_bias=None, *, str weight_layout="linear", str activation="none", float norm_eps=1e-5) '
+    "-> Tensor",
     _run,
     _fake,
     autocast="lower",

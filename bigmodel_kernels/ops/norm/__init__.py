@@ -25,9 +25,9 @@ def layer_norm(
     """LayerNorm over the last dimension of x + residual: (t - mean) / sqrt(var + eps) * weight + bias.
 
     x and residual (..., N) of the same shape, weight and bias (N,) or None. Returns (..., N), contiguous.
-    float32, bfloat16, float16 (float64 in the reference), the same for all; the sum and the statistics are in float32
-    and the result is rounded once. Under autocast all are cast to float32, torch's own rule for layer_norm.
-    Differentiable in all tensors, more than once.
+    float32, bfloat16, float16 (float64 in the reference), the same for all; the sum and the statistics are in
+    float32 and the result is rounded once. Under autocast all are cast to float32, torch's own rule for
+    layer_norm. Differentiable in all tensors, more than once.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
 

@@ -95,10 +95,11 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def backward_formula(count: int) -> Callable[..., Any]:
-    """Decorates `formula(ctx, needs, *grads) -> count gradients` for register_autograd.
+    """Decorates `formula(ctx, saved, needs, *grads) -> count gradients` for register_autograd.
 
     The dispatcher leaves out trailing arguments that equal their defaults, and with them their places in
-    `ctx.needs_input_grad` and in the gradients. This gives the formula all of them. Autocast is off inside,
+    `ctx.needs_input_grad` and in the gradients. This gives the formula all of them,
+    and the saved tensors, which checkpointing lets a backward read once only. Autocast is off inside,
     because the formula chooses its types itself.
     """
 
@@ -106,9 +107,9 @@ def backward_formula(count: int) -> Callable[..., Any]:
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             given = len(ctx.needs_input_grad)
             needs = (*ctx.needs_input_grad, *(False,) * (count - given))
-            device = ctx.saved_tensors[0].device.type
-            with torch.autocast(device, enabled=False):
-                return formula(ctx, needs, *grads)[:given]
+            saved = ctx.saved_tensors
+            with torch.autocast(saved[0].device.type, enabled=False):
+                return formula(ctx, saved, needs, *grads)[:given]
 
         return backward
 

@@ -255,9 +255,13 @@ def _setup_context(
 
 @backward_formula(8)
 def _backward(
-    ctx: Any, needs: tuple[Any, ...], grad_out: Tensor | None, grad_logsumexp: Tensor | None
+    ctx: Any,
+    saved: tuple[Any, ...],
+    needs: tuple[Any, ...],
+    grad_out: Tensor | None,
+    grad_logsumexp: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    *inputs, out, logsumexp = ctx.saved_tensors
+    *inputs, out, logsumexp = saved
     query, key, value, mask, bias, cu_seqlens_q, cu_seqlens_k, seed = inputs
     if grad_out is None and grad_logsumexp is None:
         return (None,) * len(inputs)

@@ -147,11 +147,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 @backward_formula(9)
-def _backward(ctx: Any, needs: tuple[Any, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
-    input_ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias = ctx.saved_tensors
+def _backward(
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    input_ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias = saved
     _, need_word, _, need_position, _, need_type, need_norm_weight, need_norm_bias, _ = needs
     compute = compute_dtype(word.dtype)
-    grad: Tensor | None = upstream.to(compute)
+    grad: Any = upstream.to(compute)
     dnorm_weight = dnorm_bias = None
     if norm_weight is not None:
         total = F.embedding(input_ids, word).to(compute)
@@ -176,10 +178,9 @@ def _backward(ctx: Any, needs: tuple[Any, ...], upstream: Tensor) -> tuple[Tenso
     )
 
 
-def _table_gradient(grad: Tensor | None, ids: Tensor, weight: Tensor) -> Tensor:
+def _table_gradient(grad: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of grad added up by id, in the type of computation; broadcast ids get the sum of what they were
     given to."""
-    assert grad is not None  # asked for by `needs`
     grad = grad.sum_to_size((*ids.shape, grad.shape[-1]))
     rows = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
     return rows.index_add(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])).to(weight.dtype)

@@ -161,8 +161,10 @@ def _setup_context(
 
 
 @backward_formula(8)
-def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias = ctx.saved_tensors
+def _backward(
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias = saved
     need_x, need_w_in, need_b_in, need_w_out, need_b_out, need_residual, *need_norm = needs
     layout, activation = ctx.options["weight_layout"], ctx.options["activation"]
     position, eps = ctx.options["norm_position"], ctx.options["norm_eps"]

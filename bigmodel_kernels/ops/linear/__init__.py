@@ -194,8 +194,8 @@ def _setup_context(
 
 
 @backward_formula(6)
-def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
-    x, *rest, residual, norm_weight, norm_bias = ctx.saved_tensors
+def _backward(ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    x, *rest, residual, norm_weight, norm_bias = saved
     weights, biases = list(rest[: ctx.counts[0]]), list(rest[ctx.counts[0] :])
     need_x, need_weights, need_biases, need_residual, need_norm_weight, need_norm_bias = needs
     layout, activation = ctx.options["weight_layout"], ctx.options["activation"]

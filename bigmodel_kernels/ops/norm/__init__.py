@@ -106,8 +106,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 @backward_formula(5)
-def _backward(ctx: Any, needs: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual = ctx.saved_tensors
+def _backward(
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, weight, bias, residual = saved
     need_x, need_weight, need_bias, _, need_residual = needs
     compute = compute_dtype(x.dtype)
     total = x.to(compute) if residual is None else x.to(compute) + residual.to(compute)

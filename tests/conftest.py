@@ -1,0 +1,30 @@
+"""Every test is seeded and runs on one thread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from bigmodel_kernels import _native
+
+settings.register_profile("bigmodel", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("bigmodel")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def cpu_backends() -> list[object]:
+    """The backends that a CPU test is run with; one that is not built is skipped, with its reason."""
+    reason = _native.reason()
+    native = pytest.param("native", marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+    return ["reference", native]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cpu_backend" in metafunc.fixturenames:
+        metafunc.parametrize("cpu_backend", cpu_backends())

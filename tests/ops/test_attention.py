@@ -1,0 +1,488 @@
+"""Attention: against float64, its gradient, its forms, its arguments, and how torch sees it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import bigmodel_kernels as bk
+from bigmodel_kernels import backends, verify
+from bigmodel_kernels.ops.attention import prepare
+from bigmodel_kernels.ops.attention.dropout import philox
+
+
+def make(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def lengths(*sizes: int) -> Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("case", list(verify.cases("attention")), ids=str)
+def test_against_float64(case: verify.Case, cpu_backend: str) -> None:
+    result = verify.run_case(case, cpu_backend)
+    assert result.ok and result.skipped is None, str(result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1)])
+def test_agrees_with_torch(cpu_backend: str, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    query, key, value = make(2, heads, 45, 64), make(2, kv_heads, 45, 64), make(2, kv_heads, 45, 64)
+    args = [t.to(dtype) for t in (query, key, value)]
+    with backends.use(cpu_backend):
+        out = bk.attention(*args, is_causal=True)
+    expected = F.scaled_dot_product_attention(*args, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
+
+
+@given(
+    batch=st.integers(1, 3),
+    group=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    rows=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    dim=st.integers(1, 80),
+    is_causal=st.booleans(),
+    left=st.none() | st.integers(0, 80),
+    right=st.none() | st.integers(0, 80),
+    masked=st.booleans(),
+    bias=st.none() | st.tuples(*[st.booleans()] * 4),
+    softcap=st.sampled_from([0.0, 3.0]),
+    seed=st.integers(0, 2**16),
+)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_any_shape_and_features(
+    backend: str, batch: int, group: int, kv_heads: int, rows: int, keys: int, dim: int, is_causal: bool,
+    left: int | None, right: int | None, masked: bool, bias: tuple[bool, ...] | None, softcap: float, seed: int,
+) -> None:  # fmt: skip
+    if backend == "native" and (reason := native_reason()):
+        pytest.skip(reason)
+    torch.manual_seed(seed)
+    full = (batch, group * kv_heads, rows, keys)
+    query, key, value = (
+        make(*full[:3], dim),
+        make(batch, kv_heads, keys, dim),
+        make(batch, kv_heads, keys, dim),
+    )
+    options: dict[str, Any] = {"is_causal": is_causal, "window": (left, right), "softcap": softcap}
+    if masked:
+        options["key_padding_mask"] = torch.rand(batch, keys) < 0.7
+    if bias is not None:
+        options["bias"] = make(*(n if whole else 1 for n, whole in zip(full, bias, strict=True)))
+    with backends.use(backend):
+        out, logsumexp = bk.attention(query, key, value, **options, return_logsumexp=True)
+    double = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
+    expected, sums = verify.attention_formula(query.double(), key.double(), value.double(), **double)
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logsumexp.double(), sums, atol=2e-5, rtol=1e-5)
+
+
+def native_reason() -> str | None:
+    from bigmodel_kernels import _native
+
+    return _native.reason()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    is_causal=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_packed_is_each_sequence_alone(backend: str, sizes: list[int], is_causal: bool, seed: int) -> None:
+    if backend == "native" and (reason := native_reason()):
+        pytest.skip(reason)
+    torch.manual_seed(seed)
+    qkv = make(sum(sizes), 3, 4, 24)
+    cu = lengths(*sizes)
+    with backends.use(backend):
+        out = bk.attention(*qkv.unbind(1), cu_seqlens_q=cu, cu_seqlens_k=cu, is_causal=is_causal)
+        for begin, size in zip(cu.tolist(), sizes, strict=False):
+            alone = qkv[begin : begin + size].permute(1, 2, 0, 3)[:, None]
+            expected = bk.attention(*alone, is_causal=is_causal)
+            torch.testing.assert_close(out[begin : begin + size], expected[0].transpose(0, 1))
+
+
+def test_padding_is_the_packed_result(cpu_backend: str) -> None:
+    query, key, value = (make(3, 2, 20, 16) for _ in range(3))
+    sizes = (20, 7, 1)
+    mask = torch.stack([torch.arange(20) < n for n in sizes])
+    packed = [t.transpose(1, 2)[mask] for t in (query, key, value)]
+    with backends.use(cpu_backend):
+        padded = bk.attention(query, key, value, key_padding_mask=mask).transpose(1, 2)[mask]
+        cu = lengths(*sizes)
+        torch.testing.assert_close(bk.attention(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu), padded)
+
+
+def test_layout_of_the_result(cpu_backend: str) -> None:
+    query = make(2, 3, 5, 16)
+    with backends.use(cpu_backend):
+        out, logsumexp = bk.attention(query, query, query, return_logsumexp=True)
+        assert out.shape == query.shape and out.transpose(1, 2).is_contiguous()
+        assert logsumexp.shape == (2, 3, 5) and logsumexp.dtype == torch.float32
+        packed = make(7, 3, 16, dtype=torch.bfloat16)
+        cu = lengths(3, 4)
+        out, logsumexp = bk.attention(
+            packed, packed, packed, cu_seqlens_q=cu, cu_seqlens_k=cu, return_logsumexp=True
+        )
+        assert out.is_contiguous() and out.dtype == torch.bfloat16
+        assert logsumexp.shape == (3, 7) and logsumexp.dtype == torch.float32
+
+
+def test_blind_rows_are_zero_and_have_no_gradient(cpu_backend: str) -> None:
+    query, key, value = (make(2, 2, 6, 16, grad=True) for _ in range(3))
+    mask = torch.tensor([[True] * 6, [False] * 6])
+    with backends.use(cpu_backend):
+        out, logsumexp = bk.attention(query, key, value, key_padding_mask=mask, return_logsumexp=True)
+    assert (out[1] == 0).all() and (logsumexp[1] == -math.inf).all()
+    out.sum().backward()
+    for tensor in (query, key, value):
+        assert tensor.grad is not None and tensor.grad.isfinite().all() and (tensor.grad[1] == 0).all()
+
+
+def test_infinite_bias_masks(cpu_backend: str) -> None:
+    query = make(1, 2, 8, 16, grad=True)
+    bias = torch.zeros(8, 8).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), -math.inf)
+    with backends.use(cpu_backend):
+        out = bk.attention(query, query, query, bias=bias)
+        torch.testing.assert_close(out, bk.attention(query, query, query, is_causal=True))
+    out.sum().backward()
+    assert query.grad is not None and query.grad.isfinite().all()
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "window": {"window": (2, 1)},
+    "softcap": {"softcap": 2.0},
+    "padding": {"key_padding_mask": torch.tensor([[True] * 7, [False] * 4 + [True] * 3])},
+    "scale": {"softmax_scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_gradient(name: str) -> None:
+    query = make(2, 4, 5, 3, dtype=torch.float64, grad=True)
+    key, value = (make(2, 2, 7, 3, dtype=torch.float64, grad=True) for _ in range(2))
+    bias = make(1, 4, 1, 7, dtype=torch.float64, grad=True)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Any:
+        return bk.attention(q, k, v, bias=b, return_logsumexp=True, **FEATURES[name])
+
+    assert torch.autograd.gradcheck(function, (query, key, value, bias))
+
+
+def test_gradient_packed() -> None:
+    query = make(9, 4, 3, dtype=torch.float64, grad=True)
+    key, value = (make(8, 2, 3, dtype=torch.float64, grad=True) for _ in range(2))
+    ends = {"cu_seqlens_q": lengths(4, 0, 5), "cu_seqlens_k": lengths(5, 0, 3)}
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return bk.attention(q, k, v, is_causal=False, return_logsumexp=True, **ends)
+
+    assert torch.autograd.gradcheck(function, (query, key, value))
+
+
+def test_gradient_of_a_part() -> None:
+    query, key = make(1, 2, 5, 8, grad=True), make(1, 2, 5, 8)
+    _, logsumexp = bk.attention(query, key, key, return_logsumexp=True)
+    logsumexp.sum().backward()
+    expected = make(0)
+    again = query.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        torch.logsumexp(again @ key.transpose(-1, -2) / math.sqrt(8), -1).sum(), again
+    )
+    torch.testing.assert_close(query.grad, expected)
+    assert key.grad is None
+
+
+def test_second_derivative_raises() -> None:
+    query = make(1, 1, 3, 4, dtype=torch.float64, grad=True)
+    (gradient,) = torch.autograd.grad(bk.attention(query, query, query).sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [
+        ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 0x408F276D),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), 0xD16CFE09),
+    ],
+)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: int) -> None:
+    """The vectors that Random123 publishes for philox4x32-10."""
+    c, k = [torch.tensor(v) for v in counter], [torch.tensor(v) for v in key]
+    assert philox((c[0], c[1], c[2], c[3]), (k[0], k[1])).item() == expected
+
+
+def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
+    query, value = make(2, 4, 64, 16), torch.ones(2, 4, 64, 16)
+    torch.manual_seed(3)
+    first = bk.attention(query, query, value, dropout_p=0.25)
+    second = bk.attention(query, query, value, dropout_p=0.25)
+    torch.manual_seed(3)
+    again = bk.attention(query, query, value, dropout_p=0.25)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert abs(first.mean().item() - 1) < 0.05
+    assert torch.equal(bk.attention(query, query, value, dropout_p=0.0), bk.attention(query, query, value))
+
+
+def test_dropout_drops_the_probability_asked_for() -> None:
+    query = torch.zeros(1, 2, 128, 128)
+    out = bk.attention(query, query, torch.eye(128).expand(1, 2, 128, 128), dropout_p=0.3)
+    kept = out > 0
+    assert abs(kept.float().mean().item() - 0.7) < 0.01
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / 128 / 0.7))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_with_dropout(packed: bool) -> None:
+    shape = (9, 2, 3) if packed else (2, 2, 5, 3)
+    ends = {"cu_seqlens_q": lengths(4, 5), "cu_seqlens_k": lengths(4, 5)} if packed else {}
+    inputs = tuple(make(*shape, dtype=torch.float64, grad=True) for _ in range(3))
+    args, options = prepare(*inputs, dropout_p=0.4, is_causal=True, **ends)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return torch.ops.bigmodel.attention(q, k, v, *args[3:], **options)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_dropout_under_checkpointing() -> None:
+    query = make(1, 2, 9, 8, grad=True)
+
+    def function(q: Tensor) -> Any:
+        return bk.attention(q, q, q, dropout_p=0.5)
+
+    torch.manual_seed(1)
+    function(query).sum().backward()
+    expected, query.grad = query.grad, None
+    torch.manual_seed(1)
+    checkpoint(function, query, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(query.grad, expected)
+
+
+# How torch sees the operator.
+
+OPTION_SETS: list[tuple[str, dict[str, Any]]] = [
+    ("dense", {}),
+    (
+        "mask, bias",
+        {"key_padding_mask": torch.rand(2, 7) < 0.8, "bias": torch.randn(1, 4, 1, 7, requires_grad=True)},
+    ),
+    ("causal, window, softcap", {"is_causal": True, "window": (3, None), "softcap": 4.0}),
+    ("dropout", {"dropout_p": 0.3}),
+    (
+        "packed",
+        {"cu_seqlens_q": lengths(4, 1), "cu_seqlens_k": lengths(5, 2), "max_seqlen_q": 4, "max_seqlen_k": 5},
+    ),
+]
+
+
+def inputs_for(
+    options: dict[str, Any], grad: bool = True, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    if "cu_seqlens_q" in options:
+        return [make(n, h, 8, grad=grad, dtype=dtype) for n, h in ((5, 4), (7, 2), (7, 2))]
+    return [make(2, h, n, 8, grad=grad, dtype=dtype) for n, h in ((5, 4), (7, 2), (7, 2))]
+
+
+@pytest.mark.parametrize("name, options", OPTION_SETS, ids=[name for name, _ in OPTION_SETS])
+def test_opcheck(name: str, options: dict[str, Any], cpu_backend: str) -> None:
+    if cpu_backend == "native" and name == "dropout":
+        pytest.skip("dropout runs in the reference only")
+    args, kwargs = prepare(*inputs_for(options), **options)
+    with backends.use(cpu_backend):
+        torch.library.opcheck(torch.ops.bigmodel.attention.default, args, kwargs)
+
+
+def test_opcheck_backward() -> None:
+    query, key, value = inputs_for({}, grad=False)
+    bias = make(1, 4, 1, 7)
+    args, kwargs = prepare(query, key, value, bias=bias, is_causal=True)
+    out, logsumexp = torch.ops.bigmodel.attention(*args, **kwargs)
+    for grad_logsumexp in (None, torch.randn_like(logsumexp)):
+        torch.library.opcheck(
+            torch.ops.bigmodel.attention_backward.default,
+            (torch.randn_like(out), grad_logsumexp, query, key, value, out, logsumexp, *args[3:]),
+            {**kwargs, "bias_requires_grad": True},
+        )
+
+
+@pytest.mark.parametrize("name, options", OPTION_SETS, ids=[name for name, _ in OPTION_SETS])
+def test_compile_without_a_break(name: str, options: dict[str, Any]) -> None:
+    inputs = inputs_for(options)
+
+    def function(*tensors: Tensor) -> Any:
+        out = bk.attention(*tensors, **options)
+        assert isinstance(out, Tensor)
+        return out * 2
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    expected = function(*inputs)
+    gradients = torch.autograd.grad(expected.sum(), inputs)
+    torch.manual_seed(5)
+    out = compiled(*inputs)
+    if name != "dropout":  # the compiled graph may draw another seed
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs), gradients)
+    else:
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, cpu_backend: str) -> None:
+    query, key, value = (make(1, 2, 6, 16, grad=True) for _ in range(3))
+    bias = make(6, 6)
+    with backends.use(cpu_backend), torch.autocast("cpu", dtype):
+        out = bk.attention(query, key.to(dtype), value, bias=bias)
+        expected = bk.attention(*(t.to(dtype) for t in (query, key, value)), bias=bias.to(dtype))
+        out.float().sum().backward()
+    assert out.dtype == dtype and torch.equal(out, expected)
+    assert query.grad is not None and query.grad.dtype == torch.float32
+    double = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
+    with torch.autocast("cpu", dtype):
+        assert bk.attention(double, double, double).dtype == torch.float64
+
+
+def test_runs_under_inference_mode(cpu_backend: str) -> None:
+    with torch.inference_mode(), backends.use(cpu_backend):
+        query = make(1, 2, 5, 16)
+        assert bk.attention(query, query, query).isfinite().all()
+
+
+# Arguments.
+
+Q, KV, PACKED = torch.zeros(2, 4, 5, 16), torch.zeros(2, 2, 7, 16), torch.zeros(5, 2, 16)
+CU = lengths(2, 3)
+BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+    ((Q[0], KV, KV), {}, ValueError, r"query has shape \(4, 5, 16\); it must have 4 dimensions"),
+    ((Q, KV[0], KV), {}, ValueError, r"key has shape \(2, 7, 16\); it must have 4"),
+    ((Q, KV, KV[:, :, :, None]), {}, ValueError, r"value has shape .* it must have 4"),
+    ((Q.int(), KV.int(), KV.int()), {}, TypeError, "query has dtype torch.int32; allowed are"),
+    ((Q, KV.half(), KV), {}, TypeError, "key has dtype torch.float16; it must have that of query, torch.float32"),
+    ((Q, KV, KV.bfloat16()), {}, TypeError, "value has dtype torch.bfloat16"),
+    ((Q, KV.to("meta"), KV), {}, ValueError, "key is on meta; it must be on the device of query, cpu"),
+    ((Q, KV[..., :8], KV[..., :8]), {}, ValueError, "key has head_dim 8; it must be that of query, 16"),
+    ((Q, KV, KV[..., :8]), {}, ValueError, r"value has shape \(2, 2, 7, 8\); it must be that of key"),
+    ((Q, KV, KV[:, :, :3]), {}, ValueError, r"value has shape \(2, 2, 3, 16\)"),
+    ((torch.zeros(1, 1, 1, 257),) * 3, {}, ValueError, "head_dim 257; allowed are 1 to 256"),
+    ((torch.zeros(1, 1, 1, 0),) * 3, {}, ValueError, "head_dim 0; allowed are 1 to 256"),
+    ((Q[:, :3], KV, KV), {}, ValueError, "key has 2 heads; they must divide the 3 heads of query"),
+    ((Q, KV[:, :0], KV[:, :0]), {}, ValueError, "key has 0 heads"),
+    ((Q, KV[:1], KV[:1]), {}, ValueError, "key has batch 1; it must be that of query, 2"),
+    ((Q, KV, KV), {"bias": torch.zeros(3, 1, 1, 7)}, ValueError, r"bias has shape \(3, 1, 1, 7\); it must broadcast"),
+    ((Q, KV, KV), {"bias": torch.zeros(6)}, ValueError, r"bias has shape \(6,\); .* \(2, 4, 5, 7\)"),
+    ((Q, KV, KV), {"bias": torch.zeros(1, 1, 1, 1, 7)}, ValueError, "it must broadcast"),
+    ((Q, KV, KV), {"bias": torch.zeros(7).half()}, TypeError, "bias has dtype torch.float16; allowed are"),
+    ((Q, KV, KV), {"bias": torch.zeros(7, device="meta")}, ValueError, "bias is on meta"),
+    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 6).bool()}, ValueError, r"key_padding_mask has shape \(2, 6\)"),
+    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 7)}, TypeError, "key_padding_mask has dtype torch.float32"),
+    ((Q, KV, KV), {"key_padding_mask": torch.ones(7).bool()}, ValueError, r"it must be \(B, Sk\), \(2, 7\)"),
+    ((Q, KV, KV), {"window": 5}, TypeError, "window=5 must be a pair"),
+    ((Q, KV, KV), {"window": (1, 2, 3)}, TypeError, r"window=\(1, 2, 3\) must be a pair"),
+    ((Q, KV, KV), {"window": (-2, 0)}, ValueError, r"window=\(-2, 0\) has a negative side"),
+    ((Q, KV, KV), {"softcap": -1.0}, ValueError, "softcap=-1.0 is out of range"),
+    ((Q, KV, KV), {"softcap": math.nan}, ValueError, "softcap=nan is out of range"),
+    ((Q, KV, KV), {"softmax_scale": math.inf}, ValueError, "softmax_scale=inf is out of range"),
+    ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p=1.0 is out of range"),
+    ((Q, KV, KV), {"dropout_p": -0.1}, ValueError, "dropout_p=-0.1 is out of range"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU}, ValueError, "cu_seqlens_k is None"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.long()}, TypeError, "cu_seqlens_k has dtype torch.int64"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU[None], "cu_seqlens_k": CU}, ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU[:0], "cu_seqlens_k": CU}, ValueError, r"cu_seqlens_q has shape \(0,\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(5)}, ValueError, r"cu_seqlens_k has shape \(2,\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU + 1, "cu_seqlens_k": CU}, ValueError, "cu_seqlens_q starts at 1"),
+    ((PACKED,) * 3, {"cu_seqlens_q": lengths(6, -1), "cu_seqlens_k": CU}, ValueError, "goes down from 6 to 5"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 4)}, ValueError, "cu_seqlens_k ends at 6; .* 5"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 2)}, ValueError, "cu_seqlens_k ends at 4"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 2}, ValueError, "max_seqlen_q=2 is less"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_k": -1}, ValueError, "max_seqlen_k=-1"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.to("meta"), "max_seqlen_k": 3}, ValueError, "is on meta"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "bias": torch.zeros(1)}, ValueError, "bias has shape"),
+    ((Q, KV, KV), {"cu_seqlens_q": CU, "cu_seqlens_k": CU}, ValueError, "query has shape .* 3 dimensions"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args, options, kind, message", BAD, ids=[f"{i}: {b[3][:40]}" for i, b in enumerate(BAD)]
+)
+def test_bad_arguments(
+    args: tuple[Any, ...], options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        bk.attention(*args, **options)
+    if "window" not in options:
+        with pytest.raises(kind, match=message):  # the operator itself is as safe as the function
+            op_args, op_options = prepare(*args, **options)
+            torch.ops.bigmodel.attention(*op_args, **op_options)
+
+
+def test_bad_arguments_of_the_backward() -> None:
+    query = make(1, 2, 5, 8)
+    out, logsumexp = torch.ops.bigmodel.attention(query, query, query, softmax_scale=1.0)
+    for bad in range(4):
+        values: list[Any] = [out, logsumexp, query, query, query, out, logsumexp]
+        values[(0, 1, 5, 6)[bad]] = torch.zeros(3)
+        with pytest.raises(ValueError, match=r"has shape \(3,\); it must be"):
+            torch.ops.bigmodel.attention_backward(*values, softmax_scale=1.0)
+
+
+def test_raw_operator_without_dropout_seed() -> None:
+    with pytest.raises(ValueError, match="dropout_seed is None"):
+        torch.ops.bigmodel.attention(Q, KV, KV, softmax_scale=1.0, dropout_p=0.5)
+
+
+# Memory.
+
+
+def test_no_square_tensor() -> None:
+    """S = 8192: one S x S tensor of float32 would take 256 MiB; forward and backward stay far below."""
+    script = """
+        import resource, torch, sys
+        torch.set_num_threads(1)
+        import bigmodel_kernels as bk
+        from bigmodel_kernels import backends
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+        query = torch.randn(1, 1, 256, 32, requires_grad=True)
+        bk.attention(query, query, query).sum().backward()
+        query = torch.randn(1, 1, 8192, 32, requires_grad=True)
+        before = peak()
+        with backends.use(sys.argv[1] or None):
+            out = bk.attention(query, query, query, is_causal=True, window=(4000, None))
+        middle = peak()
+        out.sum().backward()
+        print(middle - before, peak() - middle)
+    """
+    for backend in ("reference", "native" if native_reason() is None else ""):
+        output = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), backend],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        forward, backward = (float(v) for v in output.split())
+        assert forward < 100 and backward < 150, f"{backend or 'default'}: {output} MiB"

@@ -193,12 +193,13 @@ struct Attention {
     const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
     const bool direct = rows <= direct_rows;
     auto floats = [&](ScratchSlot slot, int64_t n) { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); };
-    float* query = floats(scratch_query, 2 * padded_rows * depth_padded + 16);   // rows, and the same packed into tiles
+    float* query = floats(scratch_query, rows * depth_padded);
     float* output = floats(scratch_output, rows * depth_padded);
     float* scores = floats(scratch_scores, (score_rows + 1) * score_stride);     // the last row holds the padding mask
     auto* statistics = static_cast<Statistics*>(runtime.scratch(scratch_statistics, size_t(rows) * sizeof(Statistics)));
-    float *packed_key = nullptr, *packed_value = nullptr;
+    float *tiles = nullptr, *packed_key = nullptr, *packed_value = nullptr;
     if (!direct) {
+      tiles = floats(scratch_a, padded_rows * depth + 8);
       packed_key = floats(scratch_key, key_block * depth);
       packed_value = floats(scratch_value, key_block * depth_padded);
     }
@@ -208,7 +209,6 @@ struct Attention {
       for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) * query_scale : 0.0f;
       statistics[row] = {-infinity, 0.0f};
     }
-    float* tiles = query + padded_rows * depth_padded;
     if (!direct) pack_rows(query, depth_padded, rows, depth, tiles);
     memset(output, 0, size_t(rows * depth_padded) * sizeof(float));
 
@@ -326,7 +326,7 @@ struct Attention {
     // Chunks as long as packing K and V per chunk stays cheap, but enough of them for every thread. Last queries first: under
     // causality they see the most keys, and long tasks are best started early.
     const int64_t sequences = args.batch * args.kv_heads;
-    int64_t queries = larger(1, 32768 / larger(64, depth) / group);
+    int64_t queries = larger(1, larger(96, 16384 / depth) / group);
     while (sequences * ceil_div(args.query_length, queries) < 4 * runtime.threads && queries * group > 16 * tile_rows) queries /= 2;
     const int64_t chunks = ceil_div(args.query_length, queries);
     queries = ceil_div(args.query_length, chunks);

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -247,6 +248,28 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, std::string weight_layout) {
   return packed;
 }
 
+// A hash of 64 elements spread over each weight: how the cache of packed weights notices an edit that left the tensor's
+// version as it was. Any strides.
+int64_t cpu_fingerprint(std::vector<Tensor> weights) {
+  constexpr int64_t samples = 64;
+  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
+  for (const Tensor& weight : weights) {
+    check_cpu(weight, "weights");
+    STD_TORCH_CHECK(weight.dim() == 2, "weights: shape ", shape_of(weight), " must have two dimensions");
+    const int64_t size = dtype_size(dtype_of(weight, "weights")), columns = weight.size(1), numel = weight.numel();
+    const int64_t stride_row = weight.stride(0), stride_column = weight.stride(1);
+    const char* data = static_cast<const char*>(weight.const_data_ptr());
+    const int64_t count = std::min(samples, numel);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t at = count == 1 ? 0 : i * (numel - 1) / (count - 1);
+      uint32_t bits = 0;
+      std::memcpy(&bits, data + (at / columns * stride_row + at % columns * stride_column) * size, size_t(size));
+      hash = (hash ^ bits) * 0x100000001b3ull;
+    }
+  }
+  return int64_t(hash);
+}
+
 int64_t rows_of(const Tensor& x, int64_t columns) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, "x: shape ", shape_of(x), " must end in ", columns);
@@ -461,6 +484,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cpu_pack_weight(Tensor[] weights, str weight_layout) -> Tensor");
+  m.def("cpu_fingerprint(Tensor[] weights) -> int");
   m.def("cpu_linear(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
         "float norm_eps) -> Tensor");
   m.def("cpu_feed_forward(Tensor x, Tensor packed_in, Tensor? b_in, Tensor packed_out, Tensor? b_out, str activation, Tensor? residual, "
@@ -475,6 +499,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_pack_weight", TORCH_BOX(&bigmodel::cpu_pack_weight));
+  m.impl("cpu_fingerprint", TORCH_BOX(&bigmodel::cpu_fingerprint));
   m.impl("cpu_linear", TORCH_BOX(&bigmodel::cpu_linear));
   m.impl("cpu_feed_forward", TORCH_BOX(&bigmodel::cpu_feed_forward));
   m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));

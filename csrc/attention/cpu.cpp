@@ -30,6 +30,9 @@ static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t de
   for (int64_t first = 0; first < keys; first += panel, packed += depth * panel) {
     const int64_t here = smaller(panel, keys - first);
     const T* source = x + first * stride;
+    // Rows lie a whole (batch, heads) stride apart, which no hardware prefetcher follows.
+    for (int64_t i = panel; i < smaller(2 * panel, keys - first); i++)
+      for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + i * stride + d);
     int64_t d = 0;
 #if BIGMODEL_SIMD >= 256
     for (; d + 8 <= depth; d += 8)
@@ -48,13 +51,14 @@ static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t de
 template <class T>
 static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
   for (int64_t first = 0; first < depth; first += panel)
-    for (int64_t j = 0; j < keys; j++, packed += panel)
+    for (int64_t j = 0; j < keys; j++, packed += panel) {
+      const T* source = x + j * stride + first;
+      __builtin_prefetch(source + 8 * stride);
       for (int64_t i = 0; i < panel; i += F32::width) {
         const int64_t here = depth - first - i;
-        (here >= F32::width ? F32::load(x + j * stride + first + i)
-         : here > 0         ? load_partial(x + j * stride + first + i, int(here))
-                            : F32::zero()).store(packed + i);
+        (here >= F32::width ? F32::load(source + i) : here > 0 ? load_partial(source + i, int(here)) : F32::zero()).store(packed + i);
       }
+    }
 }
 
 struct Statistics {  // of one query row: running maximum (base 2) and sum
@@ -147,21 +151,15 @@ struct Attention {
     const float block = maximum(max(m0, m1)), top = block > row.maximum ? block : row.maximum;
     const float reference = top == -infinity ? 0.0f : top;  // no key seen yet: -inf - 0 stays -inf and 2^-inf is 0
     const F32 shift = F32::set(reference);
-    F32 s0 = F32::zero(), s1 = F32::zero();
-    for (j = 0; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
-      const F32 p0 = exp2(F32::load(scores + j) - shift), p1 = exp2(F32::load(scores + j + F32::width) - shift);
-      p0.store(scores + j);
-      p1.store(scores + j + F32::width);
-      s0 = s0 + p0;
-      s1 = s1 + p1;
-    }
-    for (; j < n_padded; j += F32::width) {
+    // One vector at a time: its constants fill the registers, and successive iterations overlap in the CPU anyway.
+    F32 total = F32::zero();
+    for (j = 0; j < n_padded; j += F32::width) {
       const F32 p = exp2(F32::load(scores + j) - shift);
       p.store(scores + j);
-      s0 = s0 + p;
+      total = total + p;
     }
     const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f(row.maximum - reference);
-    row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(s0 + s1);
+    row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(total);
     row.maximum = top;
     return factor;
   }

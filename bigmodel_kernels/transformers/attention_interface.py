@@ -4,10 +4,14 @@ The mask function keeps masks small. What it returns says by its shape what it m
 through any model, `torch.compile` included:
 
     None            what it means for sdpa: nothing masked, or causal where the module or the call says so
-    (B, S)          causal; True is a real key; the last query sees key S - 1, and keys from S on do not exist yet
+    (B, S)          causal; True is a real token; the last query is at position S - 1. A static cache has keys beyond
+                    S, which do not exist yet; a sliding cache has only the last ones of S
     (B, 1, S)       the same within a sliding window, which rides along as an attribute of the tensor
     (B, 1, 1, S)    padding only, every query sees every real key
     (B, 1, Sq, Sk)  any other pattern, dense, as sdpa has it; also what a user passes, boolean or additive
+
+`generate` makes masks ahead of the model for static caches and passes them as if they were the user's: the first
+two go through the mask function again and come out the same, the others are passed on by transformers as they are.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ def attention_mask(
         assert mask is not None
         return mask
 
+    if attention_mask is not None and attention_mask.dim() == 3:
+        attention_mask = attention_mask[:, 0]  # one of ours, made ahead by `generate`
     pattern = _pattern(mask_function, tracing)
     if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
@@ -72,42 +78,45 @@ def attention_mask(
     if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
         return dense()  # the caller goes on to combine it with another mask
 
-    padding = _padding(attention_mask, kv_length, kv_offset)
-    if padding is not None and not tracing and bool(padding.all()):
-        padding = None
     if not causal:
         if window is not None:
             return dense()
-        return None if padding is None else padding[:, None, None, :]
+        padding = _tokens(attention_mask, kv_offset + kv_length)
+        if padding is None or (not tracing and bool(padding[:, kv_offset:].all())):
+            return None
+        return padding[:, None, None, kv_offset:]
 
     if isinstance(q_offset, Tensor):
         if tracing:
             return dense()
         q_offset = int(q_offset)
-    visible = q_offset + q_length - kv_offset  # keys up to the one of the last query
-    if not q_length <= visible <= kv_length:
+    seen = q_offset + q_length  # tokens up to the last query
+    keys = seen - kv_offset
+    if not q_length <= keys <= kv_length or (kv_offset and keys != kv_length):
         return dense()
-    if window is not None and window < visible:
+    padding = _tokens(attention_mask, seen)
+    if padding is not None and not tracing and bool(padding[:, kv_offset:].all()):
+        padding = None
+    if window is not None and window < keys:
         if padding is None:
-            padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        mask = padding[:, None, :visible]
+            padding = torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        mask = padding[:, None]
         setattr(mask, _WINDOW, window)
         return mask
     if padding is not None:
-        return padding[:, :visible]
-    if visible == q_length or (q_length == 1 and visible == kv_length):
+        return padding
+    if keys == q_length or (q_length == 1 and keys == kv_length):
         return None  # sdpa's own meaning of None: causal over the first q_length keys, or one query that sees all
-    return torch.ones(batch_size, visible, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+    return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
 
 
-def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """The 2D mask of the keys at hand: a cache holds kv_length of them, from kv_offset on."""
+def _tokens(mask: Tensor | None, length: int) -> Tensor | None:
+    """The 2D mask of the first `length` tokens. Tokens that it does not speak of are not there."""
     if mask is None:
         return None
-    missing = kv_length + kv_offset - mask.shape[-1]
-    if missing > 0:
-        mask = torch.nn.functional.pad(mask, (0, missing))
-    return mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    if mask.shape[-1] < length:
+        mask = torch.nn.functional.pad(mask, (0, length - mask.shape[-1]))
+    return mask[:, :length].to(torch.bool)
 
 
 def _pattern(function: Any, tracing: bool) -> tuple[bool, int | None] | None:
@@ -196,8 +205,7 @@ def visibility(
                     "If it was made for a sliding window, it was copied on the way to the attention"
                 )
             mask = mask[:, 0]
-        if mask.shape[1] > keys:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, for more than the {keys} keys there are")
+        mask = mask[:, -keys:]  # a sliding cache has dropped the first ones
         result = Visibility(mask.shape[1], causal=rows > 1, window=window, padding=mask.to(torch.bool))
     elif mask.dim() == 4:
         result = Visibility(keys)

@@ -234,7 +234,7 @@ def _rows_for_the_rest(
         return
     prefixes = tuple(name + "." for name in covered)
     for name, module in plan.model.named_modules():
-        if not name or name in covered or name.startswith(prefixes) or not module._parameters:
+        if not name or name in covered or name.startswith(prefixes) or not module._parameters or module._modules:
             continue
         if type(module) is nn.Embedding:
             why = "a table lookup, nothing to fuse"

@@ -23,6 +23,8 @@ class Row:
 
     @property
     def uses(self) -> str:
+        if not self.ops:
+            return ""
         if len(set(self.backends)) == 1:
             return f"{' + '.join(self.ops)} [{self.backends[0]}]"
         return " + ".join(f"{op} [{backend}]" for op, backend in zip(self.ops, self.backends, strict=False))
@@ -79,7 +81,7 @@ class PatchReport:
 
     @staticmethod
     def _note(row: Row) -> str:
-        return row.uses + (f" ({row.reason})" if row.reason else "")
+        return "; ".join(part for part in (row.uses, row.reason) if part)
 
 
 def _mebibytes(size: int) -> str:

@@ -1,0 +1,112 @@
+"""Tiny models with random weights, the float64 reference of each, and the rule that a patched model must meet."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from transformers import BertConfig, GPT2Config
+
+VOCABULARY = 101
+
+
+def bert_config(**changes: Any) -> BertConfig:
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "attn_implementation": "sdpa",
+        **changes,
+    }
+    return BertConfig(**options)
+
+
+def gpt2_config(**changes: Any) -> GPT2Config:
+    options = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "attn_implementation": "sdpa",
+        **changes,
+    }
+    return GPT2Config(**options)
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that every part matters: fresh models have zero biases and unit norms."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def build(cls: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    return randomize(cls(config)).eval()
+
+
+def token_ids(batch: int = 3, length: int = 17) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def right_padding(batch: int = 3, length: int = 17) -> torch.Tensor:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, length - 6 :] = 0
+    mask[-1, 4:] = 0
+    return mask
+
+
+def left_padding(batch: int = 3, length: int = 17) -> torch.Tensor:
+    return right_padding(batch, length).flip(1)
+
+
+def float64_of(model: Any) -> Any:
+    """The same model in float64 with eager attention: the definition of right."""
+    reference = copy.deepcopy(model).double()
+    reference.set_attn_implementation("eager")
+    return reference.eval()
+
+
+def tensors_of(output: Any) -> dict[str, torch.Tensor]:
+    """All floating tensors of a model output, by name; tuples by position."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            found[name] = value
+        elif isinstance(value, tuple):
+            for i, part in enumerate(value):
+                if isinstance(part, torch.Tensor):
+                    found[f"{name}.{i}"] = part
+    return found
+
+
+def assert_as_near(
+    out: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor, where: torch.Tensor | None = None, name: str = ""
+) -> None:
+    """`out` is as near to the float64 `reference` as `eager` is, in the maximum and in the mean."""
+    assert out.shape == eager.shape, f"{name}: {tuple(out.shape)} is not {tuple(eager.shape)}"
+    assert out.dtype == eager.dtype, name
+    if where is not None:
+        out, eager, reference = out[where], eager[where], reference[where]
+    out64, eager64, reference = out.detach().double(), eager.detach().double(), reference.detach().double()
+    assert torch.isfinite(out64).all(), f"{name}: not finite"
+    rounding = 2 * ((reference + 0.3).to(out.dtype).double() - 0.3 - reference).abs().max()
+    got, allowed = (out64 - reference).abs(), (eager64 - reference).abs()
+    assert got.max() <= 2 * allowed.max() + rounding, f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager"
+    assert got.mean() <= 1.2 * allowed.mean() + rounding / 4, f"{name}: mean {got.mean():.3e}, eager {allowed.mean():.3e}"

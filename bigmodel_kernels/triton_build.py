@@ -49,7 +49,9 @@ TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
 # ---- cases --------------------------------------------------------------------------------------------------------
 
 
-def _attention(dtype: torch.dtype, rows: int, head_dim: int, heads: int = 16, kv_heads: int = 16, **options: Any) -> None:
+def _attention(
+    dtype: torch.dtype, rows: int, head_dim: int, heads: int = 16, kv_heads: int = 16, **options: Any
+) -> None:
     batch = 8
     query = torch.empty(batch, heads, rows, head_dim, dtype=dtype)
     keys = max(rows, 512)
@@ -67,7 +69,12 @@ def _packed_attention(dtype: torch.dtype, head_dim: int) -> None:
     query = torch.empty(4096, 3, 12, head_dim, dtype=dtype)
     ends = torch.tensor([0, 4096], dtype=torch.int32)
     attention.run(
-        *query.unbind(1), cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=512, max_seqlen_k=512, softmax_scale=0.1
+        *query.unbind(1),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=512,
+        max_seqlen_k=512,
+        softmax_scale=0.1,
     )
 
 
@@ -75,7 +82,13 @@ def _linear(dtype: torch.dtype, rows: int, k: int, n: int, layout: str = "linear
     weight = torch.empty(n, k, dtype=dtype) if layout == "linear" else torch.empty(k, n, dtype=dtype)
     if options.pop("with_residual", False):
         options["residual"] = torch.empty(rows, n, dtype=dtype)
-    linear.run(torch.empty(rows, k, dtype=dtype), [weight], [torch.empty(n, dtype=dtype)], weight_layout=layout, **options)
+    linear.run(
+        torch.empty(rows, k, dtype=dtype),
+        [weight],
+        [torch.empty(n, dtype=dtype)],
+        weight_layout=layout,
+        **options,
+    )
 
 
 def _norm(dtype: torch.dtype, columns: int) -> None:
@@ -215,7 +228,9 @@ class Result:
 def build(case: str, target: str) -> Result:
     """Compile one of ``CASES`` for one of ``TARGETS``."""
     if triton_runtime.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set: kernels in this process are interpreted and cannot be compiled")
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: kernels in this process are interpreted and cannot be compiled"
+        )
     gpu, description = TARGETS[target]
     with recorded() as launches, triton_runtime.pretend(description):
         CASES[case]()
@@ -231,7 +246,9 @@ def build(case: str, target: str) -> Result:
         assembly = compiled.asm["amdgcn"]
         registers, spilled = _amd_resources(assembly)
     name = f"{launch.kernel.__name__}"
-    return Result(case, name, target, registers, compiled.metadata.shared, spilled, _mma(assembly), round(seconds, 2))
+    return Result(
+        case, name, target, registers, compiled.metadata.shared, spilled, _mma(assembly), round(seconds, 2)
+    )
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -271,8 +288,12 @@ def _mma(assembly: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bigmodel_kernels.triton_build", description=__doc__.split("\n")[0])
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bigmodel_kernels.triton_build", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--target", action="append", choices=list(TARGETS), help="only this target (repeatable)"
+    )
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
     chosen = parser.parse_args(arguments)
@@ -287,7 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
         for target in chosen.target or TARGETS:
             try:
                 result = build(case, target)
-            except Exception as error:  # a compiler may fail in many ways; every failure is reported at the end
+            except (
+                Exception
+            ) as error:  # a compiler may fail in many ways; every failure is reported at the end
                 failures.append(f"{case} on {target}: {type(error).__name__}: {error}")
                 continue
             results.append(result)
@@ -299,7 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     if chosen.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
-    failures += [f"{r.case} on {r.target}: spills {r.spilled_bytes} bytes" for r in results if r.spilled_bytes]
+    failures += [
+        f"{r.case} on {r.target}: spills {r.spilled_bytes} bytes" for r in results if r.spilled_bytes
+    ]
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

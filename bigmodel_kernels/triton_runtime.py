@@ -31,12 +31,14 @@ class Target(NamedTuple):
     """Bytes of shared memory that one program may use."""
     warp: int = 32
     """Threads that execute together."""
+    warpgroups: bool = False
+    """Matrix instructions are issued by four warps for 64 rows at once (Hopper, Blackwell), not by one warp for 16."""
 
 
-HOPPER = Target(processors=132, shared_memory=232_448)
+HOPPER = Target(processors=132, shared_memory=232_448, warpgroups=True)
 """H100 and H200; also what the interpreter pretends to be."""
 AMPERE = Target(processors=108, shared_memory=166_912)
-BLACKWELL = Target(processors=148, shared_memory=232_448)
+BLACKWELL = Target(processors=148, shared_memory=232_448, warpgroups=True)
 MI300 = Target(processors=304, shared_memory=65_536, warp=64)
 
 
@@ -45,7 +47,8 @@ def _device_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     # PyTorch publishes the shared memory of a program under two names, by version and vendor.
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
-    return Target(properties.multi_processor_count, shared, getattr(properties, "warp_size", 32))
+    warpgroups = torch.version.hip is None and properties.major in (9, 10)
+    return Target(properties.multi_processor_count, shared, getattr(properties, "warp_size", 32), warpgroups)
 
 
 _pretended: Target | None = None

@@ -108,22 +108,20 @@ def _attend(
             shown = tl.load(padding_ptr + start_n * stride_pn + columns * stride_pn, mask=in_range, other=0)
             logits = tl.where((shown != 0)[None, :], logits, float("-inf"))
 
-        # SCALE_LATE leaves the scale to the exponent, where it is part of a fused multiply-add.
-        tile_maximum = tl.max(logits, axis=1)
-        if SCALE_LATE:
-            new_maximum = tl.maximum(maximum, tile_maximum * scale)
-        else:
-            new_maximum = tl.maximum(maximum, tile_maximum)
+        new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         if MASKED or HAS_PADDING or HAS_BIAS:
             # A row that has seen nothing yet has maximum -inf: subtract 0 instead, so that 2^(-inf) = 0, not NaN.
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         else:
             shift = new_maximum
+        # SCALE_LATE: the logits are not scaled yet. Scaling their distance from the maximum keeps the weight of the
+        # largest exactly 1, where a fused multiply-add of both would leave the rounding error of a large product.
         if SCALE_LATE:
-            weights = tl.exp2(logits * scale - shift[:, None])
+            weights = tl.exp2((logits - shift[:, None]) * scale)
+            correction = tl.exp2((maximum - shift) * scale)
         else:
             weights = tl.exp2(logits - shift[:, None])
-        correction = tl.exp2(maximum - shift)
+            correction = tl.exp2(maximum - shift)
         total = total * correction + tl.sum(weights, axis=1)
         output = output * correction[:, None]
         if HAS_DROPOUT:
@@ -263,12 +261,13 @@ def attention_kernel(
     )  # fmt: skip
 
     nothing_seen = total == 0.0
-    output = output * (keep_scale / tl.where(nothing_seen, 1.0, total))[:, None]
-    logsumexp = tl.where(
-        nothing_seen,
-        float("-inf"),
-        0.6931471805599453 * (maximum + tl.log2(tl.where(nothing_seen, 1.0, total))),
-    )
+    safe_total = tl.where(nothing_seen, 1.0, total)
+    output = output / safe_total[:, None]
+    if HAS_DROPOUT:
+        output = output * keep_scale
+    if SCALE_LATE:
+        maximum = maximum * scale
+    logsumexp = tl.where(nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total)))
     tl.store(logsumexp_ptr + head_64 * stride_lh + rows, logsumexp, mask=row_mask)
     out_tile = (
         out_ptr + head_64 * stride_oh + row_64 * stride_om + local_rows[:, None] * stride_om + dims[None, :]
@@ -285,28 +284,36 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
-def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> AttentionTile:
-    """The tile for ``rows`` query rows per head.
+def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target, heavy: bool) -> AttentionTile:
+    """The tile for ``rows`` query rows per head; ``heavy`` if the logits go through more than a scale and a mask.
 
-    A thread holds ``tile_m * (tile_d + 1.5 * tile_n) / threads`` registers of accumulators and weights, which has to
-    stay near 160 of its 255; the stages of K and V, ``num_stages * 2 * tile_n * tile_d * itemsize`` bytes, have to
-    fit in shared memory beside Q. Within both, more query rows mean fewer passes over K and V.
+    A thread holds ``tile_m * (tile_d + 1.5 * tile_n) / threads`` registers of output, logits and weights, which has to
+    stay near 160 of its 255 (less where a dropout generator or a softcap needs some); the stages of K and V,
+    ``num_stages * 2 * tile_n * tile_d * itemsize`` bytes, have to fit in shared memory beside Q. Within both, more
+    query rows mean fewer passes over K and V. ``python -m bigmodel_kernels.triton_build`` shows that none spills.
     """
     tile_d = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
         # Full-precision float32 products run on the ordinary cores and are slow anyway: small tiles, no spills.
-        tile_m, tile_n, num_warps, num_stages = (64, 32, 4, 2) if tile_d <= 64 else (32, 32, 4, 2)
+        tile = AttentionTile(
+            64 if tile_d <= 64 else 32, 32 if tile_d <= 128 else 16, 8, 1 if tile_d == 128 else 2
+        )
     elif tile_d <= 64:
-        tile_m, tile_n, num_warps, num_stages = 128, 64, 4, 3
+        tile = AttentionTile(128, 64, 8 if heavy or target.warpgroups else 4, 3)
     elif tile_d == 128:
-        tile_m, tile_n, num_warps, num_stages = 128, 64, 8, 3
+        tile = (
+            AttentionTile(64, 64, 4, 3) if heavy and not target.warpgroups else AttentionTile(128, 64, 8, 3)
+        )
+    elif target.warpgroups:
+        tile = AttentionTile(64, 64, 8, 2) if heavy else AttentionTile(128, 32, 8, 2)
     else:
-        tile_m, tile_n, num_warps, num_stages = 128, 64, 8, 2
+        tile = AttentionTile(64, 32, 8, 2)
+    tile_m, tile_n, num_warps, num_stages = tile
     if rows < tile_m:  # short sequences and decoding
         tile_m = max(16, triton.next_power_of_2(max(rows, 1)))
-        num_warps = min(num_warps, max(1, tile_m // 16))
-        if tile_m == 16 and tile_d >= 128:
-            num_warps = 2
+        num_warps = max(1, min(num_warps, tile_m // 16, 4))
+        if tile_d >= 128:
+            num_warps = max(num_warps, tile_d // 64)
     query_bytes = tile_m * tile_d * itemsize
     stage_bytes = 2 * tile_n * tile_d * itemsize
     while num_stages > 1 and query_bytes + num_stages * stage_bytes > target.shared_memory:
@@ -368,7 +375,8 @@ def run(
     # A limit beyond every key is none; it could overflow the kernel's 32-bit positions.
     has_left = 0 <= window_left < rows + keys
     has_right = 0 <= window_right < rows + keys
-    tile = attention_tile(rows, head_dim, query.element_size(), target_of(query))
+    heavy = bias is not None or softcap > 0 or dropout_seed is not None
+    tile = attention_tile(rows, head_dim, query.element_size(), target_of(query), heavy)
     tile_d = max(16, triton.next_power_of_2(head_dim))
     strides_q, strides_k, strides_v, strides_o = strides
     threshold = round(dropout_p * 2**32)
@@ -419,4 +427,7 @@ def supports(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"the last dimension of {name} has stride {tensor.stride(-1)}; it must be contiguous"
+        rows = 2 if cu_seqlens_q is None else 0
+        if tensor.stride(rows) >= 2**23:  # offsets within a tile are 32-bit, those of a tile 64-bit
+            return f"the rows of {name} are {tensor.stride(rows)} elements apart; the Triton kernel takes up to 2^23"
     return None

@@ -38,7 +38,7 @@ struct FeedForward {
     }
     const Epilogue<T> epilogue = {static_cast<const T*>(args.bias_in), args.activation, nullptr, 0, nullptr, 0, inner};
     multiply_block<Step>(a, rows, in.steps(), static_cast<const typename Step::B*>(in.panels), first, last, c, c_stride,
-                         [&](int64_t column, float* c_panel) { finish_panel(epilogue, rows, column, c_panel, c_stride); });
+                         [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
   }
 
   // The same rows of hidden times panels [first, last) of W_out, plus residual, into args.out or, before a norm, into c.
@@ -50,7 +50,7 @@ struct FeedForward {
                                   args.residual ? static_cast<const T*>(args.residual) + row * columns : nullptr, columns,
                                   post ? nullptr : static_cast<T*>(args.out) + row * columns, columns, columns};
     multiply_block<Step>(a, rows, out.steps(), static_cast<const typename Step::B*>(out.panels), first, last, c, c_stride,
-                         [&](int64_t column, float* c_panel) { finish_panel(epilogue, rows, column, c_panel, c_stride); });
+                         [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
   }
 
   // In place: the row stays float32, its weights are T.

@@ -26,9 +26,11 @@ inline constexpr int tile_rows = 6, panel_vectors = 2;
 inline constexpr int tile_rows = 4, panel_vectors = 1;
 #endif
 inline constexpr int panel = panel_vectors * F32::width;
-// In k steps. A panel's block (8 KB at 16 columns) stays in L1 with room to spare; the length is set by accuracy: each block's
+// In k steps. A panel's block (12 KB at 16 columns) stays in L1 with room to spare; the length is set by accuracy: each block's
 // sum starts from zero, so no chain of additions is longer, and the error is that of a blocked sum instead of growing with k.
-inline constexpr int64_t depth_block = 128;
+inline constexpr int64_t depth_block = 192;
+// Panels are taken in groups whose columns of C (row_block rows) stay in L2 beside A while k runs.
+inline constexpr int64_t panel_group = 384 / panel;
 inline constexpr int64_t row_block = 16 * tile_rows;
 
 BIGMODEL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -163,26 +165,36 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
 
 // ---- a row block against a range of panels ----
 
-// C (rows x round_up(columns, panel), row stride c_stride) = A * panels[first_panel, last_panel). `finish(column, c)` is called
-// for each panel once its columns of C are complete and still in cache: the epilogue.
+// C (rows x panels, row stride c_stride) = A * panels[first_panel, last_panel). `finish(column, columns, c)` is called for each
+// group of panels once its columns of C are complete and still in cache: the epilogue.
 template <class Step, class Finish>
 static void multiply_block(const typename Step::A* a, int64_t rows, int64_t steps, const typename Step::B* panels, int64_t first_panel,
                            int64_t last_panel, float* c, int64_t c_stride, const Finish& finish) {
+  const int64_t tiles = ceil_div(rows, tile_rows);
   auto one = [&](int64_t begin, int64_t p) {
     const int64_t depth = smaller(depth_block, steps - begin);
     const typename Step::B* b = panels + (p * steps + begin) * panel;
     float* c_panel = c + (p - first_panel) * panel;
-    for (int64_t row = 0; row < rows; row += tile_rows)
+    // The next panel's block comes from L3 or memory: each tile asks for its share of it while it computes.
+    const char* next = reinterpret_cast<const char*>(b + steps * panel);
+    const int64_t next_bytes = p + 1 < last_panel && tiles > 1 ? depth * panel * int64_t(sizeof(*b)) : 0;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t row = tile * tile_rows;
+      for (int64_t at = next_bytes * tile / tiles / 64 * 64; at < next_bytes * (tile + 1) / tiles; at += 64) __builtin_prefetch(next + at, 0, 2);
       multiply_rows<Step>(smaller(tile_rows, rows - row), depth, PackedTile<Step>{a + row * steps + begin * tile_rows}, b,
                           c_panel + row * c_stride, c_stride, begin > 0);
-    if (begin + depth == steps) finish(p * panel, c_panel);
+    }
   };
-  if (rows > tile_rows) {
-    for (int64_t begin = 0; begin < steps; begin += depth_block)
-      for (int64_t p = first_panel; p < last_panel; p++) one(begin, p);
-  } else {  // a single tile reuses no panel: the weight is read once, straight through
-    for (int64_t p = first_panel; p < last_panel; p++)
-      for (int64_t begin = 0; begin < steps; begin += depth_block) one(begin, p);
+  for (int64_t group = first_panel; group < last_panel; group += panel_group) {
+    const int64_t end = smaller(last_panel, group + panel_group);
+    if (tiles > 1) {
+      for (int64_t begin = 0; begin < steps; begin += depth_block)
+        for (int64_t p = group; p < end; p++) one(begin, p);
+    } else {  // a single tile reuses no panel: the weight is read once, straight through
+      for (int64_t p = group; p < end; p++)
+        for (int64_t begin = 0; begin < steps; begin += depth_block) one(begin, p);
+    }
+    finish(group * panel, (end - group) * panel, c + (group - first_panel) * panel);
   }
 }
 

@@ -58,7 +58,7 @@ void linear(const Runtime& runtime, const LinearArgs& args) {
                                       args.residual ? static_cast<const T*>(args.residual) + row * n : nullptr, n,
                                       args.has_norm ? nullptr : out + row * n, n, n};
         multiply_block<Step>(a, rows, weight.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, c, c_stride,
-                             [&](int64_t column, float* c_panel) { finish_panel(epilogue, rows, column, c_panel, c_stride); });
+                             [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
         if (args.has_norm && !norm_apart)
           for (int64_t r = 0; r < rows; r++) layer_norm_row(c + r * c_stride, n, args.norm, out + (row + r) * n);
       });

@@ -20,7 +20,7 @@ BIGMODEL_INLINE F32 activate(F32 x) {
   return x;
 }
 
-// ---- the epilogue of one panel: out = act(c + bias) + residual ----
+// ---- the epilogue of a group of columns: out = act(c + bias) + residual ----
 
 template <class T>
 struct Epilogue {
@@ -30,38 +30,45 @@ struct Epilogue {
   int64_t residual_stride;
   T* out;               // null: the result stays in c, as float32
   int64_t out_stride;
-  int64_t columns;      // n: a last panel is wider than what is left of it
+  int64_t columns;      // n: a last panel is wider than what is left
 };
 
 template <Activation A, class T>
-static void finish_rows(const Epilogue<T>& e, int64_t rows, int64_t column, float* c, int64_t c_stride) {
+static void finish_rows(const Epilogue<T>& e, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
   constexpr int w = F32::width;
-  for (int64_t at = column; at < smaller(e.columns, column + panel); at += w, c += w) {
-    const int here = int(smaller(w, e.columns - at));
-    const bool whole = here == w;
-    const F32 bias = !e.bias ? F32::zero() : whole ? F32::load(e.bias + at) : load_partial(e.bias + at, here);
-    for (int64_t r = 0; r < rows; r++) {
-      F32 y = activate<A>(F32::load(c + r * c_stride) + bias);
-      if (e.residual) {
-        const T* residual = e.residual + r * e.residual_stride + at;
-        y = y + (whole ? F32::load(residual) : load_partial(residual, here));
-      }
-      if (!e.out) y.store(c + r * c_stride);
-      else if (whole) y.store(e.out + r * e.out_stride + at);
-      else store_partial(y, e.out + r * e.out_stride + at, here);
+  const int64_t end = smaller(e.columns, column + columns);
+  for (int64_t r = 0; r < rows; r++) {
+    float* c_row = c + r * c_stride - column;
+    const T* residual = e.residual ? e.residual + r * e.residual_stride : nullptr;
+    T* out = e.out ? e.out + r * e.out_stride : nullptr;
+    int64_t at = column;
+    for (; at + w <= end; at += w) {
+      F32 y = F32::load(c_row + at);
+      if (e.bias) y = y + F32::load(e.bias + at);
+      y = activate<A>(y);
+      if (residual) y = y + F32::load(residual + at);
+      out ? y.store(out + at) : y.store(c_row + at);
+    }
+    if (at < end) {
+      const int here = int(end - at);
+      F32 y = F32::load(c_row + at);
+      if (e.bias) y = y + load_partial(e.bias + at, here);
+      y = activate<A>(y);
+      if (residual) y = y + load_partial(residual + at, here);
+      out ? store_partial(y, out + at, here) : y.store(c_row + at);
     }
   }
 }
 
 template <class T>
-static void finish_panel(const Epilogue<T>& e, int64_t rows, int64_t column, float* c, int64_t c_stride) {
+static void finish_columns(const Epilogue<T>& e, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
   switch (e.activation) {
-    case Activation::none: return finish_rows<Activation::none>(e, rows, column, c, c_stride);
-    case Activation::gelu: return finish_rows<Activation::gelu>(e, rows, column, c, c_stride);
-    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(e, rows, column, c, c_stride);
-    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(e, rows, column, c, c_stride);
-    case Activation::relu: return finish_rows<Activation::relu>(e, rows, column, c, c_stride);
-    case Activation::silu: return finish_rows<Activation::silu>(e, rows, column, c, c_stride);
+    case Activation::none: return finish_rows<Activation::none>(e, rows, column, columns, c, c_stride);
+    case Activation::gelu: return finish_rows<Activation::gelu>(e, rows, column, columns, c, c_stride);
+    case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(e, rows, column, columns, c, c_stride);
+    case Activation::quick_gelu: return finish_rows<Activation::quick_gelu>(e, rows, column, columns, c, c_stride);
+    case Activation::relu: return finish_rows<Activation::relu>(e, rows, column, columns, c, c_stride);
+    case Activation::silu: return finish_rows<Activation::silu>(e, rows, column, columns, c, c_stride);
   }
 }
 

@@ -72,7 +72,7 @@ def _cpu_triton(op: str, folder: str) -> Implementation:
     return Implementation(
         "triton",
         f"bigmodel_kernels.ops.{folder}.triton",
-        only_when_forced="it only interprets on the CPU; choose it by TRITON_INTERPRET=1 and BIGMODEL_BACKEND=triton",
+        only_when_forced="on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND",
     )
 
 

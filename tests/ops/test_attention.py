@@ -64,9 +64,21 @@ def test_agrees_with_torch(cpu_backend: str, dtype: torch.dtype, heads: int, kv_
 )
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_any_shape_and_features(
-    backend: str, batch: int, group: int, kv_heads: int, rows: int, keys: int, dim: int, is_causal: bool,
-    left: int | None, right: int | None, masked: bool, bias: tuple[bool, ...] | None, softcap: float, seed: int,
-) -> None:  # fmt: skip
+    backend: str,
+    batch: int,
+    group: int,
+    kv_heads: int,
+    rows: int,
+    keys: int,
+    dim: int,
+    is_causal: bool,
+    left: int | None,
+    right: int | None,
+    masked: bool,
+    bias: tuple[bool, ...] | None,
+    softcap: float,
+    seed: int,
+) -> None:
     if backend == "native" and (reason := native_reason()):
         pytest.skip(reason)
     torch.manual_seed(seed)
@@ -201,7 +213,6 @@ def test_gradient_of_a_part() -> None:
     query, key = make(1, 2, 5, 8, grad=True), make(1, 2, 5, 8)
     _, logsumexp = bk.attention(query, key, key, return_logsumexp=True)
     logsumexp.sum().backward()
-    expected = make(0)
     again = query.detach().requires_grad_()
     (expected,) = torch.autograd.grad(
         torch.logsumexp(again @ key.transpose(-1, -2) / math.sqrt(8), -1).sum(), again
@@ -380,7 +391,8 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((Q, KV[0], KV), {}, ValueError, r"key has shape \(2, 7, 16\); it must have 4"),
     ((Q, KV, KV[:, :, :, None]), {}, ValueError, r"value has shape .* it must have 4"),
     ((Q.int(), KV.int(), KV.int()), {}, TypeError, "query has dtype torch.int32; allowed are"),
-    ((Q, KV.half(), KV), {}, TypeError, "key has dtype torch.float16; it must have that of query, torch.float32"),
+    ((Q, KV.half(), KV), {},
+     TypeError, "key has dtype torch.float16; it must have that of query, torch.float32"),
     ((Q, KV, KV.bfloat16()), {}, TypeError, "value has dtype torch.bfloat16"),
     ((Q, KV.to("meta"), KV), {}, ValueError, "key is on meta; it must be on the device of query, cpu"),
     ((Q, KV[..., :8], KV[..., :8]), {}, ValueError, "key has head_dim 8; it must be that of query, 16"),
@@ -391,13 +403,16 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((Q[:, :3], KV, KV), {}, ValueError, "key has 2 heads; they must divide the 3 heads of query"),
     ((Q, KV[:, :0], KV[:, :0]), {}, ValueError, "key has 0 heads"),
     ((Q, KV[:1], KV[:1]), {}, ValueError, "key has batch 1; it must be that of query, 2"),
-    ((Q, KV, KV), {"bias": torch.zeros(3, 1, 1, 7)}, ValueError, r"bias has shape \(3, 1, 1, 7\); it must broadcast"),
+    ((Q, KV, KV), {"bias": torch.zeros(3, 1, 1, 7)},
+     ValueError, r"bias has shape \(3, 1, 1, 7\); it must broadcast"),
     ((Q, KV, KV), {"bias": torch.zeros(6)}, ValueError, r"bias has shape \(6,\); .* \(2, 4, 5, 7\)"),
     ((Q, KV, KV), {"bias": torch.zeros(1, 1, 1, 1, 7)}, ValueError, "it must broadcast"),
     ((Q, KV, KV), {"bias": torch.zeros(7).half()}, TypeError, "bias has dtype torch.float16; allowed are"),
     ((Q, KV, KV), {"bias": torch.zeros(7, device="meta")}, ValueError, "bias is on meta"),
-    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 6).bool()}, ValueError, r"key_padding_mask has shape \(2, 6\)"),
-    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 7)}, TypeError, "key_padding_mask has dtype torch.float32"),
+    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 6).bool()},
+     ValueError, r"key_padding_mask has shape \(2, 6\)"),
+    ((Q, KV, KV), {"key_padding_mask": torch.ones(2, 7)},
+     TypeError, "key_padding_mask has dtype torch.float32"),
     ((Q, KV, KV), {"key_padding_mask": torch.ones(7).bool()}, ValueError, r"it must be \(B, Sk\), \(2, 7\)"),
     ((Q, KV, KV), {"window": 5}, TypeError, "window=5 must be a pair"),
     ((Q, KV, KV), {"window": (1, 2, 3)}, TypeError, r"window=\(1, 2, 3\) must be a pair"),
@@ -408,18 +423,29 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((Q, KV, KV), {"dropout_p": 1.0}, ValueError, "dropout_p=1.0 is out of range"),
     ((Q, KV, KV), {"dropout_p": -0.1}, ValueError, "dropout_p=-0.1 is out of range"),
     ((PACKED,) * 3, {"cu_seqlens_q": CU}, ValueError, "cu_seqlens_k is None"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.long()}, TypeError, "cu_seqlens_k has dtype torch.int64"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU[None], "cu_seqlens_k": CU}, ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU[:0], "cu_seqlens_k": CU}, ValueError, r"cu_seqlens_q has shape \(0,\)"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(5)}, ValueError, r"cu_seqlens_k has shape \(2,\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.long()},
+     TypeError, "cu_seqlens_k has dtype torch.int64"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU[None], "cu_seqlens_k": CU},
+     ValueError, r"cu_seqlens_q has shape \(1, 3\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU[:0], "cu_seqlens_k": CU},
+     ValueError, r"cu_seqlens_q has shape \(0,\)"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(5)},
+     ValueError, r"cu_seqlens_k has shape \(2,\)"),
     ((PACKED,) * 3, {"cu_seqlens_q": CU + 1, "cu_seqlens_k": CU}, ValueError, "cu_seqlens_q starts at 1"),
-    ((PACKED,) * 3, {"cu_seqlens_q": lengths(6, -1), "cu_seqlens_k": CU}, ValueError, "goes down from 6 to 5"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 4)}, ValueError, "cu_seqlens_k ends at 6; .* 5"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 2)}, ValueError, "cu_seqlens_k ends at 4"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 2}, ValueError, "max_seqlen_q=2 is less"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_k": -1}, ValueError, "max_seqlen_k=-1"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.to("meta"), "max_seqlen_k": 3}, ValueError, "is on meta"),
-    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "bias": torch.zeros(1)}, ValueError, "bias has shape"),
+    ((PACKED,) * 3, {"cu_seqlens_q": lengths(6, -1), "cu_seqlens_k": CU},
+     ValueError, "goes down from 6 to 5"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 4)},
+     ValueError, "cu_seqlens_k ends at 6; .* 5"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": lengths(2, 2)},
+     ValueError, "cu_seqlens_k ends at 4"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_q": 2},
+     ValueError, "max_seqlen_q=2 is less"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "max_seqlen_k": -1},
+     ValueError, "max_seqlen_k=-1"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU.to("meta"), "max_seqlen_k": 3},
+     ValueError, "is on meta"),
+    ((PACKED,) * 3, {"cu_seqlens_q": CU, "cu_seqlens_k": CU, "bias": torch.zeros(1)},
+     ValueError, "bias has shape"),
     ((Q, KV, KV), {"cu_seqlens_q": CU, "cu_seqlens_k": CU}, ValueError, "query has shape .* 3 dimensions"),
 ]  # fmt: skip
 

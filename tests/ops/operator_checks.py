@@ -1,0 +1,114 @@
+"""What every operator must stand, whatever it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bigmodel_kernels import backends, verify
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def double_leaves(call: Call) -> tuple[Call, tuple[Tensor, ...]]:
+    """The call in float64 with leaves that want gradients, and those leaves."""
+    leaves: list[Tensor] = []
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            leaves.append(value.detach().double().requires_grad_())
+            return leaves[-1]
+        if isinstance(value, (list, tuple)):
+            return type(value)(walk(v) for v in value)
+        return {k: walk(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    changed = walk(call)
+    return changed, tuple(leaves)
+
+
+def rebuild(call: Call, tensors: list[Tensor]) -> Call:
+    """The call with its floating tensors replaced, in order."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return tensors.pop(0)
+        if isinstance(value, (list, tuple)):
+            return type(value)(walk(v) for v in value)
+        return {k: walk(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return walk(call)
+
+
+def check_gradients(function: Callable[..., Any], call: Call, *, second: bool = True) -> None:
+    """gradcheck in every floating argument, and of the gradient too."""
+    call, leaves = double_leaves(call)
+
+    def of_leaves(*tensors: Tensor) -> Any:
+        args, kwargs = rebuild(call, list(tensors))
+        return function(*args, **kwargs)
+
+    assert torch.autograd.gradcheck(of_leaves, leaves)
+    if second:
+        assert torch.autograd.gradgradcheck(of_leaves, leaves)
+
+
+def check_each_gradient_alone(function: Callable[..., Any], call: Call) -> None:
+    """Only one argument wants a gradient: it gets the same as when all do, and no other gets any."""
+    call, leaves = double_leaves(call)
+    args, kwargs = call
+    together = torch.autograd.grad(function(*args, **kwargs).square().sum(), leaves)
+    for i, expected in enumerate(together):
+        alone = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
+        args, kwargs = rebuild(call, list(alone))
+        function(*args, **kwargs).square().sum().backward()
+        torch.testing.assert_close(alone[i].grad, expected)
+        assert all(t.grad is None for j, t in enumerate(alone) if j != i)
+
+
+def check_operator(op: Any, call: Call, backend: str) -> None:
+    """opcheck: schema, autograd registration, fake tensors, and AOT with dynamic shapes."""
+    with backends.use(backend):
+        torch.library.opcheck(op, *call)
+
+
+def check_compiled(function: Callable[..., Any], call: Call) -> None:
+    """torch.compile with no graph break gives the same result and gradients."""
+    torch._dynamo.reset()  # tests share code objects, and Dynamo limits how often one is compiled
+    call, leaves = double_leaves(call)
+    args, kwargs = call
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) * 2
+
+    expected = scaled(*args, **kwargs)
+    out = torch.compile(scaled, fullgraph=True, backend="aot_eager")(*args, **kwargs)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves)
+    )
+
+
+def check_checkpointed(function: Callable[..., Any], call: Call) -> None:
+    """Gradient checkpointing gives the same gradients."""
+    call, leaves = double_leaves(call)
+    args, kwargs = call
+    expected = torch.autograd.grad(function(*args, **kwargs).square().sum(), leaves)
+    out = checkpoint(lambda: function(*args, **kwargs), use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected)
+
+
+def check_case(case: verify.Case, backend: str) -> None:
+    result = verify.run_case(case, backend)
+    assert result.ok and result.skipped is None, str(result)
+
+
+def check_refused(
+    function: Callable[..., Any], args: Any, kwargs: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        function(*args, **kwargs)

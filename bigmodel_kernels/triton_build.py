@@ -3,10 +3,11 @@
     python -m bigmodel_kernels.triton_build                      # a table, every case on every target
     python -m bigmodel_kernels.triton_build --target sm_90 --case attention --json
 
-Triton carries its own assemblers, so a kernel compiles for NVIDIA and AMD devices on any machine. Each case below
-calls an operation's own launcher; the launch is recorded instead of run and compiled with exactly the tile, types and
-specialisations that it would have had on the device. The table shows registers per thread, shared memory, bytes of
-spilled registers (which should be 0) and the matrix instruction that the assembly holds.
+Triton carries its own assemblers, so a kernel compiles for NVIDIA and AMD devices on any machine. Each case
+below calls an operation's own launcher; the launch is recorded instead of run and compiled with exactly the
+tile, types and specialisations that it would have had on the device. The table shows registers per thread,
+shared memory, bytes of spilled registers (which should be 0) and the matrix instruction that the assembly
+holds.
 
 Exits with status 1 if a case fails to compile or spills.
 """
@@ -46,7 +47,7 @@ TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
 }
 
 
-# ---- cases --------------------------------------------------------------------------------------------------------
+# ---- cases -------------------------------------------------------------------------------------------------
 
 
 def _attention(
@@ -68,14 +69,14 @@ def _attention(
 def _packed_attention(dtype: torch.dtype, head_dim: int) -> None:
     query = torch.empty(4096, 3, 12, head_dim, dtype=dtype)
     ends = torch.tensor([0, 4096], dtype=torch.int32)
-    attention.run(
-        *query.unbind(1),
-        cu_seqlens_q=ends,
-        cu_seqlens_k=ends,
-        max_seqlen_q=512,
-        max_seqlen_k=512,
-        softmax_scale=0.1,
-    )
+    q, k, v = query.unbind(1)
+    lengths: dict[str, Any] = {
+        "cu_seqlens_q": ends,
+        "cu_seqlens_k": ends,
+        "max_seqlen_q": 512,
+        "max_seqlen_k": 512,
+    }
+    attention.run(q, k, v, softmax_scale=0.1, **lengths)
 
 
 def _linear(dtype: torch.dtype, rows: int, k: int, n: int, layout: str = "linear", **options: Any) -> None:
@@ -143,7 +144,7 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
-# ---- recording a launch -------------------------------------------------------------------------------------------
+# ---- recording a launch ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ class Launch:
     options: dict[str, Any]
 
     def source(self) -> tuple[ASTSource, dict[str, Any]]:
-        """The kernel specialised for these arguments as the just-in-time compiler would, and compiler options.
+        """The kernel specialised for these arguments as at a launch on the device, and the compiler options.
 
-        An integer of 1 and an absent tensor become constants; an integer or an address that 16 divides is marked.
+        An integer of 1 and an absent tensor become constants; an integer or an address that 16 divides is
+        marked.
         """
         names = self.kernel.arg_names
         values = dict(zip(names, self.arguments, strict=False))
@@ -208,7 +210,7 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-# ---- compiling ----------------------------------------------------------------------------------------------------
+# ---- compiling ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -299,9 +301,13 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     results: list[Result] = []
     failures: list[str] = []
-    heading = f"{'case':44} {'target':8} {'registers':>9} {'shared':>8} {'spilled':>8} {'seconds':>8}  matrix instruction"
+    columns = "{:44} {:8} {:>9} {:>8} {:>8} {:>8}  {}"
     if not chosen.json:
-        print(heading)
+        print(
+            columns.format(
+                "case", "target", "registers", "shared", "spilled", "seconds", "matrix instruction"
+            )
+        )
     for case in CASES:
         if chosen.case not in case:
             continue
@@ -315,11 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             results.append(result)
             if not chosen.json:
-                print(
-                    f"{case:44} {target:8} {result.registers:9} {result.shared_bytes:8} {result.spilled_bytes:8} "
-                    f"{result.seconds:8.2f}  {result.mma}",
-                    flush=True,
-                )
+                fields = (r := result).registers, r.shared_bytes, r.spilled_bytes, r.seconds, r.mma
+                print(columns.format(case, target, *fields), flush=True)
     if chosen.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     failures += [

@@ -1,8 +1,8 @@
 """What the Triton launchers of every operation share: where a kernel may run, and how it is launched.
 
 Triton decides when a function is decorated whether it will be compiled or interpreted
-(``TRITON_INTERPRET=1`` runs kernels block by block in NumPy on the CPU), so the environment variable has to be
-set before Triton is first imported, and one process cannot do both.
+(``TRITON_INTERPRET=1`` runs kernels block by block in NumPy on the CPU), so the environment variable has to
+be set before Triton is first imported, and one process cannot do both.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     warp: int = 32
     """Threads that execute together."""
     warpgroups: bool = False
-    """Matrix instructions are issued by four warps for 64 rows at once (Hopper, Blackwell), not by one warp for 16."""
+    """Four warps issue matrix products of 64 rows together (Hopper, Blackwell), not each its own of 16."""
 
 
 HOPPER = Target(processors=132, shared_memory=232_448, warpgroups=True)

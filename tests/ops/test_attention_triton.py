@@ -212,7 +212,7 @@ def test_softcap(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scales(dtype: torch.dtype) -> None:
-    """T5 and OPT scale by 1; a negative scale turns the maximum round; 0 is the mean; large logits are one-hot."""
+    """T5 and OPT scale by 1; a negative scale reverses the order; 0 is the mean; 30 is nearly one-hot."""
     q, k, v = _dense(20, 40, dtype=dtype)
     for scale in (1.0, -0.3, 0.0, 30.0):
         _check(q, k, v, softmax_scale=scale)
@@ -310,7 +310,7 @@ def test_nan_comes_through() -> None:
 
 
 def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second batch entry starts 2^31 + 16 elements after the first. The pages in between are never touched."""
+    """The second batch entry starts 2^31 + 16 elements after the first. The pages between stay untouched."""
     distance = 2**31 + 16
     if INTERPRETED:  # which would copy all arguments onto themselves after the launch
         monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Attention forward in Triton: ``softmax(scale * Q K^T + bias, masked) V`` with no tensor of Sq x Sk elements.
+r"""Attention forward in Triton: ``softmax(scale * Q K^T + bias, masked) V`` with no tensor of Sq x Sk logits.
 
     Milakov, Gimelshein: Online normalizer calculation for softmax, arXiv 1805.02867.
     Dao: FlashAttention-2, arXiv 2307.08691.
@@ -13,19 +13,21 @@ A program owns one tile of TILE_M query rows of one head and walks over the keys
               +-------+-------+-------+-------+-------+             sequence, compared key by key
                         left    middle   right             full:    every row sees every key: no comparison
 
-For each tile of keys, with m the running maximum of a row's logits, l the running sum and O the running output:
+For each tile of keys, with m the running maximum of a row's logits, l the running sum and O the running
+output:
 
-    S = scale * Q K_tile^T                              logits, float32
-    m' = max(m, rowmax S),  P = 2^(S - m')              base 2: the GPU's exponential; log2(e) is folded into scale
+    S = scale * Q K_tile^T                    logits, float32
+    m' = max(m, rowmax S),  P = 2^(S - m')    base 2: the GPU's exponential; log2(e) is folded into scale
     l = l * 2^(m - m') + rowsum P
-    O = O * 2^(m - m') + P V_tile                       P in the dtype of V, the sum in float32
+    O = O * 2^(m - m') + P V_tile             P in the dtype of V, the sum in float32
 
-and at the end ``out = O / l`` and ``logsumexp = ln 2 * (m + log2 l)``. A row with no visible key has l = 0: its
-output is 0 and its logsumexp is -inf.
+and at the end ``out = O / l`` and ``logsumexp = ln 2 * (m + log2 l)``. A row with no visible key has
+l = 0: its output is 0 and its logsumexp is -inf.
 
-Dense (B, H, S, D) and packed (total, H, D) inputs are one kernel: a packed sequence is a dense one that starts at
-its ``cu_seqlens`` entry. Every tensor is addressed by its strides, so a slice of a fused QKV projection needs no
-copy. Causal masks are aligned to the bottom right: query i sees keys up to ``i + Sk - Sq``.
+Dense (B, H, S, D) and packed (total, H, D) inputs are one kernel: a packed sequence is a dense one that
+starts at its ``cu_seqlens`` entry. Every tensor is addressed by its strides, so a slice of a fused QKV
+projection needs no copy. Causal masks are aligned to the bottom right: query i sees keys up to
+``i + Sk - Sq``.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _tanh(x):
-    """tanh of float32 from one exponential; near 0, where 1 - 2 / (e^2x + 1) has no digits left, by its series."""
+    """tanh of float32 from one exponential; near 0, where that has no digits left, by its series."""
     square = x * x
     series = x * (
         1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949)))
@@ -92,7 +94,7 @@ def _attend(
             logits = logits * scale
         if HAS_BIAS:
             b_tile = bias_ptr + start_n * stride_bn + columns[None, :] * stride_bn
-            if MASKED:
+            if MASKED:  # noqa: SIM108, a branch at compile time
                 bias = tl.load(b_tile, mask=in_range[None, :], other=0.0)
             else:
                 bias = tl.load(b_tile)
@@ -110,12 +112,14 @@ def _attend(
 
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         if MASKED or HAS_PADDING or HAS_BIAS:
-            # A row that has seen nothing yet has maximum -inf: subtract 0 instead, so that 2^(-inf) = 0, not NaN.
+            # A row that has seen nothing yet has maximum -inf: subtract 0 instead, so that 2^(-inf) = 0, not
+            # NaN.
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         else:
             shift = new_maximum
-        # SCALE_LATE: the logits are not scaled yet. Scaling their distance from the maximum keeps the weight of the
-        # largest exactly 1, where a fused multiply-add of both would leave the rounding error of a large product.
+        # SCALE_LATE: the logits are not scaled yet. Scaling their distance from the maximum keeps the weight
+        # of the largest exactly 1, where a fused multiply-add of both would leave the rounding error of a
+        # large product.
         if SCALE_LATE:
             weights = tl.exp2((logits - shift[:, None]) * scale)
             correction = tl.exp2((maximum - shift) * scale)
@@ -125,11 +129,12 @@ def _attend(
         total = total * correction + tl.sum(weights, axis=1)
         output = output * correction[:, None]
         if HAS_DROPOUT:
-            # Counter (key, query, head, sequence): see ops/attention/dropout.py. The sum above is of all weights.
+            # Counter (key, query, head, sequence): see ops/attention/dropout.py. The sum above is of all
+            # weights.
             zero = tl.zeros_like(logits).to(tl.uint32)
             word, _1, _2, _3 = tl.philox(
-                seed, zero + key_column[None, :].to(tl.uint32), zero + rows[:, None].to(tl.uint32), zero + head,
-                zero + sequence,
+                seed, zero + key_column[None, :].to(tl.uint32), zero + rows[:, None].to(tl.uint32),
+                zero + head, zero + sequence,
             )  # fmt: skip
             weights = tl.where(word >= drop_below, weights, 0.0)
 
@@ -149,7 +154,8 @@ def _attend(
 
 @triton.jit
 def attention_kernel(
-    query_ptr, key_ptr, value_ptr, padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, out_ptr, logsumexp_ptr,
+    query_ptr, key_ptr, value_ptr, padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    out_ptr, logsumexp_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
     stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
@@ -159,8 +165,8 @@ def attention_kernel(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr,
     EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    # Which rows of which head. The tiles of one head come one after the other and share its keys in the L2 cache;
-    # under a causal mask the last rows see the most keys, so they start first.
+    # Which rows of which head. The tiles of one head come one after the other and share its keys in the L2
+    # cache; under a causal mask the last rows see the most keys, so they start first.
     program = tl.program_id(0)
     tiles = tl.cdiv(rows_total, TILE_M)
     tile = program % tiles
@@ -219,7 +225,8 @@ def attention_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # Keys that some row of ours sees: [low, high). Keys that all of them see: [full_low, full_high), in whole tiles.
+    # Keys that some row of ours sees: [low, high). Keys that all of them see: [full_low, full_high), in whole
+    # tiles.
     offset = keys - queries
     last_row = tl.minimum(first_row + TILE_M, queries) - 1
     low = 0
@@ -240,10 +247,11 @@ def attention_kernel(
     if HAS_LEFT:  # left edge of the window
         output, total, maximum = _attend(
             output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
-            stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, low, tl.minimum(full_low, high), keys, offset,
-            head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
+            stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, low, tl.minimum(full_low, high), keys,
+            offset, head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
             MASKED=True, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
-            HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+            HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D,
+            TILE_N=TILE_N,
         )  # fmt: skip
     output, total, maximum = _attend(  # whole tiles that every row sees
         output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
@@ -285,16 +293,17 @@ class AttentionTile(NamedTuple):
 
 
 def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target, heavy: bool) -> AttentionTile:
-    """The tile for ``rows`` query rows per head; ``heavy`` if the logits go through more than a scale and a mask.
+    """The tile for ``rows`` query rows per head; ``heavy``: logits go through more than a scale and a mask.
 
-    A thread holds ``tile_m * (tile_d + 1.5 * tile_n) / threads`` registers of output, logits and weights, which has to
-    stay near 160 of its 255 (less where a dropout generator or a softcap needs some); the stages of K and V,
-    ``num_stages * 2 * tile_n * tile_d * itemsize`` bytes, have to fit in shared memory beside Q. Within both, more
-    query rows mean fewer passes over K and V. ``python -m bigmodel_kernels.triton_build`` shows that none spills.
+    A thread holds ``tile_m * (tile_d + 1.5 * tile_n) / threads`` registers of output, logits and weights,
+    which has to stay near 160 of its 255 (less where a dropout generator or a softcap needs some); the stages
+    of K and V, ``num_stages * 2 * tile_n * tile_d * itemsize`` bytes, have to fit in shared memory beside Q.
+    Within both, more query rows mean fewer passes over K and V. ``python -m bigmodel_kernels.triton_build``
+    shows that none spills.
     """
     tile_d = max(16, triton.next_power_of_2(head_dim))
     if itemsize == 4:
-        # Full-precision float32 products run on the ordinary cores and are slow anyway: small tiles, no spills.
+        # Full-precision float32 products hold whole operands in registers: small tiles.
         tile = AttentionTile(
             64 if tile_d <= 64 else 32, 32 if tile_d <= 128 else 16, 8, 1 if tile_d == 128 else 2
         )
@@ -361,7 +370,7 @@ def run(
             (sequences, rows, heads, head_dim), dtype=query.dtype, device=query.device
         ).transpose(1, 2)
         logsumexp = torch.empty((sequences, heads, rows), dtype=torch.float32, device=query.device)
-        strides = [t.stride()[:3] for t in (query, key, value, out)]
+        strides = [(t.stride(0), t.stride(1), t.stride(2)) for t in (query, key, value, out)]
         logsumexp_strides = (heads * rows, rows)
     if out.numel() == 0 or rows == 0:
         return out, logsumexp
@@ -382,7 +391,8 @@ def run(
     threshold = round(dropout_p * 2**32)
     with on_device(query):
         attention_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
-            query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, out, logsumexp,
+            query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+            out, logsumexp,
             *strides_q, *strides_k, *strides_v,
             *((0, 0) if key_padding_mask is None else key_padding_mask.stride()),
             *((0, 0, 0, 0) if bias is None else bias.stride()),
@@ -429,5 +439,7 @@ def supports(
             return f"the last dimension of {name} has stride {tensor.stride(-1)}; it must be contiguous"
         rows = 2 if cu_seqlens_q is None else 0
         if tensor.stride(rows) >= 2**23:  # offsets within a tile are 32-bit, those of a tile 64-bit
-            return f"the rows of {name} are {tensor.stride(rows)} elements apart; the Triton kernel takes up to 2^23"
+            return (
+                f"the rows of {name} are {tensor.stride(rows)} elements apart; the Triton kernel takes < 2^23"
+            )
     return None

@@ -2,12 +2,14 @@
 
     Devlin et al.: BERT, arXiv 1810.04805, figure 2.
 
-A program gathers whole rows of up to three tables for TILE_ROWS tokens, adds them in float32, normalises them in
-registers (``ops/norm/triton.py``) and writes the result once; eager PyTorch writes and reads back three sums.
+A program gathers whole rows of up to three tables for TILE_ROWS tokens, adds them in float32, normalises them
+in registers (``ops/norm/triton.py``) and writes the result once; eager PyTorch writes and reads back three
+sums.
 
-A kernel cannot raise. An id outside its table is never followed: its row becomes NaN, the id is left in ``bad_ids``
-for its table, and the host, which reads that after the launch, raises IndexError. Reading waits for the stream; while
-a CUDA graph is being captured nothing can be read, and the NaN rows are all there is to see.
+A kernel cannot raise. An id outside its table is never followed: its row becomes NaN, the id is left in
+``bad_ids`` for its table, and the host, which reads that after the launch, raises IndexError. Reading waits
+for the stream; while a CUDA graph is being captured nothing can be read, and the NaN rows are all there is to
+see.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def _gather(
     values, valid, ids_ptr, stride_row, stride_column, table_ptr, table_stride, table_rows, bad_ptr,
     token_row, token_column, token_mask, column, column_mask,
 ):  # fmt: skip
-    """``values`` plus the rows of one table that its ids name; ``valid`` loses the tokens whose id is outside it."""
+    """``values`` plus the rows of a table that its ids name; ``valid`` loses tokens with an id outside."""
     ids = tl.load(ids_ptr + token_row * stride_row + token_column * stride_column, mask=token_mask, other=0)
     ids = ids.to(tl.int64)
     inside = (ids >= 0) & (ids < table_rows)
@@ -43,7 +45,8 @@ def embedding_kernel(
     ids_ptr, word_ptr, position_ids_ptr, position_ptr, type_ids_ptr, type_ptr, weight_ptr, bias_ptr,
     out_ptr, bad_ids_ptr,
     tokens, sequence_length, columns,
-    stride_ids_row, stride_ids_column, stride_position_row, stride_position_column, stride_type_row, stride_type_column,
+    stride_ids_row, stride_ids_column, stride_position_row, stride_position_column,
+    stride_type_row, stride_type_column,
     word_stride, position_stride, type_stride, word_rows, position_rows, type_rows, eps,
     HAS_POSITION: tl.constexpr, HAS_TYPE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
@@ -57,18 +60,19 @@ def embedding_kernel(
 
     values = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
     values, valid = _gather(
-        values, token_mask, ids_ptr, stride_ids_row, stride_ids_column, word_ptr, word_stride, word_rows, bad_ids_ptr,
-        token_row, token_column, token_mask, column, column_mask,
+        values, token_mask, ids_ptr, stride_ids_row, stride_ids_column, word_ptr, word_stride, word_rows,
+        bad_ids_ptr, token_row, token_column, token_mask, column, column_mask,
     )  # fmt: skip
     if HAS_POSITION:
         values, valid = _gather(
             values, valid, position_ids_ptr, stride_position_row, stride_position_column, position_ptr,
-            position_stride, position_rows, bad_ids_ptr + 1, token_row, token_column, token_mask, column, column_mask,
+            position_stride, position_rows, bad_ids_ptr + 1, token_row, token_column, token_mask, column,
+            column_mask,
         )  # fmt: skip
     if HAS_TYPE:
         values, valid = _gather(
-            values, valid, type_ids_ptr, stride_type_row, stride_type_column, type_ptr, type_stride, type_rows,
-            bad_ids_ptr + 2, token_row, token_column, token_mask, column, column_mask,
+            values, valid, type_ids_ptr, stride_type_row, stride_type_column, type_ptr, type_stride,
+            type_rows, bad_ids_ptr + 2, token_row, token_column, token_mask, column, column_mask,
         )  # fmt: skip
 
     if HAS_NORM:
@@ -128,7 +132,8 @@ def run(
             None if norm_bias is None else norm_bias.contiguous(),
             out, bad_ids, tokens, input_ids.shape[-1] if input_ids.dim() else 1, columns,
             *(stride for i in ids for stride in ((0, 0) if i is None else i.stride())),
-            *(0 if t is None else t.stride(0) for t in tables), *(0 if t is None else t.shape[0] for t in tables),
+            *(0 if t is None else t.stride(0) for t in tables),
+            *(0 if t is None else t.shape[0] for t in tables),
             norm_eps,
             HAS_POSITION=has_position, HAS_TYPE=has_type, HAS_NORM=norm_weight is not None,
             HAS_BIAS=norm_bias is not None, TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,

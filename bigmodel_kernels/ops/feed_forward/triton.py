@@ -12,8 +12,8 @@
                                    |
     post-norm                      +--> layer_norm
 
-The hidden activation goes through memory once: fusing the two products would need the whole hidden row (4 times the
-model's width) of a tile on chip, and each program would read all of both weights.
+The hidden activation goes through memory once: fusing the two products would need the whole hidden row (4
+times the model's width) of a tile on chip, and each program would read all of both weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Linear layer in Triton: ``layer_norm(activation(x @ W + b) + residual)``.
 
-One matrix product with everything that follows it, short of the norm, done on the accumulator before it leaves
-the registers::
+One matrix product with everything that follows it, short of the norm, done on the accumulator before it
+leaves the registers::
 
-                      N (out)                       programs walk the output in columns of GROUP_ROWS tiles, so that
-                 +----+----+----+                   those running together share x and W tiles in the L2 cache:
+                      N (out)                    programs walk the output in columns of GROUP_ROWS tiles, so
+                 +----+----+----+                that those running together share x and W tiles in the L2:
         K        | W  |    |    |
      +------+    +----+----+----+                        1  3 |  5  7
      |  x   | -> | C  |    |    |  M (tokens)            2  4 |  6  8     (GROUP_ROWS = 2)
@@ -13,12 +13,13 @@ the registers::
     C = sum over K tiles of x_tile @ W_tile        float32 accumulator
     C = activation(C + bias) + residual            float32, rounded once, stored
 
-``W`` is addressed by its two strides alone, so that ``nn.Linear`` (out, in) and GPT-2's ``Conv1D`` (in, out) are
-the same kernel without a copy. Several weights (the Q, K and V projections) are several launches, each writing its
-own slice of the output; a LayerNorm needs whole rows and runs as a second kernel (``ops/norm/triton.py``).
+``W`` is addressed by its two strides alone, so that ``nn.Linear`` (out, in) and GPT-2's ``Conv1D`` (in, out)
+are the same kernel without a copy. Several weights (the Q, K and V projections) are several launches, each
+writing its own slice of the output; a LayerNorm needs whole rows and runs as a second kernel
+(``ops/norm/triton.py``).
 
-The tile order is that of the Triton matrix multiplication tutorial. Activations: Hendrycks and Gimpel, Gaussian
-Error Linear Units, arXiv 1606.08415.
+The tile order is that of the Triton matrix multiplication tutorial. Activations: Hendrycks and Gimpel,
+Gaussian Error Linear Units, arXiv 1606.08415.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 x (1 + tanh u) is x sigmoid(2u): one exponential, and no cancellation of 1 + tanh for negative u.
+        # 0.5 x (1 + tanh u) is x sigmoid(2u): one exponential, and 1 + tanh does not cancel for u < 0.
         u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         x = x / (1.0 + tl.exp(-2.0 * u))
     elif ACTIVATION == "quick_gelu":
@@ -120,25 +121,26 @@ class GemmTile(NamedTuple):
     num_stages: int
 
 
-# Tiles that keep their accumulator in registers; larger ones reuse operands more, smaller ones fill a device with
-# less work.
+# Tiles that keep their accumulator in registers; larger ones reuse operands more, smaller ones fill a device
+# with less work.
 _HALF_TILES = (
     GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 4, 3), GemmTile(128, 64, 64, 4, 4),
     GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(32, 64, 64, 4, 5),
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
 _FLOAT_TILES = (
-    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 3), GemmTile(32, 32, 32, 4, 3), GemmTile(16, 32, 64, 2, 3),
+    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 3), GemmTile(32, 32, 32, 4, 3),
+    GemmTile(16, 32, 64, 2, 3),
 )  # fmt: skip
 
 
 def gemm_tile(M: int, N: int, K: int, itemsize: int, target: Target) -> GemmTile:
     """The tile with the least modelled time for an (M, K) by (K, N) product.
 
-    A wave is one tile on every processor. Its time is modelled as the tile's multiplications plus the operands it
-    loads per step of K, ``tile_m * tile_n + 48 * (tile_m + tile_n)``: 48 is about the ratio of arithmetic to L2
-    bandwidth, in multiplications per element, of the devices the kernels are for. The last, partly filled wave
-    costs a whole one.
+    A wave is one tile on every processor. Its time is modelled as the tile's multiplications plus the
+    operands it loads per step of K, ``tile_m * tile_n + 48 * (tile_m + tile_n)``: 48 is about the ratio of
+    arithmetic to L2 bandwidth, in multiplications per element, of the devices the kernels are for. The last,
+    partly filled wave costs a whole one.
     """
 
     def cost(tile: GemmTile) -> float:
@@ -165,7 +167,8 @@ def launch(
 ) -> None:
     """``out[:] = activation(x @ weight + bias) + residual`` on matrices.
 
-    ``x`` (M, K), ``weight`` (N, K), or (K, N) if ``conv1d``, ``out`` and ``residual`` (M, N) with contiguous rows.
+    ``x`` (M, K), ``weight`` (N, K), or (K, N) if ``conv1d``, ``out`` and ``residual`` (M, N) with contiguous
+    rows.
     """
     M, K = x.shape
     N = out.shape[1]
@@ -198,7 +201,7 @@ def run(
     activation: str = "none",
     norm_eps: float = 1e-5,
 ) -> Tensor:
-    """``layer_norm(activation(x @ concat(weights) + concat(biases)) + residual)``: (..., in) to (..., out)."""
+    """``norm(activation(x @ concat(weights) + concat(biases)) + residual)``: (..., in) to (..., out)."""
     conv1d = weight_layout == "conv1d"
     widths = [weight.shape[1 if conv1d else 0] for weight in weights]
     out = torch.empty((*x.shape[:-1], sum(widths)), dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""LayerNorm with an optional residual, in Triton: ``LN(x + residual) * weight + bias`` over the last dimension.
+"""LayerNorm with an optional residual, in Triton: ``LN(x + residual) * weight + bias`` over the last axis.
 
     Ba, Kiros, Hinton: Layer Normalization, arXiv 1607.06450.
 
@@ -10,7 +10,8 @@ registers and makes its three passes (mean, variance of the centred values, scal
      rows   |  one program: TILE_ROWS whole rows   |   statistics in float32, one rounding at the store
             +--------------------------------------+
 
-The variance is that of the centred values, never ``E[x^2] - E[x]^2``, which cancels for rows with a large mean.
+The variance is that of the centred values, never ``E[x^2] - E[x]^2``, which cancels for rows with a large
+mean.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def run(
         layer_norm_kernel[(triton.cdiv(rows, tile.tile_rows),)](
             x_rows, residual_rows, None if weight is None else weight.contiguous(),
             None if bias is None else bias.contiguous(), out,
-            rows, columns, x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), columns, eps,
+            rows, columns,
+            x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), columns, eps,
             HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
             num_warps=tile.num_warps, enable_fp_fusion=True,

@@ -1,0 +1,221 @@
+"""Suites of cases, and how they become a document of rows."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bigmodel_kernels.bench import machine
+from bigmodel_kernels.bench.timing import Contender, Measured, measure
+
+OURS = "bigmodel"
+#: A row whose samples spread more than this, between the quartiles, is marked as noisy.
+NOISY = 0.20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A label, a dtype ("float32", "bfloat16", "float16") and whatever sizes the suite's `build` reads."""
+
+    label: str
+    dtype: str
+    sizes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a case runs."""
+
+    device: str = "cpu"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arithmetic and memory traffic that no implementation can do without; stages follow each other."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a case builds: who runs, against whom ratios are taken, and what the work is at least.
+
+    `comparable` takes the part of a result that must agree between contenders (real tokens, not padding);
+    `items` of `unit` are what a call gets done, for a throughput.
+    """
+
+    contenders: list[Contender]
+    peer: str
+    stages: list[Stage]
+    comparable: Callable[[Any], torch.Tensor] = field(default=lambda result: result)
+    items: int | None = None
+    unit: str = "tokens"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases of one subject; `quick` are small ones that only show that everything works."""
+
+    name: str
+    build: Callable[[Case, Setting], Prepared]
+    cases: tuple[Case, ...]
+    quick: tuple[Case, ...]
+
+
+class SuitesNotFound(ValueError):
+    """There is no folder of suites, or no such suite in it."""
+
+
+def default_folder() -> Path:
+    """`benchmarks/` of the source tree that this package was imported from."""
+    return Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def find(folder: Path | None = None) -> dict[str, Path]:
+    """Names of suites and their files: every Python file in `ops/` and `transformers/` of the folder."""
+    folder = default_folder() if folder is None else folder
+    files = sorted((*folder.glob("ops/*.py"), *folder.glob("transformers/*.py")))
+    if not files:
+        raise SuitesNotFound(
+            f"no suites in {folder}: they come with the source tree, not with the package; "
+            "run from a checkout, or name its folder by --suites"
+        )
+    return {path.stem: path for path in files}
+
+
+def load(name: str, folder: Path | None = None) -> Suite:
+    """The suite that a file holds under the name SUITE."""
+    files = find(folder)
+    if name not in files:
+        raise SuitesNotFound(f"suite={name!r} is unknown; allowed are {', '.join(files)}")
+    module = _import(files[name])
+    return module.SUITE  # type: ignore[no-any-return]
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bigmodel_benchmark_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file that exists always has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def floor(prepared: Prepared, dtype: str, device: str, calibration: machine.Calibration) -> tuple[float, str]:
+    """The time in which this machine could do the work at best, and what most of it is limited by."""
+    peak = calibration.peak(dtype, device)
+    compute = [stage.flops / peak for stage in prepared.stages]
+    memory = [stage.bytes / calibration.copy_bytes for stage in prepared.stages]
+    total = sum(max(c, m) for c, m in zip(compute, memory, strict=True))
+    by_memory = sum(m for c, m in zip(compute, memory, strict=True) if m > c)
+    return total, "memory" if by_memory > total / 2 else "compute"
+
+
+def largest_difference(prepared: Prepared, measured: Measured) -> float | None:
+    """Largest difference between our result and the peer's, where both have one."""
+    ours, theirs = measured.results.get(OURS), measured.results.get(prepared.peer)
+    if ours is None or theirs is None:
+        return None
+    a, b = prepared.comparable(ours), prepared.comparable(theirs)
+    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def run_case(
+    suite: Suite, case: Case, setting: Setting, calibration: machine.Calibration, budget_s: float
+) -> dict[str, Any]:
+    """One row of the document."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        prepared = suite.build(case, setting)
+        measured = measure(prepared.contenders, setting.device, budget_s)
+    floor_s, limited_by = floor(prepared, case.dtype, setting.device, calibration)
+    timings = measured.timings
+    peer = timings.get(prepared.peer)
+    row: dict[str, Any] = {
+        "suite": suite.name,
+        "case": case.label,
+        "dtype": case.dtype,
+        "sizes": dict(case.sizes),
+        "peer": prepared.peer,
+        "times": {name: timing.to_dict() for name, timing in timings.items()},
+        "speedup": {name: peer.median_s / t.median_s for name, t in timings.items()} if peer else {},
+        "flops": sum(stage.flops for stage in prepared.stages),
+        "bytes": sum(stage.bytes for stage in prepared.stages),
+        "floor_s": floor_s,
+        "floor_by": limited_by,
+        "to_floor": {name: t.median_s / floor_s for name, t in timings.items()},
+        "unit": prepared.unit if prepared.items else None,
+        "throughput": {name: prepared.items / t.median_s for name, t in timings.items()}
+        if prepared.items
+        else {},
+        "max_difference": largest_difference(prepared, measured),
+        "noisy": any(t.spread > NOISY for t in timings.values()),
+        "left_out": measured.left_out,
+    }
+    del prepared, measured
+    gc.collect()
+    if setting.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return row
+
+
+def run(
+    suites: Iterable[Suite],
+    setting: Setting,
+    *,
+    quick: bool = False,
+    budget_s: float = 4.0,
+    dtypes: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the suites and returns the document (see document.py).
+
+    The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one.
+    """
+    wanted = None if dtypes is None else set(dtypes)
+    work = [
+        (suite, case)
+        for suite in suites
+        for case in (suite.quick if quick else suite.cases)
+        if wanted is None or case.dtype in wanted
+    ]
+    names = sorted({"float32", *(case.dtype for _, case in work)}, reverse=True)
+    say = progress or (lambda text: None)
+    others = machine.OtherLoad()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    say("calibration")
+    start = machine.calibrate(setting.device, names, quick)
+    rows = []
+    for suite, case in work:
+        say(f"{suite.name}: {case.label} {case.dtype}")
+        rows.append(run_case(suite, case, setting, start, budget_s))
+    say("calibration")
+    end = machine.calibrate(setting.device, names, quick)
+    share = others.share()
+    return {
+        "schema": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "quick": quick,
+        "budget_s": budget_s,
+        "machine": {**machine.facts(setting.device), "load_at_start": load, "other_load": share},
+        "calibration": {"start": start.to_dict(), "end": end.to_dict()},
+        "trust": machine.trust(start, end, share).to_dict(),
+        "rows": rows,
+    }
+
+
+def count(suites: Iterable[Suite], quick: bool, dtypes: Iterable[str] | None = None) -> int:
+    """How many steps `run` will report."""
+    wanted = None if dtypes is None else set(dtypes)
+    cases = [case for suite in suites for case in (suite.quick if quick else suite.cases)]
+    return 2 + sum(wanted is None or case.dtype in wanted for case in cases)

@@ -1,0 +1,81 @@
+"""A benchmark document as tables."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bigmodel_kernels.bench.suite import OURS
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """Machine, calibration, one table for each suite, and the verdict."""
+    machine, start = document["machine"], document["calibration"]["start"]
+    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['cores']} cores"
+    console.print(
+        f"{where}; {machine['threads']} threads, kernels {machine['isa'] or 'not built'}, "
+        f"torch {machine['torch']} ({machine['torch_isa']}), "
+        f"transformers {machine['transformers'] or 'not installed'}"
+    )
+    peaks = ", ".join(f"{name} {value / 1e9:,.1f} GFLOP/s" for name, value in start["gemm_flops"].items())
+    console.print(f"torch GEMM: {peaks}; copy {start['copy_bytes'] / 1e9:.1f} GB/s")
+    for suite, rows in itertools.groupby(document["rows"], key=lambda row: row["suite"]):
+        console.print(_suite(suite, list(rows)))
+    left_out = {
+        f"{row['suite']} {name}: {why}" for row in document["rows"] for name, why in row["left_out"].items()
+    }
+    for line in sorted(left_out):
+        console.print(f"left out: {line}", style="yellow", markup=False)
+    trust = document["trust"]
+    if trust["trusted"]:
+        console.print(
+            "The machine was steady from start to end: the numbers are to be trusted.", style="green"
+        )
+    else:
+        console.print(
+            "Do not trust these numbers: " + "; ".join(trust["reasons"]), style="bold red", markup=False
+        )
+
+
+def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
+    contenders = list(dict.fromkeys(name for row in rows for name in row["times"]))
+    unit = next((row["unit"] for row in rows if row["unit"]), None)
+    table = Table(title=name, title_justify="left")
+    table.add_column("case")
+    table.add_column("dtype")
+    for contender in contenders:
+        table.add_column(contender, justify="right")
+    table.add_column("speed-up", justify="right")
+    table.add_column("x floor", justify="right")
+    if unit:
+        table.add_column(f"{unit}/s", justify="right")
+    table.add_column("largest difference", justify="right")
+    for row in rows:
+        cells = [row["case"] + (" (noisy)" if row["noisy"] else ""), row["dtype"]]
+        cells += [_time(row["times"].get(contender)) for contender in contenders]
+        speedup = row["speedup"].get(OURS)
+        cells.append("" if speedup is None else f"{speedup:.2f} ({row['peer']})")
+        cells.append(f"{row['to_floor'][OURS]:.2f} ({row['floor_by']})")
+        if unit:
+            cells.append(f"{row['throughput'][OURS]:,.0f}" if row["throughput"] else "")
+        difference = row["max_difference"]
+        cells.append("" if difference is None else f"{difference:.1e}")
+        table.add_row(*cells)
+    return table
+
+
+def _time(timing: dict[str, Any] | None) -> str:
+    if timing is None:
+        return "-"
+    return seconds(timing["median_s"]) + (" (once)" if timing["samples"] == 1 else "")

@@ -1,0 +1,134 @@
+"""Times several contenders of one case in turn, so that a change of the machine's mood meets all of them.
+
+One round runs every contender once; the order moves by one with each round. Fast contenders are called
+several times within a sample, so that the clock's own cost does not count. On a GPU the clock is a pair of
+CUDA events around the sample, and nothing else runs in between.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+#: A sample shorter than this is made of several calls.
+SHORTEST_SAMPLE_S = 2e-3
+#: A first call of more budgets than this is not repeated.
+LONG_BUDGETS = 5
+FEWEST_ROUNDS = 3
+MOST_ROUNDS = 101
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case. `run` returns the result, or None where there is nothing to compare.
+
+    A contender that is `optional` is left out, with the reason, when it raises: a peer that this machine
+    does not have.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, fastest, quartiles, and from how many samples of how many calls."""
+
+    median_s: float
+    min_s: float
+    q1_s: float
+    q3_s: float
+    samples: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range as a part of the median."""
+        return (self.q3_s - self.q1_s) / self.median_s if self.median_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Measured:
+    """Timings by name, the first result of each, and who could not run."""
+
+    timings: dict[str, Timing]
+    results: dict[str, Any]
+    left_out: dict[str, str]
+
+
+def summarize(seconds: Sequence[float], calls: int = 1) -> Timing:
+    """Statistics of samples, each the time of one call."""
+    if not seconds:
+        raise ValueError("seconds is empty; it must hold at least one sample")
+    ordered = sorted(seconds)
+    q1, median, q3 = (
+        statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else (ordered[0],) * 3
+    )
+    return Timing(median, ordered[0], q1, q3, len(ordered), calls)
+
+
+def once(run: Callable[[], Any], device: str, calls: int = 1) -> tuple[float, Any]:
+    """Seconds of one call, averaged over `calls`, and the result of the last."""
+    result = None
+    if device.startswith("cuda"):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            result = run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls, result
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = run()
+    return (time.perf_counter() - start) / calls, result
+
+
+def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Measured:
+    """Times the contenders within about `budget_s` seconds, warm-up apart.
+
+    The first call of each is a warm-up: it packs weights, compiles and tunes. The second one tells how long a
+    call takes. A contender that needs more than the whole budget keeps that call as its only sample (or even
+    the first one, where that took so long that a warm-up cannot matter); the others run interleaved, at least
+    three rounds, until the budget is used.
+    """
+    results: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    samples: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
+    turns: list[Contender] = []
+    for contender in contenders:
+        name = contender.name
+        try:
+            seconds, results[name] = once(contender.run, device)
+            if contender.optional or seconds <= LONG_BUDGETS * budget_s:
+                seconds = once(contender.run, device)[0]
+        except Exception as error:  # whatever a peer raises, its reason goes into the document
+            if not contender.optional:
+                raise
+            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        slow = seconds > budget_s
+        samples[name] = [seconds] if slow else []
+        calls[name] = 1 if slow else max(1, round(SHORTEST_SAMPLE_S / max(seconds, 1e-7)))
+        if not slow:
+            turns.append(contender)
+    start = time.perf_counter()
+    for round_number in range(MOST_ROUNDS):
+        if not turns or (round_number >= FEWEST_ROUNDS and time.perf_counter() - start > budget_s):
+            break
+        shift = round_number % len(turns)
+        for contender in turns[shift:] + turns[:shift]:
+            samples[contender.name].append(once(contender.run, device, calls[contender.name])[0])
+    timings = {name: summarize(values, calls[name]) for name, values in samples.items()}
+    return Measured(timings, results, left_out)

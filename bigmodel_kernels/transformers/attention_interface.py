@@ -248,7 +248,9 @@ def attention_forward(
     torch's scaled_dot_product_attention and are logged once. Attention sinks (`s_aux`) raise ValueError.
     """
     if kwargs.get("s_aux") is not None:
-        raise ValueError("s_aux (attention sinks) is not supported by attn_implementation='bigmodel'; use 'eager'")
+        raise ValueError(
+            "s_aux (attention sinks) is not supported by attn_implementation='bigmodel'; use 'eager'"
+        )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -310,7 +312,9 @@ def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
     return mask
 
 
-def _probabilities(query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None) -> Tensor:
+def _probabilities(
+    query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None
+) -> Tensor:
     """The weights (B, H, Sq, Sk) by definition; zero for a query that sees nothing, as in the operator."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = torch.matmul(query, key.transpose(2, 3)) * scale
@@ -341,7 +345,9 @@ def _sdpa(
     reason = f"query and key heads of {query.shape[-1]} and value heads of {value.shape[-1]}"
     if not torch.compiler.is_compiling() and reason not in _logged:
         _logged.add(reason)
-        _logger.warning("bigmodel attention does not take %s: torch's scaled_dot_product_attention runs them", reason)
+        _logger.warning(
+            "bigmodel attention does not take %s: torch's scaled_dot_product_attention runs them", reason
+        )
     mask = _dense_mask(query, seen)
     if seen.bias is not None:
         mask = seen.bias if mask is None else seen.bias.masked_fill(~mask, float("-inf"))
@@ -366,4 +372,8 @@ def collected() -> Any:
 
 
 def wants_attentions(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("output_attentions")) or "attentions" in collected() or "cross_attentions" in collected()
+    return (
+        bool(kwargs.get("output_attentions"))
+        or "attentions" in collected()
+        or "cross_attentions" in collected()
+    )

@@ -1,7 +1,7 @@
 """The two kinds of transformer layer, as a handful of calls of our operators; families say where the weights are.
 
-    post-norm (BERT, RoBERTa, ...)   x = LN(x + attend(x)),  x = LN(x + ffn(x))
-    pre-norm  (GPT-2, ...)           x = x + attend(LN(x)),  x = x + ffn(LN(x))
+post-norm (BERT, RoBERTa, ...)   x = LN(x + attend(x)),  x = LN(x + ffn(x))
+pre-norm  (GPT-2, ...)           x = x + attend(LN(x)),  x = x + ffn(LN(x))
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def linear(
     """One product for one or several projections of the same input; their outputs lie side by side."""
     biases = [part.bias for part in parts if part.bias is not None]
     if biases and len(biases) != len(parts):
-        biases = [part.weight.new_zeros(_width(part, layout)) if part.bias is None else part.bias for part in parts]
+        biases = [
+            part.weight.new_zeros(_width(part, layout)) if part.bias is None else part.bias for part in parts
+        ]
     out: Tensor = torch.ops.bigmodel.linear.default(
         x,
         [part.weight for part in parts],
@@ -121,7 +123,9 @@ def pre_norm_layer(x: Tensor, w: LayerWeights, attend: Attend, layout: str = "li
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, S, 3 * H * D) to three views (B, H, S, D), read in place by attention."""
     batch, length, width = qkv.shape
-    query, key, value = qkv.view(batch, length, 3, width // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = (
+        qkv.view(batch, length, 3, width // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     return query, key, value
 
 

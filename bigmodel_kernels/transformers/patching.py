@@ -173,17 +173,13 @@ def _all_rules(family: Family) -> tuple[Rule | ChildRule, ...]:
 def _plan_family(plan: _Plan, family: Family) -> None:
     model = plan.model
     roots = [(name, module) for name, module in model.named_modules() if isinstance(module, family.models)]
-    places = {
-        id(module._modules.get(rule.attribute)): rule
-        for module in model.modules()
-        for rule in family.children
-        if isinstance(module, rule.parent) and module._modules.get(rule.attribute) is not None
-    }
+    places = _places(model, family)
+    patched_classes = {rule.patched for rule in _all_rules(family)}
     covered: list[str] = []
     for name, module in model.named_modules():
         rule = places.get(id(module)) or _rule_for(module, family)
         if rule is not None:
-            if type(module) is not rule.original and type(module) is not rule.patched:
+            if type(module) not in (rule.original, *patched_classes):
                 why = checks.reason_for_class(module, rule.original)
                 plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why or ""))
             else:
@@ -197,6 +193,20 @@ def _plan_family(plan: _Plan, family: Family) -> None:
         _plan_config(plan, family, root)
 
 
+def _places(model: nn.Module, family: Family) -> dict[int, ChildRule]:
+    """The rule of each module that has one by its place."""
+    places = {}
+    for parent in model.modules():
+        for rule in family.children:
+            if isinstance(parent, rule.parent):
+                child: Any = parent
+                for part in rule.attribute.split("."):
+                    child = child._modules.get(part) if child is not None else None
+                if child is not None:
+                    places[id(child)] = rule
+    return places
+
+
 def _rule_for(module: nn.Module, family: Family) -> Rule | None:
     for rule in family.rules:
         if isinstance(module, rule.original):
@@ -205,12 +215,12 @@ def _rule_for(module: nn.Module, family: Family) -> Rule | None:
 
 
 def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str, module: nn.Module) -> None:
-    already = type(module) is rule.patched
+    already = type(module) is not rule.original
     if already:
         why = None
     else:
         why = checks.reason_for_hooks(module) or checks.reason_for_parameters(module)
-        if why is None and isinstance(rule, Rule):
+        if why is None and rule.check is not None:
             why = rule.check(module)
     chosen: tuple[str, ...] = ()
     if why is None:
@@ -218,9 +228,8 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
     if why is not None:
         plan.rows.append(Row(name, rule.original.__name__, report.LEFT, reason=why))
         return
-    note = rule.note if isinstance(rule, Rule) else ""
     status = report.ALREADY if already else report.PATCHED
-    plan.rows.append(Row(name, rule.original.__name__, status, rule.ops, chosen, note))
+    plan.rows.append(Row(name, rule.original.__name__, status, rule.ops, chosen, rule.note))
     plan.targets.append(module)
     if not already:
         plan.changes.append(Change(module, type(module), rule.patched))
@@ -234,7 +243,13 @@ def _rows_for_the_rest(
         return
     prefixes = tuple(name + "." for name in covered)
     for name, module in plan.model.named_modules():
-        if not name or name in covered or name.startswith(prefixes) or not module._parameters or module._modules:
+        if (
+            not name
+            or name in covered
+            or name.startswith(prefixes)
+            or not module._parameters
+            or module._modules
+        ):
             continue
         if type(module) is nn.Embedding:
             why = "a table lookup, nothing to fuse"
@@ -249,9 +264,9 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     cls = next(cls for cls in family.models if isinstance(root, cls))
     if config is None or config_view.is_view(config) or "forward" in root.__dict__:
         return
-    if type(root).forward is not cls.forward or getattr(type(root), "_create_attention_masks", None) is not getattr(
-        cls, "_create_attention_masks", None
-    ):
+    if type(root).forward is not cls.forward or getattr(
+        type(root), "_create_attention_masks", None
+    ) is not getattr(cls, "_create_attention_masks", None):
         return
     known = {*family.mask_path, *(rule.patched for rule in family.rules)}
     on_path = [module for module in root.modules() if isinstance(module, family.mask_path)]
@@ -342,4 +357,6 @@ def _packs(weight: torch.Tensor) -> bool:
 class _Holder(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        self.weight = (
+            weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        )

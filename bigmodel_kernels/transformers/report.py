@@ -60,7 +60,12 @@ class PatchReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
         rows = [{**asdict(row), "ops": list(row.ops), "backends": list(row.backends)} for row in self.rows]
-        return {**asdict(self), "rows": rows, "patched": len(self.patched), "left_alone": len(self.left_alone)}
+        return {
+            **asdict(self),
+            "rows": rows,
+            "patched": len(self.patched),
+            "left_alone": len(self.left_alone),
+        }
 
     def __str__(self) -> str:
         verb = "is patched" if self.applied else "would be patched"
@@ -69,7 +74,11 @@ class PatchReport:
             f"{len(self.left_alone)} left alone (transformers {self.transformers_version}, torch {self.torch_version})"
         ]
         cells = [("module", "class", "runs")] + [
-            (row.name or "(model)", row.module, f"{LEFT}: {row.reason}" if row.status == LEFT else self._note(row))
+            (
+                row.name or "(model)",
+                row.module,
+                f"{LEFT}: {row.reason}" if row.status == LEFT else self._note(row),
+            )
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(2)]

@@ -46,10 +46,20 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", {**SMALL, "intermediate_size": 48, "max_position_embeddings": 64}),
-    "roberta": ("RobertaModel", {**SMALL, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 1}),
+    "roberta": (
+        "RobertaModel",
+        {**SMALL, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 1},
+    ),
     "distilbert": (
         "DistilBertModel",
-        {"vocab_size": 101, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+        {
+            "vocab_size": 101,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "max_position_embeddings": 64,
+        },
     ),
     "electra": (
         "ElectraModel",
@@ -116,7 +126,8 @@ def test_decoders_generate(kind: str, cache: str) -> None:
     for mask in (None, left_padding()):
         ids = token_ids()
         assert torch.equal(
-            ours.generate(ids, attention_mask=mask, **options), eager.generate(ids, attention_mask=mask, **options)
+            ours.generate(ids, attention_mask=mask, **options),
+            eager.generate(ids, attention_mask=mask, **options),
         )
 
 
@@ -184,7 +195,9 @@ def test_encoders(kind: str, padding: str) -> None:
         compare(*models, input_ids=ids)
     else:
         # Padded queries see the real keys, so all rows are those of eager.
-        compare(*models, input_ids=ids, attention_mask=right_padding() if padding == "right" else left_padding())
+        compare(
+            *models, input_ids=ids, attention_mask=right_padding() if padding == "right" else left_padding()
+        )
 
 
 def test_vit() -> None:
@@ -214,7 +227,9 @@ def test_t5_position_bias_scale_one_and_cross_attention() -> None:
     ids, target = token_ids(), token_ids(3, 7)
     for mask in (None, right_padding()):
         compare(ours, eager, reference, input_ids=ids, attention_mask=mask, decoder_input_ids=target)
-        made = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, eager)]
+        made = [
+            m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, eager)
+        ]
         assert torch.equal(*made)
 
 
@@ -267,7 +282,12 @@ def test_output_attentions(kind: str) -> None:
     ours, eager, reference = pair(*{**ENCODERS, **DECODERS}[kind])
     # A padded query of a decoder sees nothing: zeros here, even shares in eager.
     ids, mask = token_ids(), right_padding()
-    inputs = {"input_ids": ids, "attention_mask": mask, "output_attentions": True, "output_hidden_states": True}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "output_attentions": True,
+        "output_hidden_states": True,
+    }
     with torch.no_grad():
         outputs = [tensors_of(model(**inputs)) for model in (ours, eager, reference)]
     assert outputs[0].keys() == outputs[1].keys()
@@ -290,7 +310,9 @@ def test_gradients() -> None:
         for name, gradient in gradients[0].items():
             eager, reference = gradients[1][name].double(), gradients[2][name]
             error, allowed = (gradient.double() - reference).abs().max(), (eager - reference).abs().max()
-            assert error <= 3 * allowed + 1e-7 * (1 + reference.abs().max()), f"{kind} {name}: {error} {allowed}"
+            assert error <= 3 * allowed + 1e-7 * (1 + reference.abs().max()), (
+                f"{kind} {name}: {error} {allowed}"
+            )
 
 
 def test_dropout_while_training() -> None:
@@ -313,7 +335,9 @@ def test_dropout_while_training() -> None:
     total = sum(attention_forward(module, query, key, value, None, dropout=0.3)[0] for _ in range(600)) / 600
     exact, _ = attention_forward(module.eval(), query, key, value, None, dropout=0.3)
     assert (total - exact).abs().max() < 0.15
-    out, weights = attention_forward(module.train(), query, key, value, None, dropout=0.3, output_attentions=True)
+    out, weights = attention_forward(
+        module.train(), query, key, value, None, dropout=0.3, output_attentions=True
+    )
     assert weights is not None and (weights == 0).any()
     torch.testing.assert_close(out, (weights @ value).transpose(1, 2))
 
@@ -327,7 +351,9 @@ def test_autocast_and_half_precision() -> None:
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=0.15, rtol=0.1)
     for dtype in (torch.bfloat16, torch.float16):
         models = pair(*ENCODERS["bert"])
-        compare(models[0].to(dtype), models[1].to(dtype), models[2], input_ids=ids, attention_mask=right_padding())
+        compare(
+            models[0].to(dtype), models[1].to(dtype), models[2], input_ids=ids, attention_mask=right_padding()
+        )
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama-gqa"])
@@ -367,7 +393,9 @@ def test_no_mask_means_what_it_means_to_sdpa(module: Any, rows: int, keys: int, 
     query, key, value = torch.randn(2, 4, rows, 8), torch.randn(2, 4, keys, 8), torch.randn(2, 4, keys, 8)
     bias = torch.randn(1, 4, rows, keys) if biased else None
     ours = attention_forward(module(), query, key, value, None, position_bias=bias)[0]
-    torch.testing.assert_close(ours, sdpa(module(), query, key, value, None, position_bias=bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours, sdpa(module(), query, key, value, None, position_bias=bias), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_is_causal_of_the_call_goes_before_that_of_the_module() -> None:
@@ -380,7 +408,9 @@ def test_value_heads_of_another_size_run_in_torch(caplog: pytest.LogCaptureFixtu
     query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 12)
     attention_interface._logged.clear()
     ours = attention_forward(Causal(), query, key, value, None)[0]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
     torch.testing.assert_close(ours, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
     assert "value heads of 12" in caplog.text
 
@@ -399,7 +429,10 @@ def test_masks_stay_small() -> None:
     padded = torch.ones(2, 8, dtype=torch.bool)
     padded[0, 5:] = False
     sizes = {"batch_size": 2, "q_length": 8, "kv_length": 8}
-    bidirectional = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_bidirectional_skip": True}
+    bidirectional = {
+        "mask_function": masking_utils.bidirectional_mask_function,
+        "allow_is_bidirectional_skip": True,
+    }
     window = masking_utils.sliding_window_causal_mask_function(3)
     assert attention_mask(**sizes) is None
     assert attention_mask(**sizes, attention_mask=torch.ones(2, 8, dtype=torch.bool)) is None
@@ -436,7 +469,9 @@ def test_a_small_mask_says_what_the_dense_one_says(q_offset: Any, window: int | 
                 "attention_mask": mask,
             }
             dense = masking_utils.sdpa_mask(**options, allow_is_causal_skip=False)
-            seen = dense.any(-1)[:, 0]  # a query that sees nothing is zero here and NaN or even shares elsewhere
+            seen = dense.any(-1)[
+                :, 0
+            ]  # a query that sees nothing is zero here and NaN or even shares elsewhere
             ours = attention_forward(Causal(), query, key, value, attention_mask(**options))[0]
             expected = sdpa(Causal(), query, key, value, dense)
             torch.testing.assert_close(ours[seen], expected[seen], atol=1e-5, rtol=1e-5)

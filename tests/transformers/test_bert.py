@@ -59,7 +59,9 @@ def runs(model: Any, **inputs: Any) -> list[dict[str, torch.Tensor]]:
     """Outputs of the patched model, of eager and of eager in float64; the model stays patched."""
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    doubled = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    doubled = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
+    }
     with torch.no_grad():
         return [tensors_of(m(**i)) for m, i in ((model, inputs), (eager, inputs), (reference, doubled))]
 
@@ -77,15 +79,21 @@ def test_every_head(cls: Any, padded: bool) -> None:
     model = build(cls, bert_config(num_labels=2))
     mask = right_padding() if padded else None
     labels = {name: torch.randint(0, 2, shape) for name, shape in LABELS[cls].items()}
+    if padded and "labels" in labels and labels["labels"].dim() == 2:
+        labels["labels"][~right_padding().bool()] = -100
     outputs = runs(model, input_ids=token_ids(), attention_mask=mask, **labels)
     assert_all_near(outputs, None if mask is None else mask.bool())
-    # Labels sit on padded positions too, where the states are zero instead of what eager computes there.
+    if cls is BertForQuestionAnswering:
+        # Its loss looks at padded positions too, so these have to be right as well.
+        assert_all_near(outputs)
 
 
 def test_multiple_choice() -> None:
     model = build(BertForMultipleChoice, bert_config())
     ids, mask = token_ids(6), torch.cat([right_padding(), right_padding()])
-    outputs = runs(model, input_ids=ids.view(2, 3, 17), attention_mask=mask.view(2, 3, 17), labels=torch.tensor([0, 2]))
+    outputs = runs(
+        model, input_ids=ids.view(2, 3, 17), attention_mask=mask.view(2, 3, 17), labels=torch.tensor([0, 2])
+    )
     assert_all_near(outputs)
 
 
@@ -94,7 +102,9 @@ def test_padding_is_taken_out_and_comes_back_as_zeros(monkeypatch: pytest.Monkey
     mask = right_padding()
     shapes = []
     run = blocks.post_norm_layer
-    monkeypatch.setattr(blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args))
+    monkeypatch.setattr(
+        blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args)
+    )
     bk.patch(model)
     with torch.no_grad():
         out = model(token_ids(), attention_mask=mask).last_hidden_state
@@ -119,7 +129,10 @@ def test_masks_of_every_kind(kind: str) -> None:
     if kind == "empty sequence":
         # Eager attends evenly to padding there; nothing of that sequence means anything.
         for out in outputs:
-            out["pooler_output"], out["last_hidden_state"] = out["pooler_output"][::2], out["last_hidden_state"][::2]
+            out["pooler_output"], out["last_hidden_state"] = (
+                out["pooler_output"][::2],
+                out["last_hidden_state"][::2],
+            )
         mask = mask[::2]
     assert_all_near(outputs, mask.bool())
     if kind == "left":
@@ -135,7 +148,9 @@ def test_a_mask_of_the_users_own(form: str) -> None:
     bk.patch(model)
     with torch.no_grad():
         out = model(ids, attention_mask=visible if form == "bool" else additive)[0]
-        assert_as_near(out, eager(ids, attention_mask=additive)[0], reference(ids, attention_mask=additive.double())[0])
+        assert_as_near(
+            out, eager(ids, attention_mask=additive)[0], reference(ids, attention_mask=additive.double())[0]
+        )
 
 
 def test_ids_positions_types_and_embeddings_as_inputs() -> None:
@@ -216,11 +231,14 @@ def gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[
 
 def assert_gradients(ours: Any, eager: Any, reference: Any) -> None:
     assert ours.keys() == eager.keys()
+    # Some gradients are zero but for rounding (that of a key's bias): what counts is the size of the others.
+    rounding = 1e-7 * max(gradient.abs().max() for gradient in reference.values())
     for name, gradient in ours.items():
         error = (gradient.double() - reference[name]).abs()
         allowed = (eager[name].double() - reference[name]).abs()
-        rounding = 4e-7 * reference[name].abs().max()
-        assert error.max() <= 3 * allowed.max() + rounding, f"{name}: {error.max():.2e}, eager {allowed.max():.2e}"
+        assert error.max() <= 3 * allowed.max() + rounding, (
+            f"{name}: {error.max():.2e}, eager {allowed.max():.2e}"
+        )
         assert error.mean() <= 1.5 * allowed.mean() + rounding, name
 
 
@@ -267,7 +285,9 @@ def test_dropout_runs_the_original_code() -> None:
     b = eager(ids, attention_mask=mask).logits
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=2e-5, rtol=1e-4)
     model.bert.config.attention_probs_dropout_prob = 0.5
-    model = build(BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)).train()
+    model = build(
+        BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    ).train()
     bk.patch(model)
     assert not torch.equal(model(ids).logits, model(ids).logits)
     model(ids, attention_mask=mask).logits.sum().backward()
@@ -304,12 +324,16 @@ def test_cross_attention_keeps_its_projections() -> None:
 
 
 def test_relative_positions_of_old_configs_are_ignored_as_transformers_does() -> None:
-    outputs = runs(build(BertModel, bert_config(position_embedding_type="relative_key")), input_ids=token_ids())
+    outputs = runs(
+        build(BertModel, bert_config(position_embedding_type="relative_key")), input_ids=token_ids()
+    )
     assert_all_near(outputs)
 
 
 def test_feed_forward_in_chunks() -> None:
-    assert_all_near(runs(build(BertModel, bert_config(chunk_size_feed_forward=5)), input_ids=token_ids(2, 10)))
+    assert_all_near(
+        runs(build(BertModel, bert_config(chunk_size_feed_forward=5)), input_ids=token_ids(2, 10))
+    )
 
 
 def test_a_hook_added_later_is_honoured() -> None:
@@ -355,7 +379,9 @@ def test_a_projection_replaced_later_is_honoured() -> None:
     bk.patch(model)
     with torch.no_grad():
         again = model(token_ids(), attention_mask=right_padding())[0]
-    torch.testing.assert_close(again[right_padding().bool()], outputs[1][right_padding().bool()], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        again[right_padding().bool()], outputs[1][right_padding().bool()], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -371,7 +397,9 @@ def test_compile_fullgraph(padded: bool) -> None:
 
 
 def test_compile_fullgraph_of_training() -> None:
-    model = build(BertForMaskedLM, bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    model = build(
+        BertForMaskedLM, bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ).train()
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     ids, mask = token_ids(), right_padding()

@@ -80,6 +80,9 @@ def float64_of(model: Any) -> Any:
     """The same model in float64 with eager attention: the definition of right."""
     reference = copy.deepcopy(model).double()
     reference.set_attn_implementation("eager")
+    for module in reference.modules():
+        if getattr(module, "reorder_and_upcast_attn", False):
+            module.reorder_and_upcast_attn = False  # it refuses float64, where it has no meaning
     return reference.eval()
 
 
@@ -97,7 +100,11 @@ def tensors_of(output: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_as_near(
-    out: torch.Tensor, eager: torch.Tensor, reference: torch.Tensor, where: torch.Tensor | None = None, name: str = ""
+    out: torch.Tensor,
+    eager: torch.Tensor,
+    reference: torch.Tensor,
+    where: torch.Tensor | None = None,
+    name: str = "",
 ) -> None:
     """`out` is as near to the float64 `reference` as `eager` is, in the maximum and in the mean."""
     assert out.shape == eager.shape, f"{name}: {tuple(out.shape)} is not {tuple(eager.shape)}"
@@ -106,7 +113,15 @@ def assert_as_near(
         out, eager, reference = out[where], eager[where], reference[where]
     out64, eager64, reference = out.detach().double(), eager.detach().double(), reference.detach().double()
     assert torch.isfinite(out64).all(), f"{name}: not finite"
-    rounding = 2 * ((reference + 0.3).to(out.dtype).double() - 0.3 - reference).abs().max()
+    rounded = reference.to(out.dtype)
+    rounding = 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().double()
     got, allowed = (out64 - reference).abs(), (eager64 - reference).abs()
-    assert got.max() <= 2 * allowed.max() + rounding, f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager"
-    assert got.mean() <= 1.2 * allowed.mean() + rounding / 4, f"{name}: mean {got.mean():.3e}, eager {allowed.mean():.3e}"
+    few = got.numel() < 64
+    if few:  # eager's error of a few numbers, a loss among them, can be small by luck: some units in the last place
+        rounding = torch.maximum(rounding, 8 * torch.finfo(out.dtype).eps * reference.abs().max())
+    assert got.max() <= 2 * allowed.max() + rounding, (
+        f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager"
+    )
+    assert few or got.mean() <= 1.2 * allowed.mean() + rounding / 4, (
+        f"{name}: {got.mean():.3e}, {allowed.mean():.3e}"
+    )

@@ -33,13 +33,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class ChildRule:
-    """The same for a generic module (nn.Linear, nn.LayerNorm), known by its place: `parent.attribute`."""
+    """The same for a module known by its place, `parent.attribute` (dotted): generic ones (nn.Linear, nn.LayerNorm),
+    and those that need another class there than elsewhere. Goes before a `Rule`."""
 
     parent: type[nn.Module]
     attribute: str
     original: type[nn.Module]
     patched: type[nn.Module]
     ops: tuple[str, ...]
+    check: Callable[[nn.Module], str | None] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

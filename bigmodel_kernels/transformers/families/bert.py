@@ -3,7 +3,7 @@
 Per layer: one product for Q, K and V, attention that reads it in place, one call for projection + residual +
 LayerNorm, one for the feed-forward block. A padded batch runs without its padding: the encoder packs the real tokens
 once, runs all layers on them and unpacks once. The result at real tokens is that of the padded run; at padding it is
-zero. It packs when it may look at the mask (not under torch.compile) and each sequence starts with a real token: with
+zero (question answering, whose loss looks at padded positions too, keeps the padding). It packs when it may look at the mask (not under torch.compile) and each sequence starts with a real token: with
 padding on the left the pooler reads a padded position, which then has to hold what eager puts there.
 
 A call takes the original code of a layer, and is as right, when dropout is active, under autocast, when hidden states
@@ -13,7 +13,8 @@ submodule stands in the way. Attention probabilities are then computed in plain 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
         dtype = self.word_embeddings.weight.dtype
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         # The operator's gradient knows no padding_idx, whose row must get none: training keeps torch's embedding.
-        if torch.is_grad_enabled() and any(t.padding_idx is not None and t.weight.requires_grad for t in tables):
+        if torch.is_grad_enabled() and any(
+            t.padding_idx is not None and t.weight.requires_grad for t in tables
+        ):
             return None
         if checks.dropping(self.dropout) or checks.original_code_needed(device_type):
             return None
@@ -78,7 +81,9 @@ class BigmodelBertSelfAttention(hf.BertSelfAttention):
         qkv = None if cached or not _maskable(attention_mask) else _qkv(self, hidden_states.dtype)
         if qkv is None or checks.original_code_needed(hidden_states.device.type):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        query, key, value = blocks.split_heads(blocks.linear(hidden_states, qkv, "linear"), self.attention_head_size)
+        query, key, value = blocks.split_heads(
+            blocks.linear(hidden_states, qkv, "linear"), self.attention_head_size
+        )
         out, weights = attention_interface.attention_forward(
             self,
             query,
@@ -132,6 +137,8 @@ class BigmodelBertLayer(hf.BertLayer):
 class BigmodelBertEncoder(hf.BertEncoder):
     """All layers on packed tokens, or densely where the mask may not be looked at."""
 
+    packs: ClassVar[bool] = True
+
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         layers = None if args or not _maskable(attention_mask) else self._layers(hidden_states, kwargs)
         if not layers:
@@ -142,8 +149,8 @@ class BigmodelBertEncoder(hf.BertEncoder):
             hidden_states[:, None], hidden_states.shape[1], _bidirectional(attention_mask), is_causal=False
         )
         packing = None
-        # Whether to pack is a question about values: not while tracing. The padding must be all there is to the mask.
-        if seen.padding is not None and seen.bias is None and not seen.causal and not torch.compiler.is_compiling():
+        # Whether to pack is a question about values: not while tracing.
+        if self.packs and seen.padding is not None and not torch.compiler.is_compiling():
             if bool(seen.padding[:, 0].all()):
                 packing = blocks.Packing(seen.padding)
         if packing is not None:
@@ -166,7 +173,11 @@ class BigmodelBertEncoder(hf.BertEncoder):
         for name in ("encoder_hidden_states", "cache", "past_key_values", "output_attentions"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 return None
-        if self.config.is_decoder or attention_interface.collected() or checks.original_code_needed(x.device.type):
+        if (
+            self.config.is_decoder
+            or attention_interface.collected()
+            or checks.original_code_needed(x.device.type)
+        ):
             return None
         result = []
         for layer in self.layer:
@@ -175,6 +186,13 @@ class BigmodelBertEncoder(hf.BertEncoder):
                 return None
             result.append(weights)
         return result
+
+
+class BigmodelBertPaddedEncoder(BigmodelBertEncoder):
+    """The same with the padding left in, for a head that mixes positions: question answering takes a softmax over all
+    positions of a sequence, padded ones included, so those have to hold what eager puts there."""
+
+    packs = False
 
 
 class BigmodelBertPooler(hf.BertPooler):
@@ -312,7 +330,9 @@ def _check_self_attention(module: Any) -> str | None:
 
 
 def _check_self_output(module: Any) -> str | None:
-    return checks.reason_for_parts(module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout})
+    return checks.reason_for_parts(
+        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+    )
 
 
 def _check_layer(module: Any) -> str | None:
@@ -349,16 +369,32 @@ def _check_encoder(module: Any) -> str | None:
 
 
 def _whole_layer(layer: Any) -> str | None:
+    """Why a layer as a whole cannot run fused."""
     attention = layer.attention
     return (
         checks.reason_for_hooks(layer)
         or _prefixed("attention", checks.reason(attention, hf.BertAttention))
-        or _prefixed("attention.self", checks.reason_for_hooks(attention.self) or _check_self_attention(attention.self))
-        or _prefixed(
-            "attention.output", checks.reason_for_hooks(attention.output) or _check_self_output(attention.output)
+        or _part(
+            attention.self,
+            "attention.self",
+            hf.BertSelfAttention,
+            BigmodelBertSelfAttention,
+            _check_self_attention,
+        )
+        or _part(
+            attention.output,
+            "attention.output",
+            hf.BertSelfOutput,
+            BigmodelBertSelfOutput,
+            _check_self_output,
         )
         or _check_layer(layer)
     )
+
+
+def _part(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
+    why = None if type(part) is patched else checks.reason_for_class(part, cls)
+    return _prefixed(name, why or checks.reason_for_hooks(part) or check(part))
 
 
 def _prefixed(name: str, why: str | None) -> str | None:
@@ -370,9 +406,9 @@ def _check_pooler(module: Any) -> str | None:
 
 
 def _check_transform(module: Any) -> str | None:
-    return checks.reason_for_parts(module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm}) or _check_activation(
-        module.transform_act_fn
-    )
+    return checks.reason_for_parts(
+        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm}
+    ) or _check_activation(module.transform_act_fn)
 
 
 FAMILY = Family(
@@ -384,10 +420,25 @@ FAMILY = Family(
         Rule(hf.BertSelfAttention, BigmodelBertSelfAttention, ("linear", "attention"), _check_self_attention),
         Rule(hf.BertSelfOutput, BigmodelBertSelfOutput, ("linear",), _check_self_output),
         Rule(hf.BertPooler, BigmodelBertPooler, ("linear",), _check_pooler),
-        Rule(hf.BertPredictionHeadTransform, BigmodelBertPredictionHeadTransform, ("linear",), _check_transform),
+        Rule(
+            hf.BertPredictionHeadTransform, BigmodelBertPredictionHeadTransform, ("linear",), _check_transform
+        ),
     ),
-    children=(ChildRule(hf.BertLMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),),
+    children=(
+        ChildRule(hf.BertLMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
+        ChildRule(
+            hf.BertForQuestionAnswering,
+            "bert.encoder",
+            hf.BertEncoder,
+            BigmodelBertPaddedEncoder,
+            (),
+            _check_encoder,
+            note="runs its layers with the padding in: the head's softmax is over all positions",
+        ),
+    ),
     models=(hf.BertModel,),
     mask_path=(hf.BertEncoder, hf.BertLayer, hf.BertAttention, hf.BertSelfAttention, hf.BertCrossAttention),
-    left={hf.BertCrossAttention: "cross-attention keeps its own projections; only its attention function changes"},
+    left={
+        hf.BertCrossAttention: "cross-attention keeps its own projections; only its attention function changes"
+    },
 )

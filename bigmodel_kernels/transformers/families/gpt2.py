@@ -212,7 +212,13 @@ def _check_block(module: Any) -> str | None:
 FAMILY = Family(
     name="gpt2",
     rules=(
-        Rule(hf.GPT2Block, BigmodelGPT2Block, ("layer_norm",), _check_block, note="with its parts as five calls"),
+        Rule(
+            hf.GPT2Block,
+            BigmodelGPT2Block,
+            ("layer_norm",),
+            _check_block,
+            note="with its parts as five calls",
+        ),
         Rule(hf.GPT2Attention, BigmodelGPT2Attention, ("linear", "attention"), _check_attention),
         Rule(hf.GPT2MLP, BigmodelGPT2MLP, ("feed_forward",), _check_mlp),
     ),

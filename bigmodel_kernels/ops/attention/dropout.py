@@ -16,12 +16,18 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 
+# Elements made at a time: on the CPU as many as stay in a core's cache through the ten rounds.
+_CHUNK = {"cpu": 1 << 15}
+_CHUNK_ELSEWHERE = 1 << 24
+
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two 32-bit numbers, in signed 64-bit arithmetic."""
-    low = a * (b & 0xFFFF)
-    high = a * (b >> 16) + (low >> 16)  # below 2**48 + 2**32
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of the product of two 32-bit numbers; the int64 product wraps, and has the right
+    bits.
+    """
+    product = b * a
+    low = product & _MASK
+    return product.bitwise_right_shift_(32).bitwise_and_(_MASK), low
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
@@ -40,21 +46,22 @@ def keep_mask(
     seed: Tensor, p: float, sequence: int, heads: int, rows: slice, keys: slice, like: Tensor
 ) -> Tensor:
     """1 / (1 - p) where a probability of the block `like` (B, H, R, K) is kept and 0 where it is dropped."""
-    batch = like.shape[0]
     device = like.device
-
-    def axis(start: int, stop: int, dim: int) -> Tensor:
-        index = torch.arange(start, stop, device=device)
-        return index.view([-1 if d == dim else 1 for d in range(4)])
-
+    chunk = _CHUNK.get(device.type, _CHUNK_ELSEWHERE)
+    pairs, count, width = like.shape[0] * heads, like.shape[2], like.shape[3]
     seed = seed.to(torch.int64)
-    word = philox(
-        (
-            axis(keys.start, keys.stop, 3),
-            axis(rows.start, rows.stop, 2),
-            axis(0, heads, 1),
-            axis(sequence, sequence + batch, 0),
-        ),
-        (seed & _MASK, (seed >> 32) & _MASK),
-    )
-    return (word >= round(p * 2**32)).to(like.dtype) / (1 - p)
+    seeds = (seed & _MASK, (seed >> 32) & _MASK)
+    threshold, scale = round(p * 2**32), 1 / (1 - p)
+    key = torch.arange(keys.start, keys.stop, device=device)
+    query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    pair = torch.arange(pairs, device=device)[:, None, None]
+    result = torch.empty((pairs, count, width), dtype=like.dtype, device=device)
+    row_step = min(count, max(1, chunk // max(1, width)))
+    pair_step = max(1, chunk // max(1, row_step * width))
+    for i in range(0, pairs, pair_step):
+        some = pair[i : i + pair_step]
+        head, batch = some % heads, some // heads + sequence
+        for j in range(0, count, row_step):
+            word = philox((key, query[j : j + row_step], head, batch), seeds)
+            torch.mul(word >= threshold, scale, out=result[i : i + pair_step, j : j + row_step])
+    return result.view(like.shape)

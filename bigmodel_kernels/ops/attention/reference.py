@@ -17,8 +17,10 @@ from torch import Tensor
 from bigmodel_kernels.ops.attention.dropout import keep_mask
 from bigmodel_kernels.ops.registration import compute_dtype
 
-# A block holds at most this many logits (unless 16 rows hold more) and at most 256 rows.
+# A block holds at most this many logits (unless 16 rows hold more) and at most 256 rows. On the CPU it takes
+# only as much of the batch as keeps the logits near the cores: half the time of a whole BERT batch at once.
 _BLOCK_ELEMENTS = 1 << 22
+_BATCH_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,20 @@ def run(
     """See `bigmodel_kernels.attention`."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
     out = _empty_like_query(query)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
-        _forward(query, key, value, key_padding_mask, bias, dropout_seed, 0, rule, out, logsumexp)
-        return out, logsumexp
-    logsumexp = query.new_empty((query.shape[1], query.shape[0]), dtype=compute_dtype(query.dtype))
-    for index, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
+    rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
+    logsumexp = query.new_empty(rows, dtype=compute_dtype(query.dtype))
+    for part in _parts(query, key, cu_seqlens_q, cu_seqlens_k):
         _forward(
-            _one(query, q),
-            _one(key, k),
-            _one(value, k),
-            None,
-            None,
+            part.queries(query),
+            part.keys(key),
+            part.keys(value),
+            part.mask(key_padding_mask),
+            part.bias(bias),
             dropout_seed,
-            index,
+            part.first,
             rule,
-            _one(out, q),
-            logsumexp[None, :, q],
+            part.queries(out),
+            part.rows(logsumexp),
         )
     return out, logsumexp
 
@@ -117,25 +116,33 @@ def run_backward(
     dq = _empty_like_query(query)
     dk = torch.zeros_like(key, dtype=compute, memory_format=torch.contiguous_format)
     dv = torch.zeros_like(value, dtype=compute, memory_format=torch.contiguous_format)
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        dbias = None
-        if bias is not None and bias_requires_grad:
-            dbias = bias.new_zeros((1,) * (4 - bias.dim()) + tuple(bias.shape), dtype=compute)
+    dbias = None
+    if bias is not None and bias_requires_grad:
+        dbias = bias.new_zeros(bias.shape, dtype=compute)
+    for part in _parts(query, key, cu_seqlens_q, cu_seqlens_k):
         _backward(
-            *(grad_out, grad_logsumexp, query, key, value, out, logsumexp, key_padding_mask, bias),
-            *(dropout_seed, 0, rule, dq, dk, dv, dbias),
+            part.queries(grad_out),
+            None if grad_logsumexp is None else part.rows(grad_logsumexp),
+            part.queries(query),
+            part.keys(key),
+            part.keys(value),
+            part.rows(logsumexp),
+            part.mask(key_padding_mask),
+            part.bias(bias),
+            dropout_seed,
+            part.first,
+            rule,
+            part.queries(dq),
+            part.keys(dk),
+            part.keys(dv),
+            part.bias(dbias),
         )
-        if bias is None or dbias is None:
-            return dq, dk.to(key.dtype), dv.to(value.dtype), query.new_empty(0)
-        return dq, dk.to(key.dtype), dv.to(value.dtype), dbias.to(bias.dtype).view(bias.shape)
-    for index, (q, k) in enumerate(_sequences(cu_seqlens_q, cu_seqlens_k)):
-        grad_lse = None if grad_logsumexp is None else grad_logsumexp[None, :, q]
-        _backward(
-            *(_one(grad_out, q), grad_lse, _one(query, q), _one(key, k), _one(value, k), _one(out, q)),
-            *(logsumexp[None, :, q], None, None, dropout_seed, index, rule),
-            *(_one(dq, q), _one(dk, k), _one(dv, k), None),
-        )
-    return dq, dk.to(key.dtype), dv.to(value.dtype), query.new_empty(0)
+    return (
+        dq,
+        dk.to(key.dtype),
+        dv.to(value.dtype),
+        query.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
+    )
 
 
 def _empty_like_query(query: Tensor) -> Tensor:
@@ -146,15 +153,46 @@ def _empty_like_query(query: Tensor) -> Tensor:
     return query.new_empty((b, s, h, d)).transpose(1, 2)
 
 
-def _sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(q) - 1):
-        yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+@dataclass(frozen=True)
+class _Part:
+    """Some of a batch, or one packed sequence: views of its tensors in the dense form."""
+
+    first: int  # the number of its first sequence
+    batch: slice
+    q: slice | None = None
+    k: slice | None = None
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch] if self.q is None else tensor[self.q].transpose(0, 1)[None]
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch] if self.k is None else tensor[self.k].transpose(0, 1)[None]
+
+    def rows(self, logsumexp: Tensor) -> Tensor:
+        return logsumexp[self.batch] if self.q is None else logsumexp[None, :, self.q]
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask[self.batch]
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None:
+            return None
+        bias = bias[(None,) * (4 - bias.dim())]
+        return bias if bias.shape[0] == 1 else bias[self.batch]
 
 
-def _one(packed: Tensor, rows: slice) -> Tensor:
-    """One sequence of a packed (total, H, D) tensor as (1, H, S, D)."""
-    return packed[rows].transpose(0, 1)[None]
+def _parts(
+    query: Tensor, key: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Iterator[_Part]:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        for i in range(len(q) - 1):
+            yield _Part(i, slice(0, 1), slice(q[i], q[i + 1]), slice(k[i], k[i + 1]))
+        return
+    batch, heads, rows, _ = query.shape
+    step = max(1, _BATCH_ELEMENTS // max(1, heads * rows * key.shape[2])) if query.is_cpu else max(1, batch)
+    for start in range(0, batch, step):
+        yield _Part(start, slice(start, min(batch, start + step)))
 
 
 def _blocks(query: Tensor, key: Tensor, rule: _Rule) -> Iterator[tuple[slice, slice]]:
@@ -214,10 +252,6 @@ def _clip(part: slice, size: int) -> slice:
     return slice(None) if size == 1 else part
 
 
-def _four(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias[(None,) * (4 - bias.dim())]
-
-
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -233,7 +267,7 @@ def _forward(
     """Dense attention into `out` and `logsumexp`."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
-    key, value, bias = key.to(compute), value.to(compute), _four(bias)
+    key, value = key.to(compute), value.to(compute)
     for rows, keys in _blocks(query, key, rule):
         q = _grouped(query[:, :, rows].to(compute), kv_heads)
         if keys.start == keys.stop:
@@ -260,7 +294,6 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
     logsumexp: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
@@ -275,7 +308,7 @@ def _backward(
     """Dense gradients: dq is written, dk, dv and dbias (in the type of computation) are added to."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
-    key, value, bias = key.to(compute), value.to(compute), _four(bias)
+    key, value = key.to(compute), value.to(compute)
     for rows, keys in _blocks(query, key, rule):
         if keys.start == keys.stop:
             dq[:, :, rows] = 0

@@ -104,10 +104,13 @@ def linear_kernel(
         accumulator += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     accumulator = activate(accumulator, ACTIVATION)
     mask = (rows < M)[:, None] & (columns < N)[None, :]
+    # A 64-bit offset for the tile and 32-bit ones within it, which leave registers to the accumulator.
+    first_row = (tile_m * TILE_M).to(tl.int64)
+    local_rows = tl.arange(0, TILE_M)[:, None]
     if HAS_RESIDUAL:
-        residual = residual_ptr + rows[:, None].to(tl.int64) * stride_rm + columns[None, :]
+        residual = residual_ptr + first_row * stride_rm + (local_rows * stride_rm + columns[None, :])
         accumulator += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    out = out_ptr + rows[:, None].to(tl.int64) * stride_om + columns[None, :]
+    out = out_ptr + first_row * stride_om + (local_rows * stride_om + columns[None, :])
     tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -207,11 +210,12 @@ def run(
     out = torch.empty((*x.shape[:-1], sum(widths)), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x_rows = x.reshape(-1, x.shape[-1])
-    out_rows = out.view(-1, out.shape[-1])
+    rows = x.shape[:-1].numel()
+    x_rows = x.reshape(rows, x.shape[-1])
+    out_rows = out.view(rows, out.shape[-1])
     residual_rows = None
     if residual is not None:
-        residual_rows = residual.reshape(-1, out.shape[-1])
+        residual_rows = residual.reshape(rows, out.shape[-1])
         if residual_rows.stride(1) != 1:
             residual_rows = residual_rows.contiguous()
     start = 0

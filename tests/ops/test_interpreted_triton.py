@@ -1,0 +1,32 @@
+"""The Triton tests of every operation, run on the CPU in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, and other tests of this process may need the compiler or
+may have imported Triton already (torch.compile does). So the interpreter gets a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+FILES = ("attention", "linear", "feed_forward", "norm", "embedding")
+
+
+def test_the_interpreter_agrees() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this process is the interpreter's own")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(HERE / f"test_{name}_triton.py") for name in FILES]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("BIGMODEL_BACKEND", None)
+    result = subprocess.run(
+        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

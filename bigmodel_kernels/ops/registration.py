@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,18 @@ def require_vector(name: str, tensor: Tensor, size: Any, what: str, x: Tensor) -
     if tensor.dim() != 1 or tensor.shape[0] != size:
         raise ValueError(f"{name} has shape {shape(tensor)}; it must be ({size},), {what}")
     require_like(name, tensor, "x", x)
+
+
+def broadcasts(size: Sequence[Any], full: Sequence[Any]) -> bool:
+    """Whether a tensor of this size expands to the full one.
+
+    Sizes that a compiled graph learns at run time cannot be compared with 1: they are compared with each
+    other first.
+    """
+    return len(size) <= len(full) and all(
+        (type(a) is int and a == 1) or a == b or a == 1
+        for a, b in zip(reversed(size), reversed(full), strict=False)
+    )
 
 
 def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -60,10 +60,10 @@ def attention(
       softmax_scale: 1 / sqrt(D) when None.
       window: (left, right): key j is visible to query i when i + Sk - Sq - left <= j <= i + Sk - Sq + right;
         None on a side is no limit.
-      key_padding_mask: bool (B, Sk), True is visible; dense form only.
-      bias: added to the logits; broadcasts to (B, H, Sq, Sk); in the dtype of query or float32; dense form
-      only. softcap: 0 for none (Gemma 2).
-      max_seqlen_q, max_seqlen_k: at least the longest sequence; computed from cu_seqlens when None.
+      key_padding_mask: bool (B, Sk), True is visible; dense form only. bias: added to the logits; broadcasts
+      to (B, H, Sq, Sk); in the dtype of query or float32; dense form only. softcap: 0 for none (Gemma 2).
+      max_seqlen_q, max_seqlen_k: at least the longest sequence; read from cu_seqlens when None, which waits
+        for a GPU. Pass them under torch.compile, whose graphs hold no number read from a tensor.
       dropout_p: probabilities are dropped with this chance and the others scaled by 1 / (1 - dropout_p).
       return_logsumexp: also return the natural log of the sum of exp(logits), float32 (float64 for float64):
         (B, H, Sq), or packed (H, total_q). It has a gradient.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.registration import require_device, require_float, require_like, shape
+from bigmodel_kernels.ops.registration import broadcasts, require_device, require_float, require_like, shape
 
 
 def check(
@@ -100,9 +100,7 @@ def check(
             )
         full = (batch, heads, rows, keys)
         size = tuple(bias.shape)
-        if len(size) > 4 or any(
-            a not in (1, b) for a, b in zip(reversed(size), reversed(full), strict=False)
-        ):
+        if not broadcasts(size, full):
             raise ValueError(f"bias has shape {size}; it must broadcast to (B, H, Sq, Sk), {full}")
         require_device("bias", bias, "query", query)
 

@@ -13,6 +13,7 @@ from bigmodel_kernels import backends
 from bigmodel_kernels.ops.norm import cast, check_norm, norm_backward
 from bigmodel_kernels.ops.registration import (
     backward_formula,
+    broadcasts,
     compute_dtype,
     define,
     require_device,
@@ -108,9 +109,7 @@ def check(
             require_like(name, weight, "word_weight", word_weight)
         if ids is not input_ids:
             full, size = tuple(input_ids.shape), tuple(ids.shape)
-            if len(size) > len(full) or any(
-                a not in (1, b) for a, b in zip(reversed(size), reversed(full), strict=False)
-            ):
+            if not broadcasts(size, full):
                 raise ValueError(
                     f"{ids_name} has shape {size}; it must broadcast to that of input_ids, {full}"
                 )

@@ -1,17 +1,18 @@
 """`attn_implementation="bigmodel"`: the attention function and the mask function that transformers calls.
 
-The mask function keeps masks small. What it returns says by its shape what it means, so that it survives the trip
-through any model, `torch.compile` included:
+The mask function keeps masks small. What it returns says by its shape what it means, so that it survives the
+trip through any model, `torch.compile` included:
 
     None            what it means for sdpa: nothing masked, or causal where the module or the call says so
-    (B, S)          causal; True is a real token; the last query is at position S - 1. A static cache has keys beyond
-                    S, which do not exist yet; a sliding cache has only the last ones of S
+    (B, S)          causal; True is a real token; the last query is at position S - 1. A static cache has keys
+                    past S, which do not exist yet; a sliding cache has only the last ones of S
     (B, 1, S)       the same within a sliding window, which rides along as an attribute of the tensor
     (B, 1, 1, S)    padding only, every query sees every real key
     (B, 1, Sq, Sk)  any other pattern, dense, as sdpa has it; also what a user passes, boolean or additive
 
-`generate` makes masks ahead of the model for static caches and passes them as if they were the user's: the first
-two go through the mask function again and come out the same, the others are passed on by transformers as they are.
+`generate` makes masks ahead of the model for static caches and passes them as if they were the user's: the
+first two go through the mask function again and come out the same, the others are passed on by transformers
+as they are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # masks
 
 
@@ -47,7 +48,7 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a layer, as small as its pattern allows. Arguments are those of transformers' `sdpa_mask`."""
+    """The mask of a layer, as small as its pattern allows. The arguments are those of `sdpa_mask`."""
     tracing = torch.compiler.is_compiling()
     if not tracing:
         _check_reads_the_interface(kwargs.get("config"))
@@ -106,7 +107,7 @@ def attention_mask(
     if padding is not None:
         return padding
     if keys == q_length or (q_length == 1 and keys == kv_length):
-        return None  # sdpa's own meaning of None: causal over the first q_length keys, or one query that sees all
+        return None  # as for sdpa: causal over the first q_length keys, or one query that sees all
     return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
 
 
@@ -151,7 +152,9 @@ _reads_the_interface: set[type] = set()
 
 
 def _check_reads_the_interface(config: Any) -> None:
-    """Some modeling files (mpnet, deberta, longformer, ...) compute attention themselves and would misread our masks."""
+    """Some modeling files (mpnet, deberta, longformer, ...) compute attention themselves and would misread
+    our masks.
+    """
     cls = type(config)
     if config is None or cls in _reads_the_interface:
         return
@@ -160,13 +163,13 @@ def _check_reads_the_interface(config: Any) -> None:
         modeling = sys.modules.get(f"{folder}.{name.replace('configuration_', 'modeling_', 1)}")
         if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
             raise ValueError(
-                f"attn_implementation='bigmodel' does not work for {cls.__name__}: {modeling.__name__} does not call "
-                "transformers' attention interface; allowed are 'eager' and what else the model supports"
+                f"attn_implementation='bigmodel' does not suit {cls.__name__}: {modeling.__name__} does "
+                "not call transformers' attention interface; allowed are 'eager' and what else the model supports"
             )
     _reads_the_interface.add(cls)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # attention
 
 
@@ -184,7 +187,7 @@ class Visibility:
 def visibility(
     query: Tensor, keys: int, mask: Tensor | None, *, is_causal: bool, position_bias: Tensor | None = None
 ) -> Visibility:
-    """Reads a mask (see the top of this file). `is_causal` counts only where there is no mask, as for sdpa."""
+    """Reads a mask (see the top of this file). `is_causal` counts only without one, as for sdpa."""
     rows = query.shape[2]
     if mask is None:
         result = Visibility(keys, causal=is_causal and rows > 1)
@@ -201,7 +204,7 @@ def visibility(
             window = getattr(mask, _WINDOW, None)
             if window is None:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4 dimensions. "
+                    f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
                     "If it was made for a sliding window, it was copied on the way to the attention"
                 )
             mask = mask[:, 0]
@@ -240,12 +243,13 @@ def attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of (B, H, Sq, D) on (B, Hkv, Sk, D) for any transformers model, to the result of its eager code.
+    """Attention of (B, H, Sq, D) on (B, Hkv, Sk, D) for any transformers model, to the result of its eager
+    code.
 
     Returns the output as (B, Sq, H, D), and the probabilities (B, H, Sq, Sk) where the call asks for them
     (`output_attentions`): those are then computed in plain PyTorch next to the kernel's output. Dropout of
-    probabilities is the operator's own. Value heads of another size than the key's, and heads above 256, run in
-    torch's scaled_dot_product_attention and are logged once. Attention sinks (`s_aux`) raise ValueError.
+    probabilities is the operator's own. Value heads of another size than the key's, and heads above 256, run
+    in torch's scaled_dot_product_attention and are logged once. Attention sinks (`s_aux`) raise ValueError.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError(
@@ -356,12 +360,12 @@ def _sdpa(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # outputs that the call asks for
 
 
 def collected() -> Any:
-    """Names of the outputs ("hidden_states", "attentions", ...) that the running forward collects by hooks."""
+    """Names of the outputs ("hidden_states", "attentions", ...) that this forward collects by hooks."""
     try:
         from transformers.utils.output_capturing import _active_collector as collector
     except ImportError:  # transformers before 5.2 has no such hooks, and passes flags instead

@@ -1,10 +1,11 @@
-"""Registers the attention function with transformers as soon as transformers' models can be imported, and not before.
+"""Registers the attention function with transformers as soon as transformers' models can be imported, and not
+before.
 
 `import bigmodel_kernels` must not import transformers (seconds, hundreds of modules), yet after it
-`AutoModel.from_pretrained(path, attn_implementation="bigmodel")` must work in whatever order the two were imported.
-Every model goes through `transformers.modeling_utils`. If that module is there already, we register at once;
-otherwise a finder on `sys.meta_path` waits for it, lets the ordinary finders locate it, registers after its code has
-run, and is gone. `register()` does the same explicitly, importing transformers if needed.
+`AutoModel.from_pretrained(path, attn_implementation="bigmodel")` must work in whatever order the two were
+imported. Every model goes through `transformers.modeling_utils`. If that module is there already, we register
+at once; otherwise a finder on `sys.meta_path` waits for it, lets the ordinary finders locate it, registers
+after its code has run, and is gone. `register()` does the same explicitly, importing transformers if needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The two kinds of transformer layer, as a handful of calls of our operators; families say where the weights are.
+"""The two kinds of transformer layer, as a handful of calls of our operators; families say where the weights
+are.
 
 post-norm (BERT, RoBERTa, ...)   x = LN(x + attend(x)),  x = LN(x + ffn(x))
 pre-norm  (GPT-2, ...)           x = x + attend(LN(x)),  x = x + ffn(LN(x))
@@ -137,7 +138,8 @@ def merge_heads(out: Tensor) -> Tensor:
 class Packing:
     """Batches without their padding: which rows are real, and where the sequences begin.
 
-    `pack` keeps the real tokens in one (tokens, hidden) tensor; `unpack` puts them back, with zeros for the padding.
+    `pack` keeps the real tokens in one (tokens, hidden) tensor; `unpack` puts them back, with zeros for the
+    padding.
     """
 
     def __init__(self, mask: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""What makes a module other than it seems: reasons to leave it alone, in words, and a quick check for every call."""
+"""What makes a module other than it seems: reasons to leave it alone, in words, and a quick check for every
+call.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def reason_for_parts(module: nn.Module, parts: dict[str, type]) -> str | None:
 
 
 def _is_capture_hook(hook: Any) -> bool:
-    """transformers' own hooks for output_hidden_states and output_attentions; idle unless a call asks for those."""
+    """transformers' own hooks for output_hidden_states and output_attentions; idle unless a call asks for
+    those.
+    """
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
@@ -128,12 +132,14 @@ def parameters(module: Any, cls: type, dtype: torch.dtype) -> tuple[Any, Any] | 
 
 
 def dropping(dropout: Any) -> bool:
-    """Whether a dropout module would drop something now. Anything but a plain nn.Dropout counts as dropping."""
+    """Whether a dropout module would drop something now. Any but a plain nn.Dropout counts as dropping."""
     return type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
 
 
 def original_code_needed(device_type: str) -> bool:
-    """Whether the process is in a state that the fused calls do not reproduce: autocast, or global module hooks."""
+    """Whether the process is in a state that the fused calls do not reproduce: autocast, or global module
+    hooks.
+    """
     return torch.is_autocast_enabled(device_type) or bool(
         nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks

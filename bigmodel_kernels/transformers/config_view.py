@@ -1,8 +1,9 @@
 """A view of a config that differs in one answer: its attention implementation is "bigmodel".
 
-transformers builds attention masks, and picks the attention function, by `config._attn_implementation`. Several
-models may share one config object, and users go on changing it after patching, so neither changing it nor copying it
-will do. A view shares the `__dict__` of its base: every other attribute is the same for both, at all times.
+transformers builds attention masks, and picks the attention function, by `config._attn_implementation`.
+Several models may share one config object, and users go on changing it after patching, so neither changing it
+nor copying it will do. A view shares the `__dict__` of its base: every other attribute is the same for both,
+at all times.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def view(base: Any) -> Any:
             "__deepcopy__": _deepcopy,
         }
         _classes[cls] = type(cls.__name__, (cls,), namespace)
-    result = object.__new__(_classes[cls])
+    result: Any = object.__new__(_classes[cls])
     object.__setattr__(result, "__dict__", base.__dict__)
     object.__setattr__(result, _BASE, base)
     return result

@@ -1,4 +1,4 @@
-"""Patched forms of torch's own modules, for the places that families name (language model heads, last norms)."""
+"""Patched forms of torch's own modules, for places that families name (language model heads, last norms)."""
 
 from __future__ import annotations
 

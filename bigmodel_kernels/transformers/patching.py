@@ -1,11 +1,11 @@
 """`patch`, `unpatch`, `patched` and `explain`.
 
-A module is patched by giving the instance another class: a subclass of its own, named at the top of a module, with
-another `forward`. So `isinstance`, pickle, deepcopy, `state_dict` and hooks go on working, weights are the same
-tensors, no class or global of transformers changes, and taking the subclass away again restores everything. The
-models themselves (BertModel, ...) keep their class: transformers keys behaviour and saved names on it. What they
-need to know - that masks may stay two-dimensional - they read from their config, which they see through a view
-(see config_view).
+A module is patched by giving the instance another class: a subclass of its own, named at the top of a module,
+with another `forward`. So `isinstance`, pickle, deepcopy, `state_dict` and hooks go on working, weights are
+the same tensors, no class or global of transformers changes, and taking the subclass away again restores
+everything. The models themselves (BertModel, ...) keep their class: transformers keys behaviour and saved
+names on it. What they need to know - that masks may stay two-dimensional - they read from their config, which
+they see through a view (see config_view).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from bigmodel_kernels.transformers.report import PatchReport, Row
 def patch(model: nn.Module) -> PatchReport:
     """Lets the model's modules run our operators, in place, and says what became of each.
 
-    model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not exactly as
-    known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a config that the
-    operators do not have, weights that are not loaded) is left alone, and the report says why. Modules that are
-    patched already stay so. If anything fails on the way, nothing is patched.
+    model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not
+    exactly as known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a
+    config that the operators do not have, weights that are not loaded) is left alone, and the report says
+    why. Modules that are patched already stay so. If anything fails on the way, nothing is patched.
 
     Raises TypeError for something that is not a module.
     """
@@ -58,7 +58,7 @@ def unpatch(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[PatchReport]:
-    """`patch` within a `with`, undone at its end; what was patched before stays patched. Yields the report."""
+    """`patch` for a `with`, undone at its end; what was patched before stays patched. Yields the report."""
     plan = _plan(model)
     _apply(plan.changes)
     try:
@@ -73,7 +73,7 @@ def explain(model: nn.Module) -> PatchReport:
     return _plan(model).report(applied=False)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # changes
 
 
@@ -117,7 +117,7 @@ def _apply(changes: list[Change]) -> None:
         raise
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the plan
 
 
@@ -135,8 +135,13 @@ class _Plan:
         notes = []
         if not self.targets:
             notes.append(
-                "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces the attention "
-                "of any transformers model"
+                "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces "
+                "the attention of any transformers model"
+            )
+        if any(_drops(target) for target in self.targets):
+            notes.append(
+                "dropout is active (training mode, p > 0): until eval() or p = 0, layers with it run their "
+                "own code, with our attention"
             )
         return PatchReport(
             model=type(self.model).__name__,
@@ -159,6 +164,10 @@ def _plan(model: nn.Module) -> _Plan:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     plan.rows.sort(key=lambda row: order[row.name])
     return plan
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and checks.dropping(part) for part in module.modules())
 
 
 def _require_module(model: Any) -> None:
@@ -238,7 +247,7 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
 def _rows_for_the_rest(
     plan: _Plan, family: Family, roots: list[tuple[str, nn.Module]], covered: list[str]
 ) -> None:
-    """Modules with weights that no rule speaks of: said too, so that the report accounts for the whole model."""
+    """Modules with weights that no rule speaks of: the report accounts for the whole model."""
     if not roots:
         return
     prefixes = tuple(name + "." for name in covered)
@@ -278,7 +287,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
             plan.changes.append(Change(module, own, config_view.view(own), is_config=True))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # backends and memory
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,9 +35,9 @@ class Row:
 class PatchReport:
     """Rows per module, totals, memory of packed weights and versions; `str()` is a plain table.
 
-    `packed_bytes` is what packed copies of the patched weights take in memory now; `packed_bytes_at_most` what they
-    will take once every patched layer has run on a backend that packs. Both are 0 where the backend reads weights as
-    they are.
+    `packed_bytes` is what packed copies of the patched weights take in memory now; `packed_bytes_at_most`
+    what they will take once every patched layer has run on a backend that packs. Both are 0 where the backend
+    reads weights as they are.
     """
 
     model: str
@@ -71,26 +72,45 @@ class PatchReport:
         verb = "is patched" if self.applied else "would be patched"
         lines = [
             f"{self.model} {verb}: {len(self.patched)} modules use bigmodel operators, "
-            f"{len(self.left_alone)} left alone (transformers {self.transformers_version}, torch {self.torch_version})"
+            f"{len(self.left_alone)} left alone (transformers {self.transformers_version}, "
+            f"torch {self.torch_version})"
         ]
-        cells = [("module", "class", "runs")] + [
-            (
-                row.name or "(model)",
-                row.module,
-                f"{LEFT}: {row.reason}" if row.status == LEFT else self._note(row),
-            )
-            for row in self.rows
-        ]
+        cells = [("module", "class", "runs"), *self._cells()]
         widths = [max(len(line[i]) for line in cells) for i in range(2)]
         lines += [f"  {name:<{widths[0]}}  {module:<{widths[1]}}  {text}" for name, module, text in cells]
-        lines.append(
-            f"packed weights: {_mebibytes(self.packed_bytes)} now, at most {_mebibytes(self.packed_bytes_at_most)}"
-        )
+        now, most = _mebibytes(self.packed_bytes), _mebibytes(self.packed_bytes_at_most)
+        lines.append(f"packed weights: {now} now, at most {most}")
         return "\n".join(lines + self.notes)
+
+    def _cells(self) -> list[tuple[str, str, str]]:
+        """The rows as text; layers that differ in nothing but their number share a line."""
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            text = f"{LEFT}: {row.reason}" if row.status == LEFT else self._note(row)
+            pattern, numbers = _NUMBER.sub(".{}", row.name, count=1), _NUMBER.findall(row.name)
+            lines.setdefault((pattern, row.module, text), []).append(numbers[0] if numbers else "")
+        return [
+            (pattern.replace("{}", _span(numbers)) or "(model)", module, text)
+            for (pattern, module, text), numbers in lines.items()
+        ]
 
     @staticmethod
     def _note(row: Row) -> str:
         return "; ".join(part for part in (row.uses, row.reason) if part)
+
+
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def _span(numbers: list[str]) -> str:
+    """1, 2, 3, 5 as 1-3,5."""
+    spans: list[list[int]] = []
+    for number in (int(n) for n in numbers if n):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][-1:] = [number] if len(spans[-1]) > 1 else [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ",".join("-".join(map(str, span)) for span in spans)
 
 
 def _mebibytes(size: int) -> str:

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_models import assert_as_near, left_padding, randomize, right_padding, tensors_of, token_ids
 from torch import nn
 from transformers import masking_utils
 
 import bigmodel_kernels.transformers as bt
 from bigmodel_kernels.transformers import attention_interface
 from bigmodel_kernels.transformers.attention_interface import attention_forward, attention_mask
-
-from tiny_models import assert_as_near, left_padding, randomize, right_padding, tensors_of, token_ids
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NO_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -93,7 +92,7 @@ def compare(ours: Any, eager: Any, reference: Any, where: torch.Tensor | None = 
 
 
 def without_padding(reference: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of the real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
+    """Logits of real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
     logits = []
     for row, real in zip(ids, mask.bool(), strict=True):
         positions = {} if "OPT" in type(reference).__name__ else {"position_ids": real.nonzero().T}
@@ -134,7 +133,7 @@ def test_decoders_generate(kind: str, cache: str) -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_masks_made_ahead_and_passed_again(cache: str, padded: bool) -> None:
-    """`generate` does so for static caches: a mask that goes through the mask function twice stays the same."""
+    """`generate` does so for static caches: a mask that goes through the function twice stays the same."""
     tokens = left_padding().bool() if padded else None
     config = make(*DECODERS["mistral-window"], "bigmodel").config
     for start, rows in ((0, 17), (0, 9), (9, 4), (9, 1)):
@@ -368,7 +367,7 @@ def test_compile_fullgraph(kind: str) -> None:
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=2e-5, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the functions themselves
 
 
@@ -493,7 +492,7 @@ def test_models_that_compute_attention_themselves_are_refused() -> None:
         "import bigmodel_kernels; assert 'transformers' not in sys.modules; import transformers",
         "import transformers; import bigmodel_kernels",
         "from transformers import BertModel; import bigmodel_kernels",
-        "import transformers.modeling_utils; from bigmodel_kernels.transformers import register; register(); register()",
+        "import transformers.modeling_utils; from bigmodel_kernels import transformers as b; b.register()",
     ],
 )
 def test_registered_in_whatever_order_things_are_imported(imports: str) -> None:
@@ -501,9 +500,10 @@ def test_registered_in_whatever_order_things_are_imported(imports: str) -> None:
 import sys
 {imports}
 from transformers import AutoModel, BertConfig
-config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-assert AutoModel.from_config(config, attn_implementation="bigmodel").config._attn_implementation == "bigmodel"
-assert not any("bigmodel" in type(finder).__module__ for finder in sys.meta_path)
+config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+intermediate_size=8) assert AutoModel.from_config(config,
+attn_implementation="bigmodel").config._attn_implementation == "bigmodel" assert not any("bigmodel" in
+type(finder).__module__ for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -274,7 +274,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 def test_dropout_runs_the_original_code() -> None:
-    """Only the attention's dropout is the operator's own, with another stream of random numbers than torch's."""
+    """Only the attention's dropout is the operator's own, from another stream of random numbers."""
     model = build(BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.0)).train()
     eager = copy.deepcopy(model)
     bk.patch(model)
@@ -439,7 +439,7 @@ def test_a_real_model_embeds_real_sentences() -> None:
         "The cat sat on the mat.",
         "A feline rested upon a rug, purring softly while the afternoon sun moved across the floor.",
         "Quarterly revenue rose by eight per cent.",
-        "Income grew 8% in the last three months, the company said on Tuesday in a statement to shareholders.",
+        "Income grew 8% in the last three months, the company told its shareholders on Tuesday.",
     ]
     inputs = tokenizer(sentences, padding=True, return_tensors="pt")
     assert (inputs["attention_mask"] == 0).any()

@@ -34,7 +34,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def reference_without_padding(reference: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of the real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
+    """Logits of real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
     rows = []
     for row, real in zip(ids, mask.bool(), strict=True):
         rows.append(reference(row[real][None], position_ids=real.nonzero().T, use_cache=False).logits[0])

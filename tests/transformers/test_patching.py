@@ -1,4 +1,6 @@
-"""The mechanism: what patching touches, that it is undone exactly, what it leaves alone, and what survives it."""
+"""The mechanism: what patching touches, that it is undone exactly, what it leaves alone, and what survives
+it.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ def test_a_failure_midway_rolls_back(kind: str, fails_at: int, monkeypatch: pyte
 
 
 def test_no_class_or_global_of_transformers_changes() -> None:
-    before = {name: value for name, value in vars(modeling_bert).items()}
+    before = dict(vars(modeling_bert).items())
     members = {
         name: dict(vars(v))
         for name, v in before.items()
@@ -281,7 +283,7 @@ def test_fine_tuning_a_patched_model() -> None:
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what is left alone
 
 
@@ -439,7 +441,7 @@ def test_a_model_of_no_known_family() -> None:
         bk.patch("bert-base-uncased")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # reports
 
 

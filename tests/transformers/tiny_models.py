@@ -1,4 +1,6 @@
-"""Tiny models with random weights, the float64 reference of each, and the rule that a patched model must meet."""
+"""Tiny models with random weights, the float64 reference of each, and the rule that a patched model must
+meet.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,7 @@ def assert_as_near(
     rounding = 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().double()
     got, allowed = (out64 - reference).abs(), (eager64 - reference).abs()
     few = got.numel() < 64
-    if few:  # eager's error of a few numbers, a loss among them, can be small by luck: some units in the last place
+    if few:  # eager's error of a few numbers, a loss among them, can be small by luck: some ulps are allowed
         rounding = torch.maximum(rounding, 8 * torch.finfo(out.dtype).eps * reference.abs().max())
     assert got.max() <= 2 * allowed.max() + rounding, (
         f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager"

@@ -1,7 +1,7 @@
 """Model families: one file each, that says which module class becomes which, with which operators.
 
-A family is loaded when the transformers module that it is about is: a model whose classes were never imported cannot
-be in the process. To add one, write its file with a `FAMILY` and name it here.
+A family is loaded when the transformers module that it is about is: a model whose classes were never imported
+cannot be in the process. To add one, write its file with a `FAMILY` and name it here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class ChildRule:
-    """The same for a module known by its place, `parent.attribute` (dotted): generic ones (nn.Linear, nn.LayerNorm),
-    and those that need another class there than elsewhere. Goes before a `Rule`."""
+    """The same for a module known by its place, `parent.attribute` (dotted): generic ones (nn.Linear,
+    nn.LayerNorm), and those that need another class there than elsewhere. Goes before a `Rule`."""
 
     parent: type[nn.Module]
     attribute: str
@@ -49,10 +49,10 @@ class ChildRule:
 class Family:
     """Everything that patching knows about a family.
 
-    `models` are the classes whose forward makes the attention mask from `self.config`, `mask_path` the ones that the
-    mask passes on its way to the attention. Where all modules of `mask_path` are exactly of these classes, and the
-    model's forward is its class's own, the config is seen through a view that says "bigmodel", so that the mask stays
-    two-dimensional.
+    `models` are the classes whose forward makes the attention mask from `self.config`, `mask_path` the ones
+    that the mask passes on its way to the attention. Where all modules of `mask_path` are exactly of these
+    classes, and the model's forward is its class's own, the config is seen through a view that says
+    "bigmodel", so that the mask stays two-dimensional.
     """
 
     name: str

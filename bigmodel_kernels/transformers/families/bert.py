@@ -1,14 +1,16 @@
 """BERT: BertModel and every head on it, as encoder; decoders and cross-attention keep their own code.
 
 Per layer: one product for Q, K and V, attention that reads it in place, one call for projection + residual +
-LayerNorm, one for the feed-forward block. A padded batch runs without its padding: the encoder packs the real tokens
-once, runs all layers on them and unpacks once. The result at real tokens is that of the padded run; at padding it is
-zero (question answering, whose loss looks at padded positions too, keeps the padding). It packs when it may look at the mask (not under torch.compile) and each sequence starts with a real token: with
+LayerNorm, one for the feed-forward block. A padded batch runs without its padding: the encoder packs the real
+tokens once, runs all layers on them and unpacks once. The result at real tokens is that of the padded run; at
+padding it is zero (question answering, whose loss looks at padded positions too, keeps the padding). It packs
+when it may look at the mask (not under torch.compile) and each sequence starts with a real token: with
 padding on the left the pooler reads a padded position, which then has to hold what eager puts there.
 
-A call takes the original code of a layer, and is as right, when dropout is active, under autocast, when hidden states
-or attention probabilities are asked for, with gradient checkpointing, with a cache, and where a hook or a replaced
-submodule stands in the way. Attention probabilities are then computed in plain PyTorch from the same Q and K.
+A call takes the original code of a layer, and is as right, when dropout is active, under autocast, when
+hidden states or attention probabilities are asked for, with gradient checkpointing, with a cache, and where a
+hook or a replaced submodule stands in the way. Attention probabilities are then computed in plain PyTorch
+from the same Q and K.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         held = None if input_ids is None else self._held(input_ids.device.type)
-        if held is None or input_ids is None or inputs_embeds is not None:
+        if held is None or inputs_embeds is not None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
         if position_ids is None:
             # The number of cached tokens, under the name of the version of transformers.
@@ -57,7 +59,8 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
     def _held(self, device_type: str) -> tuple[Any, ...] | None:
         dtype = self.word_embeddings.weight.dtype
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        # The operator's gradient knows no padding_idx, whose row must get none: training keeps torch's embedding.
+        # The operator's gradient knows no padding_idx, whose row must get none: training keeps torch's
+        # embedding.
         if torch.is_grad_enabled() and any(
             t.padding_idx is not None and t.weight.requires_grad for t in tables
         ):
@@ -143,16 +146,16 @@ class BigmodelBertEncoder(hf.BertEncoder):
         layers = None if args or not _maskable(attention_mask) else self._layers(hidden_states, kwargs)
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        attention = self.layer[0].attention.self
+        attention: Any = self.layer[0].get_submodule("attention.self")
         head_dim, scale = attention.attention_head_size, attention.scaling
         seen = attention_interface.visibility(
             hidden_states[:, None], hidden_states.shape[1], _bidirectional(attention_mask), is_causal=False
         )
         packing = None
         # Whether to pack is a question about values: not while tracing.
-        if self.packs and seen.padding is not None and not torch.compiler.is_compiling():
-            if bool(seen.padding[:, 0].all()):
-                packing = blocks.Packing(seen.padding)
+        padding = None if torch.compiler.is_compiling() or not self.packs else seen.padding
+        if padding is not None and bool(padding[:, 0].all()):
+            packing = blocks.Packing(padding)
         if packing is not None:
             x, attend = packing.pack(hidden_states), packing.attend(head_dim, scale)
         else:
@@ -189,8 +192,8 @@ class BigmodelBertEncoder(hf.BertEncoder):
 
 
 class BigmodelBertPaddedEncoder(BigmodelBertEncoder):
-    """The same with the padding left in, for a head that mixes positions: question answering takes a softmax over all
-    positions of a sequence, padded ones included, so those have to hold what eager puts there."""
+    """The same with the padding left in, for a head that mixes positions: question answering takes a softmax
+    over all positions of a sequence, padded ones included, so those have to hold what eager puts there."""
 
     packs = False
 
@@ -227,7 +230,7 @@ class BigmodelBertPredictionHeadTransform(hf.BertPredictionHeadTransform):
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # weights, gathered at each call
 
 
@@ -236,7 +239,9 @@ def _maskable(mask: Any) -> bool:
 
 
 def _bidirectional(mask: Any) -> Any:
-    """A plain 2D padding mask, as flash attention's mask function gives it, in the shape that means just padding."""
+    """A plain 2D padding mask, as flash attention's mask function gives it, in the shape that means just
+    padding.
+    """
     return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
 
 
@@ -293,13 +298,13 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> LayerWeights | None:
     return LayerWeights(qkv, Affine(*dense), Affine(*norm), parts["LayerNorm"].eps, *ffn)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what can be patched
 
 
 def _check_embeddings(module: Any) -> str | None:
     tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    parts: dict[str, type] = {name: nn.Embedding for name in tables}
+    parts: dict[str, type] = dict.fromkeys(tables, nn.Embedding)
     why = checks.reason_for_parts(module, {**parts, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout})
     if why is None and getattr(module, "position_embedding_type", "absolute") != "absolute":
         why = f"position_embedding_type={module.position_embedding_type!r}; only 'absolute' is known"
@@ -311,19 +316,20 @@ def _check_embeddings(module: Any) -> str | None:
 
 
 def _check_self_attention(module: Any) -> str | None:
-    parts: dict[str, type] = {name: nn.Linear for name in ("query", "key", "value")}
+    parts: dict[str, type] = dict.fromkeys(("query", "key", "value"), nn.Linear)
     why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout})
     if why is not None:
         return why
     kind = getattr(module, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
-        return f"position_embedding_type={kind!r}: its relative positions enter the scores; only 'absolute' is known"
+        return f"position_embedding_type={kind!r} enters the scores; only 'absolute' is known"
     if getattr(module, "pruned_heads", None):
         return "it has pruned heads"
     expected = module.num_attention_heads * module.attention_head_size
     for name in parts:
-        if module.get_submodule(name).out_features != expected:
-            return f"{name} gives {module.get_submodule(name).out_features} features, not heads x head size, {expected}"
+        features = module.get_submodule(name).out_features
+        if features != expected:
+            return f"{name} gives {features} features, not heads x head size, {expected}"
     if module.attention_head_size > 256:
         return f"head size {module.attention_head_size}; allowed are 1 to 256"
     return None
@@ -439,6 +445,6 @@ FAMILY = Family(
     models=(hf.BertModel,),
     mask_path=(hf.BertEncoder, hf.BertLayer, hf.BertAttention, hf.BertSelfAttention, hf.BertCrossAttention),
     left={
-        hf.BertCrossAttention: "cross-attention keeps its own projections; only its attention function changes"
+        hf.BertCrossAttention: "cross-attention keeps its projections; only its attention function changes"
     },
 )

@@ -1,13 +1,14 @@
 """GPT-2: GPT2Model and every head on it; prefill, and decoding with any cache of transformers.
 
-Per block five calls: LayerNorm, one product for Q, K and V (Conv1D weights as they are), attention that reads it in
-place or reads the cache, projection + residual, and LayerNorm + feed-forward + residual. `scale_attn_weights` and
-`scale_attn_by_inverse_layer_idx` are the operator's scale; `reorder_and_upcast_attn` asks for a softmax in float32,
-which the operator always does. Left-padded batches carry their 2D mask to the operator.
+Per block five calls: LayerNorm, one product for Q, K and V (Conv1D weights as they are), attention that reads
+it in place or reads the cache, projection + residual, and LayerNorm + feed-forward + residual.
+`scale_attn_weights` and `scale_attn_by_inverse_layer_idx` are the operator's scale; `reorder_and_upcast_attn`
+asks for a softmax in float32, which the operator always does. Left-padded batches carry their 2D mask to the
+operator.
 
-A call takes the original code of a block, and is as right, when dropout is active, under autocast, when attention
-probabilities are asked for (then computed in plain PyTorch from the same Q and K), with cross-attention, and where a
-hook or a replaced submodule stands in the way.
+A call takes the original code of a block, and is as right, when dropout is active, under autocast, when
+attention probabilities are asked for (then computed in plain PyTorch from the same Q and K), with
+cross-attention, and where a hook or a replaced submodule stands in the way.
 """
 
 from __future__ import annotations
@@ -88,12 +89,12 @@ class BigmodelGPT2Block(hf.GPT2Block):
         return blocks.pre_norm_layer(hidden_states, weights, attend, "conv1d")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # arguments and weights, read at each call
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
-    """Cache and mask of a call of a block or of its attention, and whether it is plain causal self-attention."""
+    """Cache and mask of a call of a block or its attention, and whether it is plain causal self-attention."""
     cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     encoder = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
@@ -167,7 +168,7 @@ def _block_weights(block: Any, dtype: torch.dtype) -> LayerWeights | None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # what can be patched
 
 

@@ -138,7 +138,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm bf16 384": lambda: _norm(_BF16, 384),
     "norm bf16 768": lambda: _norm(_BF16, 768),
     "norm fp32 4096": lambda: _norm(_FP32, 4096),
-    "norm bf16 65536": lambda: _norm(_BF16, 65_536),
+    "norm bf16 32768": lambda: _norm(_BF16, 32_768),
     "embedding bf16 768": lambda: _embedding(_BF16, 768),
     "embedding fp32 384": lambda: _embedding(_FP32, 384),
 }  # fmt: skip

@@ -127,7 +127,7 @@ class GemmTile(NamedTuple):
 # Tiles that keep their accumulator in registers; larger ones reuse operands more, smaller ones fill a device
 # with less work.
 _HALF_TILES = (
-    GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 4, 3), GemmTile(128, 64, 64, 4, 4),
+    GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 64, 4, 4),
     GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(32, 64, 64, 4, 5),
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
@@ -137,13 +137,18 @@ _FLOAT_TILES = (
 )  # fmt: skip
 
 
-def gemm_tile(M: int, N: int, K: int, itemsize: int, target: Target) -> GemmTile:
+def gemm_tile(
+    M: int, N: int, K: int, itemsize: int, target: Target, heavy: bool = False, aligned: bool = True
+) -> GemmTile:
     """The tile with the least modelled time for an (M, K) by (K, N) product.
 
     A wave is one tile on every processor. Its time is modelled as the tile's multiplications plus the
     operands it loads per step of K, ``tile_m * tile_n + 48 * (tile_m + tile_n)``: 48 is about the ratio of
     arithmetic to L2 bandwidth, in multiplications per element, of the devices the kernels are for. The last,
     partly filled wave costs a whole one.
+
+    ``heavy``: the epilogue needs registers of its own (erf, a residual). ``aligned``: rows start at multiples of
+    16 bytes, so that loads are vectors.
     """
 
     def cost(tile: GemmTile) -> float:
@@ -151,7 +156,13 @@ def gemm_tile(M: int, N: int, K: int, itemsize: int, target: Target) -> GemmTile
         waves = triton.cdiv(tiles, target.processors)
         return waves * (tile.tile_m * tile.tile_n + 48 * (tile.tile_m + tile.tile_n))
 
-    best = min(_FLOAT_TILES if itemsize == 4 else _HALF_TILES, key=cost)
+    if itemsize == 4:
+        best = min(_FLOAT_TILES, key=cost)
+    else:
+        # The largest tile fills the registers: it needs the warpgroups' matrix unit and a light epilogue.
+        best = min(_HALF_TILES if target.warpgroups and not heavy else _HALF_TILES[1:], key=cost)
+    if not aligned:  # every element is a load of its own, with its own address
+        best = best._replace(tile_m=min(best.tile_m, 64), tile_n=min(best.tile_n, 64), tile_k=32, num_warps=8)
     tile_k = min(best.tile_k, max(16, triton.next_power_of_2(K)))
     step = (best.tile_m + best.tile_n) * tile_k * itemsize
     stages = max(1, min(best.num_stages, target.shared_memory // step))
@@ -178,7 +189,10 @@ def launch(
     if M == 0 or N == 0:
         return
     stride_wk, stride_wn = weight.stride() if conv1d else weight.stride()[::-1]
-    tile = gemm_tile(M, N, K, x.element_size(), target_of(x))
+    vector = 16 // x.element_size()
+    aligned = all(s == 1 or s % vector == 0 for s in (*x.stride(), stride_wk, stride_wn)) and K % vector == 0
+    heavy = activation == "gelu" or residual is not None
+    tile = gemm_tile(M, N, K, x.element_size(), target_of(x), heavy, aligned)
     with on_device(x):
         linear_kernel[(triton.cdiv(M, tile.tile_m) * triton.cdiv(N, tile.tile_n),)](
             x, weight, bias, residual, out,

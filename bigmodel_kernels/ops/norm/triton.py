@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ...triton_runtime import on_device, unsupported
 
-MAX_COLUMNS = 65_536
-"""A row is held in the registers of one program: 1024 threads times 64 float32 values."""
+MAX_COLUMNS = 32_768
+"""A row is held in the registers of one program: 1024 threads times 32 float32 values."""
 
 
 @triton.jit

@@ -500,10 +500,10 @@ def test_registered_in_whatever_order_things_are_imported(imports: str) -> None:
 import sys
 {imports}
 from transformers import AutoModel, BertConfig
-config = BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-intermediate_size=8) assert AutoModel.from_config(config,
-attn_implementation="bigmodel").config._attn_implementation == "bigmodel" assert not any("bigmodel" in
-type(finder).__module__ for finder in sys.meta_path)
+size = {{"vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}}
+config = BertConfig(**size, intermediate_size=8)
+assert AutoModel.from_config(config, attn_implementation="bigmodel").config._attn_implementation == "bigmodel"
+assert not any("bigmodel" in type(finder).__module__ for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

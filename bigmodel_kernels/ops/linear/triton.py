@@ -147,8 +147,8 @@ def gemm_tile(
     arithmetic to L2 bandwidth, in multiplications per element, of the devices the kernels are for. The last,
     partly filled wave costs a whole one.
 
-    ``heavy``: the epilogue needs registers of its own (erf, a residual). ``aligned``: rows start at multiples of
-    16 bytes, so that loads are vectors.
+    ``heavy``: the epilogue needs registers of its own (erf, a residual). ``aligned``: rows start at
+    multiples of 16 bytes, so that loads are vectors.
     """
 
     def cost(tile: GemmTile) -> float:

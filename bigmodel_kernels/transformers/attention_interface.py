@@ -163,8 +163,8 @@ def _check_reads_the_interface(config: Any) -> None:
         modeling = sys.modules.get(f"{folder}.{name.replace('configuration_', 'modeling_', 1)}")
         if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
             raise ValueError(
-                f"attn_implementation='bigmodel' does not suit {cls.__name__}: {modeling.__name__} "
-                "does not call transformers' attention interface; allowed are 'eager' and what else the model supports"
+                f"attn_implementation='bigmodel' does not suit {cls.__name__}: {modeling.__name__} does "
+                "not call transformers' attention interface; use 'eager' or what else the model supports"
             )
     _reads_the_interface.add(cls)
 

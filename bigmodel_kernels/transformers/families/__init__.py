@@ -1,23 +1,20 @@
 """Model families: one file each, that says which module class becomes which, with which operators.
 
-A family is loaded when the transformers module that it is about is: a model whose classes were never imported
-cannot be in the process. To add one, write its file with a `FAMILY` and name it here.
+`families/<name>.py` is about `transformers.models.<name>.modeling_<name>`, and is loaded when that module is:
+a model whose classes were never imported cannot be in the process. To add a family, write its file with a
+`FAMILY`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
-
-#: transformers module -> our module.
-_FILES = {
-    "transformers.models.bert.modeling_bert": "bert",
-    "transformers.models.gpt2.modeling_gpt2": "gpt2",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,12 @@ class Family:
 def loaded() -> list[Family]:
     """Families whose transformers module is in the process."""
     return [
-        importlib.import_module(f"{__name__}.{ours}").FAMILY
-        for theirs, ours in _FILES.items()
-        if theirs in sys.modules
+        importlib.import_module(f"{__name__}.{name}").FAMILY
+        for name in _names()
+        if f"transformers.models.{name}.modeling_{name}" in sys.modules
     ]
+
+
+@functools.cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))

@@ -105,6 +105,12 @@ const KernelTable& kernels() { return *chosen().load(std::memory_order_relaxed);
 
 std::string cpu_isa() { return kernels().isa; }
 
+std::string cpu_isas() {
+  std::string known;
+  find_isa("", &known);
+  return known;
+}
+
 void cpu_set_isa(std::string name) {
   std::string known;
   const KernelTable* table = find_isa(name, &known);
@@ -496,6 +502,7 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_isa() -> str");
+  m.def("cpu_isas() -> str");
   m.def("cpu_set_isa(str name) -> ()");
   m.def("cpu_pack_weight(Tensor[] weights, str weight_layout) -> Tensor");
   m.def("cpu_fingerprint(Tensor[] weights) -> int");
@@ -523,5 +530,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&bigmodel::cpu_isa));
+  m.impl("cpu_isas", TORCH_BOX(&bigmodel::cpu_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&bigmodel::cpu_set_isa));
 }

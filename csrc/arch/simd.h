@@ -3,10 +3,10 @@
 // A kernel is written once against F32 and compiled once per instruction set into its own namespace (BIGMODEL_ISA), so
 // objects for different instruction sets can live in one library and be chosen at load time (isa.h). The bodies below are
 // AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and portable C++ (8 lanes). Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
-// on any CPU through the SIMD Everywhere headers: that is how they are tested where no AVX-512 CPU is at hand.
+// on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
 //
 // No standard-library templates here: an inline function that the linker merges across objects could carry AVX-512
-// instructions into code that runs on a CPU without them. Everything is in the instruction set's namespace and static.
+// instructions into code that runs on a CPU without them. Everything is in the instruction set's own namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -16,10 +16,7 @@
 #endif
 
 #if BIGMODEL_SIMD == 512 && defined(BIGMODEL_SIMDE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#include "avx512_emulated.h"
 #elif BIGMODEL_SIMD >= 256
 #include <immintrin.h>
 #endif

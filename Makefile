@@ -1,0 +1,62 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv and build the CPU extension first;
+# neither needs a GPU, nor any network but the package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The exact torch is its CPU wheel where the index has one; a range would pull gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: demo test test-all test-isa lint format bench verify clean
+
+demo: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels demo
+
+test: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-all: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/python -m pytest -n 2 tests
+
+# The AVX-512 kernels on any AVX2 CPU, through SIMD Everywhere's headers (Debian: libsimde-dev); restores the usual build after.
+test-isa: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" BIGMODEL_EMULATE_AVX512=1 $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pytest -n 2 tests/csrc; status=$$?; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace; exit $$status
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels bench
+
+verify: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels verify
+
+# Every install is editable and without build isolation, so that the extension is built against the torch it runs with.
+$(VENV)/.base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)" ninja "setuptools>=77" wheel
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@ bigmodel_kernels/.built
+
+$(VENV)/.dev: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@ bigmodel_kernels/.built
+
+bigmodel_kernels/.built: $(SOURCES) | $(VENV)/.base
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info bigmodel_kernels/*.so bigmodel_kernels/.built

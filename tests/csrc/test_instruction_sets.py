@@ -1,0 +1,141 @@
+"""Every instruction set that this CPU and build can run gives the reference's results.
+
+The usual build has the portable kernels and those of the CPU. `make test-isa` builds the AVX-512 ones so that they run on any AVX2
+CPU, and runs this file again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _native
+
+if not _native.available():
+    pytest.skip(f"needs the compiled library: {_native.reason()}", allow_module_level=True)
+
+native = torch.ops.bigmodel
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Half results are rounded once; float32 sums of a few hundred products of unit normals.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+@pytest.fixture(params=native.cpu_isas().split(", "))
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = native.cpu_isa()
+    native.cpu_set_isa(request.param)
+    yield request.param
+    native.cpu_set_isa(before)
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(out: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype] * scale)
+
+
+def test_unknown_instruction_set_is_named() -> None:
+    with pytest.raises(RuntimeError, match="'mmx' is not supported.*portable"):
+        native.cpu_set_isa("mmx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 17, 5), (7, 64, 33), (25, 129, 100), (130, 300, 513)])
+def test_linear(isa: str, dtype: torch.dtype, layout: str, rows: int, k: int, n: int) -> None:
+    x = randn(rows, k, dtype=dtype, seed=1)
+    weights = [randn(n, k, dtype=dtype, seed=2) / k**0.5, randn(3, k, dtype=dtype, seed=3) / k**0.5]
+    bias = randn(n + 3, dtype=dtype, seed=4)
+    stored = weights if layout == "linear" else [w.t().contiguous() for w in weights]
+    packed = native.cpu_pack_weight(stored, layout)
+    out = native.cpu_linear(x, packed, bias, "none", None, None, None, 1e-5)
+    assert_near(out, x.double() @ torch.cat(weights).double().t() + bias.double())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(isa: str, activation: str) -> None:
+    x = torch.linspace(-12, 12, 4001)[:, None]
+    packed = native.cpu_pack_weight([torch.ones(1, 1)], "linear")
+    out = native.cpu_linear(x, packed, None, activation, None, None, None, 1e-5)
+    torch.testing.assert_close(out.double(), ACTIVATIONS[activation](x.double()), rtol=2e-6, atol=4e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", ["none", "pre", "post"])
+@pytest.mark.parametrize("rows", [1, 40, 500])  # one tile; cut by columns; cut by rows
+def test_feed_forward(isa: str, dtype: torch.dtype, position: str, rows: int) -> None:
+    hidden, inner = 72, 200
+    x, residual = randn(rows, hidden, dtype=dtype, seed=1), randn(rows, hidden, dtype=dtype, seed=2)
+    w_in, b_in = randn(inner, hidden, dtype=dtype, seed=3) / hidden**0.5, randn(inner, dtype=dtype, seed=4)
+    w_out, b_out = randn(hidden, inner, dtype=dtype, seed=5) / inner**0.5, randn(hidden, dtype=dtype, seed=6)
+    weight, bias = randn(hidden, dtype=dtype, seed=7), randn(hidden, dtype=dtype, seed=8)
+    norm = (None, None) if position == "none" else (weight, bias)
+    out = native.cpu_feed_forward(
+        x, native.cpu_pack_weight([w_in], "linear"), b_in, native.cpu_pack_weight([w_out], "linear"), b_out,
+        "gelu", residual, position, *norm, 1e-5,
+    )  # fmt: skip
+
+    def layer_norm(y: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(y, (hidden,), weight.double(), bias.double(), 1e-5)
+
+    first = layer_norm(x.double()) if position == "pre" else x.double()
+    h = torch.nn.functional.gelu(first @ w_in.double().t() + b_in.double())
+    expected = h @ w_out.double().t() + b_out.double() + residual.double()
+    assert_near(out, layer_norm(expected) if position == "post" else expected, scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 64, 129, 768])
+def test_layer_norm(isa: str, dtype: torch.dtype, n: int) -> None:
+    x, residual = randn(19, n, dtype=dtype, seed=1), randn(19, n, dtype=dtype, seed=2)
+    weight, bias = randn(n, dtype=dtype, seed=3), randn(n, dtype=dtype, seed=4)
+    out = native.cpu_layer_norm(x, weight, bias, 1e-5, residual)
+    total = x.double() + residual.double()
+    assert_near(out, torch.nn.functional.layer_norm(total, (n,), weight.double(), bias.double(), 1e-5))
+
+
+def test_half_conversions_are_exact(isa: str) -> None:
+    """All 2^16 bf16 and fp16 values survive a round trip; float32 rounds to nearest even, as torch does."""
+    packed_identity = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = packed_identity.view(dtype)
+        ids = torch.arange(values.numel())
+        out = native.cpu_embedding(ids, values[:, None].contiguous(), None, None, None, None, None, None, 1e-5)[:, 0]
+        torch.testing.assert_close(out, values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", itertools.product((1, 3, 17, 129), (16, 33, 64, 80, 256), (1, 3)), ids=str)
+def test_attention(isa: str, dtype: torch.dtype, case: tuple[int, int, int]) -> None:
+    queries, head_dim, group = case
+    keys, kv_heads = 300, 2
+    query = randn(2, queries, kv_heads * group, head_dim, dtype=dtype, seed=1).transpose(1, 2)
+    key, value = (randn(2, kv_heads, keys, head_dim, dtype=dtype, seed=s) for s in (2, 3))
+    mask = torch.ones(2, keys, dtype=torch.bool)
+    mask[1, 40:90] = False
+    bias = randn(1, kv_heads * group, 1, keys, dtype=dtype, seed=4)
+    out, logsumexp = native.cpu_attention(
+        query, key, value, mask, bias, None, None, 0, 0, head_dim**-0.5, True, 200, -1, 20.0
+    )
+    k, v = (t.double().repeat_interleave(group, 1) for t in (key, value))
+    logits = 20 * torch.tanh(query.double() @ k.transpose(-1, -2) * head_dim**-0.5 / 20) + bias.double()
+    i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
+    visible = (j <= i) & (j >= i - 200) & mask[:, None, None]
+    logits = logits.masked_fill(~visible, -math.inf)
+    assert_near(out, logits.softmax(-1) @ v)
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-5, atol=2e-5)

@@ -25,6 +25,8 @@ def view(base: Any) -> Any:
             "__slots__": (_BASE,),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
+            # transformers makes a config of defaults by `type(config)()`: that is a plain one.
+            "__new__": lambda _, *args, _cls=cls, **kwargs: _cls(*args, **kwargs),
             "__eq__": _equal,
             "_attn_implementation": property(_implementation, _set_implementation),
             "__reduce_ex__": _reduce,

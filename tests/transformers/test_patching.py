@@ -163,6 +163,7 @@ def test_the_view_of_a_config() -> None:
     assert (view._attn_implementation, config._attn_implementation) == ("bigmodel", "sdpa")
     assert view.hidden_size == config.n_embd and view.to_dict() == config.to_dict()
     assert view.to_json_string() == config.to_json_string()
+    assert type(type(view)(n_head=2)) is type(config) and type(view).from_dict({"n_head": 2}).n_head == 2
     view.n_head = 2
     assert config.n_head == 2
     for again in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view), copy.copy(view)):

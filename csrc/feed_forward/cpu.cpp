@@ -14,6 +14,7 @@ namespace {
 
 template <class T>
 struct FeedForward {
+  using Step = typename StepOf<T>::Type;
   const Runtime& runtime;
   const FeedForwardArgs& args;
   const Packed in, out;
@@ -21,7 +22,6 @@ struct FeedForward {
                 columns_padded = out.panel_count() * panel;
 
   // rows [row, row + rows) times panels [first, last) of W_in, activated, into c.
-  template <class Step>
   void first_product(int64_t row, int64_t rows, int64_t first, int64_t last, float* c, int64_t c_stride) const {
     const T* x = static_cast<const T*>(args.x) + row * hidden;
     const typename Step::A* a;
@@ -42,7 +42,6 @@ struct FeedForward {
   }
 
   // The same rows of hidden times panels [first, last) of W_out, plus residual, into args.out or, before a norm, into c.
-  template <class Step>
   void second_product(const float* h, int64_t row, int64_t rows, int64_t first, int64_t last, float* c, int64_t c_stride) const {
     const auto* a = pack_a<Step>(runtime, h, inner_padded, rows, inner);
     const bool post = args.norm_position == NormPosition::post;
@@ -63,33 +62,24 @@ struct FeedForward {
   }
 
   void run() const {
-    with_step(in, [&](auto in_step) {
-      with_step(out, [&](auto out_step) {
-        using In = decltype(in_step);
-        using Out = decltype(out_step);
-        const Grid grid(args.rows, in.panel_count(), runtime.threads);
-        if (grid.column_blocks == 1) by_rows<In, Out>(grid);
-        else by_columns<In, Out>(grid);
-      });
-    });
+    const Grid grid(args.rows, in.panel_count(), runtime.threads);
+    grid.column_blocks == 1 ? by_rows(grid) : by_columns(grid);
   }
 
-  template <class In, class Out>
   void by_rows(const Grid& grid) const {
     parallel(runtime, grid.row_blocks, [&](int64_t block) {
       const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
       if (rows == 0) return;
       float* h = static_cast<float*>(runtime.scratch(scratch_hidden, size_t(rows * inner_padded) * sizeof(float)));
       float* c = static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * columns_padded) * sizeof(float)));
-      first_product<In>(row, rows, 0, in.panel_count(), h, inner_padded);
-      second_product<Out>(h, row, rows, 0, out.panel_count(), c, columns_padded);
+      first_product(row, rows, 0, in.panel_count(), h, inner_padded);
+      second_product(h, row, rows, 0, out.panel_count(), c, columns_padded);
       if (args.norm_position == NormPosition::post)
         for (int64_t r = 0; r < rows; r++)
           layer_norm_row(c + r * columns_padded, columns, args.norm, static_cast<T*>(args.out) + (row + r) * columns);
     });
   }
 
-  template <class In, class Out>
   void by_columns(const Grid& grid) const {
     float* shared = static_cast<float*>(runtime.scratch(scratch_shared, size_t(args.rows * (inner_padded + columns_padded)) * sizeof(float)));
     float* sums = shared + args.rows * inner_padded;
@@ -97,7 +87,7 @@ struct FeedForward {
       const int64_t block = task / grid.column_blocks, part = task % grid.column_blocks;
       const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
       const int64_t first = grid.first_panel(part), last = grid.first_panel(part + 1);
-      if (rows > 0 && first < last) first_product<In>(row, rows, first, last, shared + row * inner_padded + first * panel, inner_padded);
+      if (rows > 0 && first < last) first_product(row, rows, first, last, shared + row * inner_padded + first * panel, inner_padded);
     });
     const Grid second(args.rows, out.panel_count(), runtime.threads);
     parallel(runtime, second.tasks(), [&](int64_t task) {
@@ -105,7 +95,7 @@ struct FeedForward {
       const int64_t row = second.first_row(block), rows = second.first_row(block + 1) - row;
       const int64_t first = second.first_panel(part), last = second.first_panel(part + 1);
       if (rows > 0 && first < last)
-        second_product<Out>(shared + row * inner_padded, row, rows, first, last, sums + row * columns_padded + first * panel, columns_padded);
+        second_product(shared + row * inner_padded, row, rows, first, last, sums + row * columns_padded + first * panel, columns_padded);
     });
     if (args.norm_position == NormPosition::post)
       norm_rows(runtime, sums, columns_padded, args.rows, columns, args.norm, static_cast<T*>(args.out));

@@ -42,26 +42,24 @@ void linear(const Runtime& runtime, const LinearArgs& args) {
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(args.out);
-    with_step(weight, [&](auto step) {
-      using Step = decltype(step);
-      parallel(runtime, grid.tasks(), [&](int64_t task) {
-        const int64_t block = task / grid.column_blocks, column_block = task % grid.column_blocks;
-        const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
-        const int64_t first = grid.first_panel(column_block), last = grid.first_panel(column_block + 1);
-        if (rows == 0 || first == last) return;
-        const auto* a = pack_a<Step>(runtime, static_cast<const T*>(args.x) + row * k, k, rows, k);
+    using Step = typename StepOf<T>::Type;
+    parallel(runtime, grid.tasks(), [&](int64_t task) {
+      const int64_t block = task / grid.column_blocks, column_block = task % grid.column_blocks;
+      const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
+      const int64_t first = grid.first_panel(column_block), last = grid.first_panel(column_block + 1);
+      if (rows == 0 || first == last) return;
+      const auto* a = pack_a<Step>(runtime, static_cast<const T*>(args.x) + row * k, k, rows, k);
 
-        const int64_t c_stride = norm_apart ? n_padded : (last - first) * panel;
-        float* c = norm_apart ? shared + row * n_padded + first * panel
-                              : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
-        const Epilogue<T> epilogue = {static_cast<const T*>(args.bias), args.activation,
-                                      args.residual ? static_cast<const T*>(args.residual) + row * n : nullptr, n,
-                                      args.has_norm ? nullptr : out + row * n, n, n};
-        multiply_block<Step>(a, rows, weight.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, c, c_stride,
-                             [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
-        if (args.has_norm && !norm_apart)
-          for (int64_t r = 0; r < rows; r++) layer_norm_row(c + r * c_stride, n, args.norm, out + (row + r) * n);
-      });
+      const int64_t c_stride = norm_apart ? n_padded : (last - first) * panel;
+      float* c = norm_apart ? shared + row * n_padded + first * panel
+                            : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
+      const Epilogue<T> epilogue = {static_cast<const T*>(args.bias), args.activation,
+                                    args.residual ? static_cast<const T*>(args.residual) + row * n : nullptr, n,
+                                    args.has_norm ? nullptr : out + row * n, n, n};
+      multiply_block<Step>(a, rows, weight.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, c, c_stride,
+                           [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
+      if (args.has_norm && !norm_apart)
+        for (int64_t r = 0; r < rows; r++) layer_norm_row(c + r * c_stride, n, args.norm, out + (row + r) * n);
     });
     if (norm_apart) norm_rows(runtime, shared, n_padded, args.rows, n, args.norm, out);
   });

@@ -84,13 +84,13 @@ struct Packed {
   int64_t panel_count() const { return ceil_div(header.n, panel); }
 };
 
-template <class Body>
-BIGMODEL_INLINE void with_step(const Packed& weight, const Body& body) {
+// How weights of storage type T multiply: the packing (cpu.cpp's `pack`) and the product agree on this.
+template <class T>
+struct StepOf { using Type = Widen<T>; };
 #if BIGMODEL_BF16_DOT
-  if (weight.header.pairs) return body(Pairs());
+template <>
+struct StepOf<bf16> { using Type = Pairs; };
 #endif
-  with_dtype(weight.header.dtype, [&](auto type) { body(Widen<decltype(type)>()); });
-}
 
 // A's rows packed for `Step` into the calling thread's scratch.
 template <class Step, class T>

@@ -246,19 +246,19 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
         table.add_column("operator")
         for dtype in DTYPES:
             table.add_column(dtype)
-        table.add_column("the others")
         for op in dict.fromkeys(row["op"] for row in rows):
             mine = [row for row in rows if row["op"] == op]
-            reasons = {
-                f"{name}: {why}": None
-                for row in mine
-                for name, why in row["reasons"].items()
-                if name != row["backend"]
-            }
-            table.add_row(
-                op, *(row["backend"] or f"none: {row['error']}" for row in mine), "\n".join(reasons)
-            )
+            table.add_row(op, *(row["backend"] or f"none: {row['error']}" for row in mine))
         console.print(table)
+        against: dict[str, list[str]] = {}
+        for row in rows:
+            for name, why in row["reasons"].items():
+                if name != row["backend"] and row["op"] not in against.setdefault(f"{name}: {why}", []):
+                    against[f"{name}: {why}"].append(row["op"])
+        every = len({row["op"] for row in rows})
+        for reason, ops in against.items():
+            which = "" if len(ops) == every else f" ({', '.join(ops)})"
+            console.print(f"  not {reason}{which}", markup=False, highlight=False)
 
 
 # verify
@@ -441,8 +441,11 @@ def bench(
 @app.command(cls=JsonCommand)
 def demo(
     texts: Annotated[int | None, typer.Option(help="How many; default: what fits into the time.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts in a batch.")] = 32,
-    budget: Annotated[float, typer.Option(help="Seconds for the embeddings.")] = 25.0,
+    batch_size: Annotated[int, typer.Option(help="Texts in a batch.")] = 16,
+    by_length: Annotated[
+        bool, typer.Option("--sort", help="Sort texts by length before making batches: little padding.")
+    ] = False,
+    budget: Annotated[float, typer.Option(help="Seconds for the embeddings.")] = 20.0,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Of the sample of texts.")] = 0,
     generation: Annotated[bool, typer.Option(help="Also generate with a model of GPT-2's size.")] = True,
@@ -461,6 +464,7 @@ def demo(
             outcome = job.run(
                 texts=texts,
                 batch_size=batch_size,
+                sort=by_length,
                 budget_s=budget,
                 device=device,
                 seed=seed,
@@ -482,7 +486,8 @@ def _show_demo(outcome: Any, console: Console) -> None:
     padding = 1 - outcome.tokens / outcome.padded_tokens
     console.print(
         f"all-MiniLM-L6-v2, float32 on {outcome.device}, {outcome.threads} threads: {counts} texts "
-        f"in {outcome.batches} padded batches, {outcome.tokens:,} tokens and {padding:.0%} padding; tokenizing is not timed.",
+        f"in {outcome.batches} padded batches, {outcome.tokens:,} tokens and {padding:.0%} padding"
+        f"{', sorted by length' if outcome.sorted_by_length else ''}. Tokenizing is not timed.",
         highlight=False,
     )
     table = Table(
@@ -512,7 +517,8 @@ def _show_demo(outcome: Any, console: Console) -> None:
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in line.tokens_per_second.items())
         console.print(
             f"GPT-2 size ({line.parameters / 1e6:.0f} million random weights), "
-            f"{line.prompt} + {line.new_tokens} tokens, greedy: {rates} tokens/s; {'the same tokens' if line.same_tokens else 'DIFFERENT tokens'}.",
+            f"{line.prompt} + {line.new_tokens} tokens, greedy: {rates} tokens/s; "
+            f"{'the same tokens' if line.same_tokens else 'DIFFERENT tokens'}.",
             highlight=False,
         )
     console.print(outcome.conclusion[0].upper() + outcome.conclusion[1:], style="bold", markup=False)

@@ -49,7 +49,7 @@ def attention_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of a layer, as small as its pattern allows. The arguments are those of `sdpa_mask`."""
-    tracing = torch.compiler.is_compiling()
+    tracing = is_tracing(attention_mask)
     if not tracing:
         _check_reads_the_interface(kwargs.get("config"))
 
@@ -109,6 +109,13 @@ def attention_mask(
     if keys == q_length or (q_length == 1 and keys == kv_length):
         return None  # as for sdpa: causal over the first q_length keys, or one query that sees all
     return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def is_tracing(tensor: Tensor | None) -> bool:
+    """Whether values may not be looked at: torch.compile, export, jit.trace, fake tensors, CUDA graph
+    capture.
+    """
+    return bool(masking_utils.is_tracing(tensor))
 
 
 def _tokens(mask: Tensor | None, length: int) -> Tensor | None:

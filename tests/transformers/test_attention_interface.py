@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import assert_as_near, left_padding, randomize, right_padding, tensors_of, token_ids
+from tiny_models import (
+    assert_as_near,
+    left_padding,
+    randomize,
+    right_padding,
+    tensors_of,
+    token_ids,
+    without_padding,
+)
 from torch import nn
 from transformers import masking_utils
 
@@ -89,15 +97,6 @@ def compare(ours: Any, eager: Any, reference: Any, where: torch.Tensor | None = 
         outputs = [tensors_of(model(**inputs)) for model in (ours, eager, reference)]
     name = next(k for k in ("logits", "last_hidden_state") if k in outputs[0])
     assert_as_near(*(out[name] for out in outputs), where=where, name=name)
-
-
-def without_padding(reference: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
-    logits = []
-    for row, real in zip(ids, mask.bool(), strict=True):
-        positions = {} if "OPT" in type(reference).__name__ else {"position_ids": real.nonzero().T}
-        logits.append(reference(row[real][None], use_cache=False, **positions).logits[0])
-    return torch.cat(logits)
 
 
 @pytest.mark.parametrize("kind", DECODERS)

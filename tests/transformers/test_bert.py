@@ -10,12 +10,17 @@ import pytest
 import torch
 from tiny_models import (
     VOCABULARY,
+    assert_all_near,
     assert_as_near,
+    assert_gradients,
     bert_config,
     build,
+    eager_of,
     float64_of,
+    gradients,
     left_padding,
     right_padding,
+    runs,
     tensors_of,
     token_ids,
 )
@@ -47,30 +52,6 @@ LABELS: dict[type, dict[str, Any]] = {
     BertForTokenClassification: {"labels": (3, 17)},
     BertForQuestionAnswering: {"start_positions": (3,), "end_positions": (3,)},
 }
-
-
-def eager_of(model: Any) -> Any:
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    return eager
-
-
-def runs(model: Any, **inputs: Any) -> list[dict[str, torch.Tensor]]:
-    """Outputs of the patched model, of eager and of eager in float64; the model stays patched."""
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    doubled = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
-    }
-    with torch.no_grad():
-        return [tensors_of(m(**i)) for m, i in ((model, inputs), (eager, inputs), (reference, doubled))]
-
-
-def assert_all_near(outputs: list[dict[str, torch.Tensor]], tokens: torch.Tensor | None = None) -> None:
-    assert outputs[0].keys() == outputs[1].keys()
-    for name in outputs[0]:
-        per_token = tokens is not None and outputs[0][name].shape[:2] == tokens.shape
-        assert_as_near(*(out[name] for out in outputs), where=tokens if per_token else None, name=name)
 
 
 @pytest.mark.parametrize("cls", LABELS)
@@ -221,27 +202,6 @@ def test_hidden_states_and_attentions(implementation: str) -> None:
     assert (out[~right_padding().bool()] == 0).all()
 
 
-def gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    logits = model(ids, attention_mask=mask).logits
-    real = logits if mask is None else logits[mask.bool()]
-    real.double().square().mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_gradients(ours: Any, eager: Any, reference: Any) -> None:
-    assert ours.keys() == eager.keys()
-    # Some gradients are zero but for rounding (that of a key's bias): what counts is the size of the others.
-    rounding = 1e-7 * max(gradient.abs().max() for gradient in reference.values())
-    for name, gradient in ours.items():
-        error = (gradient.double() - reference[name]).abs()
-        allowed = (eager[name].double() - reference[name]).abs()
-        assert error.max() <= 3 * allowed.max() + rounding, (
-            f"{name}: {error.max():.2e}, eager {allowed.max():.2e}"
-        )
-        assert error.mean() <= 1.5 * allowed.mean() + rounding, name
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients(padded: bool, training: bool) -> None:
@@ -284,7 +244,6 @@ def test_dropout_runs_the_original_code() -> None:
     torch.manual_seed(3)
     b = eager(ids, attention_mask=mask).logits
     torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=2e-5, rtol=1e-4)
-    model.bert.config.attention_probs_dropout_prob = 0.5
     model = build(
         BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
     ).train()
@@ -295,15 +254,14 @@ def test_dropout_runs_the_original_code() -> None:
 
 def test_decoder_with_a_cache() -> None:
     model = build(BertLMHeadModel, bert_config(is_decoder=True))
+    eager = eager_of(model)
     outputs = runs(model, input_ids=token_ids(), attention_mask=right_padding(), use_cache=False)
     assert_all_near(outputs, right_padding().bool())
     assert "is_decoder" in next(row.reason for row in bk.explain(model).rows if row.module == "BertEncoder")
-    eager = eager_of(copy.deepcopy(model))
-    bk.unpatch(eager)
-    for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
-        made = [m.generate(token_ids(), max_new_tokens=6, pad_token_id=0, **options) for m in (model,)]
-        torch.manual_seed(0)
-        assert made[0].shape[1] > 17
+    ids, mask = token_ids(), left_padding()
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        options = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False, **options}
+        assert torch.equal(*(m.generate(ids, attention_mask=mask, **options) for m in (model, eager)))
 
 
 def test_cross_attention_keeps_its_projections() -> None:
@@ -365,23 +323,17 @@ def test_a_projection_replaced_later_is_honoured() -> None:
             return 2 * self.inner(x)
 
     model = build(BertModel, bert_config())
+    ids, mask = token_ids(), right_padding()
     bk.patch(model)
-    for layer in model.encoder.layer:
-        layer.attention.self.value = Doubled(layer.attention.self.value)
-    outputs = []
     with torch.no_grad():
-        outputs.append(model(token_ids(), attention_mask=right_padding())[0])
-        torch.manual_seed(0)
+        before = model(ids, attention_mask=mask)[0][mask.bool()]
+        for layer in model.encoder.layer:
+            layer.attention.self.value = Doubled(layer.attention.self.value)
+        patched = model(ids, attention_mask=mask)[0][mask.bool()]
         bk.unpatch(model)
-        outputs.append(model(token_ids(), attention_mask=right_padding())[0])
-    # Other token ids each: only the same seed gives the same.
-    torch.manual_seed(0)
-    bk.patch(model)
-    with torch.no_grad():
-        again = model(token_ids(), attention_mask=right_padding())[0]
-    torch.testing.assert_close(
-        again[right_padding().bool()], outputs[1][right_padding().bool()], atol=1e-5, rtol=1e-5
-    )
+        expected = model(ids, attention_mask=mask)[0][mask.bool()]
+    assert not torch.allclose(patched, before)
+    torch.testing.assert_close(patched, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -407,6 +359,25 @@ def test_compile_fullgraph_of_training() -> None:
     grads = gradients(compiled, ids, mask)
     grads = {name.removeprefix("_orig_mod."): value for name, value in grads.items()}
     assert_gradients(grads, gradients(eager, ids, mask), gradients(reference.train(), ids, mask))
+
+
+@pytest.mark.parametrize("how", ["export", "jit"])
+def test_a_traced_graph_holds_for_other_masks(how: str) -> None:
+    model = build(BertModel, bert_config())
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids = token_ids()
+    with torch.no_grad():
+        if how == "export":
+            inputs = {"input_ids": ids, "attention_mask": right_padding()}
+            graph = torch.export.export(model, (), inputs).module()
+            out = graph(input_ids=ids, attention_mask=left_padding())["last_hidden_state"]
+        else:
+            model.config.return_dict = False
+            graph = torch.jit.trace(model, (ids, right_padding()), check_trace=False)
+            out = graph(ids, left_padding())[0]
+        expected = [m(ids, attention_mask=left_padding())[0] for m in (eager, reference)]
+    assert_as_near(out, *expected)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import BertConfig, GPT2Config
 
+import bigmodel_kernels as bk
+
 VOCABULARY = 101
 
 
@@ -127,3 +129,58 @@ def assert_as_near(
     assert few or got.mean() <= 1.2 * allowed.mean() + rounding / 4, (
         f"{name}: {got.mean():.3e}, {allowed.mean():.3e}"
     )
+
+
+def eager_of(model: Any) -> Any:
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    return eager
+
+
+def runs(model: Any, **inputs: Any) -> list[dict[str, torch.Tensor]]:
+    """Outputs of the patched model, of eager and of eager in float64; the model stays patched."""
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    doubled = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        return [tensors_of(m(**i)) for m, i in ((model, inputs), (eager, inputs), (reference, doubled))]
+
+
+def assert_all_near(outputs: list[dict[str, torch.Tensor]], tokens: torch.Tensor | None = None) -> None:
+    assert outputs[0].keys() == outputs[1].keys()
+    for name in outputs[0]:
+        per_token = tokens is not None and outputs[0][name].shape[:2] == tokens.shape
+        assert_as_near(*(out[name] for out in outputs), where=tokens if per_token else None, name=name)
+
+
+def gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    logits = model(ids, attention_mask=mask).logits
+    real = logits if mask is None else logits[mask.bool()]
+    real.double().square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(ours: Any, eager: Any, reference: Any) -> None:
+    assert ours.keys() == eager.keys()
+    # Some gradients are zero but for rounding (that of a key's bias): what counts is the size of the others.
+    rounding = 1e-7 * max(gradient.abs().max() for gradient in reference.values())
+    for name, gradient in ours.items():
+        error = (gradient.double() - reference[name]).abs()
+        allowed = (eager[name].double() - reference[name]).abs()
+        assert error.max() <= 3 * allowed.max() + rounding, (
+            f"{name}: {error.max():.2e}, eager {allowed.max():.2e}"
+        )
+        assert error.mean() <= 1.5 * allowed.mean() + rounding, name
+
+
+def without_padding(reference: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of real tokens, each sequence on its own: in float64, eager masks with finfo.min give NaN."""
+    logits = []
+    for row, real in zip(ids, mask.bool(), strict=True):
+        # OPT makes positions of its own from the mask.
+        positions = {} if "OPT" in type(reference).__name__ else {"position_ids": real.nonzero().T}
+        logits.append(reference(row[real][None], use_cache=False, **positions).logits[0])
+    return torch.cat(logits)

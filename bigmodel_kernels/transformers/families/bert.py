@@ -152,9 +152,9 @@ class BigmodelBertEncoder(hf.BertEncoder):
             hidden_states[:, None], hidden_states.shape[1], _bidirectional(attention_mask), is_causal=False
         )
         packing = None
-        # Whether to pack is a question about values: not while tracing.
-        padding = None if torch.compiler.is_compiling() or not self.packs else seen.padding
-        if padding is not None and bool(padding[:, 0].all()):
+        # Whether to pack is a question about values.
+        padding = seen.padding if self.packs else None
+        if padding is not None and not attention_interface.is_tracing(padding) and bool(padding[:, 0].all()):
             packing = blocks.Packing(padding)
         if packing is not None:
             x, attend = packing.pack(hidden_states), packing.attend(head_dim, scale)

@@ -8,8 +8,8 @@
 //     score_rows rows |  S = Q K^T, in L1        |   row max, P = 2^(S - max), row sum, O = O * 2^(old max - max) + P V
 //                     +--------------------------+
 //
-// Logits are kept in base 2 (log2(e) is folded into the query's scale), so the softmax needs 2^x alone. Everything between
-// loading Q, K, V and storing O is float32. A chunk of very few rows (decoding) skips the packing, which would cost more
+// The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
+// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of very few rows (decoding) skips the packing, which would cost more
 // than it saves, and takes K and V as they lie in memory.
 #include "../dispatch.h"
 #include "../gemm/gemm.h"
@@ -21,8 +21,9 @@ namespace {
 constexpr int64_t key_block = 256;
 constexpr int64_t score_rows = 4 * tile_rows;
 constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
+constexpr int64_t logit_depth = 128;                // longest chain of additions in a logit, as depth_block is for a product
 constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
-constexpr float log2e = 1.44269504f, ln2 = 0.693147181f, infinity = __builtin_inff();
+constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
 
 // Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
 template <class T>
@@ -61,7 +62,7 @@ static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth
     }
 }
 
-struct Statistics {  // of one query row: running maximum (base 2) and sum
+struct Statistics {  // of one query row: running maximum of the scores and sum of what the softmax made of them
   float maximum, sum;
 };
 
@@ -70,7 +71,9 @@ struct Attention {
   const Runtime& runtime;
   const AttentionArgs& args;
   const int64_t group = args.heads / args.kv_heads, depth = args.head_dim, depth_padded = round_up(args.head_dim, panel);
-  const float query_scale = args.softcap > 0 ? args.softmax_scale / args.softcap : args.softmax_scale * log2e;
+  // Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
+  const bool raw = args.softcap == 0 && !args.bias && args.softmax_scale > 0;
+  const float unit = raw ? args.softmax_scale : 1.0f;   // logit = unit * score
 
   // One sequence and kv head: where its rows are and how keys are limited.
   struct Sequence {
@@ -113,24 +116,31 @@ struct Attention {
 
   // ---- what is done to logits between S = QK^T and the softmax ----
 
+  // scores = scores * scale + bias
   template <class B>
-  void add_bias(const B* bias, int64_t stride, float* scores, int64_t n) const {
-    const F32 factor = F32::set(log2e);
+  static void add_bias(const B* bias, int64_t stride, float scale, float* scores, int64_t n) {
+    const F32 factor = F32::set(scale);
     int64_t j = 0;
     if (stride == 1)
-      for (; j + F32::width <= n; j += F32::width) fma(F32::load(bias + j), factor, F32::load(scores + j)).store(scores + j);
-    for (; j < n; j++) scores[j] += to_float(bias[j * stride]) * log2e;
+      for (; j + F32::width <= n; j += F32::width) fma(F32::load(scores + j), factor, F32::load(bias + j)).store(scores + j);
+    for (; j < n; j++) scores[j] = scores[j] * scale + to_float(bias[j * stride]);
   }
 
   // Softcap, bias, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
   void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+    float scale = args.softmax_scale;  // what is still to be multiplied in
     if (args.softcap > 0) {
-      const F32 cap = F32::set(args.softcap * log2e);
-      for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j)) * cap).store(scores + j);
+      const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
+      for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j) * inner) * cap).store(scores + j);
+      scale = 1.0f;
     }
     if (args.bias) {
       const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
-      with_dtype(args.bias_dtype, [&](auto type) { add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scores, n); });
+      with_dtype(args.bias_dtype, [&](auto type) {
+        add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
+      });
+    } else if (!raw && args.softcap == 0) {
+      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
     }
     if (mask)
       for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
@@ -140,7 +150,7 @@ struct Attention {
   }
 
   // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before.
-  static float softmax(float* scores, int64_t n_padded, Statistics& row) {
+  float softmax(float* scores, int64_t n_padded, Statistics& row) const {
     F32 m0 = F32::set(-infinity), m1 = m0;
     int64_t j = 0;
     for (; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
@@ -150,15 +160,15 @@ struct Attention {
     for (; j < n_padded; j += F32::width) m0 = max(m0, F32::load(scores + j));
     const float block = maximum(max(m0, m1)), top = block > row.maximum ? block : row.maximum;
     const float reference = top == -infinity ? 0.0f : top;  // no key seen yet: -inf - 0 stays -inf and 2^-inf is 0
-    const F32 shift = F32::set(reference);
+    const F32 shift = F32::set(reference), base2 = F32::set(unit * log2e);
     // One vector at a time: its constants fill the registers, and successive iterations overlap in the CPU anyway.
     F32 total = F32::zero();
     for (j = 0; j < n_padded; j += F32::width) {
-      const F32 p = exp2(F32::load(scores + j) - shift);
+      const F32 p = exp2((F32::load(scores + j) - shift) * base2);
       p.store(scores + j);
       total = total + p;
     }
-    const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f(row.maximum - reference);
+    const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f((row.maximum - reference) * unit * log2e);
     row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(total);
     row.maximum = top;
     return factor;
@@ -204,7 +214,7 @@ struct Attention {
 
     for (int64_t row = 0; row < rows; row++) {
       const T* source = s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
-      for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) * query_scale : 0.0f;
+      for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) : 0.0f;
       statistics[row] = {-infinity, 0.0f};
     }
     if (!direct) pack_rows(query, depth_padded, rows, depth, tiles);
@@ -236,7 +246,7 @@ struct Attention {
       for (int64_t d = 0; d < depth; d += F32::width)
         store_row(F32::load(output + row * depth_padded + d) * inverse, out + d, depth - d);
       args.logsumexp[s.batch * args.logsumexp_stride[0] + head * args.logsumexp_stride[1] + s.first_query + i] =
-          total == 0.0f ? -infinity : statistics[row].maximum * ln2 + __builtin_logf(total);
+          total == 0.0f ? -infinity : statistics[row].maximum * unit + __builtin_logf(total);
     }
   }
 
@@ -255,8 +265,9 @@ struct Attention {
     const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
     for (int64_t p = first_panel; p < last_panel; p++)
       for (int64_t r = 0; r < rows; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, rows - r), depth, PackedTile<Step>{tiles + (row + r) * depth}, packed_key + p * panel * depth,
-                            scores + r * score_stride + p * panel, score_stride, false);
+        for (int64_t d = 0; d < depth; d += logit_depth)
+          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(logit_depth, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
+                              packed_key + (p * depth + d) * panel, scores + r * score_stride + p * panel, score_stride, d > 0);
 
     const int64_t from = first_panel * panel, width = last_panel * panel - from;
     for (int64_t r = 0; r < rows; r++) {

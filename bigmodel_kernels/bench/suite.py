@@ -169,6 +169,22 @@ def run_case(
     return row
 
 
+def select(
+    suites: Iterable[Suite], quick: bool = False, dtypes: Iterable[str] | None = None, only: str = ""
+) -> list[tuple[Suite, Case]]:
+    """The cases of these dtypes whose labels have `only` in them. Raises ValueError when there are none."""
+    wanted = None if dtypes is None else set(dtypes)
+    chosen = [
+        (suite, case)
+        for suite in suites
+        for case in (suite.quick if quick else suite.cases)
+        if (wanted is None or case.dtype in wanted) and only in case.label
+    ]
+    if not chosen:
+        raise ValueError(f"only={only!r}: no case of these suites and dtypes has it in its label")
+    return chosen
+
+
 def run(
     suites: Iterable[Suite],
     setting: Setting,
@@ -176,19 +192,14 @@ def run(
     quick: bool = False,
     budget_s: float = 4.0,
     dtypes: Iterable[str] | None = None,
+    only: str = "",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs the suites and returns the document (see document.py).
+    """Runs the suites and returns the document (see document.py); `only` is a part of the labels to run.
 
     The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one.
     """
-    wanted = None if dtypes is None else set(dtypes)
-    work = [
-        (suite, case)
-        for suite in suites
-        for case in (suite.quick if quick else suite.cases)
-        if wanted is None or case.dtype in wanted
-    ]
+    work = select(suites, quick, dtypes, only)
     names = sorted({"float32", *(case.dtype for _, case in work)}, reverse=True)
     say = progress or (lambda text: None)
     others = machine.OtherLoad()
@@ -212,10 +223,3 @@ def run(
         "trust": machine.trust(start, end, share).to_dict(),
         "rows": rows,
     }
-
-
-def count(suites: Iterable[Suite], quick: bool, dtypes: Iterable[str] | None = None) -> int:
-    """How many steps `run` will report."""
-    wanted = None if dtypes is None else set(dtypes)
-    cases = [case for suite in suites for case in (suite.quick if quick else suite.cases)]
-    return 2 + sum(wanted is None or case.dtype in wanted for case in cases)

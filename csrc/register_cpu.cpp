@@ -132,8 +132,8 @@ void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_
   });
 }
 
-// Packed weights and large scratch blocks are read from end to end again and again: 2 MB pages save the walks of 4 KB ones.
-// Advice only, before the first touch.
+// Packed weights and large scratch blocks are read from end to end again and again, and a large result is memory that the system
+// has just given: with 2 MB pages there are 512 times fewer walks and faults. Advice only, before the first touch.
 constexpr size_t huge_page = size_t(2) << 20;
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
@@ -301,10 +301,17 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
   return columns == 0 ? 0 : x.numel() / columns;
 }
 
+Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype) {
+  Tensor out = torch::stable::empty(shape, dtype);
+  const size_t bytes = size_t(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
+  if (bytes >= 2 * huge_page) prefer_huge_pages(out.mutable_data_ptr(), bytes);
+  return out;
+}
+
 Tensor empty_rows_like(const Tensor& x, int64_t columns) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;
-  return torch::stable::empty(shape, x.scalar_type());
+  return empty_result(shape, x.scalar_type());
 }
 
 NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n) {
@@ -389,7 +396,7 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   }
   std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
   shape.push_back(hidden);
-  Tensor out = torch::stable::empty(shape, dtype);
+  Tensor out = empty_result(shape, dtype);
   args.out = out.mutable_data_ptr();
   if (tokens > 0 && hidden > 0) kernels().embedding(runtime(), args);
   return out;
@@ -447,7 +454,7 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
     args.batch = cu_seqlens_q->numel() - 1;
     args.query_length = max_seqlen_q;
     args.key_length = max_seqlen_k;
-    out = torch::stable::empty({query.size(0), args.heads, args.head_dim}, dtype);
+    out = empty_result({query.size(0), args.heads, args.head_dim}, dtype);
     logsumexp = torch::stable::empty({args.heads, query.size(0)}, ScalarType::Float);
     args.out_stride[1] = args.head_dim;
     args.out_stride[2] = args.heads * args.head_dim;
@@ -457,7 +464,7 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
     args.query_length = query.size(2);
     args.key_length = key.size(2);
     STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
-    Tensor rows = torch::stable::empty({args.batch, args.query_length, args.heads, args.head_dim}, dtype);
+    Tensor rows = empty_result({args.batch, args.query_length, args.heads, args.head_dim}, dtype);
     out = torch::stable::transpose(rows, 1, 2);
     logsumexp = torch::stable::empty({args.batch, args.heads, args.query_length}, ScalarType::Float);
     args.out_stride[0] = args.query_length * args.heads * args.head_dim;

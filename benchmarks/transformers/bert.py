@@ -7,6 +7,7 @@ compute padding. Results are compared at real tokens.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -17,12 +18,19 @@ from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Su
 
 
 def lengths_of(case: Case) -> list[int]:
-    """Given ones, or a seeded sample between the shortest and the longest."""
+    """Given ones, or a seeded sample between the shortest and the longest.
+
+    Even over the lengths, or, as in most corpora, over their logarithms: many short texts and few long ones.
+    """
     sizes = case.sizes
     if "length" in sizes:
         return [sizes["length"]] * sizes["batch"]
     generator = torch.Generator().manual_seed(sizes["seed"])
-    drawn = torch.randint(sizes["shortest"], sizes["longest"] + 1, (sizes["batch"],), generator=generator)
+    if sizes.get("logarithmic"):
+        low, high = math.log(sizes["shortest"]), math.log(sizes["longest"])
+        drawn = torch.exp(low + (high - low) * torch.rand(sizes["batch"], generator=generator)).round()
+    else:
+        drawn = torch.randint(sizes["shortest"], sizes["longest"] + 1, (sizes["batch"],), generator=generator)
     return [int(n) for n in drawn]
 
 
@@ -81,6 +89,11 @@ SUITE = Suite(
         for dtype in ("float32", "bfloat16")
         for c in (
             case("ragged batch of 32, 8-256", dtype, batch=32, shortest=8, longest=256, seed=0),
+            case(
+                "ragged batch of 32, 8-256, mostly short",
+                dtype,
+                **{"batch": 32, "shortest": 8, "longest": 256, "seed": 0, "logarithmic": 1},
+            ),
             case("8x128, no padding", dtype, batch=8, length=128),
             case("1x16", dtype, batch=1, length=16),
             case("1x512", dtype, batch=1, length=512),

@@ -14,6 +14,45 @@ LIBRARY = torch.library.Library("bigmodel", "FRAGMENT")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def call(name: str, *args: Any, **options: Any) -> Any:
+    """The operator, by the shortest way that is right, for callers that make many small calls.
+
+    Where nobody listens - no gradient, autocast, tracing, mode, function transform or tensor subclass - the
+    implementation is called, checks and all, without the dispatcher, whose Python parts cost tens of
+    microseconds a call. Otherwise this is `torch.ops.bigmodel.<name>.default`.
+    """
+    if (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _nobody_listens(args[0].device.type)
+        and all(map(_plain, args))
+    ):
+        return _IMPLEMENTATIONS[name](*args, **options)
+    return getattr(torch.ops.bigmodel, name).default(*args, **options)
+
+
+def _nobody_listens(device_type: str) -> bool:
+    return (
+        device_type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and not torch.is_autocast_enabled(device_type)
+    )
+
+
+def _plain(value: Any) -> bool:
+    """No tensor whose class answers for itself."""
+    if isinstance(value, Tensor):
+        return type(value) in _PLAIN
+    return not isinstance(value, list) or all(map(_plain, value))
+
+
 def define(
     schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, autocast: str | None = None
 ) -> None:
@@ -25,6 +64,7 @@ def define(
     does for layer_norm.
     """
     name = schema.split("(")[0]
+    _IMPLEMENTATIONS[name] = run
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
+from bigmodel_kernels.ops.registration import call
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -291,7 +292,8 @@ def run(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The operator itself, (B, H, Sq, D), laid out in memory as (B, Sq, H, D)."""
-    out: Tensor = torch.ops.bigmodel.attention.default(
+    out: Tensor = call(
+        "attention",
         query,
         key,
         value,

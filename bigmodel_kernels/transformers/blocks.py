@@ -18,6 +18,7 @@ import bigmodel_kernels.ops.embedding
 import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm  # noqa: F401  (all five define torch.ops.bigmodel.*)
+from bigmodel_kernels.ops.registration import call
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -58,7 +59,8 @@ def linear(
         biases = [
             part.weight.new_zeros(_width(part, layout)) if part.bias is None else part.bias for part in parts
         ]
-    out: Tensor = torch.ops.bigmodel.linear.default(
+    out: Tensor = call(
+        "linear",
         x,
         [part.weight for part in parts],
         biases,
@@ -87,7 +89,8 @@ def feed_forward(
     norm: Affine | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    out: Tensor = torch.ops.bigmodel.feed_forward.default(
+    out: Tensor = call(
+        "feed_forward",
         x,
         *ffn_in,
         *ffn_out,
@@ -103,7 +106,7 @@ def feed_forward(
 
 
 def layer_norm(x: Tensor, norm: Affine, eps: float) -> Tensor:
-    out: Tensor = torch.ops.bigmodel.layer_norm.default(x, norm.weight, norm.bias, eps, None)
+    out: Tensor = call("layer_norm", x, norm.weight, norm.bias, eps, None)
     return out
 
 
@@ -162,7 +165,8 @@ class Packing:
         def run(qkv: Tensor) -> Tensor:
             tokens, width = qkv.shape
             query, key, value = qkv.view(tokens, 3, width // (3 * head_dim), head_dim).unbind(1)
-            out: Any = torch.ops.bigmodel.attention.default(
+            out: Any = call(
+                "attention",
                 query,
                 key,
                 value,

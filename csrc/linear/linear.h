@@ -117,7 +117,7 @@ static const typename Step::A* pack_a(const Runtime& runtime, const T* x, int64_
 // them is held up (guided self-scheduling, Polychronopoulos & Kuck, 1987). Short products are cut by columns too, so that each
 // thread reads its own part of the weight and none reads it all.
 struct Grid {
-  static constexpr int64_t long_block = row_block / tile_rows, short_block = 4;  // in tiles
+  static constexpr int64_t long_block = row_block / tile_rows, short_block = 2;  // in tiles
   int64_t rows, tiles, panels, threads, long_blocks, row_blocks, column_blocks;
   Grid(int64_t rows, int64_t panels, int64_t threads) : rows(rows), tiles(ceil_div(rows, tile_rows)), panels(panels), threads(threads) {
     const bool by_rows = threads > 1 && tiles >= threads * long_block / 2;

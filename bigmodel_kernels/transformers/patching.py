@@ -136,7 +136,7 @@ class _Plan:
         if not self.targets:
             notes.append(
                 "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces "
-                "the attention of any transformers model"
+                "the attention of any model that calls transformers' attention interface"
             )
         if any(_drops(target) for target in self.targets):
             notes.append(

@@ -227,8 +227,8 @@ class Result:
     seconds: float
 
 
-def build(case: str, target: str) -> Result:
-    """Compile one of ``CASES`` for one of ``TARGETS``."""
+def build(case: str, target: str) -> list[Result]:
+    """Compile every kernel that one of ``CASES`` launches for one of ``TARGETS``, in the order of launch."""
     if triton_runtime.INTERPRETED:
         raise RuntimeError(
             "TRITON_INTERPRET is set: kernels in this process are interpreted and cannot be compiled"
@@ -236,7 +236,10 @@ def build(case: str, target: str) -> Result:
     gpu, description = TARGETS[target]
     with recorded() as launches, triton_runtime.pretend(description):
         CASES[case]()
-    (launch,) = launches
+    return [_compile(case, launch, target, gpu) for launch in launches]
+
+
+def _compile(case: str, launch: Launch, target: str, gpu: GPUTarget) -> Result:
     source, options = launch.source()
     start = time.perf_counter()
     compiled = triton.compile(source, target=gpu, options=options)
@@ -247,9 +250,15 @@ def build(case: str, target: str) -> Result:
     else:
         assembly = compiled.asm["amdgcn"]
         registers, spilled = _amd_resources(assembly)
-    name = f"{launch.kernel.__name__}"
     return Result(
-        case, name, target, registers, compiled.metadata.shared, spilled, _mma(assembly), round(seconds, 2)
+        case,
+        launch.kernel.__name__,
+        target,
+        registers,
+        compiled.metadata.shared,
+        spilled,
+        _mma(assembly),
+        round(seconds, 2),
     )
 
 
@@ -301,11 +310,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     results: list[Result] = []
     failures: list[str] = []
-    columns = "{:44} {:8} {:>9} {:>8} {:>8} {:>8}  {}"
+    columns = "{:44} {:30} {:8} {:>9} {:>8} {:>8} {:>8}  {}"
     if not chosen.json:
         print(
             columns.format(
-                "case", "target", "registers", "shared", "spilled", "seconds", "matrix instruction"
+                "case", "kernel", "target", "registers", "shared", "spilled", "seconds", "matrix instruction"
             )
         )
     for case in CASES:
@@ -313,20 +322,22 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         for target in chosen.target or TARGETS:
             try:
-                result = build(case, target)
+                built = build(case, target)
             except (
                 Exception
             ) as error:  # a compiler may fail in many ways; every failure is reported at the end
                 failures.append(f"{case} on {target}: {type(error).__name__}: {error}")
                 continue
-            results.append(result)
-            if not chosen.json:
-                fields = (r := result).registers, r.shared_bytes, r.spilled_bytes, r.seconds, r.mma
-                print(columns.format(case, target, *fields), flush=True)
+            results += built
+            for r in built if not chosen.json else []:
+                fields = r.registers, r.shared_bytes, r.spilled_bytes, r.seconds, r.mma
+                print(columns.format(case, r.kernel, target, *fields), flush=True)
     if chosen.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
     failures += [
-        f"{r.case} on {r.target}: spills {r.spilled_bytes} bytes" for r in results if r.spilled_bytes
+        f"{r.kernel} of {r.case} on {r.target}: spills {r.spilled_bytes} bytes"
+        for r in results
+        if r.spilled_bytes
     ]
     for failure in failures:
         print(failure, file=sys.stderr)

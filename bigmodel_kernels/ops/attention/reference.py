@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.attention.dropout import keep_mask
+from bigmodel_kernels.ops.philox import keep_attention
 from bigmodel_kernels.ops.registration import compute_dtype
 
 # A block holds at most this many logits (unless 16 rows hold more) and at most 256 rows. On the CPU it takes
@@ -283,7 +283,7 @@ def _forward(
         total = weights.sum(-1, keepdim=True)
         logsumexp[:, :, rows] = (top + total.log()).squeeze(-1)
         if seed is not None:
-            weights *= keep_mask(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
+            weights *= keep_attention(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
         result = (_grouped(weights, kv_heads) @ value[:, :, keys]).view(*weights.shape[:3], value.shape[-1])
         out[:, :, rows] = (result / torch.where(total == 0, 1.0, total)).to(out.dtype)
 
@@ -326,7 +326,7 @@ def _backward(
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
         dropped = p
         if seed is not None:
-            keep = keep_mask(seed, rule.dropout_p, sequence, heads, rows, keys, p)
+            keep = keep_attention(seed, rule.dropout_p, sequence, heads, rows, keys, p)
             dropped = p * keep
             dp *= keep
         dv[:, :, keys] += _grouped(dropped, kv_heads).transpose(-1, -2) @ _grouped(grad, kv_heads)

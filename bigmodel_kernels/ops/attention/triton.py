@@ -129,13 +129,15 @@ def _attend(
         total = total * correction + tl.sum(weights, axis=1)
         output = output * correction[:, None]
         if HAS_DROPOUT:
-            # Counter (key, query, head, sequence): see ops/attention/dropout.py. The sum above is of all
-            # weights.
+            # Counter and word of a probability: see ops/philox.py. The sum above is of all weights.
             zero = tl.zeros_like(logits).to(tl.uint32)
-            word, _1, _2, _3 = tl.philox(
-                seed, zero + key_column[None, :].to(tl.uint32), zero + rows[:, None].to(tl.uint32),
-                zero + head, zero + sequence,
-            )  # fmt: skip
+            key_part = (((key_column >> 4) << 3) | (key_column & 7))[None, :].to(tl.uint32)
+            row_part = (((rows >> 4) << 3) | (rows & 7))[:, None].to(tl.uint32)
+            word0, word1, word2, word3 = tl.philox(
+                seed, zero + key_part, zero + row_part, zero + head, zero + sequence
+            )
+            odd_key, odd_row = ((key_column & 8) != 0)[None, :], ((rows & 8) != 0)[:, None]
+            word = tl.where(odd_row, tl.where(odd_key, word3, word2), tl.where(odd_key, word1, word0))
             weights = tl.where(word >= drop_below, weights, 0.0)
 
         v_tile = value_ptr + start_n * stride_vn + columns[:, None] * stride_vn + dims[None, :]

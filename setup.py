@@ -20,7 +20,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ["attention", "embedding", "feed_forward", "linear", "norm"]
+KERNELS = ["attention", "embedding", "feed_forward", "linear", "norm", "philox"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

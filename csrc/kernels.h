@@ -47,6 +47,23 @@ struct PackArgs {
   void* packed;            // with its header filled in
 };
 
+// Dropout by csrc/arch/philox.h. An element is kept when its word is at least `threshold`, and multiplied by `scale`.
+struct Dropout {
+  bool enabled;
+  uint32_t key[2];         // the seed's low and high half
+  uint32_t threshold;      // round(p * 2^32)
+  float scale;             // 1 / (1 - p)
+};
+
+struct PhiloxArgs {        // one block of a rule's words, see philox/cpu.cpp
+  Dropout dropout;
+  bool elements;           // of rows x columns; else of attention's probabilities
+  int64_t rows, columns, first_row, head, sequence;
+  uint32_t* words;         // (rows, columns)
+  uint8_t* kept;           // (rows, columns)
+  float* values;           // (rows, columns), dropped in place; elements only
+};
+
 struct NormArgs {          // layer norm over the last dimension; weight and bias may be null
   const void* weight;
   const void* bias;
@@ -131,6 +148,7 @@ struct KernelTable {
   void (*layer_norm)(const Runtime&, const LayerNormArgs&);
   void (*embedding)(const Runtime&, const EmbeddingArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
+  void (*philox_block)(const PhiloxArgs&);
 };
 
 }  // namespace bigmodel

@@ -402,6 +402,32 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   return out;
 }
 
+// The seed is read here, once: it decides the whole call.
+Dropout dropout_of(const OptionalTensor& seed, double p) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p: ", p, " must be 0 to 1");
+  STD_TORCH_CHECK(seed.has_value() == (p > 0), "dropout_seed: must be given when dropout_p is not 0, and None when it is");
+  if (!seed) return {};
+  const auto value = *static_cast<const uint64_t*>(data_of(*seed, "dropout_seed", ScalarType::Long, 1));
+  // A threshold of 2^32 keeps nothing: a scale of 0 says so.
+  const double threshold = std::nearbyint(p * 0x1p32);
+  const bool nothing = threshold >= 0x1p32;
+  return {true, {uint32_t(value), uint32_t(value >> 32)}, nothing ? 0xffffffffu : uint32_t(threshold), nothing ? 0.0f : float(1 / (1 - p))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t columns, std::string rule, int64_t first_row, int64_t head,
+                                              int64_t sequence, double dropout_p) {
+  STD_TORCH_CHECK(rule == "attention" || rule == "elements", "rule: '", rule, "' is not one of attention, elements");
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && first_row >= 0, "rows, columns, first_row: must not be negative");
+  Tensor words = torch::stable::empty({rows, columns}, ScalarType::Int), kept = torch::stable::empty({rows, columns}, ScalarType::Bool);
+  Tensor values = torch::stable::empty({rows, columns}, ScalarType::Float);
+  auto* value = static_cast<float*>(values.mutable_data_ptr());
+  for (int64_t i = 0; i < rows * columns; i++) value[i] = 1.0f;
+  const PhiloxArgs args = {dropout_of(seed, dropout_p), rule == "elements", rows, columns, first_row, head, sequence,
+                           static_cast<uint32_t*>(words.mutable_data_ptr()), static_cast<uint8_t*>(kept.mutable_data_ptr()), value};
+  kernels().philox_block(args);
+  return {words, kept, values};
+}
+
 // cu_seqlens: 0 = c[0] <= c[1] <= ... = total, no sequence longer than `longest`.
 const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64_t total, int64_t longest) {
   const auto* c = static_cast<const int32_t*>(data_of(lengths, name, ScalarType::Int, lengths.numel()));
@@ -524,6 +550,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def("cpu_embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, Tensor? token_type_ids, "
         "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+  m.def("cpu_philox(Tensor seed, int rows, int columns, str rule, int first_row, int head, int sequence, float dropout_p) -> "
+        "(Tensor, Tensor, Tensor)");
   m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, "
         "SymInt window_right, float softcap) -> (Tensor, Tensor)");
@@ -536,6 +564,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_feed_forward", TORCH_BOX(&bigmodel::cpu_feed_forward));
   m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));
   m.impl("cpu_embedding", TORCH_BOX(&bigmodel::cpu_embedding));
+  m.impl("cpu_philox", TORCH_BOX(&bigmodel::cpu_philox));
   m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
 }
 

@@ -9,11 +9,13 @@ void feed_forward(const Runtime&, const FeedForwardArgs&);
 void layer_norm(const Runtime&, const LayerNormArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void attention(const Runtime&, const AttentionArgs&);
+void philox_block(const PhiloxArgs&);
 
 #define BIGMODEL_NAME_OF(isa) #isa
 #define BIGMODEL_NAME(isa) BIGMODEL_NAME_OF(isa)
 
 extern const KernelTable table;
-const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, layer_norm, embedding, attention};
+const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, layer_norm, embedding, attention,
+                           philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -3,28 +3,17 @@
 //
 // These ops are called by bigmodel_kernels/ops/*/native.py after friendlier checks in Python. They check again what memory
 // safety needs, because anything can call torch.ops.bigmodel.cpu_*.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "kernels.h"
+#include "registration.h"
 
 namespace bigmodel {
 
@@ -35,12 +24,6 @@ BIGMODEL_DECLARE_TABLE(avx512)
 BIGMODEL_DECLARE_TABLE(avx2)
 #endif
 BIGMODEL_DECLARE_TABLE(portable)
-
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- instruction sets ----
 
@@ -134,7 +117,6 @@ void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_
 
 // Packed weights and large scratch blocks are read from end to end again and again, and a large result is memory that the system
 // has just given: with 2 MB pages there are 512 times fewer walks and faults. Advice only, before the first touch.
-constexpr size_t huge_page = size_t(2) << 20;
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge_page - 1) / huge_page * huge_page;
@@ -534,7 +516,6 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
   return {out, logsumexp};
 }
 
-}  // namespace
 }  // namespace bigmodel
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {

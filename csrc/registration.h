@@ -1,0 +1,48 @@
+// What the registration files share: torch's types, the chosen instruction set's kernels, the runtime lent to them, the checks
+// that memory safety needs, and results on large pages. Defined in register_cpu.cpp.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bigmodel {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline constexpr size_t huge_page = size_t(2) << 20;
+
+const KernelTable& kernels();
+Runtime runtime();
+
+Dtype dtype_of(const Tensor& tensor, const char* name);
+std::string shape_of(const Tensor& tensor);
+void check_cpu(const Tensor& tensor, const char* name);
+// A dense array of exactly this dtype and this many elements; null where there is no tensor.
+const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel);
+const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel);
+
+Activation activation_of(const std::string& name);
+WeightLayout layout_of(const std::string& name);
+NormPosition position_of(const std::string& name);
+const PackedHeader& check_packed(const Tensor& packed, const char* name);
+int64_t rows_of(const Tensor& x, int64_t columns);
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n);
+const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens);
+
+// Uninitialised results; large ones ask for large pages before their first touch.
+Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor empty_rows_like(const Tensor& x, int64_t columns);
+
+}  // namespace bigmodel

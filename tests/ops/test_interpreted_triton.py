@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = ("attention", "linear", "feed_forward", "norm", "embedding")
+FILES = ("philox", "attention", "linear", "feed_forward", "norm", "embedding")
 
 
 def test_the_interpreter_agrees() -> None:

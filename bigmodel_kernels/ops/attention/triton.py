@@ -40,21 +40,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import Target, on_device, target_of, unsupported
-
-MAX_HEAD_DIM = 256
-_LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _tanh(x):
-    """tanh of float32 from one exponential; near 0, where that has no digits left, by its series."""
-    square = x * x
-    series = x * (
-        1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949)))
-    )
-    exponential = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - exponential) / (1.0 + exponential)
-    return tl.where(square < 0.0625, series, tl.where(x < 0.0, -far, far))
+from ..philox import threshold
+from ..philox_triton import keep_attention
+from .triton_logits import (
+    MAX_HEAD_DIM,
+    keys_seen,
+    logits_of,
+    scale_arguments,
+    strides_of,
+    tile_width,
+    window_arguments,
+)
 
 
 @triton.jit
@@ -63,11 +59,11 @@ def _attend(
     key_ptr, value_ptr, padding_ptr, bias_ptr,
     stride_kn, stride_vn, stride_pn, stride_bn,
     rows, dims, begin, end, keys, offset, head_dim,
-    scale, softcap, window_left, window_right,
-    seed, drop_below, head, sequence,
+    slope, scale, softcap, window_left, window_right,
+    seed, least, first_row, head, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr,
-    EVEN_D: tl.constexpr, TILE_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    SCALE_LATE: tl.constexpr, EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """The loop of the module's docstring over the tiles of keys from ``begin`` to ``end``."""
     columns = tl.arange(0, TILE_N)
@@ -85,30 +81,24 @@ def _attend(
             k = tl.load(k_tile, mask=(dims < head_dim)[:, None], other=0.0)
         else:
             k = tl.load(k_tile)
-        # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
-        logits = tl.dot(query, k, input_precision="ieee")
-
-        if HAS_SOFTCAP:  # scale is softmax_scale / softcap and softcap is in base 2
-            logits = softcap * _tanh(logits * scale)
-        elif not SCALE_LATE:
-            logits = logits * scale
+        bias = 0.0
         if HAS_BIAS:
             b_tile = bias_ptr + start_n * stride_bn + columns[None, :] * stride_bn
             if MASKED:  # noqa: SIM108, a branch at compile time
                 bias = tl.load(b_tile, mask=in_range[None, :], other=0.0)
             else:
                 bias = tl.load(b_tile)
-            logits += bias.to(tl.float32) * 1.4426950408889634
-        if MASKED:
-            visible = in_range[None, :]
-            if HAS_RIGHT:
-                visible = visible & (key_column[None, :] <= rows[:, None] + (offset + window_right))
-            if HAS_LEFT:
-                visible = visible & (key_column[None, :] >= rows[:, None] + (offset - window_left))
-            logits = tl.where(visible, logits, float("-inf"))
+        shown = in_range[None, :]
         if HAS_PADDING:
-            shown = tl.load(padding_ptr + start_n * stride_pn + columns * stride_pn, mask=in_range, other=0)
-            logits = tl.where((shown != 0)[None, :], logits, float("-inf"))
+            padding_tile = padding_ptr + start_n * stride_pn + columns * stride_pn
+            shown = (tl.load(padding_tile, mask=in_range, other=0) != 0)[None, :]
+        # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
+        products = tl.dot(query, k, input_precision="ieee")
+        logits, _ = logits_of(
+            products, rows[:, None], key_column[None, :], keys, offset, bias, shown,
+            slope, scale, softcap, window_left, window_right,
+            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE,
+        )  # fmt: skip
 
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         if MASKED or HAS_PADDING or HAS_BIAS:
@@ -126,19 +116,11 @@ def _attend(
         else:
             weights = tl.exp2(logits - shift[:, None])
             correction = tl.exp2(maximum - shift)
-        total = total * correction + tl.sum(weights, axis=1)
+        total = total * correction + tl.sum(weights, axis=1)  # of all weights, dropped or not
         output = output * correction[:, None]
         if HAS_DROPOUT:
-            # Counter and word of a probability: see ops/philox.py. The sum above is of all weights.
-            zero = tl.zeros_like(logits).to(tl.uint32)
-            key_part = (((key_column >> 4) << 3) | (key_column & 7))[None, :].to(tl.uint32)
-            row_part = (((rows >> 4) << 3) | (rows & 7))[:, None].to(tl.uint32)
-            word0, word1, word2, word3 = tl.philox(
-                seed, zero + key_part, zero + row_part, zero + head, zero + sequence
-            )
-            odd_key, odd_row = ((key_column & 8) != 0)[None, :], ((rows & 8) != 0)[:, None]
-            word = tl.where(odd_row, tl.where(odd_key, word3, word2), tl.where(odd_key, word1, word0))
-            weights = tl.where(word >= drop_below, weights, 0.0)
+            kept = keep_attention(seed, least, first_row, start, head, sequence, TILE_M, TILE_N, False)
+            weights = tl.where(kept, weights, 0.0)
 
         v_tile = value_ptr + start_n * stride_vn + columns[:, None] * stride_vn + dims[None, :]
         if MASKED and not EVEN_D:
@@ -156,16 +138,17 @@ def _attend(
 
 @triton.jit
 def attention_kernel(
-    query_ptr, key_ptr, value_ptr, padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
+    query_ptr, key_ptr, value_ptr, padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, alibi_ptr, sinks_ptr,
     out_ptr, logsumexp_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
+    stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn, stride_ab, stride_ah, stride_sh,
     stride_ob, stride_oh, stride_om, stride_lb, stride_lh,
     heads, group, rows_total, keys_total, head_dim,
-    scale, softcap, window_left, window_right, drop_below, keep_scale,
+    scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr,
-    EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr, EVEN_D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which head. The tiles of one head come one after the other and share its keys in the L2
     # cache; under a causal mask the last rows see the most keys, so they start first.
@@ -223,26 +206,18 @@ def attention_kernel(
         # Rows past the end read the bias of the last row: what they compute is not stored.
         bias_row = tl.minimum(rows, queries - 1).to(tl.int64)
         bias_ptr = bias_ptr + batch * stride_bb + head_64 * stride_bh + bias_row[:, None] * stride_bm
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah) * 1.4426950408889634
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # Keys that some row of ours sees: [low, high). Keys that all of them see: [full_low, full_high), in whole
-    # tiles.
     offset = keys - queries
-    last_row = tl.minimum(first_row + TILE_M, queries) - 1
-    low = 0
-    high = keys
-    full_low = 0
-    full_high = keys
-    if HAS_RIGHT:
-        high = tl.maximum(0, tl.minimum(keys, last_row + offset + window_right + 1))
-        full_high = tl.maximum(0, tl.minimum(keys, first_row + offset + window_right + 1))
-    if HAS_LEFT:
-        low = tl.maximum(0, first_row + offset - window_left) // TILE_N * TILE_N
-        full_low = tl.cdiv(tl.maximum(0, last_row + offset - window_left), TILE_N) * TILE_N
-    full_high = tl.maximum(full_high // TILE_N * TILE_N, full_low)
-
+    low, full_low, full_high, high = keys_seen(
+        first_row, tl.minimum(first_row + TILE_M, queries) - 1, keys, offset, window_left, window_right,
+        HAS_LEFT, HAS_RIGHT, TILE_N,
+    )  # fmt: skip
     output = tl.zeros((TILE_M, TILE_D), dtype=tl.float32)
     total = tl.zeros((TILE_M,), dtype=tl.float32)
     maximum = tl.full((TILE_M,), float("-inf"), dtype=tl.float32)
@@ -250,33 +225,43 @@ def attention_kernel(
         output, total, maximum = _attend(
             output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
             stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, low, tl.minimum(full_low, high), keys,
-            offset, head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
-            MASKED=True, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
-            HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D,
-            TILE_N=TILE_N,
+            offset, head_dim, slope, scale, softcap, window_left, window_right,
+            seed, least, first_row, head, sequence,
+            True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
+            SCALE_LATE, EVEN_D, TILE_M, TILE_N,
         )  # fmt: skip
     output, total, maximum = _attend(  # whole tiles that every row sees
         output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
-        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_low, full_high, keys, offset,
-        head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
-        MASKED=False, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
-        HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_low, full_high, keys,
+        offset, head_dim, slope, scale, softcap, window_left, window_right,
+        seed, least, first_row, head, sequence,
+        False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
+        SCALE_LATE, EVEN_D, TILE_M, TILE_N,
     )  # fmt: skip
     output, total, maximum = _attend(  # right edge of the window, or of the sequence
         output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
-        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_high, high, keys, offset,
-        head_dim, scale, softcap, window_left, window_right, seed, drop_below, head, sequence,
-        MASKED=True, HAS_LEFT=HAS_LEFT, HAS_RIGHT=HAS_RIGHT, HAS_PADDING=HAS_PADDING, HAS_BIAS=HAS_BIAS,
-        HAS_SOFTCAP=HAS_SOFTCAP, HAS_DROPOUT=HAS_DROPOUT, SCALE_LATE=SCALE_LATE, EVEN_D=EVEN_D, TILE_N=TILE_N,
+        stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_high, high, keys,
+        offset, head_dim, slope, scale, softcap, window_left, window_right,
+        seed, least, first_row, head, sequence,
+        True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
+        SCALE_LATE, EVEN_D, TILE_M, TILE_N,
     )  # fmt: skip
 
+    if SCALE_LATE:
+        maximum = maximum * scale
+    if HAS_SINKS:  # one more logit, without a value
+        sink = tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32) * 1.4426950408889634
+        new_maximum = tl.maximum(maximum, sink)
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        correction = tl.exp2(maximum - shift)
+        total = total * correction + tl.exp2(sink - shift)
+        output = output * correction[:, None]
+        maximum = new_maximum
     nothing_seen = total == 0.0
     safe_total = tl.where(nothing_seen, 1.0, total)
     output = output / safe_total[:, None]
     if HAS_DROPOUT:
         output = output * keep_scale
-    if SCALE_LATE:
-        maximum = maximum * scale
     logsumexp = tl.where(nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total)))
     tl.store(logsumexp_ptr + head_64 * stride_lh + rows, logsumexp, mask=row_mask)
     out_tile = (
@@ -303,7 +288,7 @@ def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target, heav
     Within both, more query rows mean fewer passes over K and V. ``python -m bigmodel_kernels.triton_build``
     shows that none spills.
     """
-    tile_d = max(16, triton.next_power_of_2(head_dim))
+    tile_d = tile_width(head_dim)
     if itemsize == 4:
         # Full-precision float32 products hold whole operands in registers: small tiles.
         tile = AttentionTile(
@@ -343,6 +328,8 @@ def run(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
@@ -379,33 +366,29 @@ def run(
 
     if bias is not None:
         bias = bias.expand(sequences, heads, rows, keys)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.expand(sequences, heads)
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.view(torch.uint8)
-    if is_causal:
-        window_right = 0
-    # A limit beyond every key is none; it could overflow the kernel's 32-bit positions.
-    has_left = 0 <= window_left < rows + keys
-    has_right = 0 <= window_right < rows + keys
-    heavy = bias is not None or softcap > 0 or dropout_seed is not None
-    tile = attention_tile(rows, head_dim, query.element_size(), target_of(query), heavy)
-    tile_d = max(16, triton.next_power_of_2(head_dim))
+    has_left, has_right, left, right = window_arguments(is_causal, window_left, window_right, rows, keys)
+    extra = bias is not None or alibi_slopes is not None or softcap > 0
+    tile = attention_tile(
+        rows, head_dim, query.element_size(), target_of(query), extra or dropout_seed is not None
+    )
+    tile_d = tile_width(head_dim)
     strides_q, strides_k, strides_v, strides_o = strides
-    threshold = round(dropout_p * 2**32)
     with on_device(query):
         attention_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
             query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed,
-            out, logsumexp,
-            *strides_q, *strides_k, *strides_v,
-            *((0, 0) if key_padding_mask is None else key_padding_mask.stride()),
-            *((0, 0, 0, 0) if bias is None else bias.stride()),
-            *strides_o, *logsumexp_strides,
-            heads, heads // kv_heads, rows, keys, head_dim,
-            softmax_scale / softcap if softcap > 0 else softmax_scale * _LOG2_E, softcap * _LOG2_E,
-            window_left if has_left else 0, window_right if has_right else 0,
-            threshold, 1.0 / (1.0 - dropout_p),
+            alibi_slopes, sinks, out, logsumexp,
+            *strides_q, *strides_k, *strides_v, *strides_of(key_padding_mask, 2), *strides_of(bias, 4),
+            *strides_of(alibi_slopes, 2), *strides_of(sinks, 1), *strides_o, *logsumexp_strides,
+            heads, heads // kv_heads, rows, keys, head_dim, *scale_arguments(softmax_scale, softcap),
+            left, right, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
             VARLEN=varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right, HAS_PADDING=key_padding_mask is not None,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_seed is not None,
-            SCALE_LATE=bias is None and softcap <= 0 and softmax_scale > 0,
+            HAS_BIAS=bias is not None, HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None,
+            HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_seed is not None,
+            SCALE_LATE=not extra and softmax_scale > 0,
             EVEN_D=tile_d == head_dim, TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_D=tile_d,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -421,6 +404,8 @@ def supports(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,

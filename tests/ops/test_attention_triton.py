@@ -16,11 +16,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
 
+from attention_eager import eager_attention
+
 import bigmodel_kernels as bk
 from bigmodel_kernels.ops.attention import reference
 from bigmodel_kernels.ops.attention import triton as kernel
 from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRETED, MI300
-from bigmodel_kernels.verify import attention_formula, compare, poisoned
+from bigmodel_kernels.verify import compare, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,10 +57,7 @@ def _agree(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, exact: Tensor, options: dict[str, Any]
 ) -> None:
     """The numerics rule: `out` is about as near to `exact` as plain PyTorch in the same dtype is."""
-    left, right = (None if (w := options.get(f"window_{side}", -1)) < 0 else w for side in ("left", "right"))
-    formula = {k: v for k, v in options.items() if k in ("softmax_scale", "is_causal", "softcap", "bias")}
-    formula["key_padding_mask"] = options.get("key_padding_mask")
-    eager, _ = attention_formula(query, key, value, window=(left, right), **formula)
+    eager, _ = eager_attention(query, key, value, **options)
     verdict = compare(out, eager, exact)
     assert verdict.ok, verdict
 
@@ -72,7 +71,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[T
     options.setdefault("softmax_scale", query.shape[-1] ** -0.5)
     assert kernel.supports(query, key, value, **options) is None
     out, logsumexp = kernel.run(query, key, value, **options)
-    exact, exact_lse = reference.run(
+    exact, exact_lse = eager_attention(
         *map(_double, (query, key, value)), **{k: _double(v) for k, v in options.items()}
     )
     assert out.shape == query.shape and out.dtype == query.dtype
@@ -270,6 +269,27 @@ def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
         exact, exact_lse = reference.run(*map(_double, parts), **alone)
         _agree(out[row].transpose(0, 1)[None], *parts, exact, alone)
         torch.testing.assert_close(logsumexp[:, row].double(), exact_lse[0], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alibi(dtype: torch.dtype) -> None:
+    """Slopes of a head, of a head of a sequence, beside a window and more queries than keys."""
+    q, k, v = _dense(33, 70, 16, dtype, batch=2, heads=4, kv_heads=2)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE)
+    _check(q, k, v, alibi_slopes=slopes, is_causal=True)
+    _check(q, k, v, alibi_slopes=slopes * torch.tensor([[1.0], [3.0]], device=DEVICE), softcap=5.0)
+    _check(*_dense(40, 20, 16, dtype, heads=4), alibi_slopes=slopes, window_left=9, window_right=30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks(dtype: torch.dtype) -> None:
+    """A row that sees no key has the sink alone: zeros, and the sink as logsumexp."""
+    q, k, v = _dense(40, 20, 16, dtype, heads=4, kv_heads=2)
+    sinks = torch.tensor([-torch.inf, -3.0, 2.0, 60.0], device=DEVICE)
+    out, logsumexp = _check(q, k, v, sinks=sinks, is_causal=True)
+    assert (out[:, :, :20] == 0).all()
+    torch.testing.assert_close(logsumexp[0, :, 0], sinks)
+    _check(q, k, v, sinks=sinks.to(dtype), softcap=3.0, window_left=5)
 
 
 def test_dropout_is_that_of_the_reference() -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
+from bigmodel_kernels.ops.philox import keep_attention
 
 FACTORS = {"forward": (2.0, 1.2), "gradient": (3.0, 1.5)}
 HALVES = (torch.bfloat16, torch.float16)
@@ -99,9 +100,15 @@ def attention_formula(
     softcap: float = 0.0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    **unused: Any,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    sequence: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with the whole matrix of logits; output and logsumexp."""
+    """Attention with the whole matrix of logits; output and logsumexp. `sequence`: the number of the first,
+    for dropout.
+    """
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
         outs, sums = [query[:0]], [query.new_empty(query.shape[1], 0)]
@@ -114,6 +121,13 @@ def attention_formula(
                 softmax_scale=softmax_scale,
                 window=window,
                 softcap=softcap,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                alibi_slopes=alibi_slopes
+                if alibi_slopes is None or alibi_slopes.dim() == 1
+                else alibi_slopes[n : n + 1],
+                sinks=sinks,
+                sequence=n,
             )
             outs.append(out[0].transpose(0, 1))
             sums.append(logsumexp[0])
@@ -128,6 +142,8 @@ def attention_formula(
         logits = logits + bias
     i = torch.arange(rows, device=query.device)[:, None] + keys - rows
     j = torch.arange(keys, device=query.device)
+    if alibi_slopes is not None:
+        logits = logits - alibi_slopes[..., None, None] * (i - j).abs()
     left, right = window or (None, None)
     visible = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
     if is_causal:
@@ -139,11 +155,18 @@ def attention_formula(
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None]
     logits = logits.masked_fill(~visible, -torch.inf)
-    if keys == 0:
+    if sinks is not None:
+        sink = sinks[None, :, None, None].to(logits.dtype).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    elif keys == 0:
         return value.new_zeros(query.shape) + query * 0, logits.new_full(query.shape[:3], -torch.inf)
     blind = (logits == -torch.inf).all(-1, keepdim=True)
     safe = logits.masked_fill(blind, 0.0)
-    out = (torch.softmax(safe, -1).to(value.dtype) @ value).masked_fill(blind, 0.0)
+    weights = torch.softmax(safe, -1)[..., :keys]
+    if dropout_seed is not None:
+        places = slice(0, rows), slice(0, keys)
+        weights = weights * keep_attention(dropout_seed, dropout_p, sequence, heads, *places, weights)
+    out = (weights.to(value.dtype) @ value).masked_fill(blind, 0.0)
     return out, torch.logsumexp(safe, -1).masked_fill(blind[..., 0], -torch.inf).to(query.dtype)
 
 
@@ -295,6 +318,8 @@ def _attention(
     bias_dtype: torch.dtype | None = None,
     visible: tuple[int, ...] | None = None,
     left_padding: bool = False,
+    alibi: tuple[int, ...] | None = None,
+    sinks: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def tensor(h: int, s: int) -> Tensor:
@@ -314,7 +339,21 @@ def _attention(
         options["bias"] = m.normal(*bias, dtype=bias_dtype)
     if visible is not None:
         options["key_padding_mask"] = m.prefix_mask(keys, *visible, left=left_padding)
+    options |= _head_terms(m, heads, alibi, sinks, options.get("dropout_p", 0.0))
     return (query, key, value), options
+
+
+def _head_terms(
+    m: Maker, heads: int, alibi: tuple[int, ...] | None, sinks: torch.dtype | None, dropout_p: float
+) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if alibi is not None:
+        options["alibi_slopes"] = m.normal(*alibi, scale=0.1, dtype=torch.float32).abs()
+    if sinks is not None:
+        options["sinks"] = m.normal(heads, dtype=sinks)
+    if dropout_p:
+        options["dropout_seed"] = m.integers(2**62)
+    return options
 
 
 def _packed(
@@ -325,8 +364,11 @@ def _packed(
     q: tuple[int, ...],
     k: tuple[int, ...],
     fused: bool = False,
+    alibi: tuple[int, ...] | None = None,
+    sinks: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    options |= _head_terms(m, heads, alibi, sinks, options.get("dropout_p", 0.0))
     if fused:
         query, key, value = m.normal(sum(q), 3, heads, dim).unbind(1)
     else:
@@ -400,12 +442,42 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield dense("large logits", 1, 2, 2, 65, 65, 64, scale=8.0)
     for layout in ("bshd", "qkv", "reversed", "padded"):
         yield dense(f"layout {layout}", 2, 4, 4, 50, 50, 64, layout=layout)
+    yield dense("ALiBi, causal", 2, 4, 4, 65, 65, 64, alibi=(4,), is_causal=True)
+    yield dense("ALiBi of each sequence, other keys, bias", 2, 4, 2, 40, 70, 32, alibi=(2, 4), bias=(40, 70))
+    yield dense("ALiBi, softcap, window", 1, 2, 2, 130, 130, 32, alibi=(2,), softcap=5.0, window=(20, 9))
+    yield dense("sinks", 2, 4, 2, 65, 65, 64, sinks=dtype, is_causal=True)
+    yield dense("sinks in float32, blind rows", 3, 4, 4, 40, 50, 32, sinks=torch.float32, visible=(50, 9, 0))
+    yield dense("sinks, window, fewer keys", 1, 4, 1, 120, 40, 32, sinks=dtype, window=(4, 4))
+    yield dense("sinks, no keys", 1, 2, 2, 5, 0, 16, sinks=dtype)
+    for dim, p in ((32, 0.1), (64, 0.5), (128, 0.9)):
+        yield dense(f"dropout {p}, head_dim={dim}", 3, 4, 2, 77, 85, dim, dropout_p=p)
+    yield dense(
+        "dropout, causal, padding", 2, 2, 2, 130, 130, 64, dropout_p=0.2, is_causal=True, visible=(130, 77)
+    )
+    yield dense(
+        "dropout, window, softcap, bias, ALiBi, sinks", 2, 4, 2, 70, 90, 32, dropout_p=0.3, window=(40, 20),
+        softcap=5.0, bias=(1, 4, 1, 90), alibi=(4,), sinks=dtype,
+    )  # fmt: skip
     lengths = (17, 0, 1, 130, 64)
     yield packed("packed", 2, 2, 32, lengths, lengths)
     yield packed("packed, causal, fused", 4, 4, 64, lengths, lengths, fused=True, is_causal=True)
     yield packed("packed, GQA, window, softcap", 6, 2, 40, lengths, lengths, window=(9, 3), softcap=4.0)
     yield packed("packed, other keys, causal", 2, 1, 32, (5, 0, 9, 3), (9, 4, 0, 2), is_causal=True)
     yield packed("packed, nothing in it", 2, 2, 16, (0, 0), (0, 0))
+    yield packed("packed, dropout", 4, 4, 64, lengths, lengths, fused=True, dropout_p=0.1)
+    yield packed("packed, dropout, other keys", 2, 1, 32, (5, 0, 9, 3), (9, 4, 0, 2), dropout_p=0.4)
+    yield packed("packed, ALiBi, causal", 4, 2, 32, lengths, lengths, alibi=(5, 4), is_causal=True)
+    yield packed("packed, sinks, window", 4, 2, 32, lengths, lengths, sinks=dtype, window=(9, 3))
+    yield packed(
+        "packed, ALiBi, sinks, other keys",
+        2,
+        1,
+        32,
+        (5, 0, 9, 3),
+        (9, 4, 0, 2),
+        alibi=(2,),
+        sinks=torch.float32,
+    )
 
 
 def _linear(
@@ -624,6 +696,10 @@ def poisoned() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
+#: Arguments without a gradient.
+_CONSTANTS = ("alibi_slopes",)
+
+
 def _leaves(arguments: Any, dtype: torch.dtype | None) -> Any:
     """The same arguments with fresh leaves that want gradients in place of the floating tensors."""
     if isinstance(arguments, Tensor):
@@ -632,7 +708,7 @@ def _leaves(arguments: Any, dtype: torch.dtype | None) -> Any:
         leaf = arguments.detach()  # keeps the strides, which are part of the case
         return (leaf if dtype is None else leaf.to(dtype)).requires_grad_()
     if isinstance(arguments, dict):
-        return {k: _leaves(v, dtype) for k, v in arguments.items()}
+        return {k: v if k in _CONSTANTS else _leaves(v, dtype) for k, v in arguments.items()}
     if isinstance(arguments, (list, tuple)):
         return type(arguments)(_leaves(v, dtype) for v in arguments)
     return arguments
@@ -645,6 +721,8 @@ def _named(arguments: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(arguments, (dict, list, tuple)):
         items = arguments.items() if isinstance(arguments, dict) else enumerate(arguments)
         for key, value in items:
+            if key in _CONSTANTS:
+                continue
             yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
 
 

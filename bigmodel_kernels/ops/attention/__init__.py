@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels import backends
+from bigmodel_kernels.ops.attention import vmap
 from bigmodel_kernels.ops.attention.checks import check, check_values
-from bigmodel_kernels.ops.registration import backward_formula, compute_dtype, define
+from bigmodel_kernels.ops.registration import (
+    LIBRARY,
+    _cast,
+    backward_formula,
+    compute_dtype,
+    define,
+    require_device,
+)
 
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _OPTIONAL = (
     "Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    "Tensor? dropout_seed=None"
+    "Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? sinks=None"
 )
 _OPTIONS = (
     "SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, bool is_causal=False, "
@@ -39,12 +48,16 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, exact and without an Sq x Sk tensor.
 
-    logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then + bias, then masks;
-    the result is softmax(logits) @ value. A query with no visible key gets zeros, and a logsumexp of -inf.
+    logits = softmax_scale * query @ key^T, then softcap * tanh(logits / softcap), then + bias and ALiBi, then
+    masks; the result is softmax(logits) @ value. A query with no visible key gets zeros, and a logsumexp of
+    -inf (of its head's sink, where there are sinks).
 
     Two forms:
       dense:  query (B, H, Sq, D), key and value (B, Hkv, Sk, D). The result is (B, H, Sq, D), laid out in
@@ -61,16 +74,28 @@ def attention(
       window: (left, right): key j is visible to query i when i + Sk - Sq - left <= j <= i + Sk - Sq + right;
         None on a side is no limit.
       key_padding_mask: bool (B, Sk), True is visible; dense form only. bias: added to the logits; broadcasts
-      to (B, H, Sq, Sk); in the dtype of query or float32; dense form only. softcap: 0 for none (Gemma 2).
+        to (B, H, Sq, Sk); in the dtype of query or float32; dense form only. softcap: 0 for none (Gemma 2).
       max_seqlen_q, max_seqlen_k: at least the longest sequence; read from cu_seqlens when None, which waits
         for a GPU. Pass them under torch.compile, whose graphs hold no number read from a tensor.
       dropout_p: probabilities are dropped with this chance and the others scaled by 1 / (1 - dropout_p).
+      dropout_seed: int64, one element, on query's device: what is dropped depends on it and on the place of
+        the probability alone (bigmodel_kernels/ops/philox.py). Drawn from torch's generator when None.
+      alibi_slopes: float32 (H,) or (B, H): logits -= slope * |i + Sk - Sq - j| (Press et al., 2021,
+        arXiv:2108.12409), with no tensor of logits' shape; in both forms. It gets no gradient.
+      sinks: (H,), in the dtype of query or float32: one more logit of each head in the softmax's denominator,
+        which has no value (gpt-oss; Xiao et al., 2023, arXiv:2309.17453).
       return_logsumexp: also return the natural log of the sum of exp(logits), float32 (float64 for float64):
         (B, H, Sq), or packed (H, total_q). It has a gradient.
 
     dtypes float32, bfloat16 and float16 (float64 in the reference), the same for query, key and value; sums
-    and the softmax are in float32 with one rounding of the result. Under autocast all are cast to its dtype.
-    Differentiable once in query, key, value and bias; a second derivative raises.
+    and the softmax are in float32 with one rounding of the result. Under autocast they and the bias are cast
+    to its dtype.
+
+    Training: differentiable once in query, key, value, bias and sinks; a second derivative raises. Besides
+    its arguments the forward keeps the result and the logsumexp for the backward, which computes the
+    probabilities again, dropped ones and all. The gradients are the same bits from run to run where
+    torch.use_deterministic_algorithms is on. torch.vmap maps it: dense calls without dropout become one call
+    of a larger batch, others one call after another.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
 
@@ -91,6 +116,9 @@ def attention(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
     )
     out, logsumexp = torch.ops.bigmodel.attention.default(*args, **kwargs)
     return (out, logsumexp) if return_logsumexp else out
@@ -112,6 +140,9 @@ def prepare(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments for those of the public function."""
@@ -122,9 +153,23 @@ def prepare(
         max_seqlen_q = _longest(cu_seqlens_q)
     if cu_seqlens_k is not None and max_seqlen_k is None:
         max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q else _longest(cu_seqlens_k)
-    # The seed is a tensor drawn from torch's own generator: manual_seed, checkpointing and compile see it.
-    seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p else None
-    return (query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, seed), {
+    if dropout_p and dropout_seed is None:
+        # A tensor drawn from torch's own generator: manual_seed, checkpointing and compile see it.
+        dropout_seed = torch.randint(0, 2**62, (), device=query.device)
+    seed = dropout_seed if dropout_p else None
+    inputs = (
+        query,
+        key,
+        value,
+        key_padding_mask,
+        bias,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seed,
+        alibi_slopes,
+        sinks,
+    )
+    return inputs, {
         "max_seqlen_q": max_seqlen_q or 0,
         "max_seqlen_k": max_seqlen_k or 0,
         "softmax_scale": softmax_scale,
@@ -189,8 +234,10 @@ def _run_backward(
     logsumexp: Tensor,
     *args: Any,
     bias_requires_grad: bool = False,
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     forward = _ready((query, key, value, *args))
     _check_backward(grad_out, grad_logsumexp, out, logsumexp, forward, options)
     check_values(forward, options)
@@ -198,7 +245,12 @@ def _run_backward(
         "attention_backward",
         query.device.type,
         (*_ready((grad_out,)), grad_logsumexp, *forward[:3], *_ready((out,)), logsumexp, *forward[3:]),
-        {**options, "bias_requires_grad": bias_requires_grad},
+        {
+            **options,
+            "bias_requires_grad": bias_requires_grad,
+            "sinks_require_grad": sinks_require_grad,
+            "deterministic": deterministic,
+        },
     )
 
 
@@ -213,14 +265,20 @@ def _check_backward(
     check(*forward, **options)
     query = forward[0]
     rows = (query.shape[1], query.shape[0]) if query.dim() == 3 else tuple(query.shape[:3])
-    expected = (
-        ("grad_out", grad_out, query.shape),
-        ("out", out, query.shape),
-        ("logsumexp", logsumexp, rows),
-    )
-    for name, tensor, size in (*expected, ("grad_logsumexp", grad_logsumexp, rows)):
-        if tensor is not None and tuple(tensor.shape) != tuple(size):
+    sums = compute_dtype(query.dtype)
+    for name, tensor, size, dtype in (
+        ("grad_out", grad_out, query.shape, query.dtype),
+        ("out", out, query.shape, query.dtype),
+        ("logsumexp", logsumexp, rows, sums),
+        ("grad_logsumexp", grad_logsumexp, rows, sums),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(size):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(size)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
+        require_device(name, tensor, "query", query)
 
 
 def _fake_backward(
@@ -233,8 +291,10 @@ def _fake_backward(
     logsumexp: Tensor,
     *args: Any,
     bias_requires_grad: bool = False,
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad_out, grad_logsumexp, out, logsumexp, (query, key, value, *args), options)
     bias = args[1] if len(args) > 1 else None
     dq = query.new_empty(query.shape)
@@ -242,18 +302,23 @@ def _fake_backward(
         batch, heads, rows, dim = query.shape
         dq = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else query.new_empty(0)
-    return dq, key.new_empty(key.shape), value.new_empty(value.shape), dbias
+    sinks = args[6] if len(args) > 6 else None
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None and sinks_require_grad else query.new_empty(0)
+    return dq, key.new_empty(key.shape), value.new_empty(value.shape), dbias, dsinks
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
 ) -> None:
+    slopes = inputs[8]
+    if slopes is not None and slopes.requires_grad:
+        raise ValueError("alibi_slopes requires grad, and has no gradient; pass alibi_slopes.detach()")
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
     ctx.options = keyword_only_inputs
 
 
-@backward_formula(8)
+@backward_formula(10)
 def _backward(
     ctx: Any,
     saved: tuple[Any, ...],
@@ -262,16 +327,17 @@ def _backward(
     grad_logsumexp: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     *inputs, out, logsumexp = saved
-    query, key, value, mask, bias, cu_seqlens_q, cu_seqlens_k, seed = inputs
     if grad_out is None and grad_logsumexp is None:
         return (None,) * len(inputs)
-    dq, dk, dv, dbias = torch.ops.bigmodel.attention_backward.default(
+    dq, dk, dv, dbias, dsinks = torch.ops.bigmodel.attention_backward.default(
         torch.zeros_like(out) if grad_out is None else grad_out,
-        *(grad_logsumexp, query, key, value, out, logsumexp, mask, bias, cu_seqlens_q, cu_seqlens_k, seed),
+        *(grad_logsumexp, *inputs[:3], out, logsumexp, *inputs[3:]),
         **ctx.options,
         bias_requires_grad=needs[4],
+        sinks_require_grad=needs[9],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    gradients = (dq, dk, dv, None, dbias, None, None, None)
+    gradients = (dq, dk, dv, None, dbias, None, None, None, None, dsinks)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
@@ -282,12 +348,34 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     )
 
 
-define(f"attention({_INPUTS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake, autocast="lower")
+def _autocast(device: str) -> Callable[..., Any]:
+    """Casts as torch's scaled_dot_product_attention does; slopes, and sinks in float32, are taken as they
+    are.
+    """
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        sinks = args[9:]
+        if sinks and sinks[0] is not None and sinks[0].dtype != torch.float32:
+            sinks = (_cast(sinks[0], dtype),)
+        cast = (*(_cast(a, dtype) for a in args[:8]), *args[8:9], *sinks)
+        with torch.autocast(device, enabled=False):
+            return torch.ops.bigmodel.attention.default(*cast, **options)
+
+    return kernel
+
+
+define(f"attention({_INPUTS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake)
 define(
     f"attention_backward(Tensor grad_out, Tensor? grad_logsumexp, {_INPUTS}, Tensor out, Tensor logsumexp, "
-    f"{_OPTIONAL}, *, {_OPTIONS}, bool bias_requires_grad=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONAL}, *, {_OPTIONS}, bool bias_requires_grad=False, bool sinks_require_grad=False, "
+    "bool deterministic=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
+for _device in ("cpu", "cuda"):
+    LIBRARY.impl("attention", _autocast(_device), f"Autocast{_device.upper()}")
 torch.library.register_autograd("bigmodel::attention", _backward, setup_context=_setup_context)
 torch.library.register_autograd("bigmodel::attention_backward", _no_second_derivative)
+torch.library.register_vmap("bigmodel::attention", vmap.forward)
+torch.library.register_vmap("bigmodel::attention_backward", vmap.backward)

@@ -22,6 +22,8 @@ def check(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
@@ -73,6 +75,10 @@ def check(
                 "it must be an int64 tensor of one element"
             )
         require_device("dropout_seed", dropout_seed, "query", query)
+    sequences = query.shape[0]
+    if packed and cu_seqlens_q is not None and cu_seqlens_q.dim() == 1:
+        sequences = cu_seqlens_q.shape[0] - 1
+    check_head_terms(query, heads, sequences, alibi_slopes, sinks)
     if packed:
         _check_packed(query, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return
@@ -103,6 +109,30 @@ def check(
         if not broadcasts(size, full):
             raise ValueError(f"bias has shape {size}; it must broadcast to (B, H, Sq, Sk), {full}")
         require_device("bias", bias, "query", query)
+
+
+def check_head_terms(
+    query: Tensor, heads: int, sequences: int, alibi_slopes: Tensor | None, sinks: Tensor | None
+) -> None:
+    """What a head adds to its logits without a tensor of logits."""
+    if alibi_slopes is not None:
+        if alibi_slopes.dtype != torch.float32:
+            raise TypeError(f"alibi_slopes has dtype {alibi_slopes.dtype}; it must be torch.float32")
+        size = tuple(alibi_slopes.shape)
+        if size != (heads,) and size != (sequences, heads):
+            raise ValueError(
+                f"alibi_slopes has shape {size}; it must be (H,) or (B, H), "
+                f"({heads},) or ({sequences}, {heads})"
+            )
+        require_device("alibi_slopes", alibi_slopes, "query", query)
+    if sinks is not None:
+        if sinks.dtype != query.dtype and sinks.dtype != torch.float32:
+            raise TypeError(
+                f"sinks has dtype {sinks.dtype}; allowed are that of query, {query.dtype}, and torch.float32"
+            )
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks has shape {shape(sinks)}; it must be (H,), ({heads},)")
+        require_device("sinks", sinks, "query", query)
 
 
 def _check_packed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,9 +11,35 @@ from torch import Tensor
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
 
 
-def supports(query: Tensor, *args: Any, dropout_p: float = 0.0, **options: Any) -> str | None:
+@functools.cache
+def _arguments() -> frozenset[str]:
+    """The arguments of the operator in the library that is loaded, which may be older than this file."""
+    return frozenset(a.name for a in torch.ops.bigmodel.cpu_attention.default._schema.arguments)
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    **options: Any,
+) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    return unavailable(query.dtype) or ("dropout runs in the reference only" if dropout_p else None)
+    if reason := unavailable(query.dtype):
+        return reason
+    dropout = dropout_seed if dropout_p else None
+    for name, given in (("dropout_seed", dropout), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if given is not None and name not in _arguments():
+            return f"the compiled library has no {name.removesuffix('_seed')} in attention"
+    return None
 
 
 def run(
@@ -24,6 +51,8 @@ def run(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
@@ -35,7 +64,7 @@ def run(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `bigmodel_kernels.attention`."""
-    return torch.ops.bigmodel.cpu_attention.default(
+    tensors = (
         query,
         key,
         value,
@@ -43,6 +72,8 @@ def run(
         bias,
         contiguous(cu_seqlens_q),
         contiguous(cu_seqlens_k),
+    )
+    options = (
         max_seqlen_q,
         max_seqlen_k,
         softmax_scale,
@@ -51,3 +82,7 @@ def run(
         window_right,
         softcap,
     )
+    if "dropout_seed" not in _arguments():
+        return torch.ops.bigmodel.cpu_attention.default(*tensors, *options)
+    more = (dropout_seed if dropout_p else None, contiguous(alibi_slopes), contiguous(sinks))
+    return torch.ops.bigmodel.cpu_attention.default(*tensors, *more, *options, dropout_p)

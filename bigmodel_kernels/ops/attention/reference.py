@@ -54,6 +54,8 @@ def run(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
@@ -77,6 +79,8 @@ def run(
             part.mask(key_padding_mask),
             part.bias(bias),
             dropout_seed,
+            part.slopes(alibi_slopes),
+            sinks,
             part.first,
             rule,
             part.queries(out),
@@ -98,6 +102,8 @@ def run_backward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
@@ -108,9 +114,11 @@ def run_backward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     bias_requires_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias (an empty tensor when not wanted), given those of both
-    outputs."""
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, bias and sinks (empty tensors for the last two when not wanted), given
+    those of both outputs. The same from run to run, asked or not."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
     compute = compute_dtype(query.dtype)
     dq = _empty_like_query(query)
@@ -119,6 +127,9 @@ def run_backward(
     dbias = None
     if bias is not None and bias_requires_grad:
         dbias = bias.new_zeros(bias.shape, dtype=compute)
+    dsinks = None
+    if sinks is not None and sinks_require_grad:
+        dsinks = sinks.new_zeros(sinks.shape, dtype=compute)
     for part in _parts(query, key, cu_seqlens_q, cu_seqlens_k):
         _backward(
             part.queries(grad_out),
@@ -130,18 +141,22 @@ def run_backward(
             part.mask(key_padding_mask),
             part.bias(bias),
             dropout_seed,
+            part.slopes(alibi_slopes),
+            sinks,
             part.first,
             rule,
             part.queries(dq),
             part.keys(dk),
             part.keys(dv),
             part.bias(dbias),
+            dsinks,
         )
     return (
         dq,
         dk.to(key.dtype),
         dv.to(value.dtype),
         query.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
+        query.new_empty(0) if sinks is None or dsinks is None else dsinks.to(sinks.dtype),
     )
 
 
@@ -179,6 +194,14 @@ class _Part:
             return None
         bias = bias[(None,) * (4 - bias.dim())]
         return bias if bias.shape[0] == 1 else bias[self.batch]
+
+    def slopes(self, slopes: Tensor | None) -> Tensor | None:
+        """(B or 1, H, 1, 1)."""
+        if slopes is None:
+            return None
+        if slopes.dim() == 2:
+            slopes = slopes[self.first : self.first + self.batch.stop - self.batch.start]
+        return slopes.view(-1, slopes.shape[-1], 1, 1)
 
 
 def _parts(
@@ -223,6 +246,7 @@ def _logits(
     offset: int,
     mask: Tensor | None,
     bias: Tensor | None,
+    slopes: Tensor | None,
     rule: _Rule,
 ) -> tuple[Tensor, Tensor | None]:
     """Masked logits (B, H, R, K) of a block, and tanh of the capped ones when there is a cap."""
@@ -235,9 +259,11 @@ def _logits(
         logits = rule.softcap * tanh
     if bias is not None:
         logits = logits + bias[..., _clip(rows, bias.shape[-2]), _clip(keys, bias.shape[-1])].to(logits.dtype)
+    i = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + offset
+    j = torch.arange(keys.start, keys.stop, device=q.device)
+    if slopes is not None:
+        logits = logits - slopes.to(logits.dtype) * (i - j).abs()
     if rule.left >= 0 or rule.right >= 0:
-        i = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + offset
-        j = torch.arange(keys.start, keys.stop, device=q.device)
         if rule.right >= 0:
             logits.masked_fill_(j > i + rule.right, -torch.inf)
         if rule.left >= 0:
@@ -259,6 +285,8 @@ def _forward(
     mask: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
     sequence: int,
     rule: _Rule,
     out: Tensor,
@@ -268,19 +296,23 @@ def _forward(
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
     key, value = key.to(compute), value.to(compute)
+    sink = None if sinks is None else sinks.to(compute)[None, :, None, None]
     for rows, keys in _blocks(query, key, rule):
         q = _grouped(query[:, :, rows].to(compute), kv_heads)
         if keys.start == keys.stop:
             out[:, :, rows] = 0
-            logsumexp[:, :, rows] = -torch.inf
+            logsumexp[:, :, rows] = -torch.inf if sink is None else sink[..., 0]
             continue
-        logits, _ = _logits(q, key[:, :, keys], heads, rows, keys, offset, mask, bias, rule)
+        logits, _ = _logits(q, key[:, :, keys], heads, rows, keys, offset, mask, bias, slopes, rule)
         top = logits.amax(-1, keepdim=True)
-        top = torch.where(
-            top == -torch.inf, 0.0, top
-        )  # a row with no visible key: exp(-inf - 0) = 0, not NaN
+        if sink is not None:
+            top = torch.maximum(top, sink)
+        # A row with no visible key: exp(-inf - 0) = 0, not NaN.
+        top = torch.where(top == -torch.inf, 0.0, top)
         weights = torch.exp_(logits.sub_(top))
         total = weights.sum(-1, keepdim=True)
+        if sink is not None:
+            total += torch.exp(sink - top)  # of the denominator, without a value
         logsumexp[:, :, rows] = (top + total.log()).squeeze(-1)
         if seed is not None:
             weights *= keep_attention(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
@@ -298,31 +330,41 @@ def _backward(
     mask: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
     sequence: int,
     rule: _Rule,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     dbias: Tensor | None,
+    dsinks: Tensor | None,
 ) -> None:
-    """Dense gradients: dq is written, dk, dv and dbias (in the type of computation) are added to."""
+    """Dense gradients: dq is written, the others (in the type of computation) are added to."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
     compute = compute_dtype(query.dtype)
     key, value = key.to(compute), value.to(compute)
+    sink = None if sinks is None else sinks.to(compute)[None, :, None, None]
     for rows, keys in _blocks(query, key, rule):
         if keys.start == keys.stop:
             dq[:, :, rows] = 0
+            if dsinks is not None and grad_lse is not None:  # the sink is all of the sum
+                dsinks += grad_lse[:, :, rows].sum((0, 2), dtype=compute)
             continue
         q = _grouped(query[:, :, rows].to(compute), kv_heads)
         grad = grad_out[:, :, rows].to(compute)
         k, v = key[:, :, keys], value[:, :, keys]
-        logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, rule)
+        logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, slopes, rule)
         lse = logsumexp[:, :, rows, None]
-        p = torch.exp_(logits.sub_(torch.where(lse == -torch.inf, 0.0, lse)))
-        total = p.sum(
-            -1, keepdim=True
-        )  # 1 but for the rounding of logsumexp, which large logits make visible
-        p /= torch.where(total == 0, 1.0, total)
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        p = torch.exp_(logits.sub_(lse))
+        p_sink = None if sink is None else torch.exp(sink - lse)
+        # 1 but for the rounding of logsumexp, which large logits make visible.
+        total = p.sum(-1, keepdim=True)
+        if p_sink is not None:
+            total += p_sink
+        total = torch.where(total == 0, 1.0, total)
+        p /= total
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
         dropped = p
         if seed is not None:
@@ -331,8 +373,11 @@ def _backward(
             dp *= keep
         dv[:, :, keys] += _grouped(dropped, kv_heads).transpose(-1, -2) @ _grouped(grad, kv_heads)
         delta = (p * dp).sum(-1, keepdim=True)  # = rowsum(grad * out), without the rounding of out
+        if dsinks is not None and p_sink is not None:
+            of_sink = -delta if grad_lse is None else grad_lse[:, :, rows, None] - delta
+            dsinks += (p_sink / total * of_sink).sum((0, 2, 3))
         ds = dp.sub_(delta)
-        if grad_lse is not None:
+        if grad_lse is not None:  # after the subtraction, which is exact where one key takes all
             ds += grad_lse[:, :, rows, None]
         ds *= p
         if dbias is not None:

@@ -18,7 +18,7 @@ from bigmodel_kernels.ops.attention import attention
 from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
 from bigmodel_kernels.ops.linear import linear
-from bigmodel_kernels.ops.norm import layer_norm
+from bigmodel_kernels.ops.norm import layer_norm, rms_norm
 from bigmodel_kernels.transformers.autoregister import register_when_imported
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "linear",
     "patch",
     "patched",
+    "rms_norm",
     "unpatch",
 ]
 

@@ -3,7 +3,8 @@
 The order of a row is the order of preference. An implementation is a module with a function `run` that takes
 the operator's own arguments, and a function `supports` that takes the same and returns None, or the reason
 why it cannot run this call. Modules are imported on first use, so that importing the package compiles and
-loads nothing.
+loads nothing. An operator's training form and its gradient are rows of their own, of the same modules:
+`run_training` and `run_backward` with `supports_training` and `supports_backward`.
 
 `BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an
 error.
@@ -45,10 +46,22 @@ class Implementation:
     def load(self) -> tuple[Callable[..., Any], Callable[..., str | None] | None]:
         if self._loaded is None:
             module = importlib.import_module(self.module)
-            run = getattr(module, "run" + self.suffix)
+            run = getattr(module, "run" + self.suffix, None)
+            if run is None:
+                raise NotImplementedError(f"{self.module} has no run{self.suffix}")
             supports = None if self.name == "reference" else getattr(module, "supports" + self.suffix)
             self._loaded = (run, supports)
         return self._loaded
+
+    def exists(self) -> bool:
+        """Whether the backend has code for the operator at all."""
+        try:
+            self.load()
+        except ImportError:
+            return True  # the code is there, and what it needs is not: `why_not` says what
+        except NotImplementedError:
+            return False
+        return True
 
     def why_not(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """The reason why this implementation cannot run the call; None when it can."""
@@ -61,40 +74,60 @@ class Implementation:
         ) as error:  # the library behind the backend is not installed; remembered, and reported
             self._load_error = f"{self.module} cannot be imported: {error}"
             return self._load_error
+        except NotImplementedError as error:
+            self._load_error = str(error)
+            return self._load_error
         return None if supports is None else supports(*args, **kwargs)
 
 
-def _row(op: str, folder: str, *names: str, suffix: str = "") -> tuple[Implementation, ...]:
-    return tuple(Implementation(name, f"bigmodel_kernels.ops.{folder}.{name}", suffix) for name in names)
+def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementation, ...]:
+    """The row of an operator: `run<suffix>` of the modules of a folder, best first."""
+
+    def one(name: str, only_when_forced: str | None = None) -> Implementation:
+        return Implementation(name, f"bigmodel_kernels.ops.{folder}.{name}", suffix, only_when_forced)
+
+    if device == "cuda":
+        return one("triton"), one("reference")
+    interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"
+    return one("native"), one("triton", interpreted), one("reference")
 
 
-def _cpu_triton(op: str, folder: str) -> Implementation:
-    return Implementation(
-        "triton",
-        f"bigmodel_kernels.ops.{folder}.triton",
-        only_when_forced="on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND",
-    )
+#: operator -> (folder, suffix of its functions there)
+_OPERATORS = {
+    "attention": ("attention", ""),
+    "linear": ("linear", ""),
+    "linear_training": ("linear", "_training"),
+    "linear_backward": ("linear", "_backward"),
+    "feed_forward": ("feed_forward", ""),
+    "feed_forward_training": ("feed_forward", "_training"),
+    "feed_forward_backward": ("feed_forward", "_backward"),
+    "layer_norm": ("norm", ""),
+    "rms_norm": ("norm", "_rms_norm"),
+    "norm_backward": ("norm", "_backward"),
+    "embedding": ("embedding", ""),
+    "embedding_backward": ("embedding", "_backward"),
+}
 
-
-_FOLDERS = {
-    "attention": "attention",
-    "linear": "linear",
-    "feed_forward": "feed_forward",
-    "layer_norm": "norm",
-    "embedding": "embedding",
+#: operator of the public surface -> (folder, function that makes the operator's arguments)
+_PUBLIC = {
+    "attention": ("attention", "prepare"),
+    "linear": ("linear", "prepare"),
+    "feed_forward": ("feed_forward", "prepare"),
+    "layer_norm": ("norm", "prepare"),
+    "rms_norm": ("norm", "prepare_rms_norm"),
+    "embedding": ("embedding", "prepare"),
 }
 
 #: (operator, device type) -> implementations, best first.
-TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {}
-for _op, _folder in _FOLDERS.items():
-    TABLE[_op, "cpu"] = (
-        *_row(_op, _folder, "native"),
-        _cpu_triton(_op, _folder),
-        *_row(_op, _folder, "reference"),
+TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
+    (op, device): _implementations(folder, suffix, device)
+    for op, (folder, suffix) in _OPERATORS.items()
+    for device in ("cpu", "cuda")
+}
+for _device in ("cpu", "cuda"):
+    TABLE["attention_backward", _device] = (
+        Implementation("reference", "bigmodel_kernels.ops.attention.reference", "_backward"),
     )
-    TABLE[_op, "cuda"] = _row(_op, _folder, "triton", "reference")
-TABLE["attention_backward", "cpu"] = _row("attention_backward", "attention", "reference", suffix="_backward")
-TABLE["attention_backward", "cuda"] = _row("attention_backward", "attention", "reference", suffix="_backward")
 
 
 def operators() -> list[str]:
@@ -149,9 +182,10 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
     """
     row = _row_of(op, device_type)
     force = forced()
-    if force is not None and any(i.name == force for i in row):
+    if force is not None and any(i.name == force and i.exists() for i in row):
         return _forced(op, device_type, force, row, args, kwargs)
-    if force is not None and len(row) > 1:
+    # A backend may have no code for gradients, which then take the table's order.
+    if force is not None and not op.endswith(("_training", "_backward")):
         raise BackendError(
             f"{ENVIRONMENT}={force} cannot run {op} on {device_type}: it has no such implementation"
         )
@@ -248,10 +282,10 @@ def explain(what: Any, *args: Any, **kwargs: Any) -> Any:
     report that `patch` would give.
     """
     if isinstance(what, str):
-        folder = _FOLDERS.get(what)
-        if folder is None:
-            raise ValueError(f"op={what!r} is unknown; allowed are {', '.join(sorted(_FOLDERS))}")
-        prepare = importlib.import_module(f"bigmodel_kernels.ops.{folder}").prepare
+        if what not in _PUBLIC:
+            raise ValueError(f"op={what!r} is unknown; allowed are {', '.join(sorted(_PUBLIC))}")
+        folder, function = _PUBLIC[what]
+        prepare = getattr(importlib.import_module(f"bigmodel_kernels.ops.{folder}"), function)
         op_args, op_kwargs = prepare(*args, **kwargs)
         return explain_call(what, op_args[0].device.type, op_args, op_kwargs)
     from bigmodel_kernels import transformers  # the only import upwards: explain(model) belongs to that layer

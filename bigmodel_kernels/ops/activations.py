@@ -1,12 +1,12 @@
-"""Activations of linear and feed_forward, and their derivatives, in plain PyTorch."""
+"""Activations and dropout of hidden states, and their gradients, in plain PyTorch."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bigmodel_kernels.ops.philox import keep_elements
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 
@@ -26,19 +26,28 @@ def activate(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def derivative(x: Tensor, name: str) -> Tensor:
-    """The activation's derivative at x, itself differentiable."""
-    if name == "gelu":
-        cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-        return cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    if name == "gelu_tanh":
-        c = math.sqrt(2 / math.pi)
-        tanh = torch.tanh(c * (x + 0.044715 * x * x * x))
-        return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * c * (1 + 3 * 0.044715 * x * x)
-    if name in ("quick_gelu", "silu"):
-        slope = 1.702 if name == "quick_gelu" else 1.0
-        gate = torch.sigmoid(slope * x)
-        return gate * (1 + slope * x * (1 - gate))
+def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
+    """grad times the activation's derivative at x, both in the type of computation."""
+    if name in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if name == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_backward.default(grad, x, approximate=approximate)
+    if name == "silu":
+        return torch.ops.aten.silu_backward.default(grad, x)
     if name == "relu":
-        return (x > 0).to(x.dtype)
-    return torch.ones_like(x)
+        return torch.ops.aten.threshold_backward.default(grad, x, 0)
+    if name == "quick_gelu":
+        gate = torch.sigmoid(1.702 * x)
+        return grad * (gate * (1 + 1.702 * x * (1 - gate)))
+    return grad
+
+
+def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """x (..., N) with elements dropped by their place and the others scaled by 1 / (1 - p).
+
+    The gradient is the same function of the gradient, with the same seed.
+    """
+    if seed is None or not p or x.numel() == 0:
+        return x
+    columns = x.shape[-1]
+    keep = keep_elements(seed, p, x.numel() // columns, columns, dtype=x.dtype, device=x.device)
+    return x * keep.view(x.shape)

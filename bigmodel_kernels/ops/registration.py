@@ -25,14 +25,62 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     implementation is called, checks and all, without the dispatcher, whose Python parts cost tens of
     microseconds a call. Otherwise this is `torch.ops.bigmodel.<name>.default`.
     """
-    if (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and _nobody_listens(args[0].device.type)
-        and all(map(_plain, args))
-    ):
-        return _IMPLEMENTATIONS[name](*args, **options)
+    if not torch.is_grad_enabled():
+        for option in _TRAINING.get(name, ()):
+            options.pop(option, None)
+        if (
+            not torch.compiler.is_compiling()
+            and _nobody_listens(args[0].device.type)
+            and all(map(_plain, args))
+        ):
+            return _IMPLEMENTATIONS[name](*args, **options)
+        return getattr(torch.ops.bigmodel, name).default(*args, **options)
+    return differentiable(name, args, options)
+
+
+#: Operators with a form `<name>_training`, which keeps what the backward would have to compute again, and the
+#: options that only that form has.
+_TRAINING: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "feed_forward": ("recompute",),
+}
+
+
+def differentiable(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The operator in its training form where a gradient is wanted, else plain; the first result alone."""
+    if name in _TRAINING:
+        if wants_gradient(args):
+            return getattr(torch.ops.bigmodel, name + "_training").default(*args, **options)[0]
+        options = {key: value for key, value in options.items() if key not in _TRAINING[name]}
     return getattr(torch.ops.bigmodel, name).default(*args, **options)
+
+
+def wants_gradient(values: Any) -> bool:
+    """Whether autograd will record a call with these arguments."""
+    return torch.is_grad_enabled() and _any_requires_grad(values)
+
+
+def _any_requires_grad(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and _any_requires_grad(value):
+            return True
+    return False
+
+
+def given(defaults: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The options that differ from their defaults: what a call does not use is not passed."""
+    return {key: value for key, value in options.items() if value != defaults[key]}
+
+
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """A seed for one call with dropout, None without.
+
+    It is a tensor drawn from torch's own generator: manual_seed, checkpointing and compile see it.
+    """
+    return torch.randint(0, 2**62, (), device=device) if dropout_p else None
 
 
 def _nobody_listens(device_type: str) -> bool:
@@ -129,6 +177,37 @@ def require_vector(name: str, tensor: Tensor, size: Any, what: str, x: Tensor) -
     require_like(name, tensor, "x", x)
 
 
+def require_dropout(dropout_p: float, dropout_seed: Tensor | None, name: str, like: Tensor) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p} is out of range; allowed is 0 <= dropout_p < 1")
+    if dropout_p and dropout_seed is None:
+        raise ValueError(
+            f"dropout_seed is None with dropout_p={dropout_p}; it must be an int64 tensor of one element"
+        )
+    if dropout_seed is not None:
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise ValueError(
+                f"dropout_seed has dtype {dropout_seed.dtype} and shape {shape(dropout_seed)}; "
+                "it must be an int64 tensor of one element"
+            )
+        require_device("dropout_seed", dropout_seed, name, like)
+
+
+def require_shape(name: str, tensor: Tensor | None, size: Sequence[Any], x: Tensor) -> None:
+    """A tensor of this shape with the dtype and device of x, or None."""
+    if tensor is not None:
+        if list(tensor.shape) != list(size):
+            raise ValueError(f"{name} has shape {shape(tensor)}; it must be {tuple(size)}")
+        require_like(name, tensor, "x", x)
+
+
+def require_needs(needs: Sequence[bool], names: Sequence[str]) -> None:
+    if len(needs) != len(names):
+        raise ValueError(
+            f"needs holds {len(needs)} values; it must hold {len(names)}, for {', '.join(names)}"
+        )
+
+
 def broadcasts(size: Sequence[Any], full: Sequence[Any]) -> bool:
     """Whether a tensor of this size expands to the full one.
 
@@ -166,3 +245,37 @@ def backward_formula(count: int) -> Callable[..., Any]:
         return backward
 
     return decorate
+
+
+def no_second_derivative(name: str, instead: str) -> None:
+    """Registers that `bigmodel::<name>` has no derivative: `instead` says what to use for one."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"bigmodel::{name.removesuffix('_backward')} has no second derivative (create_graph=True and "
+            f"then backward again); use {instead} for that"
+        )
+
+    torch.library.register_autograd(f"bigmodel::{name}", backward)
+
+
+def placeholder(like: Tensor, size: Sequence[Any]) -> Tensor:
+    """A tensor of this shape without memory, for an argument whose values are not read.
+
+    A backward that computes no gradient of a weight needs the shape of the input and no more, and the input
+    need not be kept for it.
+    """
+    return like.new_empty(()).expand(size)
+
+
+def gradients(results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Results of a backward operator as autograd wants them: None where none is needed."""
+    return [result if need else None for result, need in zip(results, needs, strict=True)]
+
+
+def filled(gradients: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Gradients as a backward operator returns them, in the dtype of `like`: empty where not needed."""
+    return [
+        like.new_empty(0) if gradient is None or not need else gradient.to(like.dtype)
+        for gradient, need in zip(gradients, needs, strict=True)
+    ]

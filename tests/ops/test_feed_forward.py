@@ -138,7 +138,9 @@ def test_autocast(dtype: torch.dtype, cpu_backend: str) -> None:
             out = bk.feed_forward(X, w_in, *args[2:], **kwargs)
             out.float().square().sum().backward()
         low = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        assert torch.equal(out, bk.feed_forward(*(t.to(dtype) for t in args), **low))
+        assert torch.equal(
+            out, bk.feed_forward(X.to(dtype), w_in.to(dtype), *(t.to(dtype) for t in args[2:]), **low)
+        )
     assert out.dtype == dtype
     assert w_in.grad is not None and w_in.grad.dtype == torch.float32
 

@@ -1,24 +1,32 @@
-"""Embedding: word + position + token type + LayerNorm in one pass: `bigmodel::embedding` and its public
-function."""
+"""Embedding: word + position + token type + LayerNorm + dropout in one pass: `bigmodel::embedding`, its
+gradient, and the public function."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import backends
-from bigmodel_kernels.ops.norm import cast, check_norm, norm_backward
+from bigmodel_kernels.ops.norm import check_norm
 from bigmodel_kernels.ops.registration import (
     backward_formula,
     broadcasts,
-    compute_dtype,
+    call,
     define,
+    differentiable,
+    draw_seed,
+    given,
+    gradients,
+    no_second_derivative,
     require_device,
+    require_dropout,
     require_float,
     require_like,
+    require_needs,
+    require_shape,
     shape,
 )
 
@@ -33,21 +41,27 @@ def embedding(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-12,
+    *,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
 ) -> Tensor:
-    """LayerNorm(word_weight[input_ids] + position_weight[position_ids] + token_type_weight[token_type_ids]).
+    """dropout(LayerNorm(word_weight[input_ids] + position_weight[position_ids] +
+    token_type_weight[token_type_ids])).
 
     input_ids (...,) int64 or int32; position_ids and token_type_ids broadcast to its shape, and come each
     with its table or not at all; tables (V, N), (P, N), (T, N); norm_weight and norm_bias (N,), or None for
-    no LayerNorm. Returns (..., N), contiguous. float32, bfloat16, float16 (float64 in the reference), the
-    same for all tables; the sum and the statistics are in float32 and the result is rounded once.
-    Differentiable in all tables and the norm.
+    no LayerNorm. Returns (..., N), contiguous. dropout_p: elements are dropped with this chance and the
+    others scaled by 1 / (1 - dropout_p). padding_idx: this row of word_weight gets no gradient, as in
+    nn.Embedding. float32, bfloat16, float16 (float64 in the reference), the same for all tables; the sum and
+    the statistics are in float32 and the result is rounded once; rows of a gradient are summed in float32.
+    Differentiable once in all tables and the norm; a second derivative raises NotImplementedError.
 
     Raises IndexError for an id out of range (on a GPU the device reports it), TypeError or ValueError
     otherwise, naming the argument, its value and what is allowed.
 
     Source: BERT (Devlin et al., 2018, arXiv:1810.04805).
     """
-    args, _ = prepare(
+    args, kwargs = prepare(
         input_ids,
         word_weight,
         position_ids,
@@ -57,8 +71,10 @@ def embedding(
         norm_weight,
         norm_bias,
         norm_eps,
+        dropout_p=dropout_p,
+        padding_idx=padding_idx,
     )
-    return torch.ops.bigmodel.embedding.default(*args)
+    return differentiable("embedding", args, kwargs)  # type: ignore[no-any-return]
 
 
 def prepare(
@@ -71,10 +87,25 @@ def prepare(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-12,
+    *,
+    dropout_p: float = 0.0,
+    padding_idx: int | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments for those of the public function."""
     tables = (input_ids, word_weight, position_ids, position_weight, token_type_ids, token_type_weight)
-    return (*tables, norm_weight, norm_bias, norm_eps), {}
+    args: tuple[Any, ...] = (*tables, norm_weight, norm_bias, norm_eps)
+    if dropout_p:
+        args = (*args, draw_seed(dropout_p, input_ids.device))
+    index = -1
+    if padding_idx is not None:
+        rows = word_weight.shape[0] if word_weight.dim() else 0
+        if not -rows <= padding_idx < rows:
+            raise ValueError(
+                f"padding_idx={padding_idx} is out of range; allowed are {-rows} to {rows - 1}, a row of "
+                "word_weight, and None"
+            )
+        index = padding_idx % rows
+    return args, given({"dropout_p": 0.0, "padding_idx": -1}, dropout_p=dropout_p, padding_idx=index)
 
 
 def check(
@@ -87,7 +118,12 @@ def check(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    dropout_seed: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    padding_idx: int = -1,
 ) -> None:
+    """Raises for what is wrong."""
     require_float("word_weight", word_weight)
     pairs = (
         ("input_ids", input_ids, "word_weight", word_weight),
@@ -115,6 +151,12 @@ def check(
                 )
     if norm_weight is not None or norm_bias is not None:
         check_norm(word_weight, word_weight.shape[1], norm_weight, norm_bias, norm_eps, prefix="norm_")
+    require_dropout(dropout_p, dropout_seed, "word_weight", word_weight)
+    if padding_idx < -1 or padding_idx >= word_weight.shape[0]:
+        raise ValueError(
+            f"padding_idx={padding_idx} is out of range; allowed are the rows of word_weight, 0 to "
+            f"{word_weight.shape[0] - 1}, and -1 for none"
+        )
 
 
 def _check_range(ids_name: str, ids: Tensor | None, weight: Tensor | None) -> None:
@@ -127,69 +169,81 @@ def _check_range(ids_name: str, ids: Tensor | None, weight: Tensor | None) -> No
         raise IndexError(f"{ids_name} holds {wrong}; allowed are 0 to {weight.shape[0] - 1}")
 
 
-def _run(*args: Any) -> Tensor:
-    check(*args)
+def _run(*args: Any, **options: Any) -> Tensor:
+    check(*args, **options)
     _check_range("input_ids", args[0], args[1])
     _check_range("position_ids", args[2], args[3])
     _check_range("token_type_ids", args[4], args[5])
-    return backends.run("embedding", args[0].device.type, args, {})
+    return backends.run("embedding", args[0].device.type, args, options)  # type: ignore[no-any-return]
 
 
-def _fake(input_ids: Tensor, word_weight: Tensor, *args: Any) -> Tensor:
-    check(input_ids, word_weight, *args)
+def _fake(input_ids: Tensor, word_weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    check(input_ids, word_weight, *args, **options)
     return word_weight.new_empty((*input_ids.shape, word_weight.shape[1]))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.norm_eps = inputs
-    ctx.save_for_backward(*tensors)
+_BACKWARD = ("word_weight", "position_weight", "token_type_weight", "norm_weight", "norm_bias")
 
 
-@backward_formula(9)
+def _check_backward(
+    grad: Tensor, *args: Any, norm_eps: float, needs: Sequence[bool], **options: Any
+) -> list[Any]:
+    """Raises for what is wrong; returns the shapes of all gradients."""
+    arguments: tuple[Any, ...] = (*args[:8], norm_eps, *args[8:])
+    check(*arguments, **options)
+    input_ids, word, _, position, _, token_type, norm_weight, norm_bias, *_rest = args
+    require_shape("grad", grad, [*input_ids.shape, word.shape[1]], word)
+    require_needs(needs, _BACKWARD)
+    tensors = (word, position, token_type, norm_weight, norm_bias)
+    for name, tensor, need in zip(_BACKWARD, tensors, needs, strict=True):
+        if need and tensor is None:
+            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    return [(0,) if tensor is None else tensor.shape for tensor in tensors]
+
+
+def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
+    _check_backward(*args, **options)
+    return backends.run("embedding_backward", args[0].device.type, args, options)  # type: ignore[no-any-return]
+
+
+def _fake_backward(grad: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+    sizes = _check_backward(grad, *args, **options)
+    return [grad.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    *tensors, ctx.norm_eps, seed = inputs
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+@backward_formula(10)
 def _backward(
-    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], upstream: Tensor
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    input_ids, word, position_ids, position, type_ids, token_type, norm_weight, norm_bias = saved
-    _, need_word, _, need_position, _, need_type, need_norm_weight, need_norm_bias, _ = needs
-    compute = compute_dtype(word.dtype)
-    grad: Any = upstream.to(compute)
-    dnorm_weight = dnorm_bias = None
-    if norm_weight is not None:
-        total = F.embedding(input_ids, word).to(compute)
-        if position is not None:
-            total = total + F.embedding(position_ids, position).to(compute)
-        if token_type is not None:
-            total = total + F.embedding(type_ids, token_type).to(compute)
-        needs = (need_word or need_position or need_type, need_norm_weight, need_norm_bias)
-        grad, dnorm_weight, dnorm_bias = norm_backward(
-            grad, total, norm_weight, norm_bias, ctx.norm_eps, needs
-        )
-    return (
-        None,
-        _table_gradient(grad, input_ids, word) if need_word else None,
-        None,
-        _table_gradient(grad, position_ids, position) if need_position else None,
-        None,
-        _table_gradient(grad, type_ids, token_type) if need_type else None,
-        cast(dnorm_weight, word) if need_norm_weight else None,
-        cast(dnorm_bias, word) if need_norm_bias else None,
-        None,
-    )
+    asked = [needs[1], needs[3], needs[5], needs[6], needs[7]]
+    results = call("embedding_backward", grad, *saved, norm_eps=ctx.norm_eps, **ctx.options, needs=asked)
+    word, position, token_type, norm_weight, norm_bias = gradients(results, asked)
+    return None, word, None, position, None, token_type, norm_weight, norm_bias, None, None
 
 
-def _table_gradient(grad: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of grad added up by id, in the type of computation; broadcast ids get the sum of what they were
-    given to."""
-    grad = grad.sum_to_size((*ids.shape, grad.shape[-1]))
-    rows = torch.zeros(weight.shape, dtype=grad.dtype, device=grad.device)
-    return rows.index_add(0, ids.reshape(-1), grad.reshape(-1, grad.shape[-1])).to(weight.dtype)
-
-
+_TABLES = (
+    "Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, "
+    "Tensor? token_type_ids, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias"
+)
 define(
-    "embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, "
-    "Tensor? token_type_ids, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, "
-    "float norm_eps) -> Tensor",
+    f"embedding({_TABLES}, float norm_eps, Tensor? dropout_seed=None, *, float dropout_p=0.0, "
+    "int padding_idx=-1) -> Tensor",
     _run,
     _fake,
 )
+define(
+    f"embedding_backward(Tensor grad, {_TABLES}, Tensor? dropout_seed=None, *, float norm_eps, "
+    "float dropout_p=0.0, int padding_idx=-1, bool[] needs) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
 torch.library.register_autograd("bigmodel::embedding", _backward, setup_context=_setup_context)
+no_second_derivative("embedding_backward", "torch.nn.functional.embedding")

@@ -8,9 +8,11 @@ from torch import Tensor
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
 
 
-def supports(input_ids: Tensor, word_weight: Tensor, *args: object) -> str | None:
+def supports(
+    input_ids: Tensor, word_weight: Tensor, *args: object, dropout_p: float = 0.0, **options: object
+) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    return unavailable(word_weight.dtype)
+    return unavailable(word_weight.dtype) or ("it has no dropout here" if dropout_p else None)
 
 
 def run(
@@ -23,6 +25,10 @@ def run(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    dropout_seed: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    padding_idx: int = -1,
 ) -> Tensor:
     """See `bigmodel_kernels.embedding`."""
     return torch.ops.bigmodel.cpu_embedding(

@@ -1,4 +1,5 @@
-"""Linear with activation, residual and LayerNorm: `bigmodel::linear` and its public function."""
+"""Linear with activation, dropout, residual and norm: `bigmodel::linear`, its training form and gradient, and
+the public function."""
 
 from __future__ import annotations
 
@@ -9,16 +10,24 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import backends
-from bigmodel_kernels.ops.activations import ACTIVATIONS, activate, derivative
-from bigmodel_kernels.ops.linear.reference import project
-from bigmodel_kernels.ops.norm import cast, check_norm, norm_backward
+from bigmodel_kernels.ops.activations import ACTIVATIONS
+from bigmodel_kernels.ops.norm import KINDS, check_norm
 from bigmodel_kernels.ops.registration import (
     backward_formula,
-    compute_dtype,
+    call,
     define,
+    differentiable,
+    draw_seed,
+    given,
+    gradients,
+    no_second_derivative,
+    placeholder,
     require_choice,
+    require_dropout,
     require_float,
     require_like,
+    require_needs,
+    require_shape,
     require_vector,
     shape,
 )
@@ -37,18 +46,22 @@ def linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """y = activation(x @ W^T + b), then + residual if given, then LayerNorm if norm_weight is given.
+    """y = dropout(activation(x @ W^T + b)), then + residual if given, then the norm if norm_weight is given.
 
     x (..., K). weight (N, K) as in nn.Linear, or (K, N) with weight_layout="conv1d" as in GPT-2; bias (N,) or
     None. Several weights (and as many biases, or none) are one projection: their outputs come side by side,
     as Q, K and V do in one product. residual has the shape of the result, (..., sum of N); norm_weight and
-    norm_bias (sum of N,). activation: "none", "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". Returns
-    (..., sum of N), contiguous.
+    norm_bias (sum of N,). activation: "none", "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu". norm_kind:
+    "layer_norm" or "rms_norm", which has no bias. dropout_p: elements are dropped with this chance and the
+    others scaled by 1 / (1 - dropout_p). Returns (..., sum of N), contiguous.
 
     float32, bfloat16, float16 (float64 in the reference), the same for all; everything up to the result is in
-    float32 and rounded once. Under autocast all are cast to its dtype. Differentiable in all tensors, more
-    than once.
+    float32 and rounded once. Under autocast all are cast to its dtype. Differentiable once in all tensors; a
+    second derivative raises NotImplementedError. Where a gradient is wanted, what the activation and the norm
+    were given is kept for it, in the dtype of x; gradients of weights are summed in float32.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
     """
@@ -62,8 +75,10 @@ def linear(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
         norm_eps=norm_eps,
+        norm_kind=norm_kind,
+        dropout_p=dropout_p,
     )
-    return torch.ops.bigmodel.linear.default(*args, **kwargs)
+    return differentiable("linear", args, kwargs)  # type: ignore[no-any-return]
 
 
 def prepare(
@@ -77,14 +92,20 @@ def prepare(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    dropout_p: float = 0.0,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments for those of the public function."""
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
-    return (x, weights, biases, residual, norm_weight, norm_bias), {
+    args: tuple[Any, ...] = (x, weights, biases, residual, norm_weight, norm_bias)
+    if dropout_p:
+        args = (*args, draw_seed(dropout_p, x.device))
+    return args, {
         "weight_layout": weight_layout,
         "activation": activation,
         "norm_eps": norm_eps,
+        **given({"norm_kind": "layer_norm", "dropout_p": 0.0}, norm_kind=norm_kind, dropout_p=dropout_p),
     }
 
 
@@ -109,10 +130,13 @@ def check(
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
     activation: str = "none",
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    dropout_p: float = 0.0,
 ) -> list[Any]:
     """Raises for what is wrong; returns the shape of the result."""
     require_float("x", x)
@@ -120,6 +144,7 @@ def check(
         raise ValueError("x has shape (); it must have at least one dimension")
     require_choice("weight_layout", weight_layout, LAYOUTS)
     require_choice("activation", activation, ACTIVATIONS)
+    require_choice("norm_kind", norm_kind, KINDS)
     if not weights:
         raise ValueError("weight is an empty list; it must hold at least one tensor")
     if biases and len(biases) != len(weights):
@@ -133,9 +158,10 @@ def check(
             require_vector("bias", biases[i], out, "the number of features that its weight gives", x)
         size = size + out
     if norm_weight is not None or norm_bias is not None:
-        check_norm(x, size, norm_weight, norm_bias, norm_eps, prefix="norm_")
+        check_norm(x, size, norm_weight, norm_bias, norm_eps, "norm_", norm_kind)
     result = [*x.shape[:-1], size]
     check_residual(residual, result, x)
+    require_dropout(dropout_p, dropout_seed, "x", x)
     return result
 
 
@@ -150,96 +176,161 @@ def check_residual(residual: Tensor | None, result: list[Any], x: Tensor) -> Non
 
 def _run(*args: Any, **options: Any) -> Tensor:
     check(*args, **options)
-    return backends.run("linear", args[0].device.type, args, options)
+    return backends.run("linear", args[0].device.type, args, options)  # type: ignore[no-any-return]
 
 
 def _fake(x: Tensor, *args: Any, **options: Any) -> Tensor:
     return x.new_empty(check(x, *args, **options))
 
 
-def projection_backward(
+def _run_training(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check(*args, **options)
+    return backends.run("linear_training", args[0].device.type, args, options)  # type: ignore[no-any-return]
+
+
+def _fake_training(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = check(x, weights, biases, residual, norm_weight, *args, **options)
+    return (
+        x.new_empty(size),
+        x.new_empty(size if options.get("activation", "none") != "none" else (0,)),
+        x.new_empty(size if norm_weight is not None else (0,)),
+    )
+
+
+def _check_backward(
     grad: Tensor,
     x: Tensor,
     weights: list[Tensor],
-    weight_layout: str,
-    need_x: bool,
-    need_weights: Sequence[bool],
-    need_biases: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Gradients of x, of each weight and of each bias where needed; x (M, K), grad (M, sum of N)."""
-    conv1d = weight_layout == "conv1d"
-    parts = grad.split([w.shape[1 if conv1d else 0] for w in weights], -1)
-    dx = None
-    if need_x:  # one product, so that a half gradient is rounded once
-        whole = weights[0] if len(weights) == 1 else torch.cat(weights, 1 if conv1d else 0)
-        dx = grad @ (whole.t() if conv1d else whole)
-    dw: list[Tensor | None] = [
-        (x.t() @ part if conv1d else part.t() @ x) if need else None
-        for part, need in zip(parts, need_weights, strict=True)
-    ]
-    db: list[Tensor | None] = [
-        part.sum(0, dtype=compute_dtype(part.dtype)).to(part.dtype) if need else None
-        for part, need in zip(parts, need_biases, strict=False)
-    ]
-    return dx, dw, db
+    biases: list[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    preactivation: Tensor | None = None,
+    prenorm: Tensor | None = None,
+    *,
+    needs: Sequence[bool],
+    **options: Any,
+) -> list[Any]:
+    """Raises for what is wrong; returns the shapes of all gradients.
+
+    residual is read where prenorm has to be computed again, and may be None otherwise, with a gradient.
+    """
+    result = check(x, weights, biases, residual, norm_weight, norm_bias, dropout_seed, **options)
+    require_shape("grad", grad, result, x)
+    require_shape("preactivation", preactivation, result, x)
+    require_shape("prenorm", prenorm, result, x)
+    names = ["x", "residual", "norm_weight", "norm_bias"]
+    names += [f"weights[{i}]" for i in range(len(weights))] + [f"biases[{i}]" for i in range(len(biases))]
+    require_needs(needs, names)
+    for name, tensor, need in (("norm_weight", norm_weight, needs[2]), ("norm_bias", norm_bias, needs[3])):
+        if need and tensor is None:
+            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    vectors = [t.shape for t in (*weights, *biases)]
+    return [x.shape, result, result[-1:], result[-1:], *vectors]
+
+
+def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
+    _check_backward(*args, **options)
+    return backends.run("linear_backward", args[0].device.type, args, options)  # type: ignore[no-any-return]
+
+
+def _fake_backward(grad: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+    sizes = _check_backward(grad, *args, **options)
+    return [grad.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
-    x, weights, biases, residual, norm_weight, norm_bias = inputs
-    ctx.counts = (len(weights), len(biases))
-    ctx.save_for_backward(x, *weights, *biases, residual, norm_weight, norm_bias)
-    ctx.options = keyword_only_inputs
+    x, weights, biases, residual, norm_weight, norm_bias, seed = inputs
+    ctx.counts, ctx.options, ctx.size = (len(weights), len(biases)), keyword_only_inputs, None
+    ctx.save_for_backward(x, *weights, *biases, residual, norm_weight, norm_bias, seed, None, None)
 
 
-@backward_formula(6)
-def _backward(ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
-    x, *rest, residual, norm_weight, norm_bias = saved
-    weights, biases = list(rest[: ctx.counts[0]]), list(rest[ctx.counts[0] :])
-    need_x, need_weights, need_biases, need_residual, need_norm_weight, need_norm_bias = needs
-    layout, activation = ctx.options["weight_layout"], ctx.options["activation"]
-    compute = compute_dtype(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    z = None
-    if activation != "none" or norm_weight is not None:  # the product again, rather than keeping it
-        z = torch.cat(
-            [project(rows, w, biases[i] if biases else None, layout) for i, w in enumerate(weights)], -1
-        ).to(compute)
-    dy: Any = grad.reshape(-1, grad.shape[-1]).to(compute)
-    dnorm_weight = dnorm_bias = None
-    if norm_weight is not None and z is not None:
-        y = activate(z, activation)
-        if residual is not None:
-            y = y + residual.reshape(y.shape).to(compute)
-        need_y = need_x or need_residual or any(need_weights) or any(need_biases)
-        dy, dnorm_weight, dnorm_bias = norm_backward(
-            dy, y, norm_weight, norm_bias, ctx.options["norm_eps"], (need_y, need_norm_weight, need_norm_bias)
-        )
-    dx: Tensor | None = None
-    dw: list[Tensor | None] = [None] * len(weights)
-    db: list[Tensor | None] = [None] * len(biases)
-    if need_x or any(need_weights) or any(need_biases):
-        dz = dy if z is None or activation == "none" else dy * derivative(z, activation)
-        dx, dw, db = projection_backward(
-            dz.to(x.dtype), rows, weights, layout, need_x, need_weights, need_biases
-        )
-    return (
-        None if dx is None else dx.view(x.shape),
-        dw,
-        db,
-        dy.to(x.dtype).view(grad.shape) if need_residual else None,
-        cast(dnorm_weight, x) if need_norm_weight else None,
-        cast(dnorm_bias, x) if need_norm_bias else None,
+def _setup_context_training(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    x, weights, biases, _, norm_weight, norm_bias, seed = inputs
+    _, preactivation, prenorm = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(preactivation, prenorm)
+    ctx.counts, ctx.options, ctx.size = (len(weights), len(biases)), keyword_only_inputs, x.shape
+    ctx.save_for_backward(
+        # The gradients of weights read x, and nothing else does; residual is in prenorm.
+        x if any(w.requires_grad for w in weights) else placeholder(x, ()),
+        *(*weights, *biases, None, norm_weight, norm_bias, seed),
+        preactivation if keyword_only_inputs["activation"] != "none" else None,
+        prenorm if norm_weight is not None else None,
     )
 
 
+@backward_formula(7)
+def _backward(
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    x, *rest, residual, norm_weight, norm_bias, seed, preactivation, prenorm = saved
+    count = ctx.counts[0]
+    weights, biases = list(rest[:count]), list(rest[count:])
+    need_x, need_weights, need_biases, need_residual, need_norm_weight, need_norm_bias, _ = needs
+    if grad is None:
+        return None, [None] * count, [None] * len(biases), None, None, None, None
+    if ctx.size is not None and x.shape != ctx.size:
+        x = placeholder(x, ctx.size)
+    # Without a norm the gradient of the residual is that of the result, and nothing has to be computed.
+    given_on = need_residual and norm_weight is None
+    asked = [need_x, need_residual and not given_on, need_norm_weight, need_norm_bias]
+    asked += [*need_weights, *need_biases]
+    results = gradients(
+        call(
+            *("linear_backward", grad, x, weights, biases, residual, norm_weight, norm_bias, seed),
+            *(preactivation, prenorm),
+            **ctx.options,
+            needs=asked,
+        ),
+        asked,
+    )
+    dx, dresidual, dnorm_weight, dnorm_bias, *dparameters = results
+    return (
+        dx,
+        dparameters[:count],
+        dparameters[count:],
+        grad if given_on else dresidual,
+        dnorm_weight,
+        dnorm_bias,
+        None,
+    )
+
+
+_TENSORS = (
+    "Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? norm_weight=None, "
+    "Tensor? norm_bias=None, Tensor? dropout_seed=None"
+)
+_OPTIONS = (
+    'str weight_layout="linear", str activation="none", float norm_eps=1e-5, str norm_kind="layer_norm", '
+    "float dropout_p=0.0"
+)
+define(f"linear({_TENSORS}, *, {_OPTIONS}) -> Tensor", _run, _fake, autocast="lower")
 define(
-    "linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? norm_weight=None, "
-    'Tensor? norm_bias=None, *, str weight_layout="linear", str activation="none", float norm_eps=1e-5) '
-    "-> Tensor",
-    _run,
-    _fake,
+    f"linear_training({_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _run_training,
+    _fake_training,
     autocast="lower",
 )
+define(
+    f"linear_backward(Tensor grad, {_TENSORS}, Tensor? preactivation=None, Tensor? prenorm=None, *, "
+    f"{_OPTIONS}, bool[] needs) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
 torch.library.register_autograd("bigmodel::linear", _backward, setup_context=_setup_context)
+torch.library.register_autograd("bigmodel::linear_training", _backward, setup_context=_setup_context_training)
+no_second_derivative("linear_backward", "torch.nn.functional.linear")

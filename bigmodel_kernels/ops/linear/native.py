@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.activations import activate
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
+from bigmodel_kernels.ops.norm import native as norm
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,13 @@ def joined(biases: Sequence[Tensor]) -> Tensor | None:
     return biases[0].contiguous() if len(biases) == 1 else torch.cat(list(biases))
 
 
-def supports(x: Tensor, *args: Any, **options: Any) -> str | None:
+def supports(
+    x: Tensor, *args: Any, norm_kind: str = "layer_norm", dropout_p: float = 0.0, **options: Any
+) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    return unavailable(x.dtype)
+    if norm_kind != "layer_norm":
+        return f"it has no {norm_kind} here"
+    return unavailable(x.dtype) or ("it has no dropout here" if dropout_p else None)
 
 
 def run(
@@ -115,13 +121,16 @@ def run(
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
     activation: str = "none",
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """See `bigmodel_kernels.linear`."""
-    return torch.ops.bigmodel.cpu_linear(
+    return torch.ops.bigmodel.cpu_linear(  # type: ignore[no-any-return]
         x.contiguous(),
         packed(weights, weight_layout),
         joined(biases),
@@ -131,3 +140,36 @@ def run(
         contiguous(norm_bias),
         norm_eps,
     )
+
+
+supports_training = supports
+
+
+def run_training(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    weight_layout: str = "linear",
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, and what follows it in passes of their own: their inputs are kept."""
+    preactivation, prenorm = x.new_empty(0), x.new_empty(0)
+    if activation != "none":
+        preactivation = run(x, weights, biases, weight_layout=weight_layout)
+        out = activate(preactivation, activation)
+        if residual is not None:
+            out += residual
+    else:
+        out = run(x, weights, biases, residual, weight_layout=weight_layout)
+    if norm_weight is not None:
+        prenorm = out
+        out = norm.run(prenorm, norm_weight, norm_bias, norm_eps)
+    return out, preactivation, prenorm

@@ -1,7 +1,9 @@
-"""LayerNorm with residual: `bigmodel::layer_norm` and its public function."""
+"""LayerNorm and RMSNorm with dropout and residual: `bigmodel::layer_norm`, `bigmodel::rms_norm`, their
+gradient `bigmodel::norm_backward`, and the public functions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,130 +12,277 @@ from torch import Tensor
 from bigmodel_kernels import backends
 from bigmodel_kernels.ops.registration import (
     backward_formula,
-    compute_dtype,
+    call,
     define,
+    differentiable,
+    draw_seed,
+    given,
+    gradients,
+    no_second_derivative,
+    require_choice,
+    require_dropout,
     require_float,
-    require_like,
+    require_needs,
+    require_shape,
     require_vector,
     shape,
 )
 
+KINDS = ("layer_norm", "rms_norm")
+
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """LayerNorm over the last dimension of x + residual: (t - mean) / sqrt(var + eps) * weight + bias.
+    """LayerNorm over the last dimension of t = dropout(x) + residual:
+    (t - mean) / sqrt(var + eps) * weight + bias.
 
     x and residual (..., N) of the same shape, weight and bias (N,) or None. Returns (..., N), contiguous.
+    dropout_p: elements of x are dropped with this chance and the others scaled by 1 / (1 - dropout_p).
     float32, bfloat16, float16 (float64 in the reference), the same for all; the sum and the statistics are in
     float32 and the result is rounded once. Under autocast all are cast to float32, torch's own rule for
-    layer_norm. Differentiable in all tensors, more than once.
+    layer_norm. Differentiable once in all tensors; a second derivative raises NotImplementedError.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
 
     Source: Layer Normalization (Ba, Kiros and Hinton, 2016, arXiv:1607.06450).
     """
-    return torch.ops.bigmodel.layer_norm.default(x, weight, bias, eps, residual)
+    args, kwargs = prepare(x, weight, bias, eps, residual, dropout_p=dropout_p)
+    return differentiable("layer_norm", args, kwargs)  # type: ignore[no-any-return]
 
 
 def prepare(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments for those of the public function."""
-    return (x, weight, bias, eps, residual), {}
+    if not dropout_p:
+        return (x, weight, bias, eps, residual), {}
+    return (x, weight, bias, eps, residual, draw_seed(dropout_p, x.device)), {"dropout_p": dropout_p}
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    """RMSNorm over the last dimension of t = dropout(x) + residual:
+    t / sqrt(mean(t^2) + eps) * (weight + weight_offset).
+
+    weight_offset is 1 in Gemma, whose weights are kept as their distance from 1. All else, and the errors, as
+    in `layer_norm`.
+
+    Source: Root Mean Square Layer Normalization (Zhang and Sennrich, 2019, arXiv:1910.07467).
+    """
+    args, kwargs = prepare_rms_norm(
+        x, weight, eps, residual, dropout_p=dropout_p, weight_offset=weight_offset
+    )
+    return differentiable("rms_norm", args, kwargs)  # type: ignore[no-any-return]
+
+
+def prepare_rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operator's arguments for those of the public function."""
+    options = given({"weight_offset": 0.0}, weight_offset=weight_offset)
+    if not dropout_p:
+        return (x, weight, eps, residual), options
+    seed = draw_seed(dropout_p, x.device)
+    return (x, weight, eps, residual, seed), {"dropout_p": dropout_p, **options}
 
 
 def check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    weight_offset: float = 0.0,
+    kind: str = "layer_norm",
 ) -> None:
+    """Raises for what is wrong."""
     require_float("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"x has shape {shape(x)}; it must have at least one dimension, and the last must not be 0"
         )
-    check_norm(x, x.shape[-1], weight, bias, eps, prefix="")
+    check_norm(x, x.shape[-1], weight, bias, eps, prefix="", kind=kind)
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {shape(residual)}; it must be that of x, {shape(x)}")
-        require_like("residual", residual, "x", x)
+        require_shape("residual", residual, x.shape, x)
+    require_dropout(dropout_p, dropout_seed, "x", x)
 
 
 def check_norm(
-    x: Tensor, size: Any, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: str
+    x: Tensor,
+    size: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    prefix: str,
+    kind: str = "layer_norm",
 ) -> None:
     """Parameters of a norm over `size` features of the dtype and device of x."""
+    require_choice(prefix + "kind", kind, KINDS)
     if weight is not None:
         require_vector(prefix + "weight", weight, size, "the number of normalised features", x)
     elif bias is not None:
         raise ValueError(f"{prefix}bias is given and {prefix}weight is None; a bias alone is not allowed")
     if bias is not None:
+        if kind == "rms_norm":
+            raise ValueError(f"{prefix}bias is given with {prefix}kind='rms_norm', which has none")
         require_vector(prefix + "bias", bias, size, "the number of normalised features", x)
     if not eps >= 0:
         raise ValueError(f"{prefix}eps={eps} is out of range; it must not be negative")
 
 
-def _run(*args: Any) -> Tensor:
-    check(*args)
-    return backends.run("layer_norm", args[0].device.type, args, {})
+def _run(*args: Any, **options: Any) -> Tensor:
+    check(*args, **options)
+    return backends.run("layer_norm", args[0].device.type, args, options)  # type: ignore[no-any-return]
 
 
-def _fake(x: Tensor, *args: Any) -> Tensor:
-    check(x, *args)
+def _fake(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    check(x, *args, **options)
     return x.new_empty(x.shape)
 
 
-def norm_backward(
+def _run_rms_norm(x: Tensor, weight: Tensor | None, *args: Any, **options: Any) -> Tensor:
+    check(x, weight, None, *args, **options, kind="rms_norm")
+    return backends.run("rms_norm", x.device.type, (x, weight, *args), options)  # type: ignore[no-any-return]
+
+
+def _fake_rms_norm(x: Tensor, weight: Tensor | None, *args: Any, **options: Any) -> Tensor:
+    check(x, weight, None, *args, **options, kind="rms_norm")
+    return x.new_empty(x.shape)
+
+
+_BACKWARD = ("x", "residual", "weight", "bias")
+
+
+def _check_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    *args: Any,
     eps: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias where needed; all in the type of computation, x and grad too."""
-    weight = None if weight is None else weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    needs: Sequence[bool],
+    **options: Any,
+) -> None:
+    check(x, weight, bias, eps, *args, **options)
+    require_shape("grad", grad, x.shape, x)
+    require_needs(needs, _BACKWARD)
+    for name, tensor, need in (("weight", weight, needs[2]), ("bias", bias, needs[3])):
+        if need and tensor is None:
+            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+
+
+def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
+    _check_backward(*args, **options)
+    return backends.run("norm_backward", args[0].device.type, args, options)  # type: ignore[no-any-return]
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+    _check_backward(grad, x, *args, **options)
     size = [x.shape[-1]]
-    _, mean, rstd = torch.ops.aten.native_layer_norm.default(x, size, weight, bias, eps)
-    return torch.ops.aten.native_layer_norm_backward.default(
-        grad, x, size, mean, rstd, weight, bias, list(needs)
-    )
+    sizes = (x.shape, x.shape, size, size)
+    return [x.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.eps, residual = inputs
-    ctx.save_for_backward(x, weight, bias, residual)
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    x, weight, bias, ctx.eps, residual, seed = inputs
+    ctx.kind, ctx.options = "layer_norm", keyword_only_inputs
+    ctx.save_for_backward(x, weight, bias, residual, seed)
 
 
-@backward_formula(5)
+def _setup_context_rms_norm(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    x, weight, ctx.eps, residual, seed = inputs
+    ctx.kind, ctx.options = "rms_norm", keyword_only_inputs
+    ctx.save_for_backward(x, weight, None, residual, seed)
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], needs: tuple[bool, ...], grad: Tensor) -> list[Any]:
+    """Gradients of x, residual, weight and bias."""
+    # Without dropout those of x and residual are one tensor.
+    same = not ctx.options["dropout_p"] and needs[1]
+    asked = [needs[0] or same, needs[1] and not same, needs[2], needs[3]]
+    results = call("norm_backward", grad, *saved, kind=ctx.kind, eps=ctx.eps, **ctx.options, needs=asked)
+    dx, dresidual, dweight, dbias = gradients(results, asked)
+    return [dx if needs[0] else None, dx if same else dresidual, dweight, dbias]
+
+
+@backward_formula(6)
 def _backward(
     ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    x, weight, bias, residual = saved
-    need_x, need_weight, need_bias, _, need_residual = needs
-    compute = compute_dtype(x.dtype)
-    total = x.to(compute) if residual is None else x.to(compute) + residual.to(compute)
-    needs = (need_x or need_residual, need_weight, need_bias)
-    dx, dweight, dbias = norm_backward(grad.to(compute), total, weight, bias, ctx.eps, needs)
-    dx = cast(dx, x)
-    return (
-        dx if need_x else None,
-        cast(dweight, x) if need_weight else None,
-        cast(dbias, x) if need_bias else None,
-        None,
-        dx if need_residual else None,
+    need_x, need_weight, need_bias, _, need_residual, _ = needs
+    dx, dresidual, dweight, dbias = _gradients(
+        ctx, saved, (need_x, need_residual, need_weight, need_bias), grad
     )
+    return dx, dweight, dbias, None, dresidual, None
 
 
-def cast(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """The gradient in the dtype of its tensor."""
-    return None if gradient is None else gradient.to(like.dtype)
+@backward_formula(5)
+def _backward_rms_norm(
+    ctx: Any, saved: tuple[Any, ...], needs: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    need_x, need_weight, _, need_residual, _ = needs
+    dx, dresidual, dweight, _ = _gradients(ctx, saved, (need_x, need_residual, need_weight, False), grad)
+    return dx, dweight, None, dresidual, None
 
 
 define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None) -> Tensor",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None, "
+    "Tensor? dropout_seed=None, *, float dropout_p=0.0) -> Tensor",
     _run,
     _fake,
     autocast="float32",
 )
+define(
+    "rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual=None, Tensor? dropout_seed=None, *, "
+    "float dropout_p=0.0, float weight_offset=0.0) -> Tensor",
+    _run_rms_norm,
+    _fake_rms_norm,
+    autocast="float32",
+)
+define(
+    "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual=None, "
+    "Tensor? dropout_seed=None, *, str kind, float eps, float dropout_p=0.0, float weight_offset=0.0, "
+    "bool[] needs) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
 torch.library.register_autograd("bigmodel::layer_norm", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "bigmodel::rms_norm", _backward_rms_norm, setup_context=_setup_context_rms_norm
+)
+no_second_derivative("norm_backward", "torch.nn.functional.layer_norm or rms_norm")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bigmodel_kernels.backends import BackendError, Explanation, explain
 from bigmodel_kernels.ops.attention import attention
+from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
 from bigmodel_kernels.ops.linear import linear
@@ -36,6 +37,7 @@ __all__ = [
     "feed_forward",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "patch",
     "patched",
     "rms_norm",

@@ -106,6 +106,9 @@ _OPERATORS = {
     "norm_backward": ("norm", "_backward"),
     "embedding": ("embedding", ""),
     "embedding_backward": ("embedding", "_backward"),
+    "linear_cross_entropy": ("cross_entropy", ""),
+    "linear_cross_entropy_training": ("cross_entropy", "_training"),
+    "linear_cross_entropy_backward": ("cross_entropy", "_backward"),
 }
 
 #: operator of the public surface -> (folder, function that makes the operator's arguments)
@@ -116,6 +119,7 @@ _PUBLIC = {
     "layer_norm": ("norm", "prepare"),
     "rms_norm": ("norm", "prepare_rms_norm"),
     "embedding": ("embedding", "prepare"),
+    "linear_cross_entropy": ("cross_entropy", "prepare"),
 }
 
 #: (operator, device type) -> implementations, best first.

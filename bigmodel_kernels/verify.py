@@ -250,6 +250,15 @@ def embedding_formula(
     return y if norm_weight is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, norm_eps)
 
 
+def linear_cross_entropy_formula(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """With all logits; in half types they are rounded to half first, and the loss is in float32."""
+    logits = F.linear(x, weight, bias)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, target, **options)
+
+
 def _attention_both(*args: Any, **kwargs: Any) -> Any:
     return bk.attention(*args, **kwargs, return_logsumexp=True)
 
@@ -261,6 +270,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "feed_forward": (bk.feed_forward, feed_forward_formula),
     "layer_norm": (bk.layer_norm, layer_norm_formula),
     "embedding": (bk.embedding, embedding_formula),
+    "linear_cross_entropy": (bk.linear_cross_entropy, linear_cross_entropy_formula),
 }
 
 
@@ -638,12 +648,50 @@ def _embedding_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield case("many", (8, 127), 48, position=(1, 127), types=(8, 127))
 
 
+def _linear_cross_entropy_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def case(
+        label: str,
+        rows: int,
+        features: int,
+        classes: int,
+        *,
+        bias: bool = False,
+        ignored: int = 0,
+        scale: float = 1.0,
+        **options: Any,
+    ) -> Case:
+        def build(m: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            target = m.integers(classes, rows)
+            target[:ignored] = -100
+            x, weight = (
+                m.normal(rows, features, scale=scale),
+                m.normal(classes, features, scale=features**-0.5),
+            )
+            # One number has no mean error to speak of: the losses of the rows, unless told otherwise.
+            asked = {"reduction": "none", **options}
+            return (x, weight, target, m.normal(classes) if bias else None), asked
+
+        return Case("linear_cross_entropy", label, dtype, build)
+
+    for rows in (1, 17, 127, 129):
+        yield case(f"rows={rows}", rows, 64, 1000)
+    for classes in (1, 2, 33, 5000):
+        yield case(f"classes={classes}", 40, 48, classes, bias=True)
+    for reduction in ("mean", "sum", "none"):
+        yield case(f"{reduction}, smoothed", 33, 40, 300, reduction=reduction, label_smoothing=0.1)
+        yield case(f"{reduction}, ignored rows", 65, 40, 300, ignored=21, reduction=reduction)
+    yield case("large logits", 40, 64, 500, scale=30.0)
+    yield case("no rows", 0, 16, 30, reduction="sum")
+    yield case("odd sizes", 31, 37, 1009, bias=True, ignored=5)
+
+
 _CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "attention": _attention_cases,
     "linear": _linear_cases,
     "feed_forward": _feed_forward_cases,
     "layer_norm": _layer_norm_cases,
     "embedding": _embedding_cases,
+    "linear_cross_entropy": _linear_cross_entropy_cases,
 }
 
 

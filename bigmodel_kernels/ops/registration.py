@@ -250,10 +250,12 @@ def backward_formula(count: int) -> Callable[..., Any]:
 def no_second_derivative(name: str, instead: str) -> None:
     """Registers that `bigmodel::<name>` has no derivative: `instead` says what to use for one."""
 
+    operator = name.removesuffix("_backward").removesuffix("_scaled")
+
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"bigmodel::{name.removesuffix('_backward')} has no second derivative (create_graph=True and "
-            f"then backward again); use {instead} for that"
+            f"bigmodel::{operator} has no second derivative (create_graph=True and then backward again); "
+            f"use {instead} for that"
         )
 
     torch.library.register_autograd(f"bigmodel::{name}", backward)

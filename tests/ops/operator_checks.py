@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from bigmodel_kernels import backends, verify
@@ -102,6 +104,23 @@ def check_checkpointed(function: Callable[..., Any], call: Call) -> None:
     expected = torch.autograd.grad(function(*args, **kwargs).square().sum(), leaves)
     out = checkpoint(lambda: function(*args, **kwargs), use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected)
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the matrix products, and keeps the number of elements of the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket.__name__
+        self.products += name in ("mm", "addmm", "addmm_", "linear", "bmm")
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
 
 
 def check_case(case: verify.Case, backend: str) -> None:

@@ -170,7 +170,7 @@ def test_no_logits_and_three_products_a_chunk(reduction: str) -> None:
     assert 1 < chunks < rows / 8
     with Sizes() as sizes:
         reference.run_training(x, weight, target, reduction=reduction, needs=[True, True, False])
-    assert sizes.largest <= max(chunk * classes, classes * features) < rows * classes / 2
+    assert sizes.largest <= max(2 * chunk * classes, classes * features) < rows * classes / 2
     assert sizes.products == 3 * chunks
 
 
@@ -222,7 +222,7 @@ def test_a_training_step_learns() -> None:
         loss = bk.linear_cross_entropy(X, weight, target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 3, losses
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bigmodel_kernels.ops.registration import compute_dtype, filled
 
-#: Bytes of logits held at a time. On a CPU what its last cache holds, roughly; a GPU wants larger products.
-_CHUNK_BYTES = {"cpu": 24 << 20}
+#: Bytes of logits held at a time, and as many of their softmax. On a CPU about what its last cache holds; a
+#: GPU wants larger products.
+_CHUNK_BYTES = {"cpu": 16 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 #: Each chunk reads all of the weight: fewer rows than this would wait for memory.
 _LEAST_ROWS = 32
@@ -46,8 +47,8 @@ def run(
     """See `bigmodel_kernels.linear_cross_entropy`."""
     work = _Work(x, weight, target, bias, ignore_index, label_smoothing)
     losses, logsumexp = work.outputs()
-    for rows, logits in work.chunks():
-        losses[rows], logsumexp[rows] = work.loss(logits, rows, torch.logsumexp(logits, 1))
+    for rows, logits, probabilities in work.chunks():
+        losses[rows], logsumexp[rows] = work.loss(rows, logits, probabilities)
     return _reduced(losses, work.rows.numel(), reduction), logsumexp
 
 
@@ -66,13 +67,8 @@ def run_training(
     work = _Work(x, weight, target, bias, ignore_index, label_smoothing)
     losses, logsumexp = work.outputs()
     sums = _Gradients(work, needs)
-    softmax = work.buffer()
-    for rows, logits in work.chunks():
-        probabilities = softmax[: len(rows)]
-        torch.softmax(logits, 1, out=probabilities)
-        # The largest probability is 1 / sum(exp(logits - largest logit)).
-        sums_of_rows = logits.amax(1) - probabilities.amax(1).log()
-        losses[rows], logsumexp[rows] = work.loss(logits, rows, sums_of_rows)
+    for rows, logits, probabilities in work.chunks():
+        losses[rows], logsumexp[rows] = work.loss(rows, logits, probabilities)
         sums.add(rows, work.gradient(probabilities, rows))
     count = work.rows.numel()
     scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
@@ -99,10 +95,7 @@ def run_backward(
     work = _Work(x, weight, target, bias, ignore_index, label_smoothing)
     sums = _Gradients(work, needs)
     upstream = grad.to(logsumexp.dtype)
-    softmax = work.buffer()
-    for rows, logits in work.chunks():
-        probabilities = softmax[: len(rows)]
-        torch.softmax(logits, 1, out=probabilities)
+    for rows, _, probabilities in work.chunks():
         sums.add(rows, work.gradient(probabilities, rows).mul_(upstream[rows, None]))
     return sums.results(1.0)
 
@@ -138,33 +131,35 @@ class _Work:
         zeros = torch.zeros((2, self.x.shape[0]), dtype=self.compute, device=self.x.device)
         return zeros[0], zeros[1].clone()
 
-    def buffer(self) -> Tensor:
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Numbers of rows, and their logits and softmax in the type of computation, which the next chunk
+        overwrites."""
         vocabulary = self.weight.shape[0]
-        step = chunk_rows(vocabulary, self.compute.itemsize, self.x.device)
-        size = (min(step, self.rows.numel()), vocabulary)
-        return torch.empty(size, dtype=self.compute, device=self.x.device)
-
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Numbers of rows, and their logits in the type of computation, which the next chunk overwrites."""
-        buffer = self.buffer()
+        step = min(chunk_rows(vocabulary, self.compute.itemsize, self.x.device), self.rows.numel())
+        buffers = torch.empty((2, step, vocabulary), dtype=self.compute, device=self.x.device)
         bias = None if self.bias is None else self.bias.to(self.compute)
-        for rows in self.rows.split(max(1, buffer.shape[0])):
+        for rows in self.rows.split(max(1, step)):
             if not len(rows):
                 return
-            logits = buffer[: len(rows)]
+            logits, probabilities = buffers[:, : len(rows)]
             inputs = self.inputs(rows)
             if self.dtype == self.compute:
                 torch.mm(inputs, self.weight.t(), out=logits)
             else:
                 logits.copy_(inputs @ self.weight.t())
-            yield rows, logits if bias is None else logits.add_(bias)
+            if bias is not None:
+                logits.add_(bias)
+            torch.softmax(logits, 1, out=probabilities)
+            yield rows, logits, probabilities
 
     def inputs(self, rows: Tensor) -> Tensor:
         return self.x.index_select(0, rows).to(self.dtype)
 
-    def loss(self, logits: Tensor, rows: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of the rows, and the logsumexp that they were made with."""
+    def loss(self, rows: Tensor, logits: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of the rows, and their logsumexp: the largest probability is 1 / sum(exp(logits - largest
+        logit))."""
         s = self.smoothing
+        logsumexp = logits.amax(1) - probabilities.amax(1).log()
         hit = logits.gather(1, self.target[rows, None]).squeeze(1)
         losses = logsumexp - hit if not s else logsumexp - (1 - s) * hit - s * logits.mean(1)
         return losses, logsumexp

@@ -271,10 +271,10 @@ def attention_forward(
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     p = dropout if module.training else 0.0
     wanted = wants_attentions(kwargs)
-    if wanted and p:
+    if p and (wanted or p >= 1):
         weights = _probabilities(query, key, seen, scale, softcap)
         weights = torch.nn.functional.dropout(weights, p=p)
-        return _weigh(weights, value).transpose(1, 2).contiguous(), weights
+        return _weigh(weights, value).transpose(1, 2).contiguous(), weights if wanted else None
     if value.shape[-1] != key.shape[-1] or query.shape[-1] > 256:
         out = _sdpa(query, key, value, seen, scale, softcap, p)
     else:

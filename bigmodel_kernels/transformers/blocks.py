@@ -1,8 +1,11 @@
 """The two kinds of transformer layer, as a handful of calls of our operators; families say where the weights
 are.
 
-post-norm (BERT, RoBERTa, ...)   x = LN(x + attend(x)),  x = LN(x + ffn(x))
-pre-norm  (GPT-2, ...)           x = x + attend(LN(x)),  x = x + ffn(LN(x))
+post-norm (BERT, RoBERTa, ...)   x = LN(x + drop(attend(x))),  x = LN(x + drop(ffn(x)))
+pre-norm  (GPT-2, ...)           x = x + drop(attend(LN(x))),  x = x + drop(ffn(LN(x)))
+
+Under autocast the stream x stays as wide as torch's rules leave it: products and attention run in the
+autocast type, norms and sums in float32. So residual and norm are then calls of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -19,8 +22,6 @@ import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm  # noqa: F401  (all five define torch.ops.bigmodel.*)
 from bigmodel_kernels.ops.registration import call
-
-Attend = Callable[[Tensor], Tensor]
 
 
 class Affine(NamedTuple):
@@ -30,18 +31,47 @@ class Affine(NamedTuple):
     bias: Tensor | None
 
 
-class LayerWeights(NamedTuple):
-    """All tensors of one layer, gathered anew for each forward: nothing is remembered between calls."""
+#: A projection or a norm whose tensors the operators can read, or else the module, to be called as it is
+#: (LoRA, weights of another type). Modules must treat every row alone: a row is a token, wherever it lies.
+Part = Affine | nn.Module
 
-    qkv: tuple[Affine, ...]
-    attention_out: Affine
-    attention_norm: Affine
-    attention_eps: float
-    ffn_in: Affine
-    ffn_out: Affine
-    ffn_norm: Affine
-    ffn_eps: float
+#: Query, key and value, each (..., heads, head size), and the dropout of probabilities, to (..., hidden).
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+class FeedForward(NamedTuple):
+    """Two projections and the activation between, or the module that stands for them, from rows to rows."""
+
+    w_in: Affine
+    w_out: Affine
     activation: str
+
+
+class LayerParts(NamedTuple):
+    """All of one layer, gathered anew for each forward: nothing is remembered between calls.
+
+    `attention_p`, `context_p` and `ffn_p` are the dropout of the probabilities, of the attention's output and
+    of the feed-forward's; 0 outside training. `unfused` is the feed-forward by the layer's own modules, for a
+    `ffn` of None: post-norm with residual and norm, pre-norm from the normalised input without them.
+    """
+
+    qkv: tuple[Part, ...]
+    head_dim: int
+    attention_out: Part
+    attention_norm: Part
+    attention_eps: float
+    attention_p: float
+    context_p: float
+    ffn: FeedForward | None
+    ffn_norm: Part
+    ffn_eps: float
+    ffn_p: float
+    unfused: Callable[[Tensor], Tensor]
+
+
+def lowered(x: Tensor) -> bool:
+    """Whether autocast is on."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def linear(
@@ -78,64 +108,110 @@ def _width(part: Affine, layout: str) -> int:
     return part.weight.shape[1] if layout == "conv1d" else part.weight.shape[0]
 
 
+def project(x: Tensor, part: Part, layout: str) -> Tensor:
+    return linear(x, (part,), layout) if isinstance(part, Affine) else part(x)  # type: ignore[no-any-return]
+
+
+def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, each (..., heads, head_dim): views of one product where possible."""
+    fused = [part for part in parts if isinstance(part, Affine)]
+    if len(parts) == 1 or len(fused) == len(parts):
+        whole = linear(x, tuple(fused), layout) if fused else project(x, parts[0], layout)
+        query, key, value = whole.unflatten(-1, (3, -1, head_dim)).unbind(-3)
+    else:
+        query, key, value = (project(x, part, layout).unflatten(-1, (-1, head_dim)) for part in parts)
+    return query, key, value
+
+
+def output(
+    x: Tensor,
+    part: Part,
+    layout: str,
+    residual: Tensor,
+    dropout_p: float = 0.0,
+    norm: Part | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """drop(x W + b) + residual, and LayerNorm of that where there is a norm."""
+    if (
+        isinstance(part, Affine)
+        and (norm is None or isinstance(norm, Affine))
+        and not dropout_p
+        and not lowered(x)
+    ):
+        return linear(x, (part,), layout, residual=residual, norm=norm, eps=eps)
+    return _close(project(x, part, layout), residual, dropout_p, norm, eps)
+
+
+def _close(y: Tensor, residual: Tensor, dropout_p: float, norm: Part | None, eps: float) -> Tensor:
+    """drop(y) + residual, and its norm."""
+    y = torch.dropout(y, dropout_p, True) if dropout_p else y
+    if isinstance(norm, Affine):
+        return layer_norm(y, norm, eps, residual)
+    y = y + residual
+    return y if norm is None else norm(y)  # type: ignore[no-any-return]
+
+
 def feed_forward(
     x: Tensor,
-    ffn_in: Affine,
-    ffn_out: Affine,
+    ffn: FeedForward,
     layout: str,
-    activation: str,
     residual: Tensor | None,
     position: str = "none",
     norm: Affine | None = None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> Tensor:
+    """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
+    if position == "pre" and lowered(x) and norm is not None:
+        return feed_forward(layer_norm(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
+    apart = residual is not None and (bool(dropout_p) or lowered(x))
+    if position == "post" and apart and residual is not None:
+        return _close(feed_forward(x, ffn, layout, None), residual, dropout_p, norm, eps)
     out: Tensor = call(
         "feed_forward",
         x,
-        *ffn_in,
-        *ffn_out,
-        residual,
+        *ffn.w_in,
+        *ffn.w_out,
+        None if apart else residual,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
-        activation=activation,
+        activation=ffn.activation,
         weight_layout=layout,
         norm_position=position,
         norm_eps=eps,
     )
+    out = torch.dropout(out, dropout_p, True) if dropout_p else out
+    return out + residual if apart and residual is not None else out
+
+
+def normalized(x: Tensor, norm: Part, eps: float) -> Tensor:
+    return layer_norm(x, norm, eps) if isinstance(norm, Affine) else norm(x)  # type: ignore[no-any-return]
+
+
+def layer_norm(x: Tensor, norm: Affine, eps: float, residual: Tensor | None = None) -> Tensor:
+    out: Tensor = call("layer_norm", x, norm.weight, norm.bias, eps, residual)
     return out
 
 
-def layer_norm(x: Tensor, norm: Affine, eps: float) -> Tensor:
-    out: Tensor = call("layer_norm", x, norm.weight, norm.bias, eps, None)
-    return out
+def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
+    """BERT's layer in four calls."""
+    context = attend(*heads(x, w.qkv, layout, w.head_dim), w.attention_p)
+    x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
+    if w.ffn is None or not isinstance(w.ffn_norm, Affine):
+        return w.unfused(x)
+    return feed_forward(x, w.ffn, layout, x, "post", w.ffn_norm, w.ffn_eps, w.ffn_p)
 
 
-def post_norm_layer(x: Tensor, w: LayerWeights, attend: Attend, layout: str = "linear") -> Tensor:
-    """BERT's layer in four calls. `attend` takes the fused projection (..., 3 * hidden) to (..., hidden)."""
-    context = attend(linear(x, w.qkv, layout))
-    x = linear(context, (w.attention_out,), layout, residual=x, norm=w.attention_norm, eps=w.attention_eps)
-    return feed_forward(x, w.ffn_in, w.ffn_out, layout, w.activation, x, "post", w.ffn_norm, w.ffn_eps)
-
-
-def pre_norm_layer(x: Tensor, w: LayerWeights, attend: Attend, layout: str = "linear") -> Tensor:
+def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
     """GPT-2's layer in five calls."""
-    context = attend(linear(layer_norm(x, w.attention_norm, w.attention_eps), w.qkv, layout))
-    x = linear(context, (w.attention_out,), layout, residual=x)
-    return feed_forward(x, w.ffn_in, w.ffn_out, layout, w.activation, x, "pre", w.ffn_norm, w.ffn_eps)
-
-
-def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, S, 3 * H * D) to three views (B, H, S, D), read in place by attention."""
-    batch, length, width = qkv.shape
-    query, key, value = (
-        qkv.view(batch, length, 3, width // (3 * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    context = attend(
+        *heads(normalized(x, w.attention_norm, w.attention_eps), w.qkv, layout, w.head_dim), w.attention_p
     )
-    return query, key, value
-
-
-def merge_heads(out: Tensor) -> Tensor:
-    """(B, H, S, D), laid out as (B, S, H, D), to (B, S, H * D); nothing is copied."""
-    return out.transpose(1, 2).flatten(2)
+    x = output(context, w.attention_out, layout, x, w.context_p)
+    if w.ffn is None or not isinstance(w.ffn_norm, Affine):
+        return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))
+    return feed_forward(x, w.ffn, layout, x, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
 
 
 class Packing:
@@ -161,10 +237,8 @@ class Packing:
         out = torch.zeros(batch * length, x.shape[-1], dtype=x.dtype, device=x.device)
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
-    def attend(self, head_dim: int, scale: float) -> Attend:
-        def run(qkv: Tensor) -> Tensor:
-            tokens, width = qkv.shape
-            query, key, value = qkv.view(tokens, 3, width // (3 * head_dim), head_dim).unbind(1)
+    def attend(self, scale: float) -> Attend:
+        def run(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
             out: Any = call(
                 "attention",
                 query,
@@ -174,10 +248,17 @@ class Packing:
                 None,
                 self.cu_seqlens,
                 self.cu_seqlens,
+                dropout_seed(query, dropout_p),
                 max_seqlen_q=self.longest,
                 max_seqlen_k=self.longest,
                 softmax_scale=scale,
+                dropout_p=dropout_p,
             )
-            return out[0].view(tokens, -1)  # type: ignore[no-any-return]
+            return out[0].flatten(-2)  # type: ignore[no-any-return]
 
         return run
+
+
+def dropout_seed(x: Tensor, p: float) -> Tensor | None:
+    """A seed from torch's generator, which checkpointing replays and torch.manual_seed sets."""
+    return torch.randint(0, 2**62, (), device=x.device) if p else None

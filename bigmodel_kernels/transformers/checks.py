@@ -81,14 +81,16 @@ def reason(module: nn.Module, cls: type) -> str | None:
     return reason_for_class(module, cls) or reason_for_hooks(module) or reason_for_parameters(module)
 
 
-def reason_for_parts(module: nn.Module, parts: dict[str, type]) -> str | None:
-    """The first submodule (dotted name -> class) that is not plainly what it should be."""
+def reason_for_parts(module: nn.Module, parts: dict[str, type], lora: bool = False) -> str | None:
+    """The first submodule (dotted name -> class) that is not plainly what it should be; with `lora`, a
+    projection may have an adapter.
+    """
     for name, cls in parts.items():
         try:
             part = module.get_submodule(name)
         except AttributeError:
             return f"it has no {name}"
-        why = reason(part, cls)
+        why = reason_for_hooks(part) if lora and is_lora(part) else reason(part, cls)
         if why is not None:
             return f"{name}: {why}"
     return None
@@ -99,6 +101,27 @@ def _is_capture_hook(hook: Any) -> bool:
     those.
     """
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
+def _is_sharding_hook(hook: Any) -> bool:
+    """What fully_shard (FSDP2) hangs on a module that it gathers and frees around the call."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+
+
+def is_sharded_class(cls: type) -> bool:
+    """Whether fully_shard made this class, whose forward is that of its second base."""
+    bases = cls.__bases__
+    return (
+        len(bases) == 2
+        and bases[0].__name__ == "FSDPModule"
+        and bases[0].__module__.startswith("torch.distributed.fsdp.")
+    )
+
+
+def unsharded_class(module: Any) -> type:
+    """The class of a module, and for one that fully_shard has taken the one that it had before."""
+    cls = type(module)
+    return cls.__bases__[1] if is_sharded_class(cls) else cls
 
 
 def intact(module: Any, cls: type) -> bool:
@@ -117,30 +140,73 @@ def intact(module: Any, cls: type) -> bool:
     return not hooks or all(_is_capture_hook(hook) for hook in hooks.values())
 
 
-def parameters(module: Any, cls: type, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """(weight, bias) of an intact module whose parameters are plain tensors of `dtype`; else None."""
+def callable_as(module: Any, cls: type) -> bool:
+    """Whether a module that is called may get its input in another shape than usual: a `cls`, sharded or not,
+    with no hooks but those of sharding and of transformers' own capture.
+    """
+    state = module.__dict__
+    return (
+        unsharded_class(module) is cls
+        and "forward" not in state
+        and not state["_backward_hooks"]
+        and not state["_backward_pre_hooks"]
+        and all(_is_sharding_hook(hook) for hook in state["_forward_pre_hooks"].values())
+        and all(_is_sharding_hook(h) or _is_capture_hook(h) for h in state["_forward_hooks"].values())
+    )
+
+
+def is_lora(module: Any) -> bool:
+    """Whether peft has put this in the place of a projection, as a sum of it and of a product of low rank."""
+    cls = type(module)
+    return cls.__name__ == "Linear" and cls.__module__ == "peft.tuners.lora.layer"
+
+
+def row_wise(module: Any, cls: type) -> bool:
+    """Whether a projection treats every row alone: it may be called on tokens without their padding."""
+    return callable_as(module, type(module) if is_lora(module) else cls)
+
+
+def parameters(module: Any, cls: type, dtype: torch.dtype | None) -> tuple[Any, Any] | None:
+    """(weight, bias) of an intact module whose parameters are plain tensors of `dtype`; else None.
+
+    A dtype of None (see `dtype_of`) allows all but float64, which autocast does not touch.
+    """
     if not intact(module, cls):
         return None
     held = module.__dict__["_parameters"]
     weight = held.get("weight")
-    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype != dtype:
+    if not _readable(weight, dtype):
         return None
     bias = held.get("bias")
-    if bias is not None and (type(bias) not in (nn.Parameter, torch.Tensor) or bias.dtype != dtype):
+    if bias is not None and not _readable(bias, dtype):
         return None
     return weight, bias
 
 
-def dropping(dropout: Any) -> bool:
-    """Whether a dropout module would drop something now. Any but a plain nn.Dropout counts as dropping."""
-    return type(dropout) is not nn.Dropout or (dropout.training and dropout.p > 0)
+def _readable(tensor: Any, dtype: torch.dtype | None) -> bool:
+    if type(tensor) not in (nn.Parameter, torch.Tensor):
+        return False
+    return tensor.dtype in DTYPES[:3] if dtype is None else tensor.dtype == dtype
 
 
-def original_code_needed(device_type: str) -> bool:
-    """Whether the process is in a state that the fused calls do not reproduce: autocast, or global module
-    hooks.
-    """
-    return torch.is_autocast_enabled(device_type) or bool(
+def dtype_of(x: torch.Tensor) -> torch.dtype | None:
+    """The type that parameters must have for a call on x; None under autocast, which casts them."""
+    return None if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def plain_dropout(module: Any) -> bool:
+    """Whether this drops as nn.Dropout does. A probability of 1 is left to torch: operators stay below."""
+    return intact(module, nn.Dropout) and module.p < 1
+
+
+def dropout_p(dropout: Any) -> float:
+    """The probability with which a plain nn.Dropout drops now."""
+    return float(dropout.p) if dropout.training else 0.0
+
+
+def watched_globally() -> bool:
+    """Whether hooks on all modules of the process are set: fused calls would pass them by."""
+    return bool(
         nn.modules.module._global_forward_hooks
         or nn.modules.module._global_forward_pre_hooks
         or nn.modules.module._global_backward_hooks

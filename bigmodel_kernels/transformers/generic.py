@@ -11,8 +11,8 @@ class BigmodelLinear(nn.Linear):
     """nn.Linear by `bigmodel::linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        held = checks.parameters(self, BigmodelLinear, input.dtype)
-        if held is None or checks.original_code_needed(input.device.type):
+        held = checks.parameters(self, BigmodelLinear, checks.dtype_of(input))
+        if held is None or checks.watched_globally():
             return super().forward(input)
         return blocks.linear(input, (blocks.Affine(*held),), "linear")
 
@@ -21,7 +21,7 @@ class BigmodelLayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension by `bigmodel::layer_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        held = checks.parameters(self, BigmodelLayerNorm, input.dtype)
-        if held is None or len(self.normalized_shape) != 1 or checks.original_code_needed(input.device.type):
+        held = checks.parameters(self, BigmodelLayerNorm, checks.dtype_of(input))
+        if held is None or len(self.normalized_shape) != 1 or checks.watched_globally():
             return super().forward(input)
         return blocks.layer_norm(input, blocks.Affine(*held), self.eps)

@@ -138,11 +138,6 @@ class _Plan:
                 "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces "
                 "the attention of any model that calls transformers' attention interface"
             )
-        if any(_drops(target) for target in self.targets):
-            notes.append(
-                "dropout is active (training mode, p > 0): until eval() or p = 0, layers with it run their "
-                "own code, with our attention"
-            )
         return PatchReport(
             model=type(self.model).__name__,
             rows=self.rows,
@@ -164,10 +159,6 @@ def _plan(model: nn.Module) -> _Plan:
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     plan.rows.sort(key=lambda row: order[row.name])
     return plan
-
-
-def _drops(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.Dropout) and checks.dropping(part) for part in module.modules())
 
 
 def _require_module(model: Any) -> None:
@@ -232,16 +223,30 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
         if why is None and rule.check is not None:
             why = rule.check(module)
     chosen: tuple[str, ...] = ()
+    ops, note = _fused(rule, module)
     if why is None:
-        chosen, why = _backends(rule.ops, module)
+        chosen, why = _backends(ops, module)
     if why is not None:
         plan.rows.append(Row(name, rule.original.__name__, report.LEFT, reason=why))
         return
     status = report.ALREADY if already else report.PATCHED
-    plan.rows.append(Row(name, rule.original.__name__, status, rule.ops, chosen, rule.note))
+    plan.rows.append(Row(name, rule.original.__name__, status, ops, chosen, note))
     plan.targets.append(module)
     if not already:
         plan.changes.append(Change(module, type(module), rule.patched))
+
+
+def _fused(rule: Rule | ChildRule, module: nn.Module) -> tuple[tuple[str, ...], str]:
+    """The operators that a module with the adapters that it has will run, and what to say of it."""
+    adapted = [name for name in rule.projections if checks.is_lora(module.get_submodule(name))]
+    if not adapted:
+        return rule.ops, rule.note
+    ops, note = rule.ops, "called as they are" if len(adapted) > 1 else "called as it is"
+    if "feed_forward" in ops:
+        ops, note = (), "so the feed-forward runs module by module"
+    elif len(adapted) == len(rule.projections):
+        ops = tuple(op for op in ops if op != "linear")
+    return ops, "; ".join(part for part in (rule.note, f"{', '.join(adapted)}: LoRA, {note}") if part)
 
 
 def _rows_for_the_rest(

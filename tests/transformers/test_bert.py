@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -172,15 +171,21 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert_all_near(outputs, mask.bool())
 
 
-def test_autocast_runs_the_original_code() -> None:
+def test_autocast() -> None:
+    """Types are those of eager, and the result is as near to float64."""
     model = build(BertForMaskedLM, bert_config())
-    eager = copy.deepcopy(model)
+    eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     ids, mask = token_ids(), right_padding()
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        a, b = model(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits
-    assert a.dtype == b.dtype
-    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=0.1, rtol=0.05)
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, output_hidden_states=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a, b = (m(ids, attention_mask=mask, output_hidden_states=True) for m in (model, eager))
+            logits = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
+    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1], real)
+    assert_as_near(logits, b.logits, expected.logits, real)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -231,25 +236,6 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model.enable_input_require_grads()
     ids, mask = token_ids(), right_padding()
     assert_gradients(*(gradients(m, ids, mask) for m in (model, eager, reference)))
-
-
-def test_dropout_runs_the_original_code() -> None:
-    """Only the attention's dropout is the operator's own, from another stream of random numbers."""
-    model = build(BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.0)).train()
-    eager = copy.deepcopy(model)
-    bk.patch(model)
-    ids, mask = token_ids(), right_padding()
-    torch.manual_seed(3)
-    a = model(ids, attention_mask=mask).logits
-    torch.manual_seed(3)
-    b = eager(ids, attention_mask=mask).logits
-    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], atol=2e-5, rtol=1e-4)
-    model = build(
-        BertForMaskedLM, bert_config(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
-    ).train()
-    bk.patch(model)
-    assert not torch.equal(model(ids).logits, model(ids).logits)
-    model(ids, attention_mask=mask).logits.sum().backward()
 
 
 def test_decoder_with_a_cache() -> None:

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.transformers import blocks
 
 NO_DROPOUT = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -223,6 +224,35 @@ def test_autocast(kind: str) -> None:
     assert_steps_agree([result[:2] for result in results], computed_in=torch.bfloat16)
 
 
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "autocast", "lora", "dropout"])
+@pytest.mark.parametrize("kind", ["classifier", "gpt2"])
+def test_training_runs_fused_and_bert_without_padding(
+    how: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    for name in ("post_norm_layer", "pre_norm_layer"):
+        run = getattr(blocks, name)
+        monkeypatch.setattr(
+            blocks, name, lambda x, *a, run=run: rows.append(x.shape[:-1].numel()) or run(x, *a)
+        )
+    model = MODELS[kind]().train()
+    if how == "lora":
+        model = with_lora(model, kind)
+    bk.patch(model)
+    if how == "dropout":
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = batch(kind)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss = model(**inputs).loss
+    loss.backward()
+    tokens = int(inputs["attention_mask"].sum()) if kind == "classifier" else inputs["input_ids"].numel()
+    assert rows == [tokens] * (4 if how == "checkpointing" else 2)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # compiled
 
@@ -376,3 +406,35 @@ def test_lora(kind: str, order: str) -> None:
             )
         )
     assert not any(isinstance(m, nn.Module) and "lora" in type(m).__module__ for m in merged[0].modules())
+
+
+def test_the_report_speaks_of_adapters() -> None:
+    model = with_lora(MODELS["classifier"](), "classifier")
+    rows = {row.name.removeprefix("base_model.model.bert."): row for row in bk.patch(model).rows}
+    attention = rows["encoder.layer.0.attention.self"]
+    assert (attention.status, attention.ops) == ("patched", ("linear", "attention"))
+    assert attention.reason == "query, value: LoRA, called as they are"
+    assert rows["encoder"].status == "patched"
+    model = with_lora(MODELS["masked lm"](), "masked lm")
+    rows = {row.name.removeprefix("base_model.model.bert."): row for row in bk.patch(model).rows}
+    assert rows["encoder.layer.0.attention.self"].ops == ("attention",)
+    assert "feed-forward runs module by module" in rows["encoder.layer.0"].reason
+    assert rows["encoder.layer.1.attention.output"].reason == "dense: LoRA, called as it is"
+
+
+def test_mixed_adapters_in_a_batch_keep_the_rows_in_place() -> None:
+    """peft then looks up each sample's adapter by its place in the batch, so nothing is packed."""
+    model = with_lora(MODELS["classifier"](), "classifier")
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    model.add_adapter(
+        "other", peft.LoraConfig(r=4, target_modules=LORA["classifier"][0], init_lora_weights=False)
+    )
+    model.eval()
+    inputs = batch("classifier")
+    names = ["default", "other", "__base__"]
+    with torch.no_grad():
+        expected = model(**inputs, adapter_names=names).logits
+        bk.patch(model)
+        out = model(**inputs, adapter_names=names).logits
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

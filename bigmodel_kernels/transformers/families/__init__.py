@@ -19,13 +19,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Rule:
-    """Instances of exactly `original` become `patched`, a subclass, unless `check` gives a reason."""
+    """Instances of exactly `original` become `patched`, a subclass, unless `check` gives a reason.
+
+    `projections` names the submodules that may be LoRA's: they are called as they are, the rest is fused.
+    """
 
     original: type[nn.Module]
     patched: type[nn.Module]
     ops: tuple[str, ...]
     check: Callable[[nn.Module], str | None]
     note: str = ""
+    projections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class ChildRule:
     ops: tuple[str, ...]
     check: Callable[[nn.Module], str | None] | None = None
     note: str = ""
+    projections: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

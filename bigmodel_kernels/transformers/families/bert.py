@@ -1,30 +1,32 @@
 """BERT: BertModel and every head on it, as encoder; decoders and cross-attention keep their own code.
 
-Per layer: one product for Q, K and V, attention that reads it in place, one call for projection + residual +
-LayerNorm, one for the feed-forward block. A padded batch runs without its padding: the encoder packs the real
+Per layer: one product for Q, K and V, attention that reads it in place, one call for projection + dropout +
+residual + LayerNorm, one for the feed-forward block; the same in training, under autocast and under gradient
+checkpointing. A padded batch runs without its padding, forward and backward: the encoder packs the real
 tokens once, runs all layers on them and unpacks once. The result at real tokens is that of the padded run; at
 padding it is zero (question answering, whose loss looks at padded positions too, keeps the padding). It packs
 when it may look at the mask (not under torch.compile) and each sequence starts with a real token: with
 padding on the left the pooler reads a padded position, which then has to hold what eager puts there.
 
-A call takes the original code of a layer, and is as right, when dropout is active, under autocast, when
-hidden states or attention probabilities are asked for, with gradient checkpointing, with a cache, and where a
-hook or a replaced submodule stands in the way. Attention probabilities are then computed in plain PyTorch
+A projection that peft has given a LoRA adapter is called as it is, between our other calls. A call takes the
+original code of a layer, and is as right, when attention probabilities are asked for, with a cache, and where
+a hook or a replaced submodule stands in the way. Attention probabilities are then computed in plain PyTorch
 from the same Q and K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
+from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
-from bigmodel_kernels.transformers.blocks import Affine, LayerWeights
+from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
@@ -41,7 +43,7 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        held = None if input_ids is None else self._held(input_ids.device.type)
+        held = None if input_ids is None else self._held()
         if held is None or inputs_embeds is not None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
         if position_ids is None:
@@ -52,11 +54,21 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
             types = self.token_type_ids.expand(position_ids.shape[0], -1)
             token_type_ids = torch.gather(types, dim=1, index=position_ids)
         word, position, kind, norm = held
-        return torch.ops.bigmodel.embedding.default(  # type: ignore[no-any-return]
-            input_ids, word[0], position_ids, position[0], token_type_ids, kind[0], *norm, self.LayerNorm.eps
+        out: Tensor = call(
+            "embedding",
+            input_ids,
+            word[0],
+            position_ids,
+            position[0],
+            token_type_ids,
+            kind[0],
+            *norm,
+            self.LayerNorm.eps,
         )
+        p = checks.dropout_p(self.dropout)
+        return torch.dropout(out, p, True) if p else out
 
-    def _held(self, device_type: str) -> tuple[Any, ...] | None:
+    def _held(self) -> tuple[Any, ...] | None:
         dtype = self.word_embeddings.weight.dtype
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         # The operator's gradient knows no padding_idx, whose row must get none: training keeps torch's
@@ -65,7 +77,7 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
             t.padding_idx is not None and t.weight.requires_grad for t in tables
         ):
             return None
-        if checks.dropping(self.dropout) or checks.original_code_needed(device_type):
+        if not checks.plain_dropout(self.dropout) or checks.watched_globally():
             return None
         held = (
             *(checks.parameters(table, nn.Embedding, dtype) for table in tables),
@@ -81,17 +93,15 @@ class BigmodelBertSelfAttention(hf.BertSelfAttention):
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         cached = args or any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        qkv = None if cached or not _maskable(attention_mask) else _qkv(self, hidden_states.dtype)
-        if qkv is None or checks.original_code_needed(hidden_states.device.type):
+        if cached or not _maskable(attention_mask) or not _readable(self) or checks.watched_globally():
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        query, key, value = blocks.split_heads(
-            blocks.linear(hidden_states, qkv, "linear"), self.attention_head_size
-        )
+        qkv = _qkv(self, checks.dtype_of(hidden_states))
+        query, key, value = blocks.heads(hidden_states, qkv, "linear", self.attention_head_size)
         out, weights = attention_interface.attention_forward(
             self,
-            query,
-            key,
-            value,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attention_mask if self.is_causal else _bidirectional(attention_mask),
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
@@ -101,39 +111,66 @@ class BigmodelBertSelfAttention(hf.BertSelfAttention):
 
 
 class BigmodelBertSelfOutput(hf.BertSelfOutput):
-    """Projection, residual and LayerNorm in one call."""
+    """Projection, dropout, residual and LayerNorm in one call."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        dense = checks.parameters(self.dense, nn.Linear, hidden_states.dtype)
-        norm = checks.parameters(self.LayerNorm, nn.LayerNorm, hidden_states.dtype)
-        if (
-            dense is None
-            or norm is None
-            or checks.dropping(self.dropout)
-            or not checks.intact(self.dropout, nn.Dropout)
-            or checks.original_code_needed(hidden_states.device.type)
-        ):
+        if not checks.plain_dropout(self.dropout) or checks.watched_globally():
             return super().forward(hidden_states, input_tensor)
-        return blocks.linear(
+        dtype = checks.dtype_of(hidden_states)
+        return blocks.output(
             hidden_states,
-            (Affine(*dense),),
+            _part(self.dense, nn.Linear, dtype),
             "linear",
-            residual=input_tensor,
-            norm=Affine(*norm),
-            eps=self.LayerNorm.eps,
+            input_tensor,
+            checks.dropout_p(self.dropout),
+            _part(self.LayerNorm, nn.LayerNorm, dtype),
+            self.LayerNorm.eps,
         )
 
 
 class BigmodelBertLayer(hf.BertLayer):
-    """Intermediate and output as one feed-forward call."""
+    """The whole layer in four calls.
+
+    The encoder passes `bigmodel_run` when it knows how all layers run: the layer's modules, and the attention
+    on rows that may be packed. Going through the call of the module, gradient checkpointing, sharded
+    parameters and captured hidden states are what they are for the original.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        bigmodel_run: tuple[_Modules, Attend] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if bigmodel_run is None and _plain_call(args, kwargs) and _maskable(attention_mask):
+            modules = None if self.is_decoder or checks.watched_globally() else _modules(self)
+            if modules is not None:
+                bigmodel_run = modules, _dense(hidden_states, attention_mask, modules.attention.scaling)
+        if bigmodel_run is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
+        modules, attend = bigmodel_run
+        return blocks.post_norm_layer(
+            hidden_states, _layer_parts(modules, checks.dtype_of(hidden_states)), attend
+        )
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        ffn = _ffn(self, attention_output.dtype)
-        if ffn is None or checks.original_code_needed(attention_output.device.type):
+        modules = None if checks.watched_globally() else _feed_forward_modules(self)
+        dtype = checks.dtype_of(attention_output)
+        ffn = None if modules is None else _ffn(*modules, dtype)
+        norm = None if modules is None else _part(modules[1].LayerNorm, nn.LayerNorm, dtype)
+        if ffn is None or modules is None or not isinstance(norm, Affine):
             return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return]
-        ffn_in, ffn_out, norm, eps, activation = ffn
         return blocks.feed_forward(
-            attention_output, ffn_in, ffn_out, "linear", activation, attention_output, "post", norm, eps
+            attention_output,
+            ffn,
+            "linear",
+            attention_output,
+            "post",
+            norm,
+            modules[1].LayerNorm.eps,
+            checks.dropout_p(modules[1].dropout),
         )
 
 
@@ -143,13 +180,16 @@ class BigmodelBertEncoder(hf.BertEncoder):
     packs: ClassVar[bool] = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        layers = None if args or not _maskable(attention_mask) else self._layers(hidden_states, kwargs)
+        plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
+        layers = None
+        if plain and _plain_call(args, kwargs) and _maskable(attention_mask):
+            layers = self._layers()
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        attention: Any = self.layer[0].get_submodule("attention.self")
-        head_dim, scale = attention.attention_head_size, attention.scaling
+        scale = layers[0].attention.scaling
+        mask = _bidirectional(attention_mask)
         seen = attention_interface.visibility(
-            hidden_states[:, None], hidden_states.shape[1], _bidirectional(attention_mask), is_causal=False
+            hidden_states[:, None], hidden_states.shape[1], mask, is_causal=False
         )
         packing = None
         # Whether to pack is a question about values.
@@ -157,38 +197,21 @@ class BigmodelBertEncoder(hf.BertEncoder):
         if padding is not None and not attention_interface.is_tracing(padding) and bool(padding[:, 0].all()):
             packing = blocks.Packing(padding)
         if packing is not None:
-            x, attend = packing.pack(hidden_states), packing.attend(head_dim, scale)
+            x, attend = packing.pack(hidden_states), packing.attend(scale)
         else:
-            x = hidden_states
-
-            def attend(qkv: Tensor) -> Tensor:
-                query, key, value = blocks.split_heads(qkv, head_dim)
-                return blocks.merge_heads(attention_interface.run(query, key, value, seen, scale))
-
-        for weights in layers:
-            x = blocks.post_norm_layer(x, weights, attend)
+            x, attend = hidden_states, _dense(hidden_states, attention_mask, scale)
+        for layer, modules in zip(self.layer, layers, strict=True):
+            x = layer(x, bigmodel_run=(modules, attend))
         if packing is not None:
             x = packing.unpack(x)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
 
-    def _layers(self, x: Tensor, kwargs: dict[str, Any]) -> list[LayerWeights] | None:
-        """The weights of all layers, if every layer can run fused for this call."""
-        for name in ("encoder_hidden_states", "cache", "past_key_values", "output_attentions"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                return None
-        if (
-            self.config.is_decoder
-            or attention_interface.collected()
-            or checks.original_code_needed(x.device.type)
-        ):
+    def _layers(self) -> list[_Modules] | None:
+        """The modules of all layers, if every layer can run fused."""
+        if self.config.is_decoder or attention_interface.collected() or checks.watched_globally():
             return None
-        result = []
-        for layer in self.layer:
-            weights = _layer_weights(layer, x.dtype)
-            if weights is None:
-                return None
-            result.append(weights)
-        return result
+        layers = [_modules(layer) for layer in self.layer]
+        return None if None in layers else layers  # type: ignore[return-value]
 
 
 class BigmodelBertPaddedEncoder(BigmodelBertEncoder):
@@ -200,8 +223,8 @@ class BigmodelBertPaddedEncoder(BigmodelBertEncoder):
 
 class BigmodelBertPooler(hf.BertPooler):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        dense = checks.parameters(self.dense, nn.Linear, hidden_states.dtype)
-        if dense is None or checks.original_code_needed(hidden_states.device.type):
+        dense = checks.parameters(self.dense, nn.Linear, checks.dtype_of(hidden_states))
+        if dense is None or checks.watched_globally():
             return super().forward(hidden_states)
         return self.activation(blocks.linear(hidden_states[:, 0], (Affine(*dense),), "linear"))  # type: ignore[no-any-return]
 
@@ -210,16 +233,17 @@ class BigmodelBertPredictionHeadTransform(hf.BertPredictionHeadTransform):
     """Projection, activation and LayerNorm in one call."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        dense = checks.parameters(self.dense, nn.Linear, hidden_states.dtype)
-        norm = checks.parameters(self.LayerNorm, nn.LayerNorm, hidden_states.dtype)
+        dtype = checks.dtype_of(hidden_states)
+        dense = checks.parameters(self.dense, nn.Linear, dtype)
+        norm = checks.parameters(self.LayerNorm, nn.LayerNorm, dtype)
         activation = checks.activation(self.transform_act_fn)
-        if (
-            dense is None
-            or norm is None
-            or activation is None
-            or checks.original_code_needed(hidden_states.device.type)
-        ):
+        if dense is None or norm is None or activation is None or checks.watched_globally():
             return super().forward(hidden_states)
+        if blocks.lowered(
+            hidden_states
+        ):  # torch's rule: the product in the autocast type, the norm in float32
+            out = blocks.linear(hidden_states, (Affine(*dense),), "linear", activation)
+            return blocks.layer_norm(out, Affine(*norm), self.LayerNorm.eps)
         return blocks.linear(
             hidden_states,
             (Affine(*dense),),
@@ -245,57 +269,130 @@ def _bidirectional(mask: Any) -> Any:
     return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
 
 
-def _qkv(attention: Any, dtype: torch.dtype) -> tuple[Affine, Affine, Affine] | None:
-    modules = attention.__dict__["_modules"]
-    query = checks.parameters(modules["query"], nn.Linear, dtype)
-    key = checks.parameters(modules["key"], nn.Linear, dtype)
-    value = checks.parameters(modules["value"], nn.Linear, dtype)
-    if query is None or key is None or value is None or not checks.intact(modules["dropout"], nn.Dropout):
-        return None
-    return Affine(*query), Affine(*key), Affine(*value)
+def _plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer or the encoder is asked for plain self-attention and for its result only."""
+    given = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
+    return (
+        all(arg is None for arg in args)
+        and all(kwargs.get(name) is None for name in given)
+        and not attention_interface.wants_attentions(kwargs)
+    )
 
 
-def _ffn(layer: Any, dtype: torch.dtype) -> tuple[Affine, Affine, Affine, float, str] | None:
-    modules = layer.__dict__["_modules"]
-    intermediate, output = modules["intermediate"], modules["output"]
-    if not checks.intact(intermediate, hf.BertIntermediate) or not checks.intact(output, hf.BertOutput):
-        return None
-    inner = output.__dict__["_modules"]
-    ffn_in = checks.parameters(intermediate.__dict__["_modules"]["dense"], nn.Linear, dtype)
-    ffn_out = checks.parameters(inner["dense"], nn.Linear, dtype)
-    norm = checks.parameters(inner["LayerNorm"], nn.LayerNorm, dtype)
-    activation = checks.activation(intermediate.intermediate_act_fn)
-    if ffn_in is None or ffn_out is None or norm is None or activation is None:
-        return None
-    if checks.dropping(inner["dropout"]) or not checks.intact(inner["dropout"], nn.Dropout):
-        return None
-    return Affine(*ffn_in), Affine(*ffn_out), Affine(*norm), inner["LayerNorm"].eps, activation
+def _dense(x: Tensor, mask: Any, scale: float) -> Attend:
+    """Attention of (B, S, H, D) with whatever mask there is."""
+    seen = attention_interface.visibility(x[:, None], x.shape[1], _bidirectional(mask), is_causal=False)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return (
+            attention_interface.run(query, key, value, seen, scale, dropout_p=dropout_p)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+    return attend
 
 
-def _layer_weights(layer: Any, dtype: torch.dtype) -> LayerWeights | None:
-    """Everything that one layer needs, or None if its own code has to run."""
-    if not checks.intact(layer, BigmodelBertLayer) or (layer.gradient_checkpointing and layer.training):
+class _Modules(NamedTuple):
+    """The modules of a layer that is as known, all of them without hooks."""
+
+    attention: Any
+    attention_output: Any
+    intermediate: Any
+    output: Any
+
+
+def _modules(layer: Any) -> _Modules | None:
+    """The modules of a layer that can run fused, on packed rows too; else None."""
+    if not checks.callable_as(layer, BigmodelBertLayer):
         return None
     attention = layer.__dict__["_modules"]["attention"]
     if not checks.intact(attention, hf.BertAttention):
         return None
     inner = attention.__dict__["_modules"]
-    self_attention, output = inner["self"], inner["output"]
-    if not checks.intact(self_attention, BigmodelBertSelfAttention) or not checks.intact(
-        output, BigmodelBertSelfOutput
+    self_attention, output, feed_forward = inner["self"], inner["output"], _feed_forward_modules(layer)
+    if (
+        feed_forward is None
+        or not checks.intact(self_attention, BigmodelBertSelfAttention)
+        or not checks.intact(output, BigmodelBertSelfOutput)
+        or not _readable(self_attention)
+        or not _row_wise(output, "dense")
     ):
         return None
-    if self_attention.training and self_attention.dropout.p > 0:
+    return _Modules(self_attention, output, *feed_forward)
+
+
+def _feed_forward_modules(layer: Any) -> tuple[Any, Any] | None:
+    modules = layer.__dict__["_modules"]
+    intermediate, output = modules["intermediate"], modules["output"]
+    if (
+        not checks.intact(intermediate, hf.BertIntermediate)
+        or not checks.intact(output, hf.BertOutput)
+        or not checks.row_wise(intermediate.__dict__["_modules"]["dense"], nn.Linear)
+        or checks.activation(intermediate.intermediate_act_fn) is None
+        or not _row_wise(output, "dense")
+    ):
         return None
-    qkv, ffn = _qkv(self_attention, dtype), _ffn(layer, dtype)
-    parts = output.__dict__["_modules"]
-    dense = checks.parameters(parts["dense"], nn.Linear, dtype)
-    norm = checks.parameters(parts["LayerNorm"], nn.LayerNorm, dtype)
-    if qkv is None or ffn is None or dense is None or norm is None:
+    return intermediate, output
+
+
+def _readable(attention: Any) -> bool:
+    modules = attention.__dict__["_modules"]
+    return checks.plain_dropout(modules["dropout"]) and all(
+        checks.row_wise(modules[name], nn.Linear) for name in ("query", "key", "value")
+    )
+
+
+def _row_wise(output: Any, name: str) -> bool:
+    """A projection, a dropout and a norm."""
+    modules = output.__dict__["_modules"]
+    return (
+        checks.row_wise(modules[name], nn.Linear)
+        and checks.plain_dropout(modules["dropout"])
+        and checks.callable_as(modules["LayerNorm"], nn.LayerNorm)
+    )
+
+
+def _part(module: Any, cls: type, dtype: torch.dtype | None) -> Part:
+    held = checks.parameters(module, cls, dtype)
+    return module if held is None else Affine(*held)
+
+
+def _qkv(attention: Any, dtype: torch.dtype | None) -> tuple[Part, Part, Part]:
+    modules = attention.__dict__["_modules"]
+    return (
+        _part(modules["query"], nn.Linear, dtype),
+        _part(modules["key"], nn.Linear, dtype),
+        _part(modules["value"], nn.Linear, dtype),
+    )
+
+
+def _ffn(intermediate: Any, output: Any, dtype: torch.dtype | None) -> FeedForward | None:
+    w_in = checks.parameters(intermediate.__dict__["_modules"]["dense"], nn.Linear, dtype)
+    w_out = checks.parameters(output.__dict__["_modules"]["dense"], nn.Linear, dtype)
+    activation = checks.activation(intermediate.intermediate_act_fn)
+    if w_in is None or w_out is None or activation is None:
         return None
-    if checks.dropping(parts["dropout"]) or not checks.intact(parts["dropout"], nn.Dropout):
-        return None
-    return LayerWeights(qkv, Affine(*dense), Affine(*norm), parts["LayerNorm"].eps, *ffn)
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation)
+
+
+def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
+    attention, attention_output, intermediate, output = modules
+    return LayerParts(
+        qkv=_qkv(attention, dtype),
+        head_dim=attention.attention_head_size,
+        attention_out=_part(attention_output.dense, nn.Linear, dtype),
+        attention_norm=_part(attention_output.LayerNorm, nn.LayerNorm, dtype),
+        attention_eps=attention_output.LayerNorm.eps,
+        attention_p=attention.dropout.p if attention.training else 0.0,
+        context_p=checks.dropout_p(attention_output.dropout),
+        ffn=_ffn(intermediate, output, dtype),
+        ffn_norm=_part(output.LayerNorm, nn.LayerNorm, dtype),
+        ffn_eps=output.LayerNorm.eps,
+        ffn_p=checks.dropout_p(output.dropout),
+        unfused=lambda x: output(intermediate(x), x),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,7 +414,7 @@ def _check_embeddings(module: Any) -> str | None:
 
 def _check_self_attention(module: Any) -> str | None:
     parts: dict[str, type] = dict.fromkeys(("query", "key", "value"), nn.Linear)
-    why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout})
+    why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout}, lora=True)
     if why is not None:
         return why
     kind = getattr(module, "position_embedding_type", None) or "absolute"
@@ -337,7 +434,7 @@ def _check_self_attention(module: Any) -> str | None:
 
 def _check_self_output(module: Any) -> str | None:
     return checks.reason_for_parts(
-        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
+        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}, lora=True
     )
 
 
@@ -352,6 +449,7 @@ def _check_layer(module: Any) -> str | None:
             "output.LayerNorm": nn.LayerNorm,
             "output.dropout": nn.Dropout,
         },
+        lora=True,
     ) or _check_activation(module.intermediate.intermediate_act_fn)
 
 
@@ -380,14 +478,14 @@ def _whole_layer(layer: Any) -> str | None:
     return (
         checks.reason_for_hooks(layer)
         or _prefixed("attention", checks.reason(attention, hf.BertAttention))
-        or _part(
+        or _inside(
             attention.self,
             "attention.self",
             hf.BertSelfAttention,
             BigmodelBertSelfAttention,
             _check_self_attention,
         )
-        or _part(
+        or _inside(
             attention.output,
             "attention.output",
             hf.BertSelfOutput,
@@ -398,7 +496,7 @@ def _whole_layer(layer: Any) -> str | None:
     )
 
 
-def _part(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
+def _inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
     why = None if type(part) is patched else checks.reason_for_class(part, cls)
     return _prefixed(name, why or checks.reason_for_hooks(part) or check(part))
 
@@ -422,9 +520,23 @@ FAMILY = Family(
     rules=(
         Rule(hf.BertEmbeddings, BigmodelBertEmbeddings, ("embedding",), _check_embeddings),
         Rule(hf.BertEncoder, BigmodelBertEncoder, (), _check_encoder, note="runs its layers without padding"),
-        Rule(hf.BertLayer, BigmodelBertLayer, ("feed_forward",), _check_layer),
-        Rule(hf.BertSelfAttention, BigmodelBertSelfAttention, ("linear", "attention"), _check_self_attention),
-        Rule(hf.BertSelfOutput, BigmodelBertSelfOutput, ("linear",), _check_self_output),
+        Rule(
+            hf.BertLayer,
+            BigmodelBertLayer,
+            ("feed_forward",),
+            _check_layer,
+            projections=("intermediate.dense", "output.dense"),
+        ),
+        Rule(
+            hf.BertSelfAttention,
+            BigmodelBertSelfAttention,
+            ("linear", "attention"),
+            _check_self_attention,
+            projections=("query", "key", "value"),
+        ),
+        Rule(
+            hf.BertSelfOutput, BigmodelBertSelfOutput, ("linear",), _check_self_output, projections=("dense",)
+        ),
         Rule(hf.BertPooler, BigmodelBertPooler, ("linear",), _check_pooler),
         Rule(
             hf.BertPredictionHeadTransform, BigmodelBertPredictionHeadTransform, ("linear",), _check_transform

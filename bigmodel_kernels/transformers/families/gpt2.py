@@ -6,8 +6,9 @@ it in place or reads the cache, projection + residual, and LayerNorm + feed-forw
 asks for a softmax in float32, which the operator always does. Left-padded batches carry their 2D mask to the
 operator.
 
-A call takes the original code of a block, and is as right, when dropout is active, under autocast, when
-attention probabilities are asked for (then computed in plain PyTorch from the same Q and K), with
+Training, autocast and gradient checkpointing run the same calls. A projection that peft has given a LoRA
+adapter is called as it is, between our other calls. A call takes the original code of a block, as right,
+when attention probabilities are asked for (then computed in plain PyTorch from the same Q and K), with
 cross-attention, and where a hook or a replaced submodule stands in the way.
 """
 
@@ -22,7 +23,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
-from bigmodel_kernels.transformers.blocks import Affine, LayerWeights
+from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 
@@ -34,11 +35,13 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cache, mask, plain = _call(args, kwargs)
-        held = _projections(self, hidden_states.dtype) if plain else None
-        if held is None or _resid_drops(self) or checks.original_code_needed(hidden_states.device.type):
+        if not plain or not _projects(self) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)
-        qkv, out = held
-        query, key, value = blocks.split_heads(blocks.linear(hidden_states, (qkv,), "conv1d"), self.head_dim)
+        dtype = checks.dtype_of(hidden_states)
+        parts = (_part(self.c_attn, Conv1D, dtype),)
+        query, key, value = (
+            t.transpose(1, 2) for t in blocks.heads(hidden_states, parts, "conv1d", self.head_dim)
+        )
         key, value = _cached(cache, key, value, self.layer_idx)
         context, weights = attention_interface.attention_forward(
             self,
@@ -50,17 +53,20 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
             scaling=self.scaling,
             output_attentions=kwargs.get("output_attentions", False),
         )
-        return blocks.linear(context.flatten(2), (out,), "conv1d"), weights
+        out = blocks.project(context.flatten(2), _part(self.c_proj, Conv1D, dtype), "conv1d")
+        return self.resid_dropout(out), weights
 
 
 class BigmodelGPT2MLP(hf.GPT2MLP):
     """The feed-forward block in one call."""
 
     def forward(self, hidden_states: Any) -> Tensor:
-        held = _ffn(self, hidden_states.dtype)
-        if held is None or checks.original_code_needed(hidden_states.device.type):
+        ffn = _ffn(self, checks.dtype_of(hidden_states))
+        if ffn is None or checks.watched_globally():
             return super().forward(hidden_states)
-        return blocks.feed_forward(hidden_states, *held[:2], "conv1d", held[2], None)
+        return blocks.feed_forward(
+            hidden_states, ffn, "conv1d", None, dropout_p=checks.dropout_p(self.dropout)
+        )
 
 
 class BigmodelGPT2Block(hf.GPT2Block):
@@ -68,25 +74,21 @@ class BigmodelGPT2Block(hf.GPT2Block):
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cache, mask, plain = _call(args, kwargs)
-        weights = _block_weights(self, hidden_states.dtype) if plain else None
-        if (
-            weights is None
-            or attention_interface.wants_attentions(kwargs)
-            or checks.original_code_needed(hidden_states.device.type)
-        ):
+        parts = _block_parts(self, checks.dtype_of(hidden_states)) if plain else None
+        if parts is None or attention_interface.wants_attentions(kwargs) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)
-        attention = self.attn
-        scale, head_dim, index = attention.scaling, attention.head_dim, attention.layer_idx
+        scale, index = self.attn.scaling, self.attn.layer_idx
 
-        def attend(qkv: Tensor) -> Tensor:
-            query, key, value = blocks.split_heads(qkv, head_dim)
+        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             key, value = _cached(cache, key, value, index)
             seen = attention_interface.visibility(query, key.shape[2], mask, is_causal=True)
             if seen.keys != key.shape[2]:
                 key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
-            return blocks.merge_heads(attention_interface.run(query, key, value, seen, scale))
+            out = attention_interface.run(query, key, value, seen, scale, dropout_p=dropout_p)
+            return out.transpose(1, 2).flatten(2)
 
-        return blocks.pre_norm_layer(hidden_states, weights, attend, "conv1d")
+        return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,55 +118,57 @@ def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor,
     return key, value
 
 
-def _resid_drops(attention: Any) -> bool:
-    return checks.dropping(attention.resid_dropout) or not checks.intact(attention.resid_dropout, nn.Dropout)
+def _part(module: Any, cls: type, dtype: torch.dtype | None) -> Part:
+    held = checks.parameters(module, cls, dtype)
+    return module if held is None else Affine(*held)
 
 
-def _projections(attention: Any, dtype: torch.dtype) -> tuple[Affine, Affine] | None:
+def _projects(attention: Any) -> bool:
+    """Whether this is self-attention whose projections and dropouts are as known."""
     modules = attention.__dict__["_modules"]
-    qkv = checks.parameters(modules["c_attn"], Conv1D, dtype)
-    out = checks.parameters(modules["c_proj"], Conv1D, dtype)
-    if qkv is None or out is None or attention.is_cross_attention:
-        return None
-    if not checks.intact(modules["attn_dropout"], nn.Dropout):
-        return None
-    return Affine(*qkv), Affine(*out)
+    return (
+        not attention.is_cross_attention
+        and checks.row_wise(modules["c_attn"], Conv1D)
+        and checks.row_wise(modules["c_proj"], Conv1D)
+        and checks.plain_dropout(modules["attn_dropout"])
+        and checks.plain_dropout(modules["resid_dropout"])
+    )
 
 
-def _ffn(mlp: Any, dtype: torch.dtype) -> tuple[Affine, Affine, str] | None:
+def _ffn(mlp: Any, dtype: torch.dtype | None) -> FeedForward | None:
     modules = mlp.__dict__["_modules"]
-    ffn_in = checks.parameters(modules["c_fc"], Conv1D, dtype)
-    ffn_out = checks.parameters(modules["c_proj"], Conv1D, dtype)
+    w_in = checks.parameters(modules["c_fc"], Conv1D, dtype)
+    w_out = checks.parameters(modules["c_proj"], Conv1D, dtype)
     activation = checks.activation(modules["act"])
-    if ffn_in is None or ffn_out is None or activation is None:
+    if w_in is None or w_out is None or activation is None:
         return None
-    if checks.dropping(modules["dropout"]) or not checks.intact(modules["dropout"], nn.Dropout):
+    if not checks.plain_dropout(modules["dropout"]):
         return None
-    return Affine(*ffn_in), Affine(*ffn_out), activation
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation)
 
 
-def _block_weights(block: Any, dtype: torch.dtype) -> LayerWeights | None:
+def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     modules = block.__dict__["_modules"]
-    attention, mlp = modules["attn"], modules["mlp"]
-    if not checks.intact(attention, BigmodelGPT2Attention) or not checks.intact(mlp, BigmodelGPT2MLP):
+    attention, mlp, first, second = modules["attn"], modules["mlp"], modules["ln_1"], modules["ln_2"]
+    if (
+        not checks.intact(attention, BigmodelGPT2Attention)
+        or not checks.intact(mlp, BigmodelGPT2MLP)
+        or not _projects(attention)
+    ):
         return None
-    if _resid_drops(attention) or (attention.training and attention.attn_dropout.p > 0):
-        return None
-    projections, ffn = _projections(attention, dtype), _ffn(mlp, dtype)
-    first = checks.parameters(modules["ln_1"], nn.LayerNorm, dtype)
-    second = checks.parameters(modules["ln_2"], nn.LayerNorm, dtype)
-    if projections is None or ffn is None or first is None or second is None:
-        return None
-    return LayerWeights(
-        (projections[0],),
-        projections[1],
-        Affine(*first),
-        modules["ln_1"].eps,
-        ffn[0],
-        ffn[1],
-        Affine(*second),
-        modules["ln_2"].eps,
-        ffn[2],
+    return LayerParts(
+        qkv=(_part(attention.c_attn, Conv1D, dtype),),
+        head_dim=attention.head_dim,
+        attention_out=_part(attention.c_proj, Conv1D, dtype),
+        attention_norm=_part(first, nn.LayerNorm, dtype),
+        attention_eps=first.eps,
+        attention_p=attention.attn_dropout.p if attention.training else 0.0,
+        context_p=checks.dropout_p(attention.resid_dropout),
+        ffn=_ffn(mlp, dtype),
+        ffn_norm=_part(second, nn.LayerNorm, dtype),
+        ffn_eps=second.eps,
+        ffn_p=checks.dropout_p(mlp.dropout),
+        unfused=mlp,
     )
 
 
@@ -176,20 +180,25 @@ def _check_attention(module: Any) -> str | None:
     if module.is_cross_attention:
         return "cross-attention keeps its own projections; only its attention function changes"
     parts: dict[str, type] = {"c_attn": Conv1D, "c_proj": Conv1D}
-    why = checks.reason_for_parts(module, {**parts, "attn_dropout": nn.Dropout, "resid_dropout": nn.Dropout})
+    why = checks.reason_for_parts(
+        module, {**parts, "attn_dropout": nn.Dropout, "resid_dropout": nn.Dropout}, lora=True
+    )
     if why is not None:
         return why
     if getattr(module, "pruned_heads", None):
         return "it has pruned heads"
-    if module.c_attn.nf != 3 * module.num_heads * module.head_dim:
-        return f"c_attn gives {module.c_attn.nf} features, not 3 x heads x head size"
+    features = (module.c_attn.get_base_layer() if checks.is_lora(module.c_attn) else module.c_attn).nf
+    if features != 3 * module.num_heads * module.head_dim:
+        return f"c_attn gives {features} features, not 3 x heads x head size"
     if module.head_dim > 256:
         return f"head size {module.head_dim}; allowed are 1 to 256"
     return None
 
 
 def _check_mlp(module: Any) -> str | None:
-    why = checks.reason_for_parts(module, {"c_fc": Conv1D, "c_proj": Conv1D, "dropout": nn.Dropout})
+    why = checks.reason_for_parts(
+        module, {"c_fc": Conv1D, "c_proj": Conv1D, "dropout": nn.Dropout}, lora=True
+    )
     if why is None and checks.activation(module.act) is None:
         known = ", ".join(sorted(set(checks.ACTIVATIONS.values())))
         why = f"activation {type(module.act).__name__} has no kernel; known are {known}"
@@ -220,8 +229,14 @@ FAMILY = Family(
             _check_block,
             note="with its parts as five calls",
         ),
-        Rule(hf.GPT2Attention, BigmodelGPT2Attention, ("linear", "attention"), _check_attention),
-        Rule(hf.GPT2MLP, BigmodelGPT2MLP, ("feed_forward",), _check_mlp),
+        Rule(
+            hf.GPT2Attention,
+            BigmodelGPT2Attention,
+            ("linear", "attention"),
+            _check_attention,
+            projections=("c_attn", "c_proj"),
+        ),
+        Rule(hf.GPT2MLP, BigmodelGPT2MLP, ("feed_forward",), _check_mlp, projections=("c_fc", "c_proj")),
     ),
     children=(
         ChildRule(hf.GPT2Model, "ln_f", nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",)),

@@ -1,0 +1,37 @@
+// What the host gives the CUDA attention kernels: plain data, one struct for every architecture.
+#pragma once
+#include <cstdint>
+
+namespace bigmodel::cuda {
+
+struct AttentionParams {
+  const void *query, *key, *value;
+  int64_t query_stride[3], key_stride[3], value_stride[3];  // batch, head, row, in elements; packed sequences: batch 0
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;               // or null: dense
+  int32_t batch, heads, kv_heads, head_dim;                 // head_dim a multiple of 8
+  int32_t query_length, key_length;                         // packed: of the longest
+  float softmax_scale, softcap;                             // softcap 0: none
+  int32_t window_left, window_right;                        // -1: no limit; causal is window_right 0
+  const uint8_t* key_padding_mask;                          // (batch, key_length), 1 = visible, or null
+  int64_t mask_stride;
+  const void* bias;                                         // or null
+  int32_t bias_is_float;                                    // otherwise in the type of query
+  int64_t bias_stride[4];                                   // batch, head, query, key; 0 where broadcast
+  const float* alibi_slopes;                                // or null
+  int64_t alibi_stride;                                     // of a batch; 0 where all share the slopes
+  const float* sinks;                                       // (heads,) or null
+  const int64_t* dropout_seed;                              // or null
+  uint32_t dropout_threshold;                               // a probability is kept when its random word is at least this
+  float dropout_scale;                                      // of the kept
+  void* out;
+  int64_t out_stride[3];
+  float* logsumexp;                                         // or null
+  int64_t logsumexp_stride[2];                              // batch, head
+};
+
+// Whether anything is there that the short inner loop has no code for.
+inline bool needs_general(const AttentionParams& p) {
+  return p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;
+}
+
+}  // namespace bigmodel::cuda

@@ -27,8 +27,9 @@ namespace bigmodel::cuda {
 // bias, ALiBi and dropout; without, the inner loop is the short one.
 template <typename Element, int HeadDim, bool General>
 struct AttentionSm80 {
+  using Params = AttentionParams;
   static constexpr int warps = HeadDim <= 128 ? 8 : 4;
-  static constexpr int threads = warps * warp_size;
+  static constexpr int threads = warps * warp_size, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 16 * warps;
   static constexpr int tile_n = HeadDim <= 64 ? 128 : HeadDim <= 128 ? 64 : 32;
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16;

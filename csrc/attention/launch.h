@@ -1,0 +1,10 @@
+// Entry points of the CUDA attention kernels, for register_cuda.cpp.
+#pragma once
+#include "attention/cuda.h"
+
+namespace bigmodel::cuda {
+
+struct Stream;
+void attention_sm80(const AttentionParams& params, bool is_bfloat16, const Stream& stream);
+
+}  // namespace bigmodel::cuda

@@ -1,0 +1,102 @@
+"""Builds the CUDA kernels with ninja: for GPUs, with nvcc, or for the tests on a CPU, in the emulator.
+
+    python csrc/build.py emulator            build/emulator/libbigmodel_emulator.so
+    python csrc/build.py cuda [80 90a ...]   build/cuda/libbigmodel_cuda.so, and libbigmodel_words.so of the tests
+
+Neither needs a GPU. CXX and NVCC name the compilers; BIGMODEL_CUDA_ARCHS the architectures (default "80 90a"); MAX_JOBS limits
+parallel compilation.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.resolve()
+CSRC = ROOT / "csrc"
+KERNELS = ["attention/sm80.cu"]
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def write_ninja(folder: Path, rules: dict[str, str], targets: list[tuple[str, str, list[str]]]) -> None:
+    """rules: name -> command with $in and $out; targets: (output, rule, inputs)."""
+    lines = ["ninja_required_version = 1.5"]
+    for name, command in rules.items():
+        lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if "$out.d" in command:
+            lines += ["  depfile = $out.d", "  deps = gcc"]
+    for output, rule, inputs in targets:
+        lines.append(f"build {output}: {rule} {' '.join(inputs)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    path = folder / "build.ninja"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def run_ninja(folder: Path) -> None:
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    subprocess.run(["ninja", "--quiet", *jobs], cwd=folder, check=True)
+
+
+def torch_flags() -> tuple[str, str]:
+    import torch
+
+    root = Path(torch.__file__).parent
+    return f"-isystem {root / 'include'}", f"-L{root / 'lib'} -ltorch_cpu -ltorch -lc10"
+
+
+def emulator() -> Path:
+    compiler = os.environ.get("CXX", "g++")
+    include, libraries = torch_flags()
+    folder = ROOT / "build" / "emulator"
+    # A warning of a pragma that only nvcc knows says nothing here.
+    flags = "-std=c++20 -O2 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
+    extra = os.environ.get("CXXFLAGS", "")
+    compile_ = (
+        f"{compiler} {flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d -x c++ -c $in -o $out"
+    )
+    sources = ["emulator/emulator.cpp", "emulator/fiber.cpp", "testing/register.cpp", "register_cuda.cpp", *KERNELS]
+    objects = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in sources]
+    targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(objects, sources, strict=True)]
+    targets.append(("libbigmodel_emulator.so", "link", objects))
+    write_ninja(folder, {"compile": compile_, "link": f"{compiler} -shared -o $out $in {libraries}"}, targets)
+    run_ninja(folder)
+    return folder / "libbigmodel_emulator.so"
+
+
+def cuda(archs: list[str]) -> Path:
+    nvcc = os.environ.get("NVCC", "nvcc")
+    include, libraries = torch_flags()
+    folder = ROOT / "build" / "cuda"
+    code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+    flags = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -lineinfo"
+    compile_ = (
+        f"{nvcc} {flags} {code} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d -x cu -c $in -o $out "
+        "> $out.log 2>&1 || (cat $out.log; exit 1)"
+    )
+    link = f"{nvcc} -shared -cudart static -o $out $in {libraries}"
+    kernels = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in KERNELS]
+    targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(kernels, KERNELS, strict=True)]
+    targets.append(("register_cuda.o", "compile", [str(CSRC / "register_cuda.cpp")]))
+    targets.append(("words.o", "compile", [str(CSRC / "testing" / "register.cpp")]))
+    targets.append(("libbigmodel_cuda.so", "link", [*kernels, "register_cuda.o"]))
+    targets.append(("libbigmodel_words.so", "link", ["words.o"]))
+    write_ninja(folder, {"compile": compile_, "link": link}, targets)
+    run_ninja(folder)
+    return folder / "libbigmodel_cuda.so"
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["emulator"]:
+        print(emulator())
+    elif arguments[:1] == ["cuda"]:
+        print(cuda(arguments[1:] or os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split()))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

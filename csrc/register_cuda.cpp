@@ -1,0 +1,256 @@
+// The CUDA ops as torch sees them: schemas, checks and parameters; no arithmetic. LibTorch's stable ABI only.
+//
+// Compiled by nvcc it registers bigmodel::cuda_* for CUDA tensors. Compiled by a C++ compiler, for the tests, it registers
+// bigmodel_emulator::cuda_* for CPU tensors: the same checks, parameters, grids and kernels, in the emulator.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+#if defined(__CUDACC__)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <atomic>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "arch/launch.cuh"
+#include "attention/launch.h"
+
+namespace bigmodel::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+#if !defined(__CUDACC__)
+std::atomic<uint64_t> seed{0};  // of the emulator's schedule
+#endif
+
+// The memory of a call's tensors, checked to be on one device; the stream to launch on.
+class Call {
+ public:
+  explicit Call(const Tensor& first) : device_(first.get_device_index()) {}
+
+  void check(const Tensor& tensor, const char* name) const {
+#if defined(__CUDACC__)
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, name, ": must be on the CUDA device of query");
+#else
+    STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU, where the emulator runs");
+#endif
+  }
+
+  // The tensor's memory for a kernel, with all that its strides reach.
+  void* use(const Tensor& tensor, const char* name, bool writable) {
+    check(tensor, name);
+    void* data = tensor.mutable_data_ptr();
+#if !defined(__CUDACC__)
+    int64_t reach = tensor.numel() ? 1 : 0;
+    for (int64_t i = 0; reach && i < tensor.dim(); i++) reach += (tensor.size(i) - 1) * tensor.stride(i);
+    stream_.memory.push_back({data, size_t(reach) * tensor.element_size(), writable});
+    stream_.seed = seed;
+#else
+    (void)writable;
+#endif
+    return data;
+  }
+
+  const Stream& stream() {
+#if defined(__CUDACC__)
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_.stream = static_cast<cudaStream_t>(stream);
+#endif
+    return stream_;
+  }
+
+  int32_t device() const { return device_; }
+
+ private:
+  int32_t device_;
+  Stream stream_;
+};
+
+const Tensor& require(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dims) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
+  STD_TORCH_CHECK(tensor.dim() == dims, name, ": shape ", shape_of(tensor), " must have ", dims, " dimensions");
+  return tensor;
+}
+
+int32_t narrow(int64_t value, const char* name) {
+  STD_TORCH_CHECK(value >= INT32_MIN && value <= INT32_MAX, name, ": ", value, " does not fit 32 bits");
+  return int32_t(value);
+}
+
+// What a copy of 16 bytes at a time needs of query, key and value.
+void check_rows(const Tensor& tensor, const char* name) {
+  const int64_t rank = tensor.dim();
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.stride(rank - 1) == 1, name, ": the last dimension must be contiguous");
+  STD_TORCH_CHECK(tensor.size(rank - 1) % 8 == 0, name, ": head_dim ", tensor.size(rank - 1), " must be a multiple of 8");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) % 16 == 0, name, ": must start at a multiple of 16 bytes");
+  for (int64_t i = 0; i + 1 < rank; i++)
+    STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0, name, ": stride ", tensor.stride(i), " of dimension ", i, " must be a multiple of 8");
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
+                                     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+                                     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                     double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
+                                     double dropout_p) {
+  AttentionParams p = {};
+  Call call(query);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  // ---- shapes ----
+  const bool packed = cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(packed == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
+  const int64_t rank = packed ? 3 : 4;
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "query: dtype must be float16 or bfloat16");
+  const Tensor* tensors[3] = {&query, &key, &value};
+  const char* names[3] = {"query", "key", "value"};
+  int64_t* strides[3] = {p.query_stride, p.key_stride, p.value_stride};
+  for (int i = 0; i < 3; i++) {
+    const Tensor& t = require(*tensors[i], names[i], dtype, rank);
+    STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
+    check_rows(t, names[i]);
+    strides[i][0] = packed ? 0 : t.stride(0);
+    strides[i][1] = t.stride(1);
+    strides[i][2] = packed ? t.stride(0) : t.stride(2);
+  }
+  STD_TORCH_CHECK(shape_of(key) == shape_of(value), "value: shape ", shape_of(value), " must be key's ", shape_of(key));
+  p.head_dim = narrow(query.size(rank - 1), "query");
+  p.heads = narrow(query.size(1), "query");
+  p.kv_heads = narrow(key.size(1), "key");
+  STD_TORCH_CHECK(p.head_dim >= 8 && p.head_dim <= 256, "query: head_dim ", p.head_dim, " must be 8 to 256");
+  STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "key: ", p.kv_heads, " kv heads do not divide ", p.heads, " query heads");
+
+  const int64_t d = p.head_dim, h = p.heads;
+  Tensor out, logsumexp;
+  if (packed) {
+    STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel() && cu_seqlens_q->numel() >= 1, "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's");
+    // Their values lie on the device; ops/attention/checks.py looks at them.
+    for (const auto& [cu, name] : {std::pair{&*cu_seqlens_q, "cu_seqlens_q"}, {&*cu_seqlens_k, "cu_seqlens_k"}})
+      STD_TORCH_CHECK(require(*cu, name, ScalarType::Int, 1).stride(0) == 1 || cu->numel() <= 1, name, ": must be contiguous");
+    p.cu_seqlens_q = static_cast<const int32_t*>(call.use(*cu_seqlens_q, "cu_seqlens_q", false));
+    p.cu_seqlens_k = static_cast<const int32_t*>(call.use(*cu_seqlens_k, "cu_seqlens_k", false));
+    p.batch = narrow(cu_seqlens_q->numel() - 1, "cu_seqlens_q");
+    p.query_length = narrow(max_seqlen_q, "max_seqlen_q");
+    p.key_length = narrow(max_seqlen_k, "max_seqlen_k");
+    out = torch::stable::new_empty(query, {query.size(0), h, d});
+    logsumexp = torch::stable::new_empty(query, {h, query.size(0)}, ScalarType::Float);
+    p.logsumexp_stride[1] = query.size(0);
+  } else {
+    STD_TORCH_CHECK(key.size(0) == query.size(0), "key: batch ", key.size(0), " must be query's ", query.size(0));
+    p.batch = narrow(query.size(0), "query");
+    p.query_length = narrow(query.size(2), "query");
+    p.key_length = narrow(key.size(2), "key");
+    out = torch::stable::transpose(torch::stable::new_empty(query, {query.size(0), query.size(2), h, d}), 1, 2);
+    logsumexp = torch::stable::new_empty(query, {query.size(0), h, query.size(2)}, ScalarType::Float);
+    p.out_stride[0] = query.size(2) * h * d;
+    p.logsumexp_stride[0] = h * query.size(2);
+    p.logsumexp_stride[1] = query.size(2);
+  }
+  p.out_stride[1] = d;
+  p.out_stride[2] = h * d;
+  STD_TORCH_CHECK(p.batch <= 65535 && p.heads <= 65535, "query: at most 65535 sequences and heads, not ", p.batch, " and ", p.heads);
+
+  // ---- what else the logits go through ----
+  if (key_padding_mask) {
+    require(*key_padding_mask, "key_padding_mask", ScalarType::Bool, 2);
+    STD_TORCH_CHECK(key_padding_mask->size(0) == p.batch && key_padding_mask->size(1) == p.key_length, "key_padding_mask: shape ",
+                    shape_of(*key_padding_mask), " must be (", p.batch, ", ", p.key_length, ")");
+    STD_TORCH_CHECK(key_padding_mask->stride(1) == 1 || p.key_length <= 1, "key_padding_mask: the last dimension must be contiguous");
+    p.key_padding_mask = static_cast<const uint8_t*>(call.use(*key_padding_mask, "key_padding_mask", false));
+    p.mask_stride = key_padding_mask->stride(0);
+  }
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == dtype || bias->scalar_type() == ScalarType::Float, "bias: dtype must be query's or float32");
+    STD_TORCH_CHECK(bias->dim() <= 4, "bias: shape ", shape_of(*bias), " must have at most 4 dimensions");
+    const int64_t full[4] = {p.batch, p.heads, p.query_length, p.key_length};
+    for (int64_t i = 0; i < bias->dim(); i++) {
+      const int64_t at = 4 - bias->dim() + i;
+      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[at], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
+      p.bias_stride[at] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
+    p.bias = call.use(*bias, "bias", false);
+    p.bias_is_float = bias->scalar_type() == ScalarType::Float;
+  }
+  if (alibi_slopes) {
+    const int64_t dims = alibi_slopes->dim();
+    require(*alibi_slopes, "alibi_slopes", ScalarType::Float, dims == 2 ? 2 : 1);
+    STD_TORCH_CHECK(alibi_slopes->size(dims - 1) == p.heads && (dims == 1 || alibi_slopes->size(0) == p.batch) && alibi_slopes->stride(dims - 1) == 1,
+                    "alibi_slopes: shape ", shape_of(*alibi_slopes), " must be (", p.heads, ",) or (", p.batch, ", ", p.heads, "), contiguous");
+    p.alibi_slopes = static_cast<const float*>(call.use(*alibi_slopes, "alibi_slopes", false));
+    p.alibi_stride = dims == 2 ? alibi_slopes->stride(0) : 0;
+  }
+  Tensor float_sinks;
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads, "sinks: shape ", shape_of(*sinks), " must be (", p.heads, ",)");
+    float_sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
+    p.sinks = static_cast<const float*>(call.use(float_sinks, "sinks", false));
+  }
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
+  STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
+  if (dropout_seed) {
+    require(*dropout_seed, "dropout_seed", ScalarType::Long, 0);
+    p.dropout_seed = static_cast<const int64_t*>(call.use(*dropout_seed, "dropout_seed", false));
+    const double threshold = std::nearbyint(dropout_p * 4294967296.0);
+    p.dropout_threshold = threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
+    p.dropout_scale = float(1 / (1 - dropout_p));
+  }
+  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: ", softcap, " must be 0 (none) or positive");
+  p.softmax_scale = float(softmax_scale);
+  p.softcap = float(softcap);
+  // A window wider than any sequence is none.
+  const int64_t unlimited = int64_t(p.query_length) + p.key_length;
+  p.window_left = window_left < 0 || window_left >= unlimited ? -1 : int32_t(window_left);
+  p.window_right = is_causal ? 0 : window_right < 0 || window_right >= unlimited ? -1 : int32_t(window_right);
+
+  p.query = call.use(query, "query", false);
+  p.key = call.use(key, "key", false);
+  p.value = call.use(value, "value", false);
+  p.out = call.use(out, "out", true);
+  p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
+  if (query.numel() > 0) attention_sm80(p, dtype == ScalarType::BFloat16, call.stream());
+  return {out, logsumexp};
+}
+
+constexpr const char* attention_schema =
+    "cuda_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, SymInt max_seqlen_q=0, "
+    "SymInt max_seqlen_k=0, float softmax_scale, bool is_causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
+    "float dropout_p=0.0) -> (Tensor, Tensor)";
+
+#if !defined(__CUDACC__)
+void set_seed(int64_t value) { seed = uint64_t(value); }
+#endif
+
+}  // namespace
+}  // namespace bigmodel::cuda
+
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) { m.def(bigmodel::cuda::attention_schema); }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) { m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention)); }
+#else
+STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
+  m.def(bigmodel::cuda::attention_schema);
+  m.def("set_seed(int value) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) { m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) { m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed)); }
+#endif

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test test-all test-isa lint format bench verify clean
+.PHONY: demo test test-all test-isa emulate cuda-build lint format bench verify clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -24,6 +24,13 @@ test-isa: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" BIGMODEL_EMULATE_AVX512=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pytest -n 2 tests/csrc; status=$$?; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace; exit $$status
+
+# The CUDA kernels in the emulator, and compiled for GPUs; neither needs one.
+emulate: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/csrc/emulator
+
+cuda-build: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python csrc/build.py cuda
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

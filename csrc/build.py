@@ -1,10 +1,10 @@
 """Builds the CUDA kernels with ninja: for GPUs, with nvcc, or for the tests on a CPU, in the emulator.
 
     python csrc/build.py emulator            build/emulator/libbigmodel_emulator.so
-    python csrc/build.py cuda [80 90a ...]   build/cuda/libbigmodel_cuda.so, and libbigmodel_words.so of the tests
+    python csrc/build.py cuda [80 90a ...]   build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
 
-Neither needs a GPU. CXX and NVCC name the compilers; BIGMODEL_CUDA_ARCHS the architectures (default "80 90a"); MAX_JOBS limits
-parallel compilation.
+Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
+MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -55,10 +55,15 @@ def emulator() -> Path:
     # A warning of a pragma that only nvcc knows says nothing here.
     flags = "-std=c++20 -O2 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
     extra = os.environ.get("CXXFLAGS", "")
-    compile_ = (
-        f"{compiler} {flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d -x c++ -c $in -o $out"
-    )
-    sources = ["emulator/emulator.cpp", "emulator/fiber.cpp", "testing/register.cpp", "register_cuda.cpp", *KERNELS]
+    flags = f"{flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d"
+    compile_ = f"{compiler} {flags} -x c++ -c $in -o $out"
+    sources = [
+        "emulator/emulator.cpp",
+        "emulator/fiber.cpp",
+        "testing/register.cpp",
+        "register_cuda.cpp",
+        *KERNELS,
+    ]
     objects = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in sources]
     targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(objects, sources, strict=True)]
     targets.append(("libbigmodel_emulator.so", "link", objects))
@@ -72,10 +77,12 @@ def cuda(archs: list[str]) -> Path:
     include, libraries = torch_flags()
     folder = ROOT / "build" / "cuda"
     code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-    flags = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -lineinfo"
+    flags = (
+        "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -lineinfo"
+    )
     compile_ = (
-        f"{nvcc} {flags} {code} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d -x cu -c $in -o $out "
-        "> $out.log 2>&1 || (cat $out.log; exit 1)"
+        f"{nvcc} {flags} {code} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA "
+        "-MD -MF $out.d -x cu -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)"
     )
     link = f"{nvcc} -shared -cudart static -o $out $in {libraries}"
     kernels = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in KERNELS]

@@ -14,7 +14,9 @@ from torch import Tensor
 from bigmodel_kernels.ops.attention import prepare, reference
 
 
-def make(batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+def make(
+    batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype
+) -> list[Tensor]:
     sizes = ((batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim))
     return [torch.randn(size).to(dtype) for size in sizes]
 
@@ -50,7 +52,17 @@ def plain(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) 
         parts = []
         for i in range(cu_q.numel() - 1):
             q, (k, v) = query[cu_q[i] : cu_q[i + 1]], (t[cu_k[i] : cu_k[i + 1]] for t in (key, value))
-            one = plain(*(t.transpose(0, 1)[None] for t in (q, k, v)), mask, bias, None, None, None, slopes, sinks, **kwargs)
+            one = plain(
+                *(t.transpose(0, 1)[None] for t in (q, k, v)),
+                mask,
+                bias,
+                None,
+                None,
+                None,
+                slopes,
+                sinks,
+                **kwargs,
+            )
             parts.append(one[0].transpose(0, 1))
         return torch.cat(parts)
     group = query.shape[1] // key.shape[1]
@@ -202,7 +214,10 @@ def test_any_call(
         (lambda q, k, v: (q, k, v[:, :, :3]), "value: shape"),
         (lambda q, k, v: (q[:, :3], k, v), "2 kv heads do not divide 3"),
         (lambda q, k, v: (q.float(), k.float(), v.float()), "float16 or bfloat16"),
-        (lambda q, k, v: tuple(t[..., :36].contiguous() for t in (q, k, v)), "head_dim 36 must be a multiple of 8"),
+        (
+            lambda q, k, v: tuple(t[..., :36].contiguous() for t in (q, k, v)),
+            "head_dim 36 must be a multiple of 8",
+        ),
         (lambda q, k, v: (q[..., 4:60], k[..., 4:60], v[..., 4:60]), "must start at a multiple of 16 bytes"),
     ],
 )

@@ -37,6 +37,8 @@ def test_an_unordered_read_is_a_race_in_some_order(run_word: Any) -> None:
     seen = set()
     for seed in range(12):
         with pytest.raises(RuntimeError) as error:
-            run_word("missing_barrier", torch.zeros(1, dtype=torch.int32), torch.zeros(32, dtype=torch.int32), seed)
+            run_word(
+                "missing_barrier", torch.zeros(1, dtype=torch.int32), torch.zeros(32, dtype=torch.int32), seed
+            )
         seen.add("race" if "race: " in str(error.value) else "uninitialised")
     assert seen == {"race", "uninitialised"}

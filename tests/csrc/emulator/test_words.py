@@ -1,7 +1,7 @@
-"""Where each word moves each element, against the PTX ISA's tables, written out here, and against Triton's own layouts.
+"""Where each word moves each element, against the PTX ISA's tables, written out here, and Triton's layouts.
 
-Tables of the PTX ISA (section 9.7.14 and 9.7.15, warp level matrix instructions): "Matrix Fragments for mma.m16n8k16 with floating
-point type", "Matrix fragment layout" of ldmatrix and stmatrix.
+Tables of the PTX ISA, warp level matrix instructions: "Matrix Fragments for mma.m16n8k16 with floating point
+type", and the figures of ldmatrix and stmatrix.
 """
 
 from __future__ import annotations
@@ -117,7 +117,22 @@ def test_philox_gives_the_known_answers(run_word: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packing_rounds_as_torch_does(run_word: Any, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
-    special = [0.0, -0.0, float("inf"), -float("inf"), 65504.0, 65519.0, 65520.0, 1e-7, 5.9e-8, 2.9e-8, -3e-8, 6.1e-5, 1e38, 3.4e38]
+    special = [
+        0.0,
+        -0.0,
+        float("inf"),
+        -float("inf"),
+        65504.0,
+        65519.0,
+        65520.0,
+        1e-7,
+        5.9e-8,
+        2.9e-8,
+        -3e-8,
+        6.1e-5,
+        1e38,
+        3.4e38,
+    ]
     values = torch.cat([torch.tensor(special), torch.randn(64 - len(special), generator=generator) * 1e-3])
     out = run(run_word, f"pack_{str(dtype)[6:]}", values.numpy().view(np.uint32), 32)
     assert (halves(out) == values.to(dtype).view(torch.int16).numpy().view(np.uint16)).all()
@@ -125,11 +140,15 @@ def test_packing_rounds_as_torch_does(run_word: Any, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("columns", [32, 64, 96])
 def test_swizzled_rows_spread_over_the_banks(run_word: Any, columns: int) -> None:
-    out = run(run_word, f"swizzle_{columns}", np.zeros(1, np.uint32), 64 * columns // 8).reshape(64, columns // 8)
+    out = run(run_word, f"swizzle_{columns}", np.zeros(1, np.uint32), 64 * columns // 8).reshape(
+        64, columns // 8
+    )
     assert sorted(out.ravel()) == list(range(0, 64 * columns * 2, 16)), "a place for every chunk, once"
     for row in range(0, 64, 8):
         for chunk in range(columns // 8):
-            assert len({offset % 128 // 16 for offset in out[row : row + 8, chunk]}) == 8, "eight groups of four banks"
+            assert len({offset % 128 // 16 for offset in out[row : row + 8, chunk]}) == 8, (
+                "eight groups of four banks"
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -143,7 +162,9 @@ def triton_layouts() -> dict[str, dict[str, Any]]:
     script = Path(__file__).with_name("triton_layouts.py")
     environment = {**os.environ, "TRITON_ALWAYS_COMPILE": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return result
@@ -170,7 +191,9 @@ def test_triton_agrees_about_the_fragments(name: str, table: Any, count: int) ->
 
 @pytest.mark.parametrize("columns", [32, 64])
 def test_triton_agrees_about_the_swizzle(run_word: Any, columns: int) -> None:
-    out = run(run_word, f"swizzle_{columns}", np.zeros(1, np.uint32), 64 * columns // 8).reshape(64, columns // 8)
+    out = run(run_word, f"swizzle_{columns}", np.zeros(1, np.uint32), 64 * columns // 8).reshape(
+        64, columns // 8
+    )
     layout = triton_layouts()[f"tile_{2 * columns}"]
     for row in range(64):
         for chunk in range(columns // 8):

@@ -1,4 +1,4 @@
-"""Prints, as JSON, where Triton's compiler puts the elements of the fragments and shared tiles that our kernels use.
+"""Prints, as JSON, where Triton's compiler puts the elements of our kernels' fragments and shared tiles.
 
 A process of its own, because Triton's front end complains at its end of what it did not free. Needs no GPU.
 """
@@ -34,7 +34,9 @@ def ask():  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def ask_hopper():  # type: ignore[no-untyped-def]
-    wgmma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16])
+    wgmma: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]
+    )
     c: gl.constexpr = note("wgmma_c", gl.to_linear_layout(wgmma, [64, 32]))  # noqa: F841
     a: gl.constexpr = note("wgmma_a", gl.to_linear_layout(gl.DotOperandLayout(0, wgmma, 2), [64, 16]))  # noqa: F841
     shared_128: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -44,5 +46,7 @@ def ask_hopper():  # type: ignore[no-untyped-def]
 
 
 for kernel, capability, warps in ((ask, 80, 1), (ask_hopper, 90, 4)):
-    triton.compile(GluonASTSource(kernel, {}), target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    triton.compile(
+        GluonASTSource(kernel, {}), target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
 print(json.dumps(found), flush=True)

@@ -20,7 +20,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ["attention", "embedding", "feed_forward", "linear", "norm", "philox"]
+KERNELS = ["activations", "attention", "embedding", "feed_forward", "linear", "norm", "philox"]
+BACKWARD = ["feed_forward", "linear"]  # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -131,7 +132,8 @@ class BuildWithNinja(build_ext):
             lines.extend([f"build {name}: compile {source}", f"  flags = {' '.join(flags)}"])
 
         includes = [f"-isystem {torch_root / 'include'}"]
-        compile_to("register_cpu.o", ROOT / "csrc" / "register_cpu.cpp", [*defines, *includes])
+        for name in ("register_cpu", "register_training"):
+            compile_to(f"{name}.o", ROOT / "csrc" / f"{name}.cpp", [*defines, *includes])
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
@@ -143,6 +145,8 @@ class BuildWithNinja(build_ext):
             ]
             for kernel in KERNELS:
                 compile_to(f"{kernel}.{isa}.o", ROOT / "csrc" / kernel / "cpu.cpp", named)
+            for kernel in BACKWARD:
+                compile_to(f"{kernel}_backward.{isa}.o", ROOT / "csrc" / kernel / "backward.cpp", named)
             compile_to(f"table.{isa}.o", ROOT / "csrc" / "table.cpp", named)
         lines.append(f"build {library}: link {' '.join(objects)}")
         lines.append(f"default {library}")

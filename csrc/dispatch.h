@@ -14,4 +14,8 @@ BIGMODEL_INLINE void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
+// Element `at` of an untyped array; null stays null.
+template <class T> BIGMODEL_INLINE T* offset(void* data, int64_t at) { return data ? static_cast<T*>(data) + at : nullptr; }
+template <class T> BIGMODEL_INLINE const T* offset(const void* data, int64_t at) { return data ? static_cast<const T*>(data) + at : nullptr; }
+
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -24,7 +24,9 @@ struct Runtime {
 };
 // One slot per use that may be alive at the same time on one thread.
 enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
-                         scratch_scores, scratch_output, scratch_statistics, scratch_slots };
+                         scratch_scores, scratch_output, scratch_statistics,
+                         scratch_gate, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias,
+                         scratch_slots };
 
 // A packed weight: this header, then panels of `panel` columns, each [k][panel] (see gemm/gemm.h).
 struct PackedHeader {
@@ -64,10 +66,13 @@ struct PhiloxArgs {        // one block of a rule's words, see philox/cpu.cpp
   float* values;           // (rows, columns), dropped in place; elements only
 };
 
-struct NormArgs {          // layer norm over the last dimension; weight and bias may be null
+enum class NormKind : int32_t { layer_norm, rms_norm };
+struct NormArgs {          // over the last dimension; weight and bias may be null; rms_norm has no bias
   const void* weight;
   const void* bias;
   float eps;
+  NormKind kind;
+  float weight_offset;     // added to the weight (Gemma: 1)
 };
 
 struct LinearArgs {
@@ -81,6 +86,9 @@ struct LinearArgs {
   bool has_norm;
   NormArgs norm;
   void* out;               // (rows, n)
+  Dropout dropout;
+  void* preactivation;     // (rows, n): x W + b, kept for the backward pass, or null
+  void* prenorm;           // (rows, n): what the norm is given, likewise
 };
 
 struct FeedForwardArgs {
@@ -96,6 +104,51 @@ struct FeedForwardArgs {
   NormPosition norm_position;
   NormArgs norm;
   void* out;
+  const void* packed_gate; // or null: not gated
+  const void* bias_gate;   // (inner,) or null
+  Dropout dropout;
+  void* preactivation;     // (rows, inner) or null, as in LinearArgs
+  void* gate_preactivation;
+  void* prenorm;           // (rows, hidden) or null
+};
+
+// Gradients that are not wanted are null, here and below. All tensors are of dtype and contiguous.
+struct LinearBackwardArgs {
+  Dtype dtype;
+  WeightLayout layout;
+  Activation activation;
+  int64_t rows, k, n;      // n over all weights
+  const void* grad;        // (rows, n)
+  const void* x;           // (rows, k)
+  const void* preactivation;           // (rows, n); needed with an activation
+  const void* prenorm;     // (rows, n); needed with a norm
+  bool has_norm;
+  NormArgs norm;
+  Dropout dropout;
+  int64_t weights;
+  const void* const* weight;           // as the layer stores them
+  const int64_t* weight_n;             // out_features of each
+  void* x_grad;
+  void* residual_grad;
+  void *norm_weight_grad, *norm_bias_grad;
+  void* const* weight_grad;
+  void* const* bias_grad;  // of weight_n elements each
+};
+
+struct FeedForwardBackwardArgs {
+  Dtype dtype;
+  WeightLayout layout;
+  Activation activation;
+  int64_t rows, hidden, inner, columns;
+  const void* grad;        // (rows, columns)
+  const void* x;           // (rows, hidden)
+  const void *w_in, *w_out, *w_gate;   // w_gate null: not gated
+  const void *preactivation, *gate_preactivation;   // (rows, inner)
+  const void* prenorm;     // (rows, columns); needed with a norm after
+  NormPosition norm_position;
+  NormArgs norm;
+  Dropout dropout;
+  void *x_grad, *w_in_grad, *b_in_grad, *w_out_grad, *b_out_grad, *residual_grad, *norm_weight_grad, *norm_bias_grad, *w_gate_grad, *b_gate_grad;
 };
 
 struct LayerNormArgs {
@@ -142,9 +195,11 @@ struct KernelTable {
   const char* isa;
   int32_t panel;                       // columns per packed panel, by dtype the same
   bool bf16_pairs;                     // packs bf16 weights as pairs
-  void (*pack)(const PackArgs&);
+  void (*pack)(const Runtime&, const PackArgs&);
   void (*linear)(const Runtime&, const LinearArgs&);
   void (*feed_forward)(const Runtime&, const FeedForwardArgs&);
+  void (*linear_backward)(const Runtime&, const LinearBackwardArgs&);
+  void (*feed_forward_backward)(const Runtime&, const FeedForwardBackwardArgs&);
   void (*layer_norm)(const Runtime&, const LayerNormArgs&);
   void (*embedding)(const Runtime&, const EmbeddingArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);

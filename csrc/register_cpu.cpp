@@ -248,7 +248,7 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, std::string weight_layout) {
   int64_t column = 0;
   for (const Tensor& weight : weights) {
     const void* data = data_of(weight, "weights", weights[0].scalar_type(), weight.numel());
-    table.pack({data, layout, dtype, k, weight.size(out), column, &header});
+    table.pack(runtime(), {data, layout, dtype, k, weight.size(out), column, &header});
     column += weight.size(out);
   }
   return packed;
@@ -296,12 +296,19 @@ Tensor empty_rows_like(const Tensor& x, int64_t columns) {
   return empty_result(shape, x.scalar_type());
 }
 
-NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n) {
-  return {data_of(weight, "norm_weight", dtype, n), data_of(bias, "norm_bias", dtype, n), float(eps)};
+NormKind norm_kind_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "layer_norm" || name == "rms_norm", "norm_kind: '", name, "' is not one of layer_norm, rms_norm");
+  return name == "layer_norm" ? NormKind::layer_norm : NormKind::rms_norm;
+}
+
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n, NormKind kind, double weight_offset) {
+  STD_TORCH_CHECK(kind == NormKind::layer_norm || !bias, "norm_bias: must be None with rms_norm");
+  return {data_of(weight, "norm_weight", dtype, n), data_of(bias, "norm_bias", dtype, n), float(eps), kind, float(weight_offset)};
 }
 
 Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual,
-                  OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps) {
+                  OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, std::string norm_kind,
+                  double dropout_p) {
   const PackedHeader& header = check_packed(packed, "packed");
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype_of(x, "x") == header.dtype, "packed: dtype differs from the input's");
@@ -310,27 +317,32 @@ Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string acti
   if (rows == 0 || n == 0) return out;
   const LinearArgs args = {header.dtype, rows, x.const_data_ptr(), &header, data_of(bias, "bias", dtype, n), activation_of(activation),
                            data_of(residual, "residual", dtype, rows * n), norm_weight.has_value(),
-                           norm_args(norm_weight, norm_bias, norm_eps, dtype, n), out.mutable_data_ptr()};
+                           norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
+                           dropout_of(dropout_seed, dropout_p), nullptr, nullptr};
   kernels().linear(runtime(), args);
   return out;
 }
 
 Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,
                         OptionalTensor residual, std::string norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                        double norm_eps) {
+                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string norm_kind,
+                        double dropout_p) {
   const PackedHeader& in = check_packed(packed_in, "packed_in");
   const PackedHeader& second = check_packed(packed_out, "packed_out");
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype_of(x, "x") == in.dtype && in.dtype == second.dtype, "packed_in, packed_out: dtype differs from the input's");
   STD_TORCH_CHECK(in.n == second.k, "packed_out: in_features ", second.k, " must be packed_in's out_features ", in.n);
+  const PackedHeader* gate = packed_gate ? &check_packed(*packed_gate, "packed_gate") : nullptr;
+  STD_TORCH_CHECK(!gate || (gate->dtype == in.dtype && gate->k == in.k && gate->n == in.n), "packed_gate: dtype and shape must be packed_in's");
   const NormPosition position = position_of(norm_position);
   const int64_t rows = rows_of(x, in.k), n = second.n;
   Tensor out = empty_rows_like(x, n);
   if (rows == 0 || n == 0) return out;
   const FeedForwardArgs args = {in.dtype, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, in.n), &second,
                                 data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
-                                position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n),
-                                out.mutable_data_ptr()};
+                                position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
+                                out.mutable_data_ptr(), gate, data_of(b_gate, "b_gate", dtype, in.n), dropout_of(dropout_seed, dropout_p),
+                                nullptr, nullptr, nullptr};
   kernels().feed_forward(runtime(), args);
   return out;
 }
@@ -525,9 +537,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_pack_weight(Tensor[] weights, str weight_layout) -> Tensor");
   m.def("cpu_fingerprint(Tensor[] weights) -> int");
   m.def("cpu_linear(Tensor x, Tensor packed, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
-        "float norm_eps) -> Tensor");
+        "float norm_eps, Tensor? dropout_seed=None, *, str norm_kind='layer_norm', float dropout_p=0.0) -> Tensor");
   m.def("cpu_feed_forward(Tensor x, Tensor packed_in, Tensor? b_in, Tensor packed_out, Tensor? b_out, str activation, Tensor? residual, "
-        "str norm_position, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+        "str norm_position, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor? packed_gate=None, Tensor? b_gate=None, "
+        "Tensor? dropout_seed=None, *, str norm_kind='layer_norm', float dropout_p=0.0) -> Tensor");
   m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def("cpu_embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, Tensor? token_type_ids, "
         "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");

@@ -38,7 +38,11 @@ WeightLayout layout_of(const std::string& name);
 NormPosition position_of(const std::string& name);
 const PackedHeader& check_packed(const Tensor& packed, const char* name);
 int64_t rows_of(const Tensor& x, int64_t columns);
-NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n);
+NormKind norm_kind_of(const std::string& name);
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n,
+                   NormKind kind = NormKind::layer_norm, double weight_offset = 0.0);
+Dropout dropout_of(const OptionalTensor& seed, double p);
+size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);
 const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens);
 
 // Uninitialised results; large ones ask for large pages before their first touch.

@@ -3,9 +3,11 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
-void pack(const PackArgs&);
+void pack(const Runtime&, const PackArgs&);
 void linear(const Runtime&, const LinearArgs&);
 void feed_forward(const Runtime&, const FeedForwardArgs&);
+void linear_backward(const Runtime&, const LinearBackwardArgs&);
+void feed_forward_backward(const Runtime&, const FeedForwardBackwardArgs&);
 void layer_norm(const Runtime&, const LayerNormArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void attention(const Runtime&, const AttentionArgs&);
@@ -15,7 +17,7 @@ void philox_block(const PhiloxArgs&);
 #define BIGMODEL_NAME(isa) BIGMODEL_NAME_OF(isa)
 
 extern const KernelTable table;
-const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, layer_norm, embedding, attention,
+const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward, feed_forward_backward, layer_norm, embedding, attention,
                            philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

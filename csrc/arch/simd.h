@@ -214,6 +214,16 @@ BIGMODEL_INLINE void store_partial(F32 x, T* p, int n) {
   memcpy(p, lanes, size_t(n) * sizeof(T));
 }
 
+// body(i, n) for vectors of n lanes at i that make up [0, total): all full but the last.
+template <class Body>
+BIGMODEL_INLINE void each_vector(int64_t total, const Body& body) {
+  int64_t i = 0;
+  for (; i + F32::width <= total; i += F32::width) body(i, F32::width);
+  if (i < total) body(i, int(total - i));
+}
+template <class T> BIGMODEL_INLINE F32 load(const T* p, int n) { return n == F32::width ? F32::load(p) : load_partial(p, n); }
+template <class T> BIGMODEL_INLINE void store(F32 x, T* p, int n) { n == F32::width ? x.store(p) : store_partial(x, p, n); }
+
 // ---- functions ----
 // Coefficients are minimax fits made for this file (weighted least squares on Chebyshev nodes, reweighted until the error is level).
 

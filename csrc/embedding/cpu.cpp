@@ -24,7 +24,7 @@ void embedding(const Runtime& runtime, const EmbeddingArgs& args) {
         }
         T* out = static_cast<T*>(args.out) + token * hidden;
         if (args.has_norm) {
-          layer_norm_row(row, hidden, args.norm, out);
+          norm_row<T>(row, hidden, args.norm, out);
         } else {
           for (int64_t i = 0; i < hidden; i++) from_float(row[i], out + i);
         }

@@ -1,4 +1,5 @@
-// feed_forward: x -> (LN) -> W_in, activation -> W_out -> + residual -> (LN), the block of Vaswani et al., arXiv 1706.03762, 3.3.
+// feed_forward: x -> (norm) -> W_in, activation -> W_out -> dropout -> + residual -> (norm), the block of Vaswani et al.,
+// arXiv 1706.03762, 3.3; gated, the hidden layer is act(x W_gate) * (x W_in) (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202).
 //
 //   long input: a task owns a block of rows and takes it through both products; the (rows, inner) intermediate is that
 //   block's alone and never reaches memory that another thread reads
@@ -21,7 +22,7 @@ struct FeedForward {
   const int64_t hidden = in.k(), inner = in.n(), inner_padded = in.panel_count() * panel, columns = out.n(),
                 columns_padded = out.panel_count() * panel;
 
-  // rows [row, row + rows) times panels [first, last) of W_in, activated, into c.
+  // rows [row, row + rows) times panels [first, last) of W_in, activated (or times the activated gate), into c.
   void first_product(int64_t row, int64_t rows, int64_t first, int64_t last, float* c, int64_t c_stride) const {
     const T* x = static_cast<const T*>(args.x) + row * hidden;
     const typename Step::A* a;
@@ -30,35 +31,39 @@ struct FeedForward {
       for (int64_t r = 0; r < rows; r++) {
         float* target = normed + r * hidden;
         add_row<T>(x + r * hidden, nullptr, hidden, target);
-        normalise(target);
+        norm_row<T>(target, hidden, args.norm, target);
       }
       a = pack_a<Step>(runtime, normed, hidden, rows, hidden);
     } else {
       a = pack_a<Step>(runtime, x, hidden, rows, hidden);
     }
-    const Epilogue<T> epilogue = {static_cast<const T*>(args.bias_in), args.activation, nullptr, 0, nullptr, 0, inner};
-    multiply_block<Step>(a, rows, in.steps(), static_cast<const typename Step::B*>(in.panels), first, last, c, c_stride,
-                         [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
+    auto multiply = [&](const Packed& weight, const Epilogue<T>& epilogue, float* target, int64_t stride) {
+      multiply_block<Step>(a, rows, in.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, target, stride,
+                           [&](int64_t column, int64_t count, float* group) { finish_columns(epilogue, rows, column, count, group, stride); });
+    };
+    float* gate = nullptr;
+    const int64_t gate_stride = (last - first) * panel;
+    if (args.packed_gate) {
+      gate = static_cast<float*>(runtime.scratch(scratch_gate, size_t(rows * gate_stride) * sizeof(float)));
+      multiply(Packed(args.packed_gate), {.bias = static_cast<const T*>(args.bias_gate), .activation = Activation::none,
+                                          .preactivation = offset<T>(args.gate_preactivation, row * inner), .residual = nullptr, .out = nullptr,
+                                          .columns = inner}, gate, gate_stride);
+    }
+    multiply(in, {.bias = static_cast<const T*>(args.bias_in), .activation = args.activation, .gate = gate ? gate - first * panel : nullptr,
+                  .gate_stride = gate_stride, .preactivation = offset<T>(args.preactivation, row * inner), .residual = nullptr, .out = nullptr,
+                  .columns = inner}, c, c_stride);
   }
 
   // The same rows of hidden times panels [first, last) of W_out, plus residual, into args.out or, before a norm, into c.
   void second_product(const float* h, int64_t row, int64_t rows, int64_t first, int64_t last, float* c, int64_t c_stride) const {
     const auto* a = pack_a<Step>(runtime, h, inner_padded, rows, inner);
     const bool post = args.norm_position == NormPosition::post;
-    const Epilogue<T> epilogue = {static_cast<const T*>(args.bias_out), Activation::none,
-                                  args.residual ? static_cast<const T*>(args.residual) + row * columns : nullptr, columns,
-                                  post ? nullptr : static_cast<T*>(args.out) + row * columns, columns, columns};
+    const Epilogue<T> epilogue = {.bias = static_cast<const T*>(args.bias_out), .activation = Activation::none,
+                                  .dropout = args.dropout.enabled ? &args.dropout : nullptr, .first_row = row,
+                                  .residual = offset<T>(args.residual, row * columns), .prenorm = offset<T>(args.prenorm, row * columns),
+                                  .out = post ? nullptr : static_cast<T*>(args.out) + row * columns, .columns = columns};
     multiply_block<Step>(a, rows, out.steps(), static_cast<const typename Step::B*>(out.panels), first, last, c, c_stride,
                          [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
-  }
-
-  // In place: the row stays float32, its weights are T.
-  void normalise(float* row) const {
-    NormArgs plain = {nullptr, nullptr, args.norm.eps};
-    layer_norm_row(row, hidden, plain, row);
-    const T* weight = static_cast<const T*>(args.norm.weight);
-    const T* bias = static_cast<const T*>(args.norm.bias);
-    for (int64_t i = 0; i < hidden; i++) row[i] = row[i] * (weight ? to_float(weight[i]) : 1.0f) + (bias ? to_float(bias[i]) : 0.0f);
   }
 
   void run() const {
@@ -76,7 +81,7 @@ struct FeedForward {
       second_product(h, row, rows, 0, out.panel_count(), c, columns_padded);
       if (args.norm_position == NormPosition::post)
         for (int64_t r = 0; r < rows; r++)
-          layer_norm_row(c + r * columns_padded, columns, args.norm, static_cast<T*>(args.out) + (row + r) * columns);
+          norm_row<T>(c + r * columns_padded, columns, args.norm, static_cast<T*>(args.out) + (row + r) * columns);
     });
   }
 

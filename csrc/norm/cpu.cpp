@@ -14,7 +14,7 @@ void layer_norm(const Runtime& runtime, const LayerNormArgs& args) {
       for (int64_t r = task * block; r < smaller(args.rows, (task + 1) * block); r++) {
         const int64_t at = r * args.columns;
         add_row(static_cast<const T*>(args.x) + at, args.residual ? static_cast<const T*>(args.residual) + at : nullptr, args.columns, row);
-        layer_norm_row(row, args.columns, args.norm, static_cast<T*>(args.out) + at);
+        norm_row<T>(row, args.columns, args.norm, static_cast<T*>(args.out) + at);
       }
     });
   });

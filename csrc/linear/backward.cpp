@@ -1,0 +1,56 @@
+// linear_backward: the gradients of y = norm(dropout(act(x W + b)) + residual).
+//
+//   1. row by row: dy -> norm' -> residual's gradient -> dropout -> act'(preactivation) -> dz, with the sums over rows that
+//      are the gradients of the norm's parameters and of b;   left out where there is nothing to do: dz is then dy itself
+//   2. dx = dz W^T       3. dW = x^T dz
+#include "backward.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+void linear_backward(const Runtime& runtime, const LinearBackwardArgs& args) {
+  const int64_t rows = args.rows, k = args.k, n = args.n;
+  with_dtype(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    bool wants_bias = false, wants_weight = false;
+    for (int64_t i = 0; i < args.weights; i++) {
+      wants_bias |= args.bias_grad[i] != nullptr;
+      wants_weight |= args.weight_grad[i] != nullptr;
+    }
+    const T* grad = static_cast<const T*>(args.grad);
+    const bool changes = args.has_norm || args.dropout.enabled || args.activation != Activation::none;
+    float* dz = nullptr;
+    if (changes && (wants_weight || args.x_grad)) dz = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * n) * sizeof(float)));
+    if (changes || wants_bias || args.residual_grad) {
+      const TailBackward<T> tail = {.rows = rows, .n = n, .grad = grad, .norm_input = static_cast<const T*>(args.prenorm),
+                                    .norm_input_addend = nullptr, .norm_input_drops = false, .has_norm = args.has_norm, .norm = args.norm,
+                                    .dropout = args.dropout, .activation = args.activation,
+                                    .preactivation = args.activation == Activation::none ? nullptr : static_cast<const T*>(args.preactivation),
+                                    .sum_grad = static_cast<T*>(args.residual_grad), .z_grad = dz, .z_grad_rounded = nullptr,
+                                    .norm_weight_grad = static_cast<T*>(args.norm_weight_grad),
+                                    .norm_bias_grad = static_cast<T*>(args.norm_bias_grad), .wants_column_sums = wants_bias};
+      tail.run(runtime, [&](const float* sums, int64_t parts, int64_t stride) {
+        for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++])
+          if (args.bias_grad[i]) add_parts(sums + column, parts, stride, args.weight_n[i], static_cast<T*>(args.bias_grad[i]));
+      });
+    }
+    const Stored<float> made = {dz, n};
+    const Stored<T> given = {grad, n};
+
+    if (args.x_grad) {
+      float* panels = panel_memory(runtime, n, k);
+      for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++])
+        pack_transposed_weight<T>(runtime, args.weight[i], args.layout, k, args.weight_n[i], panels, n, column);
+      product_into(runtime, {dz ? as_rows(made) : as_rows(given), false}, rows, k, n, panels, static_cast<T*>(args.x_grad));
+    }
+    const Stored<T> x = {static_cast<const T*>(args.x), k};
+    for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++]) {
+      if (!args.weight_grad[i]) continue;
+      const Stored<float> made_part = {offset<float>(dz, column), n};
+      const Stored<T> given_part = {grad + column, n};
+      weight_gradient(runtime, args.layout, as_rows(x), k, dz ? as_rows(made_part) : as_rows(given_part), args.weight_n[i], rows,
+                      static_cast<T*>(args.weight_grad[i]));
+    }
+  });
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -1,0 +1,320 @@
+// The training ops of linear and feed_forward as torch sees them. Their arguments are those of the public operators' schemas
+// (bigmodel::linear_training and so on), with these differences:
+//
+//   weights      in a *_training op each may be the layer's own weight or, where it does not change between calls, what cpu_pack_weight
+//                made of it (for linear: of all of them, as the only element). A weight as it lies is packed into scratch memory for the
+//                call: one that an optimizer changes with every step gains nothing from a kept copy. Backward ops take weights as they lie.
+//   results      a result that is not there or not wanted is an empty tensor
+//   saved        preactivation, gate_preactivation and prenorm may be None or empty: the forward pass is then run again for them
+//
+// Shapes are checked against each other before any pointer is followed.
+#include <cstring>
+
+#include "registration.h"
+
+namespace bigmodel {
+
+namespace {
+
+struct LayerShape { int64_t k, n; };
+
+LayerShape weight_shape(const Tensor& weight, WeightLayout layout, ScalarType dtype, const char* name) {
+  check_cpu(weight, name);
+  STD_TORCH_CHECK(weight.dim() == 2, name, ": shape ", shape_of(weight), " must have two dimensions");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, name, ": dtype differs from the input's");
+  STD_TORCH_CHECK(weight.is_contiguous(), name, ": must be contiguous");
+  STD_TORCH_CHECK(weight.numel() > 0, name, ": shape ", shape_of(weight), " has no elements");
+  const int out = layout == WeightLayout::linear ? 0 : 1;
+  return {weight.size(1 - out), weight.size(out)};
+}
+
+// The weights, packed: as they came, or into this thread's scratch memory.
+const PackedHeader& packed_of(const std::vector<Tensor>& weights, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
+  STD_TORCH_CHECK(!weights.empty(), name, ": is empty");
+  if (weights.size() == 1 && weights[0].scalar_type() == ScalarType::Byte) {
+    const PackedHeader& header = check_packed(weights[0], name);
+    STD_TORCH_CHECK(header.dtype == dtype, name, ": dtype differs from the input's");
+    return header;
+  }
+  int64_t k = 0, n = 0;
+  for (const Tensor& weight : weights) {
+    const LayerShape shape = weight_shape(weight, layout, scalar, name);
+    STD_TORCH_CHECK(n == 0 || shape.k == k, name, ": shape ", shape_of(weight), " must have in_features ", k);
+    k = shape.k;
+    n += shape.n;
+  }
+  const KernelTable& table = kernels();
+  const Runtime lent = runtime();
+  auto& header = *static_cast<PackedHeader*>(lent.scratch(slot, packed_size(k, n, dtype, table)));
+  header = {packed_magic, k, n, dtype, table.panel, dtype == Dtype::bfloat16 && table.bf16_pairs, {}};
+  int64_t column = 0;
+  for (const Tensor& weight : weights) {
+    const int64_t here = weight_shape(weight, layout, scalar, name).n;
+    table.pack(lent, {weight.const_data_ptr(), layout, dtype, k, here, column, &header});
+    column += here;
+  }
+  return header;
+}
+
+// Several biases as one row; null when there are none.
+const void* joined(const std::vector<Tensor>& biases, ScalarType dtype, int64_t n, const char* name) {
+  if (biases.empty()) return nullptr;
+  if (biases.size() == 1) return data_of(biases[0], name, dtype, n);
+  int64_t total = 0;
+  for (const Tensor& bias : biases) total += bias.numel();
+  STD_TORCH_CHECK(total == n, name, ": ", total, " elements in all, must be ", n);
+  const size_t size = dtype == ScalarType::Float ? 4 : 2;
+  char* memory = static_cast<char*>(runtime().scratch(scratch_bias, size_t(n) * size));
+  size_t at = 0;
+  for (const Tensor& bias : biases) {
+    std::memcpy(memory + at, data_of(bias, name, dtype, bias.numel()), size_t(bias.numel()) * size);
+    at += size_t(bias.numel()) * size;
+  }
+  return memory;
+}
+
+Tensor nothing(ScalarType dtype) { return torch::stable::empty({0}, dtype); }
+
+// A saved tensor, or null where it was not kept.
+const void* saved(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  if (!tensor || tensor->numel() == 0) return nullptr;
+  return data_of(*tensor, name, dtype, numel);
+}
+
+// Gradients in the order of `needs`: made where wanted, empty elsewhere.
+struct Gradients {
+  const std::vector<bool>& needs;
+  ScalarType dtype;
+  std::vector<Tensor> tensors;
+  Gradients(const std::vector<bool>& needs, size_t count, ScalarType dtype) : needs(needs), dtype(dtype) {
+    STD_TORCH_CHECK(needs.size() == count, "needs: has ", needs.size(), " elements, must have ", count);
+  }
+  // The next one; `exists`: the tensor that it belongs to was given.
+  void* next(const std::vector<int64_t>& shape, bool exists = true) {
+    const bool wanted = needs[tensors.size()] && exists;
+    tensors.push_back(wanted ? empty_result(shape, dtype) : nothing(dtype));
+    return wanted ? tensors.back().mutable_data_ptr() : nullptr;
+  }
+  std::vector<Tensor> zeros() {
+    for (Tensor& tensor : tensors)
+      if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), 0, size_t(tensor.numel()) * (dtype == ScalarType::Float ? 4 : 2));
+    return tensors;
+  }
+};
+
+std::vector<int64_t> shape_vector(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+}  // namespace
+
+// ---- linear ----
+
+std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
+                                                       OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
+                                                       std::string weight_layout, std::string activation, double norm_eps, std::string norm_kind,
+                                                       double dropout_p) {
+  const ScalarType dtype = x.scalar_type();
+  const Dtype type = dtype_of(x, "x");
+  const Activation act = activation_of(activation);
+  const PackedHeader& packed = packed_of(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
+  const int64_t rows = rows_of(x, packed.k), n = packed.n;
+  const bool has_norm = norm_weight.has_value();
+  Tensor out = empty_rows_like(x, n);
+  Tensor preactivation = act == Activation::none ? nothing(dtype) : empty_rows_like(x, n);
+  Tensor prenorm = has_norm ? empty_rows_like(x, n) : nothing(dtype);
+  const LinearArgs args = {type, rows, x.const_data_ptr(), &packed, joined(biases, dtype, n, "biases"), act,
+                           data_of(residual, "residual", dtype, rows * n), has_norm,
+                           norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
+                           dropout_of(dropout_seed, dropout_p), act == Activation::none ? nullptr : preactivation.mutable_data_ptr(),
+                           has_norm ? prenorm.mutable_data_ptr() : nullptr};
+  if (rows > 0 && n > 0) kernels().linear(runtime(), args);
+  return {out, preactivation, prenorm};
+}
+
+std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
+                                        OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
+                                        OptionalTensor preactivation, OptionalTensor prenorm, std::string weight_layout, std::string activation,
+                                        double norm_eps, std::string norm_kind, double dropout_p, std::vector<bool> needs) {
+  const ScalarType dtype = x.scalar_type();
+  LinearBackwardArgs args = {};
+  args.dtype = dtype_of(x, "x");
+  args.layout = layout_of(weight_layout);
+  args.activation = activation_of(activation);
+  STD_TORCH_CHECK(!weights.empty(), "weights: is empty");
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: ", biases.size(), " of them, must be none or one for each weight");
+  std::vector<int64_t> weight_n;
+  std::vector<const void*> weight;
+  for (const Tensor& w : weights) {
+    const LayerShape shape = weight_shape(w, args.layout, dtype, "weights");
+    STD_TORCH_CHECK(args.k == 0 || shape.k == args.k, "weights: shape ", shape_of(w), " must have in_features ", args.k);
+    args.k = shape.k;
+    args.n += shape.n;
+    weight_n.push_back(shape.n);
+    weight.push_back(w.const_data_ptr());
+  }
+  for (size_t i = 0; i < biases.size(); i++) data_of(biases[i], "biases", dtype, weight_n[i]);
+  const int64_t rows = args.rows = rows_of(x, args.k), n = args.n;
+  args.x = x.const_data_ptr();
+  args.grad = data_of(grad, "grad", dtype, rows * n);
+  args.has_norm = norm_weight.has_value();
+  args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind));
+  args.dropout = dropout_of(dropout_seed, dropout_p);
+  const void* addend = data_of(residual, "residual", dtype, rows * n);
+
+  Gradients result(needs, 4 + weights.size() + biases.size(), dtype);
+  std::vector<void*> weight_grad, bias_grad;
+  args.x_grad = result.next(shape_vector(x));
+  args.residual_grad = result.next(shape_vector(grad), residual.has_value());
+  args.norm_weight_grad = result.next({n}, norm_weight.has_value());
+  args.norm_bias_grad = result.next({n}, norm_bias.has_value());
+  for (const Tensor& w : weights) weight_grad.push_back(result.next(shape_vector(w)));
+  for (size_t i = 0; i < weights.size(); i++) bias_grad.push_back(biases.empty() ? nullptr : result.next({weight_n[i]}));
+  if (rows == 0) return result.zeros();
+
+  args.preactivation = saved(preactivation, "preactivation", dtype, rows * n);
+  args.prenorm = saved(prenorm, "prenorm", dtype, rows * n);
+  const bool wants_preactivation = args.activation != Activation::none && !args.preactivation, wants_prenorm = args.has_norm && !args.prenorm;
+  Tensor made[2] = {nothing(dtype), nothing(dtype)};
+  if (wants_preactivation || wants_prenorm) {
+    for (Tensor& t : made) t = empty_result({rows, n}, dtype);
+    const PackedHeader& packed = packed_of(weights, args.layout, args.dtype, dtype, scratch_packed, "weights");
+    const LinearArgs again = {args.dtype, rows, args.x, &packed, joined(biases, dtype, n, "biases"), args.activation, addend, false, {},
+                              made[1].mutable_data_ptr(), args.dropout, args.activation == Activation::none ? nullptr : made[0].mutable_data_ptr(), nullptr};
+    kernels().linear(runtime(), again);
+    if (wants_preactivation) args.preactivation = made[0].const_data_ptr();
+    if (wants_prenorm) args.prenorm = made[1].const_data_ptr();
+  }
+  args.weights = int64_t(weights.size());
+  args.weight = weight.data();
+  args.weight_n = weight_n.data();
+  args.weight_grad = weight_grad.data();
+  args.bias_grad = bias_grad.data();
+  kernels().linear_backward(runtime(), args);
+  return result.tensors;
+}
+
+// ---- feed_forward ----
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
+    Tensor x, Tensor w_in, OptionalTensor b_in, Tensor w_out, OptionalTensor b_out, OptionalTensor residual, OptionalTensor norm_weight,
+    OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string activation,
+    std::string weight_layout, std::string norm_position, double norm_eps, std::string norm_kind, double dropout_p, bool recompute) {
+  const ScalarType dtype = x.scalar_type();
+  const Dtype type = dtype_of(x, "x");
+  const WeightLayout layout = layout_of(weight_layout);
+  const NormPosition position = position_of(norm_position);
+  const PackedHeader& in = packed_of({w_in}, layout, type, dtype, scratch_packed, "w_in");
+  const PackedHeader& second = packed_of({w_out}, layout, type, dtype, scratch_packed_out, "w_out");
+  const PackedHeader* gate = w_gate ? &packed_of({*w_gate}, layout, type, dtype, scratch_packed_gate, "w_gate") : nullptr;
+  STD_TORCH_CHECK(in.n == second.k, "w_out: in_features ", second.k, " must be w_in's out_features ", in.n);
+  STD_TORCH_CHECK(!gate || (gate->k == in.k && gate->n == in.n), "w_gate: shape must be w_in's");
+  const int64_t rows = rows_of(x, in.k), n = second.n, inner = in.n;
+  Tensor out = empty_rows_like(x, n);
+  Tensor preactivation = recompute ? nothing(dtype) : empty_rows_like(x, inner);
+  Tensor gate_preactivation = recompute || !gate ? nothing(dtype) : empty_rows_like(x, inner);
+  Tensor prenorm = recompute || position != NormPosition::post ? nothing(dtype) : empty_rows_like(x, n);
+  auto data = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
+  const FeedForwardArgs args = {type, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, inner), &second,
+                                data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
+                                position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
+                                out.mutable_data_ptr(), gate, data_of(b_gate, "b_gate", dtype, inner), dropout_of(dropout_seed, dropout_p),
+                                data(preactivation), data(gate_preactivation), data(prenorm)};
+  if (rows > 0 && n > 0) kernels().feed_forward(runtime(), args);
+  return {out, preactivation, gate_preactivation, prenorm};
+}
+
+std::vector<Tensor> cpu_feed_forward_backward(
+    Tensor grad, Tensor x, Tensor w_in, OptionalTensor b_in, Tensor w_out, OptionalTensor b_out, OptionalTensor residual, OptionalTensor norm_weight,
+    OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, OptionalTensor preactivation,
+    OptionalTensor gate_preactivation, OptionalTensor prenorm, std::string activation, std::string weight_layout, std::string norm_position,
+    double norm_eps, std::string norm_kind, double dropout_p, std::vector<bool> needs) {
+  const ScalarType dtype = x.scalar_type();
+  FeedForwardBackwardArgs args = {};
+  args.dtype = dtype_of(x, "x");
+  args.layout = layout_of(weight_layout);
+  args.activation = activation_of(activation);
+  args.norm_position = position_of(norm_position);
+  const LayerShape in = weight_shape(w_in, args.layout, dtype, "w_in"), second = weight_shape(w_out, args.layout, dtype, "w_out");
+  STD_TORCH_CHECK(in.n == second.k, "w_out: in_features ", second.k, " must be w_in's out_features ", in.n);
+  if (w_gate) {
+    const LayerShape gate = weight_shape(*w_gate, args.layout, dtype, "w_gate");
+    STD_TORCH_CHECK(gate.k == in.k && gate.n == in.n, "w_gate: shape ", shape_of(*w_gate), " must be w_in's ", shape_of(w_in));
+  }
+  const int64_t rows = args.rows = rows_of(x, in.k), inner = args.inner = in.n, n = args.columns = second.n;
+  args.hidden = in.k;
+  const bool pre = args.norm_position == NormPosition::pre;
+  args.grad = data_of(grad, "grad", dtype, rows * n);
+  args.x = x.const_data_ptr();
+  args.w_in = w_in.const_data_ptr();
+  args.w_out = w_out.const_data_ptr();
+  args.w_gate = w_gate ? w_gate->const_data_ptr() : nullptr;
+  args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, pre ? in.k : n, norm_kind_of(norm_kind));
+  args.dropout = dropout_of(dropout_seed, dropout_p);
+  const void* addend = data_of(residual, "residual", dtype, rows * n);
+  const void *bias_in = data_of(b_in, "b_in", dtype, inner), *bias_out = data_of(b_out, "b_out", dtype, n), *bias_gate = data_of(b_gate, "b_gate", dtype, inner);
+  STD_TORCH_CHECK(w_gate.has_value() || !b_gate.has_value(), "b_gate: must be None without w_gate");
+  const bool normed = args.norm_position != NormPosition::none;
+
+  Gradients result(needs, 10, dtype);
+  args.x_grad = result.next(shape_vector(x));
+  args.w_in_grad = result.next(shape_vector(w_in));
+  args.b_in_grad = result.next({inner}, b_in.has_value());
+  args.w_out_grad = result.next(shape_vector(w_out));
+  args.b_out_grad = result.next({n}, b_out.has_value());
+  args.residual_grad = result.next(shape_vector(grad), residual.has_value());
+  args.norm_weight_grad = result.next({pre ? in.k : n}, normed && norm_weight.has_value());
+  args.norm_bias_grad = result.next({pre ? in.k : n}, normed && norm_bias.has_value());
+  args.w_gate_grad = result.next(w_gate ? shape_vector(*w_gate) : std::vector<int64_t>{0}, w_gate.has_value());
+  args.b_gate_grad = result.next({inner}, b_gate.has_value());
+  if (rows == 0) return result.zeros();
+
+  const bool post = args.norm_position == NormPosition::post;
+  args.preactivation = saved(preactivation, "preactivation", dtype, rows * inner);
+  args.gate_preactivation = saved(gate_preactivation, "gate_preactivation", dtype, rows * inner);
+  args.prenorm = saved(prenorm, "prenorm", dtype, rows * n);
+  Tensor made[3] = {nothing(dtype), nothing(dtype), nothing(dtype)};
+  if (!args.preactivation || (w_gate && !args.gate_preactivation) || (post && !args.prenorm)) {
+    made[0] = empty_result({rows, inner}, dtype);
+    if (w_gate) made[1] = empty_result({rows, inner}, dtype);
+    made[2] = empty_result({rows, n}, dtype);
+    const PackedHeader& packed_in = packed_of({w_in}, args.layout, args.dtype, dtype, scratch_packed, "w_in");
+    const PackedHeader& packed_out = packed_of({w_out}, args.layout, args.dtype, dtype, scratch_packed_out, "w_out");
+    const PackedHeader* packed_gate = w_gate ? &packed_of({*w_gate}, args.layout, args.dtype, dtype, scratch_packed_gate, "w_gate") : nullptr;
+    // Without the norm after: what is asked for is its input.
+    const FeedForwardArgs again = {args.dtype, rows, args.x, &packed_in, bias_in, &packed_out, bias_out, args.activation, addend,
+                                   pre ? NormPosition::pre : NormPosition::none, pre ? args.norm : NormArgs{}, made[2].mutable_data_ptr(),
+                                   packed_gate, bias_gate, args.dropout, made[0].mutable_data_ptr(),
+                                   w_gate ? made[1].mutable_data_ptr() : nullptr, nullptr};
+    kernels().feed_forward(runtime(), again);
+    if (!args.preactivation) args.preactivation = made[0].const_data_ptr();
+    if (w_gate && !args.gate_preactivation) args.gate_preactivation = made[1].const_data_ptr();
+    if (!args.prenorm) args.prenorm = made[2].const_data_ptr();
+  }
+  kernels().feed_forward_backward(runtime(), args);
+  return result.tensors;
+}
+
+}  // namespace bigmodel
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
+  m.def("cpu_linear_training(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, "
+        "Tensor? dropout_seed, *, str weight_layout='linear', str activation='none', float norm_eps=1e-5, str norm_kind='layer_norm', "
+        "float dropout_p=0.0) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_linear_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, Tensor? norm_weight, "
+        "Tensor? norm_bias, Tensor? dropout_seed, Tensor? preactivation, Tensor? prenorm, *, str weight_layout='linear', "
+        "str activation='none', float norm_eps=1e-5, str norm_kind='layer_norm', float dropout_p=0.0, bool[] needs) -> Tensor[]");
+  m.def("cpu_feed_forward_training(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, Tensor? residual, Tensor? norm_weight, "
+        "Tensor? norm_bias, Tensor? w_gate, Tensor? b_gate, Tensor? dropout_seed, *, str activation, str weight_layout='linear', "
+        "str norm_position='none', float norm_eps=1e-5, str norm_kind='layer_norm', float dropout_p=0.0, bool recompute=False) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_feed_forward_backward(Tensor grad, Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, Tensor? residual, "
+        "Tensor? norm_weight, Tensor? norm_bias, Tensor? w_gate, Tensor? b_gate, Tensor? dropout_seed, Tensor? preactivation, "
+        "Tensor? gate_preactivation, Tensor? prenorm, *, str activation, str weight_layout='linear', str norm_position='none', "
+        "float norm_eps=1e-5, str norm_kind='layer_norm', float dropout_p=0.0, bool[] needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
+  m.impl("cpu_linear_training", TORCH_BOX(&bigmodel::cpu_linear_training));
+  m.impl("cpu_linear_backward", TORCH_BOX(&bigmodel::cpu_linear_backward));
+  m.impl("cpu_feed_forward_training", TORCH_BOX(&bigmodel::cpu_feed_forward_training));
+  m.impl("cpu_feed_forward_backward", TORCH_BOX(&bigmodel::cpu_feed_forward_backward));
+}

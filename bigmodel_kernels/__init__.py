@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from bigmodel_kernels.backends import BackendError, Explanation, explain
 from bigmodel_kernels.ops.attention import attention
+from bigmodel_kernels.ops.attention.decode import attention_decode
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
 from bigmodel_kernels.ops.linear import linear
 from bigmodel_kernels.ops.norm import layer_norm, rms_norm
+from bigmodel_kernels.ops.rotary import rotary
 from bigmodel_kernels.transformers.autoregister import register_when_imported
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = [
     "Explanation",
     "PatchReport",
     "attention",
+    "attention_decode",
     "embedding",
     "explain",
     "feed_forward",
@@ -41,6 +44,7 @@ __all__ = [
     "patch",
     "patched",
     "rms_norm",
+    "rotary",
     "unpatch",
 ]
 

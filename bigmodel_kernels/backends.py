@@ -95,6 +95,9 @@ def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementat
 #: operator -> (folder, suffix of its functions there)
 _OPERATORS = {
     "attention": ("attention", ""),
+    "attention_backward": ("attention", "_backward"),
+    "attention_decode": ("attention", "_decode"),
+    "rotary": ("rotary", ""),
     "linear": ("linear", ""),
     "linear_training": ("linear", "_training"),
     "linear_backward": ("linear", "_backward"),
@@ -114,6 +117,8 @@ _OPERATORS = {
 #: operator of the public surface -> (folder, function that makes the operator's arguments)
 _PUBLIC = {
     "attention": ("attention", "prepare"),
+    "attention_decode": ("attention.decode", "prepare"),
+    "rotary": ("rotary", "prepare"),
     "linear": ("linear", "prepare"),
     "feed_forward": ("feed_forward", "prepare"),
     "layer_norm": ("norm", "prepare"),
@@ -128,10 +133,6 @@ TABLE: dict[tuple[str, str], tuple[Implementation, ...]] = {
     for op, (folder, suffix) in _OPERATORS.items()
     for device in ("cpu", "cuda")
 }
-for _device in ("cpu", "cuda"):
-    TABLE["attention_backward", _device] = (
-        Implementation("reference", "bigmodel_kernels.ops.attention.reference", "_backward"),
-    )
 
 
 def operators() -> list[str]:

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from bigmodel_kernels import backends
 from bigmodel_kernels.ops.attention import vmap
-from bigmodel_kernels.ops.attention.checks import check, check_values
+from bigmodel_kernels.ops.attention.checks import check, check_values, window_sides
 from bigmodel_kernels.ops.registration import (
     LIBRARY,
     _cast,
     backward_formula,
     compute_dtype,
     define,
+    draw_seed,
+    no_second_derivative,
     require_device,
 )
 
@@ -148,14 +150,13 @@ def prepare(
     """The operator's arguments for those of the public function."""
     if softmax_scale is None:
         softmax_scale = 1.0 / math.sqrt(max(1, query.shape[-1])) if query.dim() else 1.0
-    left, right = _window(window)
+    left, right = window_sides(window)
     if cu_seqlens_q is not None and max_seqlen_q is None:
         max_seqlen_q = _longest(cu_seqlens_q)
     if cu_seqlens_k is not None and max_seqlen_k is None:
         max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q else _longest(cu_seqlens_k)
-    if dropout_p and dropout_seed is None:
-        # A tensor drawn from torch's own generator: manual_seed, checkpointing and compile see it.
-        dropout_seed = torch.randint(0, 2**62, (), device=query.device)
+    if dropout_seed is None:
+        dropout_seed = draw_seed(dropout_p, query.device)
     seed = dropout_seed if dropout_p else None
     inputs = (
         query,
@@ -179,20 +180,6 @@ def prepare(
         "softcap": softcap,
         "dropout_p": dropout_p,
     }
-
-
-def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    if window is None:
-        return -1, -1
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window={window!r} must be a pair (left, right) of sizes, with None for no limit")
-    for side in window:
-        if side is not None and side < 0:
-            raise ValueError(
-                f"window={window!r} has a negative side; allowed are 0, 1, ... and None for no limit"
-            )
-    left, right = window
-    return -1 if left is None else left, -1 if right is None else right
 
 
 def _longest(cu_seqlens: Tensor) -> int:
@@ -341,13 +328,6 @@ def _backward(
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "bigmodel::attention has no second derivative (create_graph=True and then backward again); use "
-        "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH) for that"
-    )
-
-
 def _autocast(device: str) -> Callable[..., Any]:
     """Casts as torch's scaled_dot_product_attention does; slopes, and sinks in float32, are taken as they
     are.
@@ -376,6 +356,9 @@ define(
 for _device in ("cpu", "cuda"):
     LIBRARY.impl("attention", _autocast(_device), f"Autocast{_device.upper()}")
 torch.library.register_autograd("bigmodel::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("bigmodel::attention_backward", _no_second_derivative)
+no_second_derivative(
+    "attention_backward",
+    "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH)",
+)
 torch.library.register_vmap("bigmodel::attention", vmap.forward)
 torch.library.register_vmap("bigmodel::attention_backward", vmap.backward)

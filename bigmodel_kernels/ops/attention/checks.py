@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.registration import broadcasts, require_device, require_float, require_like, shape
+from bigmodel_kernels.ops.registration import (
+    broadcasts,
+    require_device,
+    require_dropout,
+    require_float,
+    require_like,
+    shape,
+)
 
 
 def check(
@@ -54,27 +61,8 @@ def check(
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"key has {kv_heads} heads; they must divide the {heads} heads of query")
-    if window_left < -1 or window_right < -1:
-        raise ValueError(
-            f"window=({window_left}, {window_right}) is out of range; allowed are -1 (no limit), 0, 1, ..."
-        )
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap={softcap} is out of range; allowed are 0 (none) and positive numbers")
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale={softmax_scale} is out of range; it must be finite")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p={dropout_p} is out of range; allowed is 0 <= dropout_p < 1")
-    if dropout_p and dropout_seed is None:
-        raise ValueError(
-            f"dropout_seed is None with dropout_p={dropout_p}; it must be an int64 tensor of one element"
-        )
-    if dropout_seed is not None:
-        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
-            raise ValueError(
-                f"dropout_seed has dtype {dropout_seed.dtype} and shape {shape(dropout_seed)}; "
-                "it must be an int64 tensor of one element"
-            )
-        require_device("dropout_seed", dropout_seed, "query", query)
+    check_numbers(softmax_scale, window_left, window_right, softcap)
+    require_dropout(dropout_p, dropout_seed, "query", query)
     sequences = query.shape[0]
     if packed and cu_seqlens_q is not None and cu_seqlens_q.dim() == 1:
         sequences = cu_seqlens_q.shape[0] - 1
@@ -109,6 +97,32 @@ def check(
         if not broadcasts(size, full):
             raise ValueError(f"bias has shape {size}; it must broadcast to (B, H, Sq, Sk), {full}")
         require_device("bias", bias, "query", query)
+
+
+def check_numbers(softmax_scale: float, window_left: int, window_right: int, softcap: float) -> None:
+    if window_left < -1 or window_right < -1:
+        raise ValueError(
+            f"window=({window_left}, {window_right}) is out of range; allowed are -1 (no limit), 0, 1, ..."
+        )
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap} is out of range; allowed are 0 (none) and positive numbers")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale={softmax_scale} is out of range; it must be finite")
+
+
+def window_sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The public function's pair as the operator's two numbers, -1 for no limit."""
+    if window is None:
+        return -1, -1
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window={window!r} must be a pair (left, right) of sizes, with None for no limit")
+    for side in window:
+        if side is not None and side < 0:
+            raise ValueError(
+                f"window={window!r} has a negative side; allowed are 0, 1, ... and None for no limit"
+            )
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
 
 
 def check_head_terms(

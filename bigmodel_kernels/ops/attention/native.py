@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.attention.reference import cached
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
 
 
@@ -86,3 +88,69 @@ def run(
         return torch.ops.bigmodel.cpu_attention.default(*tensors, *options)
     more = (dropout_seed if dropout_p else None, contiguous(alibi_slopes), contiguous(sinks))
     return torch.ops.bigmodel.cpu_attention.default(*tensors, *more, *options, dropout_p)
+
+
+def supports_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return supports(query, key_cache, value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+
+
+def run_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    is_causal: bool = True,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See `bigmodel_kernels.attention_decode`.
+
+    One call for each sequence, on a view of a contiguous cache; neighbours of one length are one call. The
+    pages of a paged cache are gathered first.
+    """
+    batch, heads, rows, dim = query.shape
+    out = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    logsumexp = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    first = 0
+    for length, group in itertools.groupby(cache_seqlens.tolist()):
+        last = first + len(list(group))
+        for begin, end in (
+            [(first, last)] if block_table is None else [(b, b + 1) for b in range(first, last)]
+        ):
+            key, value = (
+                c[begin:end, :, :length] if block_table is None else cached(c, block_table, begin, length)
+                for c in (key_cache, value_cache)
+            )
+            slopes = (
+                alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[begin:end]
+            )
+            out[begin:end], logsumexp[begin:end] = run(
+                query[begin:end],
+                key,
+                value,
+                alibi_slopes=slopes,
+                sinks=sinks,
+                softmax_scale=softmax_scale,
+                is_causal=is_causal,
+                window_left=window_left,
+                window_right=window_right,
+                softcap=softcap,
+            )
+        first = last
+    return out, logsumexp

@@ -160,6 +160,50 @@ def run_backward(
     )
 
 
+def run_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    is_causal: bool = True,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See `bigmodel_kernels.attention_decode`: one sequence after the other, as `run` does them."""
+    out = _empty_like_query(query)
+    logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+    for b, length in enumerate(cache_seqlens.tolist()):
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        out[b : b + 1], logsumexp[b : b + 1] = run(
+            query[b : b + 1],
+            cached(key_cache, block_table, b, length),
+            cached(value_cache, block_table, b, length),
+            alibi_slopes=slopes,
+            sinks=sinks,
+            softmax_scale=softmax_scale,
+            is_causal=is_causal,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
+        )
+    return out, logsumexp
+
+
+def cached(cache: Tensor, block_table: Tensor | None, sequence: int, length: int) -> Tensor:
+    """(1, Hkv, length, D): what a cache holds of one sequence; a view, or gathered from its pages."""
+    if block_table is None:
+        return cache[sequence : sequence + 1, :, :length]
+    _, heads, size, dim = cache.shape
+    pages = cache[block_table[sequence, : -(-length // max(1, size))].long()]  # (pages, Hkv, size, D)
+    return pages.transpose(0, 1).reshape(1, heads, -1, dim)[:, :, :length]
+
+
 def _empty_like_query(query: Tensor) -> Tensor:
     """Dense results are laid out as (B, S, H, D), the order in which the next projection reads them."""
     if query.dim() == 3:

@@ -46,7 +46,7 @@ def _run(
         return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
     shape, dim = args[0].shape, in_dims[0]
     batch = shape[0] if dim is None or dim > 0 else shape[1]
-    folded = (_fold(a, d, rank, size, batch) for a, d, rank in zip(args, in_dims, ranks, strict=True))
+    folded = (fold(a, d, rank, size, batch) for a, d, rank in zip(args, in_dims, ranks, strict=True))
     results = op(*folded, **options)
     # Gradients that are not wanted are empty and have no batch.
     outputs = tuple(r.unflatten(0, (size, batch)) if r.dim() > 1 else r for r in results)
@@ -64,7 +64,7 @@ def _foldable(optional: tuple[Any, ...], in_dims: tuple[Any, ...], options: dict
     )
 
 
-def _fold(tensor: Tensor | None, dim: int | None, rank: int, size: int, batch: int) -> Tensor | None:
+def fold(tensor: Tensor | None, dim: int | None, rank: int, size: int, batch: int) -> Tensor | None:
     """The mapped dimension and the batch as one: (size * batch, ...)."""
     if tensor is None or rank == 0:
         return tensor

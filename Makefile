@@ -8,10 +8,15 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test test-all test-isa emulate cuda-build lint format bench verify clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build lint format bench verify clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
+
+# Trains a real BERT on real reviews for STEPS steps, patched, and once more as transformers has it; then shows both side by side.
+STEPS ?= 60
+finetune-demo: $(VENV)/.finetune bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels finetune compare classification --output runs/finetune-demo --resume --steps $(STEPS) --seeds 0
 
 test: $(VENV)/.dev bigmodel_kernels/.built
 	$(BIN)/python -m pytest -n 2 -m "not slow" tests
@@ -55,6 +60,10 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.demo: $(VENV)/.base
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@ bigmodel_kernels/.built
+
+$(VENV)/.finetune: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[finetune]"
 	touch $@ bigmodel_kernels/.built
 
 $(VENV)/.dev: $(VENV)/.demo

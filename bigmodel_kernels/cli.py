@@ -1,4 +1,4 @@
-"""The command `bigmodel-kernels`: doctor, verify, bench and demo.
+"""The command `bigmodel-kernels`: doctor, verify, bench, demo and finetune.
 
 Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
 next to the tables.
@@ -31,6 +31,8 @@ from typer.core import TyperCommand
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends
+from bigmodel_kernels.extras import MissingPackage
+from bigmodel_kernels.finetune import command as finetune_command
 
 DTYPES = ("float32", "bfloat16", "float16")
 STDOUT = "-"
@@ -56,11 +58,12 @@ def with_json_value(args: list[str]) -> list[str]:
 
 app = typer.Typer(
     name="bigmodel-kernels",
-    help="Fused kernels for transformers: look at the installation, verify it, measure it, see it work.",
+    help="Fused kernels for transformers: look at it, verify it, measure it, train.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(finetune_command.app)
 
 Json = Annotated[
     str | None,
@@ -472,7 +475,7 @@ def demo(
                 generate=generation,
                 progress=step,
             )
-    except job.MissingPackage as error:
+    except MissingPackage as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
         raise typer.Exit(2) from error
     if json_to != STDOUT:

@@ -9,7 +9,6 @@ Chinese text is here for its lengths and characters, not for the meaning of its 
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 import random
 import re
@@ -24,15 +23,12 @@ from torch import Tensor
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.bench.timing import Contender, Measured, measure, once
+from bigmodel_kernels.extras import package
 
 NAMES = ("eager", "sdpa", "bigmodel")
 #: The length that the model was trained with; longer texts are cut.
 LONGEST = 128
 ROUNDS = 3
-
-
-class MissingPackage(RuntimeError):
-    """A package of the extra `demo` is not installed."""
 
 
 @dataclass
@@ -86,14 +82,8 @@ class Outcome:
         return asdict(self)
 
 
-def _package(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingPackage(
-            f"the demo needs the package {package} ({error}); "
-            "install it with: pip install 'bigmodel_kernels[demo]'"
-        ) from error
+def _package(module: str, distribution: str) -> Any:
+    return package(module, distribution, "demo")
 
 
 def model_folder() -> Path:

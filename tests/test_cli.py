@@ -41,7 +41,7 @@ def test_json_may_stand_without_a_value() -> None:
 
 def test_help_names_the_commands() -> None:
     text = run("--help").output
-    assert all(name in text for name in ("doctor", "verify", "bench", "demo"))
+    assert all(name in text for name in ("doctor", "verify", "bench", "demo", "finetune"))
 
 
 # doctor
@@ -240,7 +240,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 # documentation
 
 
-DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/ops.md", "docs/transformers.md"]
+DOCUMENTS = ["README.md", "README.zh-CN.md", "docs/ops.md", "docs/transformers.md", "docs/finetuning.md"]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -1,0 +1,206 @@
+"""The same training eager and patched: loss curves, scores over seeds, time per step and memory.
+
+Dropout is 0, so that the two runs of a seed differ by rounding alone. Training makes small differences grow,
+so a number for their distance says nothing by itself. The yardstick is the distance of two runs of
+transformers alone that round their sums in another order: on the CPU eager with another number of threads,
+on a GPU sdpa. Each run is a process of its own, so that memory and caches of one do not count for the other.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigmodel_kernels.extras import package
+from bigmodel_kernels.finetune import files
+from bigmodel_kernels.finetune.run import complete, finetune
+from bigmodel_kernels.finetune.settings import Settings
+from bigmodel_kernels.finetune.tasks import TASKS
+
+Say = Callable[[str, int, int], None]
+
+
+def plan(settings: Settings, seeds: Sequence[int]) -> dict[str, Settings]:
+    """The runs by name: eager and patched for each seed in turn, and the yardstick."""
+    settings = complete(settings)
+    threads = settings.threads or torch.get_num_threads()
+    runs: dict[str, Settings] = {}
+
+    def add(name: str, implementation: str, seed: int, number: int) -> None:
+        runs[name] = replace(
+            settings,
+            implementation=implementation,
+            seed=seed,
+            threads=number,
+            dropout=0.0,
+            output=str(settings.folder / name),
+        )
+
+    for seed in seeds:
+        add(f"eager-{seed}", "eager", seed, threads)
+        add(f"patched-{seed}", "patched", seed, threads)
+    if torch.device(settings.device).type == "cpu":
+        other = 2 if threads == 1 else 1
+        add(f"eager-{seeds[0]}-threads-{other}", "eager", seeds[0], other)
+    else:
+        add(f"sdpa-{seeds[0]}", "sdpa", seeds[0], threads)
+    return runs
+
+
+def compare(
+    settings: Settings,
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    resume: bool = False,
+    isolated: bool = True,
+    say: Say = lambda name, step, steps: None,
+) -> dict[str, Any]:
+    """Runs what `plan` says in folders of `settings.output`, and writes compare.json and compare.png there.
+
+    With `resume` finished runs are read and unfinished ones continued. `isolated=False` runs everything in
+    this process; then memory is not compared. Raises what `finetune` raises, and RuntimeError with the end of
+    its log where a process fails.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds={list(seeds)}; it must hold different numbers, one at least")
+    runs = plan(settings, seeds)
+    folder = settings.folder
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise ValueError(
+            f"output={str(folder)!r} is not empty, and nothing is overwritten: take another folder, or "
+            "continue the comparison with --resume"
+        )
+    results = {}
+    for name, run in runs.items():
+        done = run.folder / "result.json"
+        if not done.is_file():
+            started = (run.folder / "settings.json").is_file()
+            if isolated:
+                _in_a_process(name, run, started, say)
+            else:
+                finetune(run, resume=started)
+        results[name] = json.loads(done.read_text(encoding="utf-8"))
+        if results[name]["settings"] != run.to_dict():
+            raise ValueError(f"{done} is of a run with other settings; take another folder")
+    found = summarise(results, list(seeds), TASKS[settings.task].main_metric, isolated)
+    files.write_json(folder / "compare.json", found)
+    _plot(results, list(seeds), list(runs)[-1], folder / "compare.png")
+    return found
+
+
+def arguments(settings: Settings) -> list[str]:
+    """The settings as options of the command."""
+    words = [settings.task, f"--{settings.implementation}"]
+    for field in fields(Settings):
+        value = getattr(settings, field.name)
+        if field.name in ("task", "implementation") or value == field.default:
+            continue
+        if field.name == "columns":
+            words += [word for pair in value for word in ("--column", pair)]
+        else:
+            name = f"--{field.name.replace('_', '-')}"
+            words += [name] if value is True else [name, str(value)]
+    return words
+
+
+def _in_a_process(name: str, run: Settings, started: bool, say: Say) -> None:
+    log = run.folder.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "bigmodel_kernels.cli", "finetune", *arguments(run)]
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if started else [])], stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                lines = files.read_lines(run.folder / "metrics.jsonl")
+                say(name, max((line["step"] for line in lines), default=0), run.steps or 0)
+        finally:
+            if process.poll() is None:  # Ctrl-C here: the run leaves a checkpoint
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        end = log.read_text(encoding="utf-8")[-2000:]
+        raise RuntimeError(f"the run {name} ended with code {process.returncode}: {end}")
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
+    """Between two loss curves: the largest, the mean and the last absolute difference."""
+    if len(a) != len(b) or not a:
+        raise ValueError(f"curves of {len(a)} and {len(b)} steps; they must have as many, one at least")
+    apart = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return {"max": max(apart), "mean": statistics.fmean(apart), "last": apart[-1]}
+
+
+def summarise(
+    results: dict[str, dict[str, Any]], seeds: list[int], metric: str, memory: bool
+) -> dict[str, Any]:
+    """The comparison from the results of all runs; the last of them is the yardstick."""
+    yardstick = list(results)[-1]
+    losses = {name: result["losses"] for name, result in results.items()}
+    each: dict[str, Any] = {}
+    for kind in ("eager", "patched"):
+        mine = [results[f"{kind}-{seed}"] for seed in seeds]
+        scores = [result["metrics"][metric] for result in mine]
+        each[kind] = {
+            "score": {
+                "mean": statistics.fmean(scores),
+                "least": min(scores),
+                "most": max(scores),
+                "all": scores,
+            },
+            "step_s": statistics.median(result["facts"]["median_step_s"] for result in mine),
+            "tokens_per_second": statistics.median(r["facts"]["tokens_per_second"] for r in mine),
+            "peak_memory_bytes": max(r["facts"]["peak_memory_bytes"] or 0 for r in mine) if memory else None,
+        }
+    first = seeds[0]
+    return {
+        "task": results[yardstick]["settings"]["task"],
+        "metric": metric,
+        "seeds": seeds,
+        "steps": len(losses[yardstick]),
+        "threads": results[f"eager-{first}"]["facts"]["threads"],
+        "distance": {str(s): distance(losses[f"eager-{s}"], losses[f"patched-{s}"]) for s in seeds},
+        "yardstick": {"run": yardstick, **distance(losses[f"eager-{first}"], losses[yardstick])},
+        "runs": each,
+        "speedup": each["eager"]["step_s"] / each["patched"]["step_s"],
+        "patch_report": results[f"patched-{first}"]["facts"]["patch_report"],
+        "settings": results[f"eager-{first}"]["settings"],
+        "versions": results[yardstick]["facts"]["versions"],
+    }
+
+
+def _plot(results: dict[str, dict[str, Any]], seeds: list[int], yardstick: str, path: Path) -> None:
+    package("matplotlib", "matplotlib", "finetune")
+    from matplotlib.figure import Figure
+
+    from bigmodel_kernels.finetune.plot import smoothed
+
+    losses = {name: result["losses"] for name, result in results.items()}
+    steps = range(1, len(losses[yardstick]) + 1)
+    first = seeds[0]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, seed in enumerate(seeds):
+        for kind, line in (("eager", "-"), ("patched", "--")):
+            curve = smoothed(losses[f"{kind}-{seed}"])
+            left.plot(steps, curve, line, color=f"C{i}", label=f"{kind}, seed {seed}")
+    left.set(xlabel="step", ylabel="training loss, smoothed")
+    left.legend()
+    floor = 1e-9  # equal losses have no place on a logarithmic axis
+    for name, label in ((f"patched-{first}", "patched and eager"), (yardstick, f"yardstick: {yardstick}")):
+        apart = [max(abs(a - b), floor) for a, b in zip(losses[f"eager-{first}"], losses[name], strict=True)]
+        right.plot(steps, apart, label=label, linewidth=0.9)
+    right.set(xlabel="step", ylabel=f"difference of the losses, seed {first}", yscale="log")
+    right.legend()
+    figure.savefig(path, dpi=120)

@@ -156,6 +156,7 @@ def _backend_rows(device: str) -> list[dict[str, Any]]:
                 "op": op,
                 "dtype": dtype,
                 "backend": answer.chosen,
+                "gradient": _gradient_backend(op, device, answer.chosen),
                 "reasons": answer.reasons,
                 "error": answer.error,
             }
@@ -168,13 +169,41 @@ def _examples(dtype: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...
         return torch.zeros(shape, dtype=dtype, device=device)
 
     ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+    length = torch.ones(1, dtype=torch.int32, device=device)
     return {
         "attention": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
         "linear": ((new(4, 64), new(64, 64), new(64)), {}),
         "feed_forward": ((new(4, 64), new(128, 64), new(128), new(64, 128), new(64)), {"activation": "gelu"}),
         "layer_norm": ((new(4, 64), new(64), new(64)), {}),
+        "rms_norm": ((new(4, 64), new(64)), {}),
         "embedding": ((ids, new(8, 64)), {}),
+        "rotary": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(4, 32), new(4, 32)), {}),
+        "attention_decode": ((new(1, 2, 1, 64), new(1, 2, 8, 64), new(1, 2, 8, 64), length), {}),
+        "linear_cross_entropy": ((new(4, 64), new(8, 64), ids[0]), {}),
     }
+
+
+#: operator -> the operator of its gradient, where its name does not say it. The linear cross-entropy makes
+#: its gradient in its training form.
+_GRADIENTS = {
+    "layer_norm": "norm_backward",
+    "rms_norm": "norm_backward",
+    "linear_cross_entropy": "linear_cross_entropy_training",
+}
+
+
+def _gradient_backend(op: str, device: str, forward: str | None) -> str | None:
+    """The first backend with code for the gradient; None where there is no operator of it."""
+    if op == "rotary":  # its gradient is a rotation
+        return forward
+    for implementation in backends.TABLE.get((_GRADIENTS.get(op, f"{op}_backward"), device), ()):
+        if implementation.only_when_forced is None:
+            try:
+                implementation.load()
+            except (ImportError, NotImplementedError):
+                continue
+            return implementation.name
+    return None
 
 
 def examine() -> dict[str, Any]:
@@ -250,9 +279,14 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
         table.add_column("operator")
         for dtype in DTYPES:
             table.add_column(dtype)
+        table.add_column("gradient")
         for op in dict.fromkeys(row["op"] for row in rows):
             mine = [row for row in rows if row["op"] == op]
-            table.add_row(op, *(row["backend"] or f"none: {row['error']}" for row in mine))
+            table.add_row(
+                op,
+                *(row["backend"] or f"none: {row['error']}" for row in mine),
+                mine[0]["gradient"] or "no gradient",
+            )
         console.print(table)
         against: dict[str, list[str]] = {}
         for row in rows:

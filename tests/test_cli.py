@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bigmodel_kernels import _native, cli, verify
+from bigmodel_kernels import _native, backends, cli, verify
 from bigmodel_kernels import demo as demo_module
 from bigmodel_kernels.bench import document
 
@@ -58,9 +58,11 @@ def test_doctor_json() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert found["versions"]["torch"] == torch.__version__
     rows = found["backends"]["cpu"]
-    assert {row["op"] for row in rows} == {"attention", "linear", "feed_forward", "layer_norm", "embedding"}
+    assert {row["op"] for row in rows} == set(backends._PUBLIC)
     for row in rows:
-        assert row["backend"] == ("native" if _native.available() else "reference")
+        if row["op"] in ("attention", "linear", "feed_forward", "layer_norm", "embedding"):
+            assert row["backend"] == ("native" if _native.available() else "reference")
+        assert row["gradient"] in ((None,) if row["op"] == "attention_decode" else ("native", "reference"))
         assert set(row["reasons"]) == {"native", "triton", "reference"}
     if not torch.cuda.is_available():
         assert found["gpu"]["reason"]

@@ -104,14 +104,15 @@ def split(
 ) -> tuple[list[Record], list[Record]]:
     """(training, held out), by a hash of the seed and each record's key: equal keys go to the same side.
 
-    `most` keeps the records of smallest hash, of a second hash so that the parts stay in proportion.
+    Both are in the order of their hashes, so that the first N of them are a fair sample. `most`
+    keeps the records of smallest hash, of a second hash so that the parts stay in proportion.
     """
     places = list(range(len(records)))
     if most is not None and most < len(records):
         places = sorted(sorted(places, key=lambda i: fraction(seed + 1, keys[i]))[:most])
     sides: tuple[list[Record], list[Record]] = ([], [])
-    for i in places:
-        sides[fraction(seed, keys[i]) < held_out].append(records[i])
+    for place, i in sorted((fraction(seed, keys[i]), i) for i in places):
+        sides[place < held_out].append(records[i])
     for name, side in zip(("training", "held-out"), sides, strict=True):
         if not side:
             raise ValueError(

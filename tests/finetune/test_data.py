@@ -94,6 +94,9 @@ def test_the_split_does_not_depend_on_the_other_records() -> None:
     _, of_half = data.split(records[::2], names[::2], 3, 0.2)
     assert [r for r in held_out if int(r["key"]) % 2 == 0] == of_half
     assert 35 < len(held_out) < 85
+    # The first ones are a fair sample, in whatever order the records came: here 30 of both halves.
+    first = [int(r["key"]) < 150 for r in data.split(records, names, 3, 0.5)[1][:60]]
+    assert 18 < sum(first) < 42
     few = data.split(records, names, 3, 0.2, most=100)
     assert len(few[0]) + len(few[1]) == 100
     assert all(r in held_out for r in few[1])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
 CSRC = ROOT / "csrc"
-KERNELS = ["attention/sm80.cu"]
+KERNELS = ["attention/sm80.cu", "attention/sm90.cu"]
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 

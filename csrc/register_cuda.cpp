@@ -35,8 +35,22 @@ std::string shape_of(const Tensor& tensor) {
 }
 
 #if !defined(__CUDACC__)
-std::atomic<uint64_t> seed{0};  // of the emulator's schedule
+std::atomic<uint64_t> seed{0};              // of the emulator's schedule
+std::atomic<int64_t> emulated_architecture{80};
 #endif
+
+// Whose kernels run: 90 for Hopper, whose instructions no later GPU has, and 80 for all others.
+int architecture([[maybe_unused]] int32_t device) {
+#if defined(__CUDACC__)
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    throw std::runtime_error("the compute capability of CUDA device " + std::to_string(device) + " cannot be read");
+  return major == 9 ? 90 : 80;
+#else
+  return int(emulated_architecture);
+#endif
+}
 
 // The memory of a call's tensors, checked to be on one device; the stream to launch on.
 class Call {
@@ -150,6 +164,8 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
     p.batch = narrow(cu_seqlens_q->numel() - 1, "cu_seqlens_q");
     p.query_length = narrow(max_seqlen_q, "max_seqlen_q");
     p.key_length = narrow(max_seqlen_k, "max_seqlen_k");
+    p.total_queries = query.size(0);
+    p.total_keys = key.size(0);
     out = torch::stable::new_empty(query, {query.size(0), h, d});
     logsumexp = torch::stable::new_empty(query, {h, query.size(0)}, ScalarType::Float);
     p.logsumexp_stride[1] = query.size(0);
@@ -226,7 +242,10 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   p.value = call.use(value, "value", false);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
-  if (query.numel() > 0) attention_sm80(p, dtype == ScalarType::BFloat16, call.stream());
+  if (query.numel() > 0) {
+    const bool hopper = architecture(call.device()) == 90 && key.numel() > 0;
+    (hopper ? attention_sm90 : attention_sm80)(p, dtype == ScalarType::BFloat16, call.stream());
+  }
   return {out, logsumexp};
 }
 
@@ -238,6 +257,10 @@ constexpr const char* attention_schema =
 
 #if !defined(__CUDACC__)
 void set_seed(int64_t value) { seed = uint64_t(value); }
+void set_architecture(int64_t value) {
+  STD_TORCH_CHECK(value == 80 || value == 90, "value: ", value, " must be 80 or 90");
+  emulated_architecture = value;
+}
 #endif
 
 }  // namespace
@@ -250,7 +273,11 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) { m.impl("cuda_attention", TORCH_BO
 STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
   m.def(bigmodel::cuda::attention_schema);
   m.def("set_seed(int value) -> ()");
+  m.def("set_architecture(int value) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) { m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention)); }
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) { m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed)); }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) { 
+  m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed));
+  m.impl("set_architecture", TORCH_BOX(&bigmodel::cuda::set_architecture));
+}
 #endif

@@ -10,6 +10,7 @@ struct AttentionParams {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;               // or null: dense
   int32_t batch, heads, kv_heads, head_dim;                 // head_dim a multiple of 8
   int32_t query_length, key_length;                         // packed: of the longest
+  int64_t total_queries, total_keys;                        // packed: of all sequences
   float softmax_scale, softcap;                             // softcap 0: none
   int32_t window_left, window_right;                        // -1: no limit; causal is window_right 0
   const uint8_t* key_padding_mask;                          // (batch, key_length), 1 = visible, or null

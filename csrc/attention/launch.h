@@ -6,5 +6,6 @@ namespace bigmodel::cuda {
 
 struct Stream;
 void attention_sm80(const AttentionParams& params, bool is_bfloat16, const Stream& stream);
+void attention_sm90(const AttentionParams& params, bool is_bfloat16, const Stream& stream);  // at least one key
 
 }  // namespace bigmodel::cuda

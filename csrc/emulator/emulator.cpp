@@ -48,8 +48,14 @@ struct CopyAsync {
   std::array<char, 16> data;
 };
 
-struct BulkRead {                        // a store by the copy engine that still reads shared memory
+struct BulkRead {                        // of shared memory by the copy engine or a tensor core, still under way
   uint32_t address, bytes;
+};
+
+struct Product {                         // of wgmma, for one thread
+  float* c;
+  std::vector<float> values;
+  int group;                             // the last that adds to it
 };
 
 struct Thread {
@@ -62,6 +68,11 @@ struct Thread {
   std::deque<std::vector<CopyAsync>> copy_groups;
   std::vector<BulkRead> open_reads;
   std::deque<std::vector<BulkRead>> read_groups;
+  bool wgmma_fenced = false;
+  int wgmma_groups = 0, wgmma_done = 0;  // committed, and waited for
+  std::vector<Product> products;
+  std::vector<BulkRead> open_operands;
+  std::deque<std::vector<BulkRead>> operand_groups;
 };
 
 struct Collective {                      // what a warp is assembling for
@@ -232,6 +243,11 @@ Report Block::run(const int (&where)[3]) {
     thread.copy_groups.clear();
     thread.open_reads.clear();
     thread.read_groups.clear();
+    thread.wgmma_fenced = false;
+    thread.wgmma_groups = thread.wgmma_done = 0;
+    thread.products.clear();
+    thread.open_operands.clear();
+    thread.operand_groups.clear();
     clock_of(i)[i] = 1;
     wake(i);
   }
@@ -312,7 +328,7 @@ void Block::check_write(uint32_t address, uint32_t bytes, const char* word) {
     const Granule& g = granules[at];
     order_after_write(g, at * granule, word, "writes");
     if (g.reading)
-      stop("race", who(running) + ": " + word + " writes shared memory " + hex(at * granule) + " while the copy engine reads it");
+      stop("race", who(running) + ": " + word + " writes shared memory " + hex(at * granule) + " while the copy engine or a tensor core reads it");
     for (const Read& r : g.readers)
       if (r.thread != running && clock_of(running)[r.thread] < r.clock)
         stop("race", who(running) + ": " + word + " writes shared memory " + hex(at * granule) + ", which thread " +
@@ -445,7 +461,6 @@ void check_global(const void* address, size_t bytes, bool write, const char* wor
 
 char* shared_memory() { return block->shared; }
 void shared_read(uint32_t address, uint32_t bytes, const char* word) { block->read(address, bytes, word, false); }
-void async_read(uint32_t address, uint32_t bytes, const char* word) { block->read(address, bytes, word, true); }
 void shared_write(uint32_t address, uint32_t bytes, const char* word) {
   block->check_write(address, bytes, word);
   block->set_written(address, bytes, true);
@@ -667,6 +682,59 @@ void tma_wait(int groups_left, bool) {
       for (uint32_t at = r.address / granule; at < (r.address + r.bytes) / granule; at++) b.granules[at].reading--;
     t.read_groups.pop_front();
   }
+}
+
+void wgmma_fence() { block->self().wgmma_fenced = true; }
+
+void wgmma_read(uint32_t address, uint32_t bytes, const char* word) {
+  Block& b = *block;
+  const int last = b.running;
+  b.running = last / warp_size * warp_size;  // the warp reads as one; its first lane answers for it
+  b.read(address, bytes, word, true);
+  for (uint32_t at = address / granule; at < (address + bytes) / granule; at++) b.granules[at].reading++;
+  b.self().open_operands.push_back({address, bytes});
+  b.running = last;
+}
+
+float* wgmma_result(int lane, float* c, int count) {
+  Thread& t = block->threads[block->running / warp_size * warp_size + lane];
+  for (Product& p : t.products)
+    if (p.c == c) {
+      if (int(p.values.size()) != count) fail("divergence", "wgmma to registers of which another wgmma, still under way, has a different number");
+      p.group = t.wgmma_groups;
+      return p.values.data();
+    }
+  if (!t.wgmma_fenced) fail("race", "wgmma to registers that were touched since the last wgmma_fence");
+  t.products.push_back({c, std::vector<float>(c, c + count), t.wgmma_groups});
+  std::fill(c, c + count, std::numeric_limits<float>::quiet_NaN());  // whoever looks before the wait sees that
+  return t.products.back().values.data();
+}
+
+void wgmma_commit() {
+  Thread& t = block->self();
+  t.wgmma_groups++;
+  t.operand_groups.push_back(std::move(t.open_operands));
+  t.open_operands.clear();
+}
+
+void wgmma_wait(int groups_left) {
+  Block& b = *block;
+  Thread& t = b.self();
+  const int done = t.wgmma_groups - groups_left;
+  while (t.wgmma_done < done) {
+    for (const BulkRead& r : t.operand_groups.front()) {
+      for (uint32_t at = r.address / granule; at < (r.address + r.bytes) / granule; at++) b.granules[at].reading--;
+      b.read(r.address, r.bytes, "wgmma", true);  // it read until now
+    }
+    t.operand_groups.pop_front();
+    t.wgmma_done++;
+  }
+  std::erase_if(t.products, [done](const Product& p) {
+    if (p.group >= done) return false;
+    std::copy(p.values.begin(), p.values.end(), p.c);
+    return true;
+  });
+  t.wgmma_fenced = t.wgmma_fenced && !t.products.empty();
 }
 
 }  // namespace bigmodel::emulator

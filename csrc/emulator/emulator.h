@@ -99,7 +99,11 @@ void tma_store(const TensorMap& map, const int* coordinates, uint32_t shared, bo
 void tma_commit();
 void tma_wait(int groups_left, bool read_only);
 
-// A read of shared memory by a hardware unit on behalf of the running thread; it lasts until release_reads.
-void async_read(uint32_t address, uint32_t bytes, const char* word);
+// wgmma: what it reads stays in use, and where it writes holds NaN, until its group is waited for.
+void wgmma_fence();
+void wgmma_read(uint32_t address, uint32_t bytes, const char* word);
+float* wgmma_result(int lane, float* c, int count);  // of that lane of the running thread's warp
+void wgmma_commit();
+void wgmma_wait(int groups_left);
 
 }  // namespace bigmodel::emulator

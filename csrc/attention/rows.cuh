@@ -1,0 +1,227 @@
+// What the attention kernels of every architecture do with a tile of S and of O in registers.
+//
+// mma.sync and wgmma leave a warp's 16 rows the same way: lane 4 g + t holds, of each block j of eight columns, x[j][0, 1] = row g,
+// columns 8 j + 2 t and + 1, and x[j][2, 3] = row g + 8. So a row lies in four lanes, and a thread has two rows.
+#pragma once
+#include "arch/philox.cuh"
+#include "arch/swizzle.cuh"
+#include "arch/warp.cuh"
+#include "attention/cuda.h"
+
+namespace bigmodel::cuda {
+
+template <int blocks>
+BM_DEVICE void clear(float (&x)[blocks][4]) {
+  BM_UNROLL
+  for (int j = 0; j < blocks; j++)
+    BM_UNROLL
+    for (int e = 0; e < 4; e++) x[j][e] = 0;
+}
+
+// Two blocks of P as the A fragment of the next product.
+template <typename Element>
+BM_DEVICE void to_fragment(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<Element>(left[0], left[1]);
+  a[1] = pack<Element>(left[2], left[3]);
+  a[2] = pack<Element>(right[0], right[1]);
+  a[3] = pack<Element>(right[2], right[3]);
+}
+
+// Where a sequence lies: the whole of a dense batch's row, or a part of packed tensors.
+struct Sequence {
+  int first_query = 0, first_key = 0, queries, keys;
+
+  static BM_DEVICE Sequence of(const AttentionParams& p, int batch) {
+    if (p.cu_seqlens_q == nullptr) return {0, 0, p.query_length, p.key_length};
+    const int q = load_global(p.cu_seqlens_q + batch), k = load_global(p.cu_seqlens_k + batch);
+    return {q, k, load_global(p.cu_seqlens_q + batch + 1) - q, load_global(p.cu_seqlens_k + batch + 1) - k};
+  }
+  // Query i stands at key i + offset: causal is aligned to the last of both.
+  BM_DEVICE int offset() const { return keys - queries; }
+};
+
+// The tiles of keys that a tile of queries sees, and of those the ones that every row sees whole.
+struct KeyRange {
+  int begin, end;            // keys; begin is a multiple of the tile
+  int whole_begin, whole_end;
+  int tile;
+  BM_DEVICE bool all_visible(int n) const { return n >= whole_begin && n + tile <= whole_end; }
+};
+template <int tile_n>
+BM_DEVICE KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int m_start, int tile_m) {
+  const int last_row = (m_start + tile_m < s.queries ? m_start + tile_m : s.queries) - 1, offset = s.offset();
+  KeyRange r{0, s.keys, 0, s.keys, tile_n};
+  if (p.window_right >= 0) {
+    if (last_row + offset + p.window_right + 1 < r.end) r.end = last_row + offset + p.window_right + 1;
+    if (m_start + offset + p.window_right + 1 < r.whole_end) r.whole_end = m_start + offset + p.window_right + 1;
+  }
+  if (p.window_left >= 0) {
+    if (m_start + offset - p.window_left > 0) r.begin = (m_start + offset - p.window_left) / tile_n * tile_n;
+    r.whole_begin = m_start + tile_m - 1 + offset - p.window_left;
+  }
+  return r;
+}
+
+// From products to logits in units of log 2, for this thread's elements of a tile.
+template <typename Element, bool General>
+class Logits {
+ public:
+  BM_DEVICE Logits(const AttentionParams& p, const Sequence& s, int batch, int head) : p_(p), s_(s), batch_(batch), head_(head) {
+    if constexpr (General) {
+      if (p.alibi_slopes != nullptr) slope_ = load_global(p.alibi_slopes + batch * p.alibi_stride + head);
+      if (p.dropout_seed != nullptr) seed_ = uint64_t(load_global(p.dropout_seed));
+    }
+  }
+
+  // row0: this thread's upper row; n: the tile's first key.
+  template <int blocks>
+  BM_DEVICE void apply(float (&x)[blocks][4], int row0, int n, bool all_visible) const {
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) {
+        const int row = row0 + e / 2 * 8, column = n + 8 * j + 2 * (lane_index() % 4) + e % 2;
+        bool visible = all_visible || sees(row, column);
+        if constexpr (General) {
+          visible = visible && row < s_.queries;
+          if (visible && p_.key_padding_mask != nullptr) visible = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + column) != 0;
+          if (visible) x[j][e] = logit(x[j][e], row, column);
+        } else {
+          x[j][e] *= p_.softmax_scale * log2_e;
+        }
+        if (!visible) x[j][e] = -infinity;
+      }
+  }
+
+  // Dropout of probabilities, after they were summed.
+  template <int blocks>
+  BM_DEVICE void drop(float (&x)[blocks][4], int row0, int n) const {
+    if constexpr (General) {
+      if (p_.dropout_seed == nullptr) return;
+      BM_UNROLL
+      for (int j = 0; j < blocks; j += 2)
+        BM_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const PhiloxWords random = attention_words(row0, n + 8 * j + 2 * (lane_index() % 4) + e, head_, batch_, seed_);
+          BM_UNROLL
+          for (int w = 0; w < 4; w++) {
+            float& probability = x[j + w % 2][w / 2 * 2 + e];
+            probability = random.word[w] >= p_.dropout_threshold ? probability * p_.dropout_scale : 0;
+          }
+        }
+    }
+  }
+
+ private:
+  BM_DEVICE bool sees(int row, int column) const {
+    const int place = row + s_.offset();
+    return column < s_.keys && (p_.window_right < 0 || column <= place + p_.window_right) &&
+           (p_.window_left < 0 || column >= place - p_.window_left);
+  }
+  BM_DEVICE float logit(float product, int row, int column) const {
+    float x = product * p_.softmax_scale;
+    if (p_.softcap != 0) x = p_.softcap * tanh_exact(x / p_.softcap);
+    if (p_.bias != nullptr) {
+      const int64_t at = batch_ * p_.bias_stride[0] + head_ * p_.bias_stride[1] + row * p_.bias_stride[2] + column * p_.bias_stride[3];
+      x += p_.bias_is_float ? load_global(static_cast<const float*>(p_.bias) + at)
+                            : to_float(load_global(static_cast<const Element*>(p_.bias) + at));
+    }
+    const int distance = row + s_.offset() - column;
+    if (p_.alibi_slopes != nullptr) x -= slope_ * float(distance < 0 ? -distance : distance);
+    return x * log2_e;
+  }
+
+  const AttentionParams& p_;
+  const Sequence& s_;
+  const int batch_, head_;
+  float slope_ = 0;
+  uint64_t seed_ = 0;
+};
+
+// The running maximum and sum of this thread's two rows (Milakov and Gimelshein, 2018, arXiv:1805.02867), in units of log 2.
+template <int d_blocks>
+class OnlineSoftmax {
+ public:
+  // S becomes P = exp2(S - m); returns what the old O has to be multiplied with.
+  template <int blocks>
+  BM_DEVICE void probabilities(float (&x)[blocks][4], float (&rescale)[2]) {
+    BM_UNROLL
+    for (int r = 0; r < 2; r++) {
+      float top = m_[r];
+      BM_UNROLL
+      for (int j = 0; j < blocks; j++) top = maximum(top, maximum(x[j][2 * r], x[j][2 * r + 1]));
+      top = maximum(top, shuffle_xor(top, 1));
+      top = maximum(top, shuffle_xor(top, 2));
+      const float safe = top == -infinity ? 0 : top;  // a row that has seen no key yet: exp2(-inf - 0) = 0, not NaN
+      rescale[r] = exp2_approx(m_[r] - safe);
+      m_[r] = top;
+      float sum = 0;
+      BM_UNROLL
+      for (int j = 0; j < blocks; j++)
+        BM_UNROLL
+        for (int e = 0; e < 2; e++) {
+          x[j][2 * r + e] = exp2_approx(x[j][2 * r + e] - safe);
+          sum += x[j][2 * r + e];
+        }
+      l_[r] = l_[r] * rescale[r] + sum;  // of this thread's columns; the four lanes of a row are added at the end
+    }
+  }
+  static BM_DEVICE void scale(float (&o)[d_blocks][4], const float (&factor)[2]) {
+    BM_UNROLL
+    for (int j = 0; j < d_blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) o[j][e] *= factor[e / 2];
+  }
+
+  // O / l, with the sink in l, and logsumexp.
+  BM_DEVICE void finish(float (&o)[d_blocks][4], const AttentionParams& p, const Sequence& s, int batch, int head, int row0) {
+    float factor[2];
+    BM_UNROLL
+    for (int r = 0; r < 2; r++) {
+      float sum = l_[r], top = m_[r];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      factor[r] = 1;
+      if (p.sinks != nullptr) {  // one more logit in the sum, without a value
+        const float sink = load_global(p.sinks + head) * log2_e;
+        top = maximum(m_[r], sink);
+        factor[r] = exp2_approx(m_[r] - top);
+        sum = sum * factor[r] + exp2_approx(sink - top);
+      }
+      factor[r] = sum == 0 ? 0 : factor[r] / sum;
+      const int row = row0 + 8 * r;
+      if (p.logsumexp != nullptr && lane_index() % 4 == 0 && row < s.queries) {
+        const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + s.first_query + row;
+        store_global(p.logsumexp + at, sum == 0 ? -infinity : (top + log2_approx(sum)) * ln_2);
+      }
+    }
+    scale(o, factor);
+  }
+
+ private:
+  float m_[2] = {-infinity, -infinity}, l_[2] = {0, 0};
+};
+
+// A warp's 16 rows of O to global memory, by way of its own rows of a tile in shared memory, so that they leave in 16-byte pieces.
+// Nobody else may still use those rows.
+template <typename Element, typename Tile, int d_blocks>
+BM_DEVICE void store_rows(const float (&o)[d_blocks][4], SharedAddress tile, int tile_row, const AttentionParams& p, const Sequence& s,
+                          int batch, int head, int m_start) {
+  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  BM_UNROLL
+  for (int r = 0; r < 2; r++)
+    BM_UNROLL
+    for (int j = 0; j < d_blocks; j++)
+      store_shared(tile + Tile::offset(tile_row + g + 8 * r, j) + 4 * t, Word<4>{pack<Element>(o[j][2 * r], o[j][2 * r + 1])});
+  sync_warp();
+  Element* out = static_cast<Element*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] + s.first_query * p.out_stride[2];
+  BM_UNROLL
+  for (int i = lane; i < 16 * Tile::row_chunks; i += warp_size) {
+    const int row = tile_row + i / Tile::row_chunks, chunk = i % Tile::row_chunks;
+    if (m_start + row < s.queries && chunk * 8 < p.head_dim)
+      store_global(reinterpret_cast<Word<16>*>(out + (m_start + row) * p.out_stride[2] + chunk * 8),
+                   load_shared<Word<16>>(tile + Tile::offset(row, chunk)));
+  }
+}
+
+}  // namespace bigmodel::cuda

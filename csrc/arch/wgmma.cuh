@@ -166,14 +166,14 @@ BM_DEVICE void lower_registers() {
 #define BM_CONSTRAINTS_128 BM_CONSTRAINTS_96, BM_C(3)
 #define BM_CONSTRAINTS_192 BM_CONSTRAINTS_128, BM_C(4), BM_C(5)
 #define BM_CONSTRAINTS_256 BM_CONSTRAINTS_192, BM_C(6), BM_C(7)
-#define BM_WGMMA_SHARED(n, type, a, b, accumulates, transposed)                                                                \
+#define BM_WGMMA_SHARED(n, type, a_place, b_place, accumulates, transposed)                                                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulates ", 0;\n"                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" BM_REGISTERS_##n "}, " a ", " b             \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" BM_REGISTERS_##n "}, " a_place ", " b_place             \
                ", p, 1, 1, 0, " transposed ";\n}"                                                                              \
                : BM_CONSTRAINTS_##n : "l"(a_descriptor), "l"(b_descriptor), "r"(int(accumulate)), "n"(int(b_mn_major)))
-#define BM_WGMMA_REGISTERS(n, type, a, b, accumulates, transposed)                                                             \
+#define BM_WGMMA_REGISTERS(n, type, a_place, b_place, accumulates, transposed)                                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulates ", 0;\n"                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" BM_REGISTERS_##n "}, {" a "}, " b           \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" BM_REGISTERS_##n "}, {" a_place "}, " b_place           \
                ", p, 1, 1, " transposed ";\n}"                                                                                 \
                : BM_CONSTRAINTS_##n                                                                                            \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(int(accumulate)), "n"(int(b_mn_major)))

@@ -29,10 +29,13 @@ struct AttentionSm90Params {
 template <typename Element, int HeadDim, bool General>
 struct AttentionSm90 {
   using Params = AttentionSm90Params;
-  static constexpr int consumers = HeadDim <= 64 ? 3 : 2;
+  // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs, which in
+  // the general one is much (addresses, random words). Compiled so, none spills.
+  static constexpr int consumers = HeadDim <= 64 && !General ? 3 : 2;
+  static constexpr int tile_n = General ? (HeadDim <= 96 ? 128 : HeadDim == 128 ? 64 : 32)
+                                        : (HeadDim <= 64 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
-  static constexpr int tile_n = HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64;
   static constexpr int stages = 2;
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
   static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;
@@ -125,12 +128,14 @@ struct AttentionSm90 {
   }
 
   static BM_DEVICE void start_scores(float (&s)[n_blocks][4], int stage, int consumer) {
+    wgmma_fence();
     BM_UNROLL
     for (int k = 0; k < d_steps; k++)
       wgmma<Element, false>(s, k_major<QueryTile>(shared_start() + shared_query, 64 * consumer, k), k_major<KeyTile>(key_tile(stage), 0, k), k > 0);
     wgmma_commit();
   }
   static BM_DEVICE void start_output(float (&o)[d_blocks][4], const uint32_t (&probabilities)[n_steps][4], int stage) {
+    wgmma_fence();
     BM_UNROLL
     for (int k = 0; k < n_steps; k++) wgmma<Element, true>(o, probabilities[k], mn_major<KeyTile>(value_tile(stage), k), true);
     wgmma_commit();
@@ -149,7 +154,6 @@ struct AttentionSm90 {
     if (tiles > 0) {
       // ---- the first S ----
       mbarrier_wait(barrier(key_full), 0);
-      wgmma_fence();
       start_scores(s, 0, consumer);
       wgmma_wait<0>();
       release(key_empty);
@@ -163,7 +167,6 @@ struct AttentionSm90 {
       for (int i = 1; i < tiles; i++) {
         const int stage = i % stages, before = (i - 1) % stages, n = range.begin + i * tile_n;
         mbarrier_wait(barrier(key_full + stage), i / stages & 1);
-        wgmma_fence();
         start_scores(s, stage, consumer);
         mbarrier_wait(barrier(value_full + before), (i - 1) / stages & 1);
         start_output(o, probabilities, before);
@@ -182,7 +185,6 @@ struct AttentionSm90 {
       // ---- the last O += P V ----
       const int last = (tiles - 1) % stages;
       mbarrier_wait(barrier(value_full + last), (tiles - 1) / stages & 1);
-      wgmma_fence();
       start_output(o, probabilities, last);
       wgmma_wait<0>();
       release(value_empty + last);

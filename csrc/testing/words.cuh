@@ -8,7 +8,9 @@
 #include "arch/mma_sync.cuh"
 #include "arch/philox.cuh"
 #include "arch/swizzle.cuh"
+#include "arch/tma.cuh"
 #include "arch/warp.cuh"
+#include "arch/wgmma.cuh"
 
 namespace bigmodel::cuda::testing {
 
@@ -114,6 +116,85 @@ struct SwizzleWord : Shape<32, 0> {  // output: for 64 rows, the offset of each 
   }
 };
 
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL))
+#define BM_HOPPER 1
+#endif
+
+// The first `rows` rows of a row-major matrix into a swizzled tile, by all threads of the block.
+template <typename Tile>
+BM_DEVICE void fill_tile(SharedAddress tile, const void* matrix, int threads) {
+  for (int c = thread_index(); c < Tile::rows * Tile::row_chunks; c += threads)
+    store_shared(tile + Tile::offset(c / Tile::row_chunks, c % Tile::row_chunks), load_global(static_cast<const Word<16>*>(matrix) + c));
+}
+
+// C (64 x n) = A (64 x 64) B^T, B (n x 64) row by row: both K-major. Or, transposed, C = A B with B (64 x n) row by row: MN-major.
+// input: A, then B; output: C's registers of each thread.
+template <typename Element, int n, bool transposed, bool from_registers>
+struct WgmmaWord : Shape<128, 64 * 64 * 2 + 64 * n * 2> {
+  using TileA = SwizzledTile<64, 64>;
+  using TileB = SwizzledTile<transposed ? 64 : n, transposed ? n : 64>;
+  static BM_DEVICE void run(const WordParams& p) {
+#if defined(BM_HOPPER)
+    const SharedAddress a = shared_start(), b = a + TileA::bytes;
+    fill_tile<TileA>(a, p.input, 128);
+    fill_tile<TileB>(b, p.input + 64 * 64 / 2, 128);
+    fence_proxy_async();
+    sync_block();
+    float c[n / 8][4];
+    uint32_t fragment[4][4];
+    if constexpr (from_registers)
+      for (int k = 0; k < 4; k++) ldmatrix(fragment[k], a + TileA::offset(16 * (thread_index() / 32) + lane_index() % 16, 2 * k + lane_index() / 16));
+    wgmma_fence();
+    BM_UNROLL
+    for (int k = 0; k < 4; k++) {
+      uint64_t descriptor;
+      if constexpr (transposed)
+        descriptor = mn_major<TileB>(b, k);
+      else
+        descriptor = k_major<TileB>(b, 0, k);
+      if constexpr (from_registers)
+        wgmma<Element, transposed>(c, fragment[k], descriptor, k > 0);
+      else
+        wgmma<Element, transposed>(c, k_major<TileA>(a, 0, k), descriptor, k > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    BM_UNROLL
+    for (int j = 0; j < n / 8; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) store_global(reinterpret_cast<float*>(p.output) + thread_index() * (n / 2) + 4 * j + e, c[j][e]);
+#endif
+  }
+};
+
+struct TmaParams {
+  TensorMap map;
+  uint32_t* output;
+  int coordinate[4];
+};
+
+// A box of 64 rows and `columns` columns by the copy engine; output: the tile's bytes as they lie.
+template <int columns>
+struct TmaWord {
+  using Params = TmaParams;
+  using Tile = SwizzledTile<64, columns>;
+  static constexpr int threads = 32, blocks_per_multiprocessor = 1, shared_bytes = Tile::bytes + 16;
+  static BM_DEVICE void run(const TmaParams& p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    const SharedAddress tile = shared_start(), barrier = tile + Tile::bytes;
+    if (lane_index() == 0) {
+      mbarrier_init(barrier, 1);
+      fence_mbarrier_init();
+      mbarrier_arrive_expect(barrier, Tile::bytes);
+      tma_load(tile, p.map, barrier, p.coordinate[0], p.coordinate[1], p.coordinate[2], p.coordinate[3]);
+    }
+    sync_warp();
+    mbarrier_wait(barrier, 0);
+    for (int i = lane_index(); i < Tile::bytes / 4; i += 32) store_global(p.output + i, load_shared<uint32_t>(tile + 4 * i));
+#endif
+  }
+};
+
 // ---- kernels that are wrong, and what the emulator has to say of them ----
 
 struct MissingArrival : Shape<64, 256> {  // deadlock: one warp does not come to the barrier
@@ -187,6 +268,59 @@ struct DivergentWarp : Shape<32, 0> {  // divergence: half a warp at a shuffle o
     else
       sync_warp();
     store_global(p.output + lane_index(), value);
+  }
+};
+
+struct MissingProxyFence : Shape<128, 2 * 64 * 64 * 2> {  // proxy fence: ordinary stores, then wgmma
+  using Tile = SwizzledTile<64, 64>;
+  static BM_DEVICE void run(const WordParams& p) {
+    fill_tile<Tile>(shared_start(), p.input, 128);
+    fill_tile<Tile>(shared_start() + Tile::bytes, p.input, 128);
+    sync_block();
+    float c[8][4];
+    wgmma_fence();
+    wgmma<bfloat16, false>(c, k_major<Tile>(shared_start(), 0, 0), k_major<Tile>(shared_start() + Tile::bytes, 0, 0), false);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+};
+
+struct OverwrittenUnderWgmma : Shape<128, 2 * 64 * 64 * 2> {  // race: the tile is filled again before the wait
+  using Tile = SwizzledTile<64, 64>;
+  static BM_DEVICE void run(const WordParams& p) {
+    fill_tile<Tile>(shared_start(), p.input, 128);
+    fill_tile<Tile>(shared_start() + Tile::bytes, p.input, 128);
+    fence_proxy_async();
+    sync_block();
+    float c[8][4];
+    wgmma_fence();
+    wgmma<bfloat16, false>(c, k_major<Tile>(shared_start(), 0, 0), k_major<Tile>(shared_start() + Tile::bytes, 0, 0), false);
+    wgmma_commit();
+    sync_block();
+    fill_tile<Tile>(shared_start() + Tile::bytes, p.input, 128);
+    wgmma_wait<0>();
+  }
+};
+
+struct MbarrierNeverCompleted : Shape<32, 16> {  // deadlock: one arrival is missing
+  static BM_DEVICE void run(const WordParams&) {
+    if (lane_index() == 0) mbarrier_init(shared_start(), 2);
+    sync_warp();
+    if (lane_index() == 0) mbarrier_arrive(shared_start());
+    mbarrier_wait(shared_start(), 0);
+  }
+};
+
+struct TmaNotWaitedFor : TmaWord<64> {  // race: the copy engine is still writing
+  static BM_DEVICE void run(const TmaParams& p) {
+    const SharedAddress tile = shared_start(), barrier = tile + Tile::bytes;
+    if (lane_index() == 0) {
+      mbarrier_init(barrier, 1);
+      mbarrier_arrive_expect(barrier, Tile::bytes);
+      tma_load(tile, p.map, barrier, 0, 0, 0, 0);
+    }
+    sync_warp();
+    store_global(p.output + lane_index(), load_shared<uint32_t>(tile + 4 * lane_index()));
   }
 };
 

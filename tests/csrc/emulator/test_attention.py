@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) 
     return weights.to(value.dtype) @ value
 
 
-pytestmark = pytest.mark.usefixtures("library")
+pytestmark = pytest.mark.usefixtures("library", "architecture")
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -153,9 +153,14 @@ def test_alibi_and_sinks() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences(causal: bool) -> None:
+    """Sequences of no query, of one key, of no key; and a neighbour whose values are not numbers."""
     cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 5, 5, 140, 150], [0, 70, 71, 200, 200]))
     query, key, value = (torch.randn(n, 2, 64).to(torch.bfloat16) for n in (150, 200, 200))
     check(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=causal)
+    clean, _ = emulated(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=causal)
+    value[71:] = float("nan")
+    out, _ = emulated(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=causal)
+    assert torch.equal(out[:5], clean[:5])
 
 
 def test_fused_projection_is_read_in_place() -> None:
@@ -182,7 +187,7 @@ def test_any_order_of_threads_gives_the_same_bits() -> None:
         assert torch.equal(first, again)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 2),

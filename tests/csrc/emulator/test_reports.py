@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ BROKEN = {
     "past_global_memory": ("out of bounds", "byte 128 of an array of 128"),
     "write_to_input": ("out of bounds", "global memory that is an input"),
     "divergent_warp": ("divergence", "while others of its warp are at"),
+    "missing_proxy_fence": ("proxy fence", "with no fence.proxy.async after them"),
+    "overwritten_under_wgmma": ("race", "while the copy engine or a tensor core reads it"),
+    "mbarrier_never_completed": ("deadlock", "arrivals missing 1"),
 }
 
 
@@ -26,7 +30,7 @@ BROKEN = {
 def test_a_broken_kernel_is_caught(run_word: Any, name: str, seed: int) -> None:
     kinds, words = BROKEN[name]
     with pytest.raises(RuntimeError) as error:
-        run_word(name, torch.zeros(128, dtype=torch.int32), torch.zeros(32, dtype=torch.int32), seed)
+        run_word(name, torch.zeros(2048, dtype=torch.int32), torch.zeros(32, dtype=torch.int32), seed)
     message = str(error.value)
     assert any(f"{kind}: " in message for kind in kinds.split("|")), message
     assert any(w in message for w in words.split("|")), message
@@ -42,3 +46,12 @@ def test_an_unordered_read_is_a_race_in_some_order(run_word: Any) -> None:
             )
         seen.add("race" if "race: " in str(error.value) else "uninitialised")
     assert seen == {"race", "uninitialised"}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_copy_that_nobody_waits_for_is_caught(library: Path, seed: int) -> None:
+    source, output = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int32)
+    with pytest.raises(
+        RuntimeError, match="race: .*(an asynchronous copy to it is under way|no barrier in between)"
+    ):
+        torch.ops.bigmodel_testing.run_tma("tma_not_waited_for", source, output, [0, 0, 0, 0], seed)

@@ -151,6 +151,57 @@ def test_swizzled_rows_spread_over_the_banks(run_word: Any, columns: int) -> Non
             )
 
 
+def wgmma_c(warp: int, g: int, t: int, i: int) -> tuple[int, int]:
+    """The accumulator's table, "WGMMA .m64nNk16 register fragment layout for accumulator matrix D"."""
+    return 16 * warp + (g if i % 4 < 2 else g + 8), t * 2 + (i & 1) + i // 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "transposed", "suffix"),
+    [
+        (torch.bfloat16, 64, False, ""),
+        (torch.bfloat16, 64, True, ""),
+        (torch.float16, 128, True, ""),
+        (torch.bfloat16, 96, False, "_registers"),
+        (torch.bfloat16, 32, True, "_registers"),
+        (torch.float16, 192, True, "_registers"),
+        (torch.bfloat16, 256, True, "_registers"),
+    ],
+)
+def test_wgmma_multiplies_swizzled_tiles(
+    run_word: Any, dtype: torch.dtype, columns: int, transposed: bool, suffix: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(64, 64, generator=generator).to(dtype)
+    b = torch.randn((64, columns) if transposed else (columns, 64), generator=generator).to(dtype)
+    words = torch.cat([a.flatten(), b.flatten()]).view(torch.int16).numpy().view(np.uint32)
+    name = f"wgmma_{str(dtype)[6:]}_{columns}{'_transposed' if transposed else ''}{suffix}"
+    out = run(run_word, name, words, 64 * columns).view(np.float32).reshape(4, 8, 4, columns // 2)
+    expected = (a.double() @ (b if transposed else b.t()).double()).numpy()
+    for warp in range(4):
+        for g in range(8):
+            for t in range(4):
+                for i in range(columns // 2):
+                    assert abs(out[warp, g, t, i] - expected[wgmma_c(warp, g, t, i)]) < 1e-4
+
+
+@pytest.mark.parametrize("columns", [64, 32])
+@pytest.mark.parametrize("start", [(0, 0, 1, 1), (32, 40, 2, 0), (-16, -3, 0, 1)], ids=str)
+def test_the_copy_engine_swizzles_and_fills(
+    library: Path, run_word: Any, columns: int, start: tuple[int, int, int, int]
+) -> None:
+    source = torch.arange(1, 2 * 3 * 70 * 72 + 1, dtype=torch.int16).view(2, 3, 70, 72)
+    output = torch.full((64 * columns // 2,), -1, dtype=torch.int32)
+    torch.ops.bigmodel_testing.run_tma(f"tma_{columns}", source.view(torch.bfloat16), output, list(start))
+    place = run(run_word, f"swizzle_{columns}", np.zeros(1, np.uint32), 64 * columns // 8)
+    rows = output.numpy().view(np.int16).reshape(-1, 8)[place // 16].reshape(64, columns)
+    for row in range(64):
+        for column in range(columns):
+            r, c = row + start[1], column + start[0]
+            inside = 0 <= r < 70 and 0 <= c < 72
+            assert rows[row, column] == (source[start[3], start[2], r, c] if inside else 0)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the second witness
 
@@ -198,3 +249,21 @@ def test_triton_agrees_about_the_swizzle(run_word: Any, columns: int) -> None:
     for row in range(64):
         for chunk in range(columns // 8):
             assert position(layout, offset=int(out[row, chunk]) // 2) == (row, 8 * chunk)
+
+
+def test_triton_agrees_about_the_accumulator_of_a_warpgroup() -> None:
+    layout = triton_layouts()["wgmma_c"]
+    for warp in range(4):
+        for lane in LANES:
+            for i in range(16):
+                assert position(layout, reg=i, lane=lane, warp=warp) == wgmma_c(warp, *divmod(lane, 4), i)
+
+
+def test_triton_agrees_about_the_register_operand_of_a_warpgroup() -> None:
+    """A from registers is mma's fragment for the warp's 16 rows."""
+    layout = triton_layouts()["wgmma_a"]
+    for warp in range(4):
+        for lane in LANES:
+            for i in range(8):
+                row, column = mma_a(*divmod(lane, 4), i)
+                assert position(layout, reg=i, lane=lane, warp=warp) == (16 * warp + row, column)

@@ -1,7 +1,7 @@
 """Builds the CUDA kernels with ninja: for GPUs, with nvcc, or for the tests on a CPU, in the emulator.
 
     python csrc/build.py emulator            build/emulator/libbigmodel_emulator.so
-    python csrc/build.py cuda [80 90a ...]   build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
+    python csrc/build.py cuda [80 90a]       build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
 MAX_JOBS limits parallel compilation.
@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
 CSRC = ROOT / "csrc"
-KERNELS = ["attention/sm80.cu", "attention/sm90.cu"]
+# Kernel file -> the architecture that it is for. An "a" target runs on that GPU alone; the others are kept as
+# PTX too, which the driver compiles for every later GPU.
+KERNELS = {"attention/sm80.cu": "80", "attention/sm90.cu": "90a"}
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -72,26 +74,39 @@ def emulator() -> Path:
     return folder / "libbigmodel_emulator.so"
 
 
+def gencode(arch: str) -> str:
+    code = f"sm_{arch}" if arch.endswith("a") else f"[sm_{arch},compute_{arch}]"
+    return f"-gencode=arch=compute_{arch},code={code}"
+
+
 def cuda(archs: list[str]) -> Path:
+    """Both libraries for these architectures; each kernel file's own must be among them."""
+    missing = sorted(set(KERNELS.values()) - set(archs))
+    if missing:
+        raise SystemExit(f"architectures {archs} leave out {missing}, for which there are kernels")
     nvcc = os.environ.get("NVCC", "nvcc")
     include, libraries = torch_flags()
     folder = ROOT / "build" / "cuda"
-    code = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
     flags = (
         "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -lineinfo"
     )
-    compile_ = (
-        f"{nvcc} {flags} {code} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA "
-        "-MD -MF $out.d -x cu -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)"
-    )
-    link = f"{nvcc} -shared -cudart static -o $out $in {libraries}"
-    kernels = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in KERNELS]
-    targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(kernels, KERNELS, strict=True)]
-    targets.append(("register_cuda.o", "compile", [str(CSRC / "register_cuda.cpp")]))
-    targets.append(("words.o", "compile", [str(CSRC / "testing" / "register.cpp")]))
-    targets.append(("libbigmodel_cuda.so", "link", [*kernels, "register_cuda.o"]))
-    targets.append(("libbigmodel_words.so", "link", ["words.o"]))
-    write_ninja(folder, {"compile": compile_, "link": link}, targets)
+    flags = f"{flags} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d"
+    rules = {"link": f"{nvcc} -shared -cudart static -o $out $in {libraries}"}
+    targets = []
+
+    def add(source: str, kernel_archs: list[str]) -> str:
+        rule = "compile_" + "_".join(kernel_archs)
+        code = " ".join(map(gencode, kernel_archs))
+        rules[rule] = f"{nvcc} {flags} {code} -x cu -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)"
+        name = source.replace("/", ".").rsplit(".", 1)[0] + ".o"
+        targets.append((name, rule, [str(CSRC / source)]))
+        return name
+
+    objects = [add(source, [arch]) for source, arch in KERNELS.items()]
+    objects.append(add("register_cuda.cpp", archs))
+    targets.append(("libbigmodel_cuda.so", "link", objects))
+    targets.append(("libbigmodel_words.so", "link", [add("testing/register.cpp", archs)]))
+    write_ninja(folder, rules, targets)
     run_ninja(folder)
     return folder / "libbigmodel_cuda.so"
 

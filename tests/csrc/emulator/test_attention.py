@@ -14,6 +14,12 @@ from torch import Tensor
 from bigmodel_kernels.ops.attention import prepare, reference
 
 
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90a"])
+def architecture(request: pytest.FixtureRequest, library: Path) -> int:
+    torch.ops.bigmodel_emulator.set_architecture(request.param)
+    return int(request.param)
+
+
 def make(
     batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype
 ) -> list[Tensor]:

@@ -52,6 +52,6 @@ def test_an_unordered_read_is_a_race_in_some_order(run_word: Any) -> None:
 def test_a_copy_that_nobody_waits_for_is_caught(library: Path, seed: int) -> None:
     source, output = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int32)
     with pytest.raises(
-        RuntimeError, match="race: .*(an asynchronous copy to it is under way|no barrier in between)"
+        RuntimeError, match=r"race: .*(an asynchronous copy to it is under way|no barrier in between)"
     ):
         torch.ops.bigmodel_testing.run_tma("tma_not_waited_for", source, output, [0, 0, 0, 0], seed)

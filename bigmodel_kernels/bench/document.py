@@ -14,10 +14,10 @@ _MAYBE_NUMBER = {"type": ["number", "null"]}
 _MAYBE_STRING = {"type": ["string", "null"]}
 
 
-def _object(**properties: Any) -> dict[str, Any]:
+def _object(optional: dict[str, Any] | None = None, /, **properties: Any) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": properties,
+        "properties": {**properties, **(optional or {})},
         "required": list(properties),
         "additionalProperties": False,
     }
@@ -76,6 +76,7 @@ SCHEMA: dict[str, Any] = _object(
     rows={
         "type": "array",
         "items": _object(
+            {"peak_bytes": _map(_NUMBER)},  # of a call, over what was held before it (memory.py)
             suite=_STRING,
             case=_STRING,
             dtype={"type": "string", "enum": ["float32", "bfloat16", "float16"]},

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bigmodel_kernels.bench import machine
+from bigmodel_kernels.bench import machine, memory
 from bigmodel_kernels.bench.timing import Contender, Measured, measure
 
 OURS = "bigmodel"
@@ -51,26 +51,32 @@ class Stage:
 class Prepared:
     """What a case builds: who runs, against whom ratios are taken, and what the work is at least.
 
-    `comparable` takes the part of a result that must agree between contenders (real tokens, not padding);
-    `items` of `unit` are what a call gets done, for a throughput.
+    `comparable` takes the part of a result that must agree between contenders (real tokens, not padding), and
+    is None where they draw random numbers of their own; `items` of `unit` are what a call gets done, for a
+    throughput; with `memory` the peak memory of a call is measured too.
     """
 
     contenders: list[Contender]
     peer: str
     stages: list[Stage]
-    comparable: Callable[[Any], torch.Tensor] = field(default=lambda result: result)
+    comparable: Callable[[Any], torch.Tensor] | None = field(default=lambda result: result)
     items: int | None = None
     unit: str = "tokens"
+    memory: bool = False
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases of one subject; `quick` are small ones that only show that everything works."""
+    """Cases of one subject; `quick` are small ones that only show that everything works.
+
+    They run under torch.inference_mode, or, in a suite of `training`, with gradients.
+    """
 
     name: str
     build: Callable[[Case, Setting], Prepared]
     cases: tuple[Case, ...]
     quick: tuple[Case, ...]
+    training: bool = False
 
 
 class SuitesNotFound(ValueError):
@@ -124,10 +130,17 @@ def floor(prepared: Prepared, dtype: str, device: str, calibration: machine.Cali
 def largest_difference(prepared: Prepared, measured: Measured) -> float | None:
     """Largest difference between our result and the peer's, where both have one."""
     ours, theirs = measured.results.get(OURS), measured.results.get(prepared.peer)
-    if ours is None or theirs is None:
+    if ours is None or theirs is None or prepared.comparable is None:
         return None
     a, b = prepared.comparable(ours), prepared.comparable(theirs)
     return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+
+
+def _peaks(prepared: Prepared, measured: Measured, device: str) -> dict[str, int]:
+    """Peak memory of a call of everybody who ran: by now all is packed, compiled and tuned."""
+    measured.results.update({name: None for name in measured.results if name not in (OURS, prepared.peer)})
+    found = {c.name: memory.peak(c, device) for c in prepared.contenders if c.name in measured.timings}
+    return {name: size for name, size in found.items() if size is not None}
 
 
 def run_case(
@@ -135,9 +148,10 @@ def run_case(
 ) -> dict[str, Any]:
     """One row of the document."""
     torch.manual_seed(0)
-    with torch.inference_mode():
+    with torch.inference_mode(not suite.training):
         prepared = suite.build(case, setting)
         measured = measure(prepared.contenders, setting.device, budget_s)
+        peaks = _peaks(prepared, measured, setting.device) if prepared.memory else {}
     floor_s, limited_by = floor(prepared, case.dtype, setting.device, calibration)
     timings = measured.timings
     peer = timings.get(prepared.peer)
@@ -162,6 +176,8 @@ def run_case(
         "noisy": any(t.spread > NOISY for t in timings.values()),
         "left_out": measured.left_out,
     }
+    if peaks:
+        row["peak_bytes"] = peaks
     del prepared, measured
     gc.collect()
     if setting.device.startswith("cuda"):

@@ -52,6 +52,7 @@ def show(document: dict[str, Any], console: Console) -> None:
 def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
     contenders = list(dict.fromkeys(name for row in rows for name in row["times"]))
     unit = next((row["unit"] for row in rows if row["unit"]), None)
+    with_memory = any("peak_bytes" in row for row in rows)
     table = Table(
         title=name, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
     )
@@ -64,6 +65,8 @@ def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
     if unit:
         table.add_column(f"{unit}/s", justify="right")
     table.add_column("difference", justify="right")
+    if with_memory:
+        table.add_column("peak memory", justify="right")
     for row in rows:
         cells = [row["case"] + (" (noisy)" if row["noisy"] else ""), row["dtype"]]
         cells += [_time(row["times"].get(contender)) for contender in contenders]
@@ -74,8 +77,18 @@ def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
             cells.append(f"{row['throughput'][OURS]:,.0f}" if row["throughput"] else "")
         difference = row["max_difference"]
         cells.append("" if difference is None else f"{difference:.1e}")
+        if with_memory:
+            cells.append(_memory(row))
         table.add_row(*cells)
     return table
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """Ours and the peer's."""
+    ours, theirs = (row.get("peak_bytes", {}).get(name) for name in (OURS, row["peer"]))
+    if ours is None or theirs is None:
+        return ""
+    return f"{ours / 2**20:,.0f} MiB ({row['peer']} {theirs / 2**20:,.0f})"
 
 
 def _time(timing: dict[str, Any] | None) -> str:

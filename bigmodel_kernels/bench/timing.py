@@ -7,6 +7,7 @@ CUDA events around the sample, and nothing else runs in between.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,12 +29,14 @@ class Contender:
     """One way to compute a case. `run` returns the result, or None where there is nothing to compare.
 
     A contender that is `optional` is left out, with the reason, when it raises: a peer that this machine
-    does not have.
+    does not have. With `before`, every call is `run(before())`, and only `run` is timed: a backward needs a
+    forward first.
     """
 
     name: str
-    run: Callable[[], Any]
+    run: Callable[..., Any]
     optional: bool = False
+    before: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ def once(run: Callable[[], Any], device: str, calls: int = 1) -> tuple[float, An
     return (time.perf_counter() - start) / calls, result
 
 
+def _sample(contender: Contender, device: str, calls: int = 1) -> tuple[float, Any]:
+    """`once` of a contender: what it needs before a call is not timed."""
+    run, before = contender.run, contender.before
+    if before is None:
+        return once(run, device, calls)
+    total, result = 0.0, None
+    for _ in range(calls):
+        seconds, result = once(functools.partial(run, before()), device)
+        total += seconds
+    return total / calls, result
+
+
 def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Measured:
     """Times the contenders within about `budget_s` seconds, warm-up apart.
 
@@ -110,9 +125,9 @@ def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Me
     for contender in contenders:
         name = contender.name
         try:
-            seconds, results[name] = once(contender.run, device)
+            seconds, results[name] = _sample(contender, device)
             if contender.optional or seconds <= max(LONG_S, budget_s):
-                seconds = once(contender.run, device)[0]
+                seconds = _sample(contender, device)[0]
         except Exception as error:  # whatever a peer raises, its reason goes into the document
             if not contender.optional:
                 raise
@@ -129,6 +144,6 @@ def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Me
             break
         shift = round_number % len(turns)
         for contender in turns[shift:] + turns[:shift]:
-            samples[contender.name].append(once(contender.run, device, calls[contender.name])[0])
+            samples[contender.name].append(_sample(contender, device, calls[contender.name])[0])
     timings = {name: summarize(values, calls[name]) for name, values in samples.items()}
     return Measured(timings, results, left_out)

@@ -13,7 +13,17 @@ import torch
 from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, document, machine, suite
 from bigmodel_kernels.bench.timing import Timing
 
-NAMES = ("attention", "embedding", "feed_forward", "linear", "norm", "bert", "gpt2")
+NAMES = (
+    "attention",
+    "embedding",
+    "feed_forward",
+    "linear",
+    "norm",
+    "cross_entropy",
+    "bert",
+    "gpt2",
+    "training",
+)
 
 
 def _timing(seconds: float) -> Timing:
@@ -53,7 +63,10 @@ def test_every_quick_case_runs_and_agrees(run_of_all: dict[str, Any]) -> None:
     assert {row["suite"] for row in run_of_all["rows"]} == set(NAMES)
     for row in run_of_all["rows"]:
         assert {"bigmodel", row["peer"]} <= set(row["times"])
-        assert row["max_difference"] < 1e-5, row["case"]
+        if row["sizes"].get("dropout") or row["sizes"].get("phase") in ("AdamW", "whole step"):
+            assert row["max_difference"] is None, row["case"]
+        else:
+            assert row["max_difference"] < 1e-5, row["case"]
         assert row["floor_s"] > 0
 
 

@@ -49,6 +49,18 @@ def test_fast_calls_are_gathered_into_one_sample() -> None:
     assert timing.median_s < 1e-4
 
 
+def test_what_comes_before_a_call_is_not_timed() -> None:
+    given: list[int] = []
+
+    def before() -> int:
+        time.sleep(0.02)
+        return len(given)
+
+    measured = measure([Contender("step", given.append, before=before)], "cpu", budget_s=0.1)
+    assert given == list(range(len(given))) and len(given) > FEWEST_ROUNDS  # every call has its own
+    assert measured.timings["step"].median_s < 0.01
+
+
 def test_a_contender_slower_than_the_budget_is_timed_once() -> None:
     measured = measure(
         [Contender("slow", lambda: time.sleep(0.05)), Contender("fast", lambda: None)], "cpu", budget_s=0.02

@@ -257,6 +257,9 @@ def compare(
     except MissingPackage as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        console.print("stopped; the same command with --resume goes on", style="yellow")
+        raise typer.Exit(130) from None
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:

@@ -118,7 +118,10 @@ def _in_a_process(name: str, run: Settings, started: bool, say: Say) -> None:
     command = [sys.executable, "-m", "bigmodel_kernels.cli", "finetune", *arguments(run)]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [*command, *(["--resume"] if started else [])], stdout=file, stderr=subprocess.STDOUT
+            [*command, *(["--resume"] if started else [])],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on once
         )
         try:
             while process.poll() is None:
@@ -126,7 +129,7 @@ def _in_a_process(name: str, run: Settings, started: bool, say: Say) -> None:
                 lines = files.read_lines(run.folder / "metrics.jsonl")
                 say(name, max((line["step"] for line in lines), default=0), run.steps or 0)
         finally:
-            if process.poll() is None:  # Ctrl-C here: the run leaves a checkpoint
+            if process.poll() is None:  # stopped here: the run leaves a checkpoint
                 process.terminate()
                 process.wait()
     if process.returncode:

@@ -21,6 +21,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     sync_folder(path.parent)
 
 
+def sync(path: Path) -> None:
+    """Brings a file's content to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Brings a rename to the disk; Windows has no such call."""
     if os.name == "posix":

@@ -243,7 +243,7 @@ class _Run:
     # ---- what is kept
 
     def _note(self, record: Metrics) -> None:
-        """Appends a line; on the disk before the next checkpoint, which reads its length."""
+        """Appends a line, and tells it."""
         self.log.append(record)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(files.line(record))
@@ -258,6 +258,8 @@ class _Run:
             "random": checkpoint.random_state(),
             "data": {"fingerprint": self.fingerprint, "position": step * self.per_step},
         }
+        # A checkpoint without the lines before it would leave a gap that no resumed run fills.
+        files.sync(self.folder / "metrics.jsonl")
         checkpoint.save(self.folder / "checkpoints", step, state, self.settings.keep)
 
     def _restore(self) -> int:

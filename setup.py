@@ -2,12 +2,14 @@
 
 The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and
 every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
-test build whose AVX-512 objects run on any AVX2 CPU through the SIMD Everywhere headers; CXX names the
-compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
+test build whose AVX-512 objects run on any AVX2 CPU through the SIMD Everywhere headers; BIGMODEL_CUDA=1
+or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc is on PATH); CXX
+names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -57,6 +59,19 @@ def missing_tool(compiler: str) -> str | None:
     return None
 
 
+def wants_cuda() -> bool:
+    """BIGMODEL_CUDA=1 or 0 decides; otherwise whether torch has CUDA and nvcc is there to compile for it."""
+    if "BIGMODEL_CUDA" in os.environ:
+        if os.environ["BIGMODEL_CUDA"] == "1" and shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+            raise SystemExit(
+                "BIGMODEL_CUDA=1, but nvcc is not on PATH (set NVCC, or install the CUDA toolkit)"
+            )
+        return os.environ["BIGMODEL_CUDA"] == "1"
+    import torch
+
+    return torch.version.cuda is not None and shutil.which(os.environ.get("NVCC", "nvcc")) is not None
+
+
 class BuildWithNinja(build_ext):
     """Writes build.ninja and runs it; ninja's own log makes the next build incremental."""
 
@@ -75,6 +90,18 @@ class BuildWithNinja(build_ext):
             self.extensions = []
             return
         super().run()
+        if wants_cuda():
+            self.build_cuda()
+
+    def build_cuda(self) -> None:
+        """The CUDA library beside the CPU one; csrc/build.py says how."""
+        spec = importlib.util.spec_from_file_location("bigmodel_build", ROOT / "csrc" / "build.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        library = module.cuda(os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split())
+        target = Path(self.get_ext_fullpath("bigmodel_kernels.libbigmodel_cuda")).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, target)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

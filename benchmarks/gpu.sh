@@ -15,6 +15,7 @@ export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$python" -m bigmodel_kernels.cli doctor
 # A step that fails is named at the end; the others still run, because a GPU is seldom at hand.
 failed=()
+timeout 240 "$python" -m pytest -q tests/gpu || failed+=(kernels)
 timeout 180 "$python" -m pytest -q tests/ops/test_*_triton.py || failed+=(tests)
 timeout 150 "$python" -m bigmodel_kernels.cli verify --device cuda --json build/verify-gpu.json || failed+=(verify)
 timeout 240 "$python" -m bigmodel_kernels.cli bench --device cuda --budget 0.5 --save || failed+=(bench)

@@ -1,4 +1,4 @@
-"""Loads the compiled CPU library once, on first need, and says why where it cannot."""
+"""Loads the compiled libraries once, on first need, and says why where it cannot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 _LIBRARY = Path(__file__).parent / "libbigmodel_cpu.so"
+_CUDA_LIBRARY = Path(__file__).parent / "libbigmodel_cuda.so"
 
 
 @functools.cache
@@ -28,3 +29,20 @@ def reason() -> str | None:
 def available() -> bool:
     """Whether the compiled CPU ops (``torch.ops.bigmodel.cpu_*``) can be called."""
     return reason() is None
+
+
+@functools.cache
+def cuda_reason() -> str | None:
+    """Why the CUDA library is not loaded, or None where it is (``torch.ops.bigmodel.cuda_*``)."""
+    if not _CUDA_LIBRARY.exists():
+        return (
+            f"the CUDA extension is not built ({_CUDA_LIBRARY.name} is missing); "
+            "reinstall with nvcc on PATH and BIGMODEL_CUDA=1"
+        )
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except OSError as error:
+        return f"the CUDA extension does not load: {error}"
+    return None

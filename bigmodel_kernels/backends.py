@@ -80,14 +80,20 @@ class Implementation:
         return None if supports is None else supports(*args, **kwargs)
 
 
+#: (folder, suffix) of the operators that have CUDA C++ kernels
+_CUDA = {("attention", "")}
+_UNPROVEN = "its kernels are verified in the emulator and not yet measured on a GPU; BIGMODEL_BACKEND=native"
+
+
 def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementation, ...]:
     """The row of an operator: `run<suffix>` of the modules of a folder, best first."""
 
-    def one(name: str, only_when_forced: str | None = None) -> Implementation:
-        return Implementation(name, f"bigmodel_kernels.ops.{folder}.{name}", suffix, only_when_forced)
+    def one(name: str, only_when_forced: str | None = None, file: str = "") -> Implementation:
+        return Implementation(name, f"bigmodel_kernels.ops.{folder}.{file or name}", suffix, only_when_forced)
 
     if device == "cuda":
-        return one("triton"), one("reference")
+        native = (one("native", _UNPROVEN, "cuda"),) if (folder, suffix) in _CUDA else ()
+        return one("triton"), *native, one("reference")
     interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"
     return one("native"), one("triton", interpreted), one("reference")
 
@@ -216,7 +222,7 @@ def _forced(
     kwargs: Mapping[str, Any],
 ) -> Implementation:
     implementation = next(i for i in row if i.name == name)
-    if implementation.only_when_forced is not None and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(
             f"{ENVIRONMENT}={name} cannot run {op} on {device_type}: {implementation.only_when_forced}"
         )

@@ -1,0 +1,44 @@
+"""Attention by the compiled CUDA library: Hopper's kernel there, elsewhere the one for sm_80 and later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _native
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    if query.dtype not in _DTYPES:
+        return f"it has no {query.dtype}; its tensor cores take bfloat16 and float16"
+    if query.shape[-1] % 8 or query.shape[-1] > 256:
+        return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not _readable(tensor):
+            return f"{name} does not lie in pieces of 16 bytes: strides {tensor.stride()}"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(query.device)} is older than sm_80"
+    return _native.cuda_reason()
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Rows are copied 16 bytes at a time."""
+    strides = [s for s, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+    return tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
+
+
+def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """See `bigmodel_kernels.attention`; the library's operator takes the same arguments."""
+    out, logsumexp = torch.ops.bigmodel.cuda_attention.default(*args, **options)
+    return out, logsumexp

@@ -1,0 +1,149 @@
+"""Each word of csrc/arch on the GPU against its emulation, bit for bit; the CUDA kernels against float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigmodel_kernels import _native, backends
+from bigmodel_kernels.ops.attention import prepare, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or _native.cuda_reason() is not None,
+    reason="needs a GPU and the CUDA library",
+)
+
+# name -> 32-bit words in, words out, oldest capability
+WORDS = {
+    "ldmatrix": (128, 128, 8),
+    "ldmatrix_transposed": (128, 128, 8),
+    "stmatrix": (128, 128, 9),
+    "mma_bfloat16": (320, 128, 8),
+    "mma_float16": (320, 128, 8),
+    "shuffle": (32, 64, 8),
+    "copy_async": (128, 128, 8),
+    "philox": (192, 128, 8),
+    "pack_bfloat16": (64, 32, 8),
+    "pack_float16": (64, 32, 8),
+    "wgmma_bfloat16_64": (4096, 4096, 9),
+    "wgmma_bfloat16_64_transposed": (4096, 4096, 9),
+    "wgmma_float16_128_transposed": (6144, 8192, 9),
+    "wgmma_bfloat16_96_registers": (5120, 6144, 9),
+    "wgmma_bfloat16_32_transposed_registers": (3072, 2048, 9),
+    "wgmma_float16_192_transposed_registers": (8192, 12288, 9),
+    "wgmma_bfloat16_256_transposed_registers": (10240, 16384, 9),
+}
+
+
+def words(name: str, count: int) -> torch.Tensor:
+    """Small integers where the word multiplies, so that no order of summation shows; else any bits."""
+    if name.startswith(("mma", "wgmma")):
+        dtype = torch.float16 if "float16" in name and "bfloat16" not in name else torch.bfloat16
+        halves = torch.randint(-4, 5, (2 * count,)).to(dtype).view(torch.int32).clone()
+        if name.startswith("mma"):
+            halves.view(32, 10)[:, 6:] = torch.randint(-4, 5, (32, 4)).float().view(torch.int32)
+        return halves
+    if name.startswith("pack"):
+        return torch.randn(count).view(torch.int32)
+    return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int64).to(torch.int32)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of every word in the emulator, from another process: both define the op."""
+    library = subprocess.run(
+        [sys.executable, str(ROOT / "csrc" / "build.py"), "emulator"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    inputs = {name: words(name, count) for name, (count, _, _) in WORDS.items()}
+    folder = tmp_path_factory.mktemp("words")
+    torch.save(inputs, folder / "in.pt")
+    script = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1]); folder = sys.argv[2]\n"
+        "sizes = eval(sys.argv[3]); out = {}\n"
+        "for name, given in torch.load(folder + '/in.pt').items():\n"
+        "    out[name] = torch.zeros(sizes[name], dtype=torch.int32)\n"
+        "    torch.ops.bigmodel_testing.run(name, given, out[name])\n"
+        "torch.save(out, folder + '/out.pt')\n"
+    )
+    sizes = repr({name: size for name, (_, size, _) in WORDS.items()})
+    subprocess.run([sys.executable, "-c", script, library, str(folder), sizes], check=True)
+    outputs = torch.load(folder / "out.pt")
+    return {name: (inputs[name], outputs[name]) for name in WORDS}
+
+
+@pytest.fixture(scope="module")
+def run_on_gpu() -> Any:
+    torch.ops.load_library(str(ROOT / "build" / "cuda" / "libbigmodel_words.so"))
+    return torch.ops.bigmodel_testing.run
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_gpu_does_what_the_emulator_says(
+    emulated: dict[str, tuple[torch.Tensor, torch.Tensor]], run_on_gpu: Any, name: str
+) -> None:
+    major = torch.cuda.get_device_capability()[0]
+    oldest = WORDS[name][2]
+    if major < oldest or (name.startswith("wgmma") and major != 9):
+        pytest.skip(f"the instruction is not in capability {major}")
+    given, expected = emulated[name]
+    out = torch.zeros(expected.shape, dtype=torch.int32, device="cuda")
+    run_on_gpu(name, given.cuda(), out)
+    assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [32, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (127, 129), (512, 512), (1000, 1000)])
+def test_attention(dtype: torch.dtype, dim: int, causal: bool, queries: int, keys: int) -> None:
+    query, key, value = (torch.randn(2, 4, n, dim, device="cuda", dtype=dtype) for n in (queries, keys, keys))
+    args, options = prepare(query, key, value, is_causal=causal)
+    with backends.use("native"):
+        out, lse = torch.ops.bigmodel.attention.default(*args, **options)
+    ref, ref_lse = reference.run(query.double(), key.double(), value.double(), *args[3:], **options)
+    visible = (
+        torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries) if causal else None
+    )
+    eager = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    error, allowed = (out.double() - ref).abs(), (eager.double() - ref).abs()
+    assert error.max() <= 2 * allowed.max() + 2 * ((ref + 0.3 - 0.3) - ref.to(dtype).double()).abs().max()
+    assert error.mean() <= 1.2 * allowed.mean() + 1e-5
+    assert torch.allclose(lse.double(), ref_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "extra", ["bias", "mask", "softcap", "window", "alibi", "sinks", "dropout", "packed"]
+)
+def test_attention_features(extra: str) -> None:
+    """Against the reference in float64, in bfloat16's tolerance; the emulator's tests hold the exact rule."""
+    query, key, value = (torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    options: dict[str, Any] = {
+        "bias": {"bias": torch.randn(4, 200, 200, device="cuda")},
+        "mask": {"key_padding_mask": torch.rand(2, 200, device="cuda") < 0.5},
+        "softcap": {"softcap": 10.0},
+        "window": {"window": (50, 3)},
+        "alibi": {"alibi_slopes": torch.rand(4, device="cuda")},
+        "sinks": {"sinks": torch.randn(4, device="cuda")},
+        "dropout": {"dropout_p": 0.2},
+        "packed": {},
+    }[extra]
+    tensors = (query, key, value)
+    if extra == "packed":
+        cu = torch.tensor([0, 3, 130, 400], dtype=torch.int32, device="cuda")
+        tensors = tuple(t.transpose(1, 2).reshape(400, 4, 64) for t in tensors)
+        options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "is_causal": True}
+    args, kwargs = prepare(*tensors, **options)
+    with backends.use("native"):
+        out, lse = torch.ops.bigmodel.attention.default(*args, **kwargs)
+    ref, ref_lse = reference.run(*(t.double() for t in tensors), *args[3:], **kwargs)
+    assert torch.allclose(out.double(), ref, atol=4e-2, rtol=2e-2)
+    assert torch.allclose(lse.double(), ref_lse, atol=1e-3)

@@ -23,7 +23,7 @@ FORMATS = (".csv", ".json", ".jsonl", ".txt")
 
 def load(dataset: str, split: str = "train") -> list[Record]:
     """Reads a local file, or a data set by its name in the package `datasets` (`name` or
-    `name:configuration`, or a folder that it saved).
+    `name:configuration`, a folder of data files, or a folder that it saved).
 
     .csv has a line of column names; .json is a list of objects or {"data": the list}; .jsonl has an object a
     line; .txt gives one record {"text"} a line. Raises ValueError, and MissingPackage without `datasets`.
@@ -35,7 +35,7 @@ def load(dataset: str, split: str = "train") -> list[Record]:
         records = _read(path)
     else:
         hub = package("datasets", "datasets", "finetune")
-        if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             found = hub.load_from_disk(dataset)
             if isinstance(found, dict):  # a folder of several splits
                 if split not in found:

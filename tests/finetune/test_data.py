@@ -42,6 +42,15 @@ def test_a_folder_saved_by_datasets(tmp_path: Path) -> None:
         data.load(str(tmp_path / "saved"), "test")
 
 
+def test_a_folder_of_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.csv").write_text("text,label\none,x\ntwo,y\n", encoding="utf-8")
+    expected = [{"text": "one", "label": "x"}, {"text": "two", "label": "y"}]
+    assert data.load(str(tmp_path / "mine")) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -78,6 +78,14 @@ def test_patched_learns_as_eager_does(tiny: Tiny) -> None:
     assert sdpa == pytest.approx(eager, abs=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "patched"])
+def test_autocast_learns_the_same_to_bfloat16(tiny: Tiny, implementation: str) -> None:
+    plain = finetune(tiny("plain", implementation=implementation, dropout=0.0)).losses
+    half = finetune(tiny("half", implementation=implementation, dropout=0.0, autocast=True)).losses
+    assert half == pytest.approx(plain, rel=0.02)
+    assert half != plain
+
+
 def test_micro_batches_are_as_one_batch(tiny: Tiny) -> None:
     """Also for texts of different lengths, whose losses are means over different numbers of tokens."""
     changes: dict[str, Any] = {"task": "masked-lm", "columns": ("text=review",), "dropout": 0.0, "steps": 1}

@@ -217,7 +217,8 @@ def show(result: Any, console: Console) -> None:
             each.add_row(name, *numbers, str(scores["support"]))
         console.print(each)
     if facts["patch_report"]:
-        console.print(facts["patch_report"], markup=False, highlight=False)
+        style = None if facts["patched_modules"] else "yellow"  # a model that patch does not know
+        console.print(facts["patch_report"], markup=False, highlight=False, style=style)
     if result.sample:
         console.print(result.sample, markup=False, highlight=False)
     console.print(

@@ -151,7 +151,7 @@ def source(settings: Settings) -> str:
 
 
 def tokenizer(settings: Settings, texts: Iterable[str], saved: Path) -> Any:
-    """The tokenizer: the one in the run's folder if there is one, else made and saved there."""
+    """The tokenizer: the one in the run's folder if there is one, else a new one."""
     import transformers
 
     if saved.is_dir():
@@ -162,10 +162,15 @@ def tokenizer(settings: Settings, texts: Iterable[str], saved: Path) -> Any:
         made = transformers.AutoTokenizer.from_pretrained(source(settings))
     if made.pad_token is None:
         made.pad_token = made.eos_token
-    beside = saved.with_name(f".{saved.name}.writing")
-    made.save_pretrained(beside)
-    beside.rename(saved)
     return made
+
+
+def save_tokenizer(made: Any, folder: Path) -> None:
+    """Saves it, whole or not at all, where it is not there yet."""
+    if not folder.is_dir():
+        beside = folder.with_name(f".{folder.name}.writing")
+        made.save_pretrained(beside)
+        beside.rename(folder)
 
 
 def build(settings: Settings, auto_class: Any, tokens: Any, length: int, **changes: Any) -> Any:

@@ -92,12 +92,12 @@ def finetune(settings: Settings, *, resume: bool = False, listener: Listener | N
     extra `finetune`, Interrupted after Ctrl-C, FloatingPointError where the loss is no number.
     """
     settings = complete(settings)
-    claim(settings, resume)
+    check_folder(settings, resume)
     return _Run(settings, listener or Listener()).go()
 
 
-def claim(settings: Settings, resume: bool) -> None:
-    """Makes the folder of a new run, or makes sure that it is the folder of this very run."""
+def check_folder(settings: Settings, resume: bool) -> None:
+    """Makes sure that the folder is free, or of this very run."""
     folder = settings.folder
     if resume:
         saved = Settings.read(folder).to_dict()
@@ -113,8 +113,6 @@ def claim(settings: Settings, resume: bool) -> None:
             f"output={settings.output!r} holds {what}, and nothing is overwritten: "
             "take another folder, or continue the run with --resume"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "settings.json", settings.to_dict())
 
 
 class _Run:
@@ -149,6 +147,9 @@ class _Run:
         self.model = self.task.build().to(settings.device)
         self.report = models.patch(self.model, settings)
         self.optimiser, self.schedule = optimiser.make(self.model, settings, self.steps)
+        # Only now, when everything that could be wrong has been looked at, is there something in the folder.
+        files.write_json(self.folder / "settings.json", settings.to_dict())
+        models.save_tokenizer(self.task.tokenizer, self.folder / "tokenizer")
         torch.manual_seed(settings.seed + 1)
         step = self._restore()
         self.listener.start(step, self.steps)
@@ -298,6 +299,7 @@ class _Run:
             "seconds_since_start_or_resume": seconds,
             "threads": torch.get_num_threads(),
             "patch_report": str(self.report).splitlines()[0] if self.report is not None else None,
+            "patched_modules": len(self.report.patched) if self.report is not None else 0,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 

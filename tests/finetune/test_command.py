@@ -94,3 +94,4 @@ def test_a_missing_package_names_the_extra_before_training(
     text = plain(run(*arguments(settings), code=2).output)
     assert f"needs the package {package}" in text
     assert "pip install 'bigmodel_kernels[finetune]'" in text
+    assert not settings.folder.exists()

@@ -162,6 +162,27 @@ def test_the_folder_of_another_run_is_not_touched(tiny: Tiny, tmp_path: Path) ->
         finetune(tiny("nowhere"), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"columns": ("text=nothing",)},
+            "column 'nothing' for 'text' is not in the data, which has review, stars",
+        ),
+        ({"dataset": "none.csv"}, "there is no such file"),
+        ({"model": "minilm", "max_length": 10_000}, "max_length=10000; the model has 512 positions"),
+        ({"freeze_layers": 9}, "freeze_layers=9; the model has 1 layers"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    tiny: Tiny, changes: dict[str, Any], words: str
+) -> None:
+    settings = tiny(**changes)
+    with pytest.raises(ValueError, match=words):
+        finetune(settings)
+    assert not settings.folder.exists()
+
+
 def test_other_data_are_not_taken_for_a_resumed_run(tiny: Tiny, reviews: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.csv"
     copy.write_bytes(reviews.read_bytes())

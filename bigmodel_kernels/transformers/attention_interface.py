@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
-from bigmodel_kernels.ops.registration import call
+from bigmodel_kernels.ops.registration import call, draw_seed
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -301,7 +301,7 @@ def run(
         seen.bias,
         None,
         None,
-        torch.randint(0, 2**62, (), device=query.device) if dropout_p else None,
+        draw_seed(dropout_p, query.device),
         softmax_scale=scale,
         is_causal=seen.causal,
         window_left=-1 if seen.window is None else seen.window - 1,

@@ -21,7 +21,7 @@ import bigmodel_kernels.ops.embedding
 import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm  # noqa: F401  (all five define torch.ops.bigmodel.*)
-from bigmodel_kernels.ops.registration import call
+from bigmodel_kernels.ops.registration import call, draw_seed
 
 
 class Affine(NamedTuple):
@@ -45,6 +45,7 @@ class FeedForward(NamedTuple):
     w_in: Affine
     w_out: Affine
     activation: str
+    recompute: bool = False  # the hidden layer is made again in the backward, not kept
 
 
 class LayerParts(NamedTuple):
@@ -82,6 +83,7 @@ def linear(
     residual: Tensor | None = None,
     norm: Affine | None = None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """One product for one or several projections of the same input; their outputs lie side by side."""
     biases = [part.bias for part in parts if part.bias is not None]
@@ -97,9 +99,11 @@ def linear(
         residual,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
+        draw_seed(dropout_p, x.device),
         weight_layout=layout,
         activation=activation,
         norm_eps=eps,
+        dropout_p=dropout_p,
     )
     return out
 
@@ -133,22 +137,16 @@ def output(
     eps: float = 1e-5,
 ) -> Tensor:
     """drop(x W + b) + residual, and LayerNorm of that where there is a norm."""
-    if (
-        isinstance(part, Affine)
-        and (norm is None or isinstance(norm, Affine))
-        and not dropout_p
-        and not lowered(x)
-    ):
-        return linear(x, (part,), layout, residual=residual, norm=norm, eps=eps)
+    if isinstance(part, Affine) and (norm is None or isinstance(norm, Affine)) and not lowered(x):
+        return linear(x, (part,), layout, residual=residual, norm=norm, eps=eps, dropout_p=dropout_p)
     return _close(project(x, part, layout), residual, dropout_p, norm, eps)
 
 
 def _close(y: Tensor, residual: Tensor, dropout_p: float, norm: Part | None, eps: float) -> Tensor:
     """drop(y) + residual, and its norm."""
-    y = torch.dropout(y, dropout_p, True) if dropout_p else y
     if isinstance(norm, Affine):
-        return layer_norm(y, norm, eps, residual)
-    y = y + residual
+        return layer_norm(y, norm, eps, residual, dropout_p)
+    y = (torch.dropout(y, dropout_p, True) if dropout_p else y) + residual
     return y if norm is None else norm(y)  # type: ignore[no-any-return]
 
 
@@ -165,7 +163,7 @@ def feed_forward(
     """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
     if position == "pre" and lowered(x) and norm is not None:
         return feed_forward(layer_norm(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
-    apart = residual is not None and (bool(dropout_p) or lowered(x))
+    apart = residual is not None and lowered(x)
     if position == "post" and apart and residual is not None:
         return _close(feed_forward(x, ffn, layout, None), residual, dropout_p, norm, eps)
     out: Tensor = call(
@@ -176,12 +174,16 @@ def feed_forward(
         None if apart else residual,
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
+        None,
+        None,
+        draw_seed(dropout_p, x.device),
         activation=ffn.activation,
         weight_layout=layout,
         norm_position=position,
         norm_eps=eps,
+        dropout_p=dropout_p,
+        recompute=ffn.recompute,
     )
-    out = torch.dropout(out, dropout_p, True) if dropout_p else out
     return out + residual if apart and residual is not None else out
 
 
@@ -189,8 +191,13 @@ def normalized(x: Tensor, norm: Part, eps: float) -> Tensor:
     return layer_norm(x, norm, eps) if isinstance(norm, Affine) else norm(x)  # type: ignore[no-any-return]
 
 
-def layer_norm(x: Tensor, norm: Affine, eps: float, residual: Tensor | None = None) -> Tensor:
-    out: Tensor = call("layer_norm", x, norm.weight, norm.bias, eps, residual)
+def layer_norm(
+    x: Tensor, norm: Affine, eps: float, residual: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    out: Tensor = call(
+        *("layer_norm", x, norm.weight, norm.bias, eps, residual, draw_seed(dropout_p, x.device)),
+        dropout_p=dropout_p,
+    )
     return out
 
 
@@ -248,7 +255,7 @@ class Packing:
                 None,
                 self.cu_seqlens,
                 self.cu_seqlens,
-                dropout_seed(query, dropout_p),
+                draw_seed(dropout_p, query.device),
                 max_seqlen_q=self.longest,
                 max_seqlen_k=self.longest,
                 softmax_scale=scale,
@@ -257,8 +264,3 @@ class Packing:
             return out[0].flatten(-2)  # type: ignore[no-any-return]
 
         return run
-
-
-def dropout_seed(x: Tensor, p: float) -> Tensor | None:
-    """A seed from torch's generator, which checkpointing replays and torch.manual_seed sets."""
-    return torch.randint(0, 2**62, (), device=x.device) if p else None

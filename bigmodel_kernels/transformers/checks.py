@@ -12,6 +12,9 @@ from torch import nn
 #: Parameters of these dtypes have kernels (float64 runs in plain PyTorch).
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+#: The attribute of a module that makes its hidden layer again in the backward.
+RECOMPUTE = "_bigmodel_recompute"
+
 ACTIVATIONS = {
     "GELUActivation": "gelu",
     "GELU": "gelu",
@@ -57,7 +60,10 @@ def reason_for_hooks(module: nn.Module) -> str | None:
         return "forward is replaced on the instance (offloading or another wrapper)"
     if module._forward_pre_hooks:
         return "it has a forward pre-hook"
-    if any(not _is_capture_hook(hook) for hook in module._forward_hooks.values()):
+    hooks = module._forward_hooks
+    if any(not _is_capture_hook(hook) for hook in hooks.values()) and not _is_marked_table(
+        type(module), hooks
+    ):
         return "it has a forward hook"
     if module._backward_hooks or module._backward_pre_hooks:
         return "it has a backward hook"
@@ -124,6 +130,22 @@ def unsharded_class(module: Any) -> type:
     return cls.__bases__[1] if is_sharded_class(cls) else cls
 
 
+def marks_its_output(table: Any) -> bool:
+    """Whether transformers or peft has hung a hook on this embedding that makes its output require a gradient
+    (reentrant checkpointing of a frozen model starts there).
+    """
+    return any(map(_is_marking_hook, table.__dict__["_forward_hooks"].values()))
+
+
+def _is_marking_hook(hook: Any) -> bool:
+    home = (getattr(hook, "__module__", None) or "").split(".")[0]
+    name = getattr(hook, "__name__", "")
+    return home in ("transformers", "peft") and name in (
+        "make_inputs_require_grads",
+        "make_inputs_require_grad",
+    )
+
+
 def intact(module: Any, cls: type) -> bool:
     """Whether a fused call may still read the parameters of `module`, decided again at every call."""
     if type(module) is not cls:
@@ -137,7 +159,11 @@ def intact(module: Any, cls: type) -> bool:
     ):
         return False
     hooks = state["_forward_hooks"]
-    return not hooks or all(_is_capture_hook(hook) for hook in hooks.values())
+    return not hooks or all(map(_is_capture_hook, hooks.values())) or _is_marked_table(cls, hooks)
+
+
+def _is_marked_table(cls: type, hooks: Any) -> bool:
+    return cls is nn.Embedding and all(_is_capture_hook(h) or _is_marking_hook(h) for h in hooks.values())
 
 
 def callable_as(module: Any, cls: type) -> bool:
@@ -202,6 +228,11 @@ def plain_dropout(module: Any) -> bool:
 def dropout_p(dropout: Any) -> float:
     """The probability with which a plain nn.Dropout drops now."""
     return float(dropout.p) if dropout.training else 0.0
+
+
+def recomputes(module: Any) -> bool:
+    """Whether `patch(model, recompute=True)` asked this module not to keep its hidden layer."""
+    return RECOMPUTE in module.__dict__
 
 
 def watched_globally() -> bool:

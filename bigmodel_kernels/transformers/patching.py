@@ -25,7 +25,7 @@ from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.report import PatchReport, Row
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, *, recompute: bool = False) -> PatchReport:
     """Lets the model's modules run our operators, in place, and says what became of each.
 
     model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not
@@ -33,9 +33,13 @@ def patch(model: nn.Module) -> PatchReport:
     config that the operators do not have, weights that are not loaded) is left alone, and the report says
     why. Modules that are patched already stay so. If anything fails on the way, nothing is patched.
 
+    recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
+    memory in training for one more product in each layer. Without it, layers that were told so before keep to
+    it until they are unpatched.
+
     Raises TypeError for something that is not a module.
     """
-    plan = _plan(model)
+    plan = _plan(model, recompute)
     _apply(plan.changes)
     return plan.report(applied=True)
 
@@ -49,6 +53,7 @@ def unpatch(model: nn.Module) -> int:
         original = originals.get(type(module))
         if original is not None:
             module.__class__ = original
+            module.__dict__.pop(checks.RECOMPUTE, None)
             restored += 1
         config = module.__dict__.get("config")
         if config is not None and config_view.is_view(config):
@@ -57,9 +62,9 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module) -> Iterator[PatchReport]:
+def patched(model: nn.Module, *, recompute: bool = False) -> Iterator[PatchReport]:
     """`patch` for a `with`, undone at its end; what was patched before stays patched. Yields the report."""
-    plan = _plan(model)
+    plan = _plan(model, recompute)
     _apply(plan.changes)
     try:
         yield plan.report(applied=True)
@@ -79,12 +84,12 @@ def explain(model: nn.Module) -> PatchReport:
 
 @dataclass
 class Change:
-    """One module's class or config, before and after."""
+    """One module's class, or an entry of its `__dict__`, before and after; None stands for no entry."""
 
     module: nn.Module
     before: Any
     after: Any
-    is_config: bool = False
+    attribute: str | None = None
 
     def apply(self) -> None:
         self._set(self.after)
@@ -95,13 +100,15 @@ class Change:
             self._set(self.before)
 
     def _get(self) -> Any:
-        return self.module.__dict__.get("config") if self.is_config else type(self.module)
+        return type(self.module) if self.attribute is None else self.module.__dict__.get(self.attribute)
 
     def _set(self, value: Any) -> None:
-        if self.is_config:
-            self.module.__dict__["config"] = value
-        else:
+        if self.attribute is None:
             self.module.__class__ = value
+        elif value is None:
+            del self.module.__dict__[self.attribute]
+        else:
+            self.module.__dict__[self.attribute] = value
 
 
 def _apply(changes: list[Change]) -> None:
@@ -127,6 +134,7 @@ class _Plan:
     changes: list[Change]
     rows: list[Row]
     targets: list[nn.Module]
+    recompute: bool = False
 
     def report(self, applied: bool) -> PatchReport:
         import transformers
@@ -150,10 +158,10 @@ class _Plan:
         )
 
 
-def _plan(model: nn.Module) -> _Plan:
+def _plan(model: nn.Module, recompute: bool = False) -> _Plan:
     _require_module(model)
     register()
-    plan = _Plan(model, [], [], [])
+    plan = _Plan(model, [], [], [], recompute)
     for family in families.loaded():
         _plan_family(plan, family)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -229,6 +237,11 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
     if why is not None:
         plan.rows.append(Row(name, rule.original.__name__, report.LEFT, reason=why))
         return
+    if "feed_forward" in ops:
+        if plan.recompute and not checks.recomputes(module):
+            plan.changes.append(Change(module, None, True, checks.RECOMPUTE))
+        if plan.recompute or checks.recomputes(module):
+            note = "; ".join(part for part in (note, "makes its hidden layer again in the backward") if part)
     status = report.ALREADY if already else report.PATCHED
     plan.rows.append(Row(name, rule.original.__name__, status, ops, chosen, note))
     plan.targets.append(module)
@@ -289,7 +302,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     for module in (root, *on_path):
         own = module.__dict__.get("config")
         if own is not None and not config_view.is_view(own):
-            plan.changes.append(Change(module, own, config_view.view(own), is_config=True))
+            plan.changes.append(Change(module, own, config_view.view(own), "config"))
 
 
 # ------------------------------------------------------------------------------------------------------------

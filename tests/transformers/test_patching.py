@@ -84,6 +84,20 @@ def test_patching_twice_and_nested(kind: str) -> None:
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_recomputing_is_undone_too(kind: str) -> None:
+    model = MODELS[kind]()
+    before = snapshot(model)
+    with bk.patched(model, recompute=True) as report:
+        assert any("again in the backward" in row.reason for row in report.patched)
+    assert_same(before, snapshot(model))
+    bk.patch(model)
+    once = snapshot(model)
+    with bk.patched(model, recompute=True):
+        pass
+    assert_same(once, snapshot(model))
+
+
 def test_patched_undoes_itself_after_an_error() -> None:
     model = MODELS["bert"]()
     before = snapshot(model)

@@ -207,6 +207,20 @@ def test_checkpointing_changes_no_gradient(kind: str, reentrant: bool) -> None:
     assert_steps_agree([loss_and_gradients(m, batch(kind)) for m in trio])
 
 
+@pytest.mark.parametrize("kind", ["classifier", "gpt2"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_with_adapters_in_a_frozen_model(kind: str, reentrant: bool) -> None:
+    """Nothing before the first adapter requires a gradient but by the hook that transformers sets."""
+    base = MODELS[kind]()
+    trio = [with_lora(m, kind).train() for m in (base, eager_of(base), float64_of(base))]
+    bk.patch(trio[0])
+    trio[0].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    trio[0].enable_input_require_grads()
+    results = [loss_and_gradients(m, batch(kind)) for m in trio]
+    assert any("lora_" in name for name in results[0][1])
+    assert_steps_agree(results)
+
+
 @pytest.mark.parametrize("kind", ["classifier", "masked lm", "gpt2"])
 def test_autocast(kind: str) -> None:
     trio = trained_trio(kind)
@@ -251,6 +265,75 @@ def test_training_runs_fused_and_bert_without_padding(
     loss.backward()
     tokens = int(inputs["attention_mask"].sum()) if kind == "classifier" else inputs["input_ids"].numel()
     assert rows == [tokens] * (4 if how == "checkpointing" else 2)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operators of ours that run, with their keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "bigmodel":
+            self.made.append((func.__name__.split(".")[0], args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, stem", [("masked lm", "bert.encoder.layer"), ("gpt2", "transformer.h")])
+def test_no_product_is_made_for_a_frozen_weight(kind: str, stem: str) -> None:
+    model = MODELS[kind]().train()
+    bk.patch(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = f"{stem}.1" in name and name.endswith("bias")
+    loss = model(**batch(kind)).loss
+    with Calls() as calls:
+        loss.backward()
+    backward = [(name, kwargs) for name, _, kwargs in calls.made if name.endswith("_backward")]
+    # The head and the last layer alone; its attention's output too, as the projections have biases.
+    assert {name for name, _ in backward} >= {"linear_backward", "feed_forward_backward"}
+    assert sum(name == "feed_forward_backward" for name, _ in backward) == 1
+    for name, kwargs in backward:
+        if name == "linear_backward":
+            count = (len(kwargs["needs"]) - 4) // 2
+            assert not any(kwargs["needs"][4 : 4 + count])
+        elif name == "feed_forward_backward":
+            assert not kwargs["needs"][1] and not kwargs["needs"][3] and kwargs["needs"][2]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "gpt2"])
+def test_hidden_layers_made_again_in_the_backward(kind: str) -> None:
+    trio = trained_trio(kind)
+    kept = saved_bytes(trio[0], batch(kind))
+    report = bk.patch(trio[0], recompute=True)
+    rows = [row for row in report.rows if "feed_forward" in row.ops]
+    assert rows and all("again in the backward" in row.reason for row in rows)
+    hidden = batch(kind)["attention_mask"].sum() if kind == "classifier" else batch(kind)["input_ids"].numel()
+    width = 72 if kind == "classifier" else 4 * 48
+    assert kept - saved_bytes(trio[0], batch(kind)) >= 0.9 * 2 * hidden * width * 4
+    assert_steps_agree([loss_and_gradients(m, batch(kind)) for m in trio])
+    assert "again" in str(bk.explain(trio[0]))
+    twin = copy.deepcopy(trio[0])
+    bk.unpatch(twin)
+    assert not any("_bigmodel" in name for module in twin.modules() for name in vars(module))
+    bk.patch(twin)
+    assert "again" not in str(bk.explain(twin))
+
+
+def saved_bytes(model: Any, inputs: dict[str, Any]) -> int:
+    """What a forward keeps for its backward, without the parameters."""
+    own = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    del loss
+    return sum(kept.values())
 
 
 # ------------------------------------------------------------------------------------------------------------

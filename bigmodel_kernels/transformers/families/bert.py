@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 
-from bigmodel_kernels.ops.registration import call
+from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
@@ -54,6 +54,7 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
             types = self.token_type_ids.expand(position_ids.shape[0], -1)
             token_type_ids = torch.gather(types, dim=1, index=position_ids)
         word, position, kind, norm = held
+        p, padding_idx = checks.dropout_p(self.dropout), self.word_embeddings.padding_idx
         out: Tensor = call(
             "embedding",
             input_ids,
@@ -64,18 +65,23 @@ class BigmodelBertEmbeddings(hf.BertEmbeddings):
             kind[0],
             *norm,
             self.LayerNorm.eps,
+            draw_seed(p, input_ids.device),
+            dropout_p=p,
+            padding_idx=-1 if padding_idx is None else padding_idx,
         )
-        p = checks.dropout_p(self.dropout)
-        return torch.dropout(out, p, True) if p else out
+        if (
+            torch.is_grad_enabled()
+            and not out.requires_grad
+            and checks.marks_its_output(self.word_embeddings)
+        ):
+            out.requires_grad_(True)
+        return out
 
     def _held(self) -> tuple[Any, ...] | None:
         dtype = self.word_embeddings.weight.dtype
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        # The operator's gradient knows no padding_idx, whose row must get none: training keeps torch's
-        # embedding.
-        if torch.is_grad_enabled() and any(
-            t.padding_idx is not None and t.weight.requires_grad for t in tables
-        ):
+        # The operator has a padding_idx for words, whose row gets no gradient, and none for the other tables.
+        if any(table.padding_idx is not None for table in tables[1:]):
             return None
         if not checks.plain_dropout(self.dropout) or checks.watched_globally():
             return None
@@ -158,7 +164,7 @@ class BigmodelBertLayer(hf.BertLayer):
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         modules = None if checks.watched_globally() else _feed_forward_modules(self)
         dtype = checks.dtype_of(attention_output)
-        ffn = None if modules is None else _ffn(*modules, dtype)
+        ffn = None if modules is None else _ffn(*modules, dtype, checks.recomputes(self))
         norm = None if modules is None else _part(modules[1].LayerNorm, nn.LayerNorm, dtype)
         if ffn is None or modules is None or not isinstance(norm, Affine):
             return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return]
@@ -301,6 +307,7 @@ class _Modules(NamedTuple):
     attention_output: Any
     intermediate: Any
     output: Any
+    recompute: bool
 
 
 def _modules(layer: Any) -> _Modules | None:
@@ -320,7 +327,7 @@ def _modules(layer: Any) -> _Modules | None:
         or not _row_wise(output, "dense")
     ):
         return None
-    return _Modules(self_attention, output, *feed_forward)
+    return _Modules(self_attention, output, *feed_forward, checks.recomputes(layer))
 
 
 def _feed_forward_modules(layer: Any) -> tuple[Any, Any] | None:
@@ -368,17 +375,17 @@ def _qkv(attention: Any, dtype: torch.dtype | None) -> tuple[Part, Part, Part]:
     )
 
 
-def _ffn(intermediate: Any, output: Any, dtype: torch.dtype | None) -> FeedForward | None:
+def _ffn(intermediate: Any, output: Any, dtype: torch.dtype | None, recompute: bool) -> FeedForward | None:
     w_in = checks.parameters(intermediate.__dict__["_modules"]["dense"], nn.Linear, dtype)
     w_out = checks.parameters(output.__dict__["_modules"]["dense"], nn.Linear, dtype)
     activation = checks.activation(intermediate.intermediate_act_fn)
     if w_in is None or w_out is None or activation is None:
         return None
-    return FeedForward(Affine(*w_in), Affine(*w_out), activation)
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation, recompute)
 
 
 def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
-    attention, attention_output, intermediate, output = modules
+    attention, attention_output, intermediate, output, recompute = modules
     return LayerParts(
         qkv=_qkv(attention, dtype),
         head_dim=attention.attention_head_size,
@@ -387,7 +394,7 @@ def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
         attention_eps=attention_output.LayerNorm.eps,
         attention_p=attention.dropout.p if attention.training else 0.0,
         context_p=checks.dropout_p(attention_output.dropout),
-        ffn=_ffn(intermediate, output, dtype),
+        ffn=_ffn(intermediate, output, dtype, recompute),
         ffn_norm=_part(output.LayerNorm, nn.LayerNorm, dtype),
         ffn_eps=output.LayerNorm.eps,
         ffn_p=checks.dropout_p(output.dropout),

@@ -144,7 +144,7 @@ def _ffn(mlp: Any, dtype: torch.dtype | None) -> FeedForward | None:
         return None
     if not checks.plain_dropout(modules["dropout"]):
         return None
-    return FeedForward(Affine(*w_in), Affine(*w_out), activation)
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation, checks.recomputes(mlp))
 
 
 def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:

@@ -247,6 +247,47 @@ def backward_formula(count: int) -> Callable[..., Any]:
     return decorate
 
 
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """torch.library.register_autograd for an operator of tensors alone (no lists), with less in the way.
+
+    Torch's reads the operator's schema anew in every call that wants a gradient, to complete the arguments by
+    their defaults, which for the twenty arguments of attention costs more than all else around a kernel. Here
+    it is read once.
+    """
+    op = getattr(torch.ops.bigmodel, name).default
+    arguments = op._schema.arguments
+    defaults = tuple(a.default_value for a in arguments if not a.kwarg_only)
+    option_defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
+
+    def below(keyset: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *args, (keyset, options) = inputs
+        result = below(keyset, tuple(args), options)
+        setup_context(ctx, (*args, *defaults[len(args) :]), {**option_defaults, **options}, result)
+        return result
+
+    def gradient(ctx: Any, *grads: Any) -> Any:
+        given = ctx.needs_input_grad
+        ctx.needs_input_grad = given[:-1]
+        try:
+            return (*backward(ctx, *grads), None)
+        finally:
+            ctx.needs_input_grad = given
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    function: Any = type(f"Backward_{name}", (torch.autograd.Function,), methods)
+
+    def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
+        if wants_gradient(args):
+            return function.apply(*args, (keyset, options))
+        return below(keyset, args, options)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
 def no_second_derivative(name: str, instead: str) -> None:
     """Registers that `bigmodel::<name>` has no derivative: `instead` says what to use for one."""
 

@@ -20,6 +20,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     draw_seed,
     no_second_derivative,
+    register_gradient,
     require_device,
 )
 
@@ -355,7 +356,7 @@ define(
 )
 for _device in ("cpu", "cuda"):
     LIBRARY.impl("attention", _autocast(_device), f"Autocast{_device.upper()}")
-torch.library.register_autograd("bigmodel::attention", _backward, setup_context=_setup_context)
+register_gradient("attention", _backward, _setup_context)
 no_second_derivative(
     "attention_backward",
     "torch.nn.functional.scaled_dot_product_attention under torch.nn.attention.sdpa_kernel(MATH)",

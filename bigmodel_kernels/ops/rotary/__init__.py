@@ -13,6 +13,7 @@ from bigmodel_kernels.ops.registration import (
     backward_formula,
     call,
     define,
+    register_gradient,
     require_device,
     require_float,
     require_like,
@@ -188,5 +189,5 @@ define(
     _run,
     _fake,
 )
-torch.library.register_autograd("bigmodel::rotary", _backward, setup_context=_setup_context)
+register_gradient("rotary", _backward, _setup_context)
 torch.library.register_vmap("bigmodel::rotary", _vmap)

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
+from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.registration import call, draw_seed
 
 _logger = logging.getLogger(__name__)
@@ -292,6 +293,7 @@ def run(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The operator itself, (B, H, Sq, D), laid out in memory as (B, Sq, H, D)."""
+    ensure_sharding_rules(query)
     out: Tensor = call(
         "attention",
         query,

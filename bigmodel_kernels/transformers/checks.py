@@ -47,6 +47,8 @@ def reason_for_class(module: nn.Module, cls: type) -> str | None:
     if type(module) is cls:
         return None
     actual = f"{type(module).__module__}.{type(module).__qualname__}"
+    if is_sharded_class(type(module)) and unsharded_class(module) is cls:
+        return "fully_shard has taken it already: patch before sharding"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return f"its {cls.__name__} is parametrized"
     if isinstance(module, cls):
@@ -111,7 +113,7 @@ def _is_capture_hook(hook: Any) -> bool:
 
 def _is_sharding_hook(hook: Any) -> bool:
     """What fully_shard (FSDP2) hangs on a module that it gathers and frees around the call."""
-    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp")
 
 
 def is_sharded_class(cls: type) -> bool:
@@ -120,7 +122,7 @@ def is_sharded_class(cls: type) -> bool:
     return (
         len(bases) == 2
         and bases[0].__name__ == "FSDPModule"
-        and bases[0].__module__.startswith("torch.distributed.fsdp.")
+        and bases[0].__module__.startswith("torch.distributed.fsdp")
     )
 
 
@@ -128,6 +130,15 @@ def unsharded_class(module: Any) -> type:
     """The class of a module, and for one that fully_shard has taken the one that it had before."""
     cls = type(module)
     return cls.__bases__[1] if is_sharded_class(cls) else cls
+
+
+def sharded_like(module: Any, cls: type) -> type:
+    """`cls`, as fully_shard would have it for a module that it has taken."""
+    kind = type(module)
+    if not is_sharded_class(kind):
+        return cls
+    own = {name: kind.__dict__[name] for name in ("__deepcopy__",) if name in kind.__dict__}
+    return type(f"FSDP{cls.__name__}", (kind.__bases__[0], cls), own)
 
 
 def marks_its_output(table: Any) -> bool:

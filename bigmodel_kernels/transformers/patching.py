@@ -50,9 +50,9 @@ def unpatch(model: nn.Module) -> int:
     originals = {rule.patched: rule.original for family in families.loaded() for rule in _all_rules(family)}
     restored = 0
     for module in model.modules():
-        original = originals.get(type(module))
+        original = originals.get(checks.unsharded_class(module))
         if original is not None:
-            module.__class__ = original
+            module.__class__ = checks.sharded_like(module, original)
             module.__dict__.pop(checks.RECOMPUTE, None)
             restored += 1
         config = module.__dict__.get("config")
@@ -187,7 +187,7 @@ def _plan_family(plan: _Plan, family: Family) -> None:
     for name, module in model.named_modules():
         rule = places.get(id(module)) or _rule_for(module, family)
         if rule is not None:
-            if type(module) not in (rule.original, *patched_classes):
+            if checks.unsharded_class(module) not in patched_classes and type(module) is not rule.original:
                 why = checks.reason_for_class(module, rule.original)
                 plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why or ""))
             else:
@@ -224,9 +224,8 @@ def _rule_for(module: nn.Module, family: Family) -> Rule | None:
 
 def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str, module: nn.Module) -> None:
     already = type(module) is not rule.original
-    if already:
-        why = None
-    else:
+    why = None
+    if not already:
         why = checks.reason_for_hooks(module) or checks.reason_for_parameters(module)
         if why is None and rule.check is not None:
             why = rule.check(module)
@@ -242,11 +241,21 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
             plan.changes.append(Change(module, None, True, checks.RECOMPUTE))
         if plan.recompute or checks.recomputes(module):
             note = "; ".join(part for part in (note, "makes its hidden layer again in the backward") if part)
+    if already and (now := _falls_back(plan.model, rule, module)) is not None:
+        note = "; ".join(part for part in (note, f"its own code runs where this needs it: {now}") if part)
     status = report.ALREADY if already else report.PATCHED
     plan.rows.append(Row(name, rule.original.__name__, status, ops, chosen, note))
     plan.targets.append(module)
     if not already:
         plan.changes.append(Change(module, type(module), rule.patched))
+
+
+def _falls_back(model: nn.Module, rule: Rule | ChildRule, module: nn.Module) -> str | None:
+    """What has happened to a patched module since (hooks, tensor parallel projections), if anything has."""
+    if any(checks.is_sharded_class(type(part)) for part in model.modules()):
+        return None  # parameters are gathered, and plain, when the module runs
+    why = checks.reason_for_hooks(module) or checks.reason_for_parameters(module)
+    return rule.check(module) if why is None and rule.check is not None else why
 
 
 def _fused(rule: Rule | ChildRule, module: nn.Module) -> tuple[tuple[str, ...], str]:

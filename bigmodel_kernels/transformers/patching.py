@@ -25,7 +25,7 @@ from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.report import PatchReport, Row
 
 
-def patch(model: nn.Module, *, recompute: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False) -> PatchReport:
     """Lets the model's modules run our operators, in place, and says what became of each.
 
     model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not
@@ -37,9 +37,12 @@ def patch(model: nn.Module, *, recompute: bool = False) -> PatchReport:
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
     it until they are unpatched.
 
+    fused_loss: GPT2LMHeadModel and BertForMaskedLM compute their loss without logits, in training mode and
+    when labels are given by name. Their output then has `logits=None`. Evaluation has logits as ever.
+
     Raises TypeError for something that is not a module.
     """
-    plan = _plan(model, recompute)
+    plan = _plan(model, recompute, fused_loss)
     _apply(plan.changes)
     return plan.report(applied=True)
 
@@ -62,9 +65,9 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, recompute: bool = False) -> Iterator[PatchReport]:
+def patched(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False) -> Iterator[PatchReport]:
     """`patch` for a `with`, undone at its end; what was patched before stays patched. Yields the report."""
-    plan = _plan(model, recompute)
+    plan = _plan(model, recompute, fused_loss)
     _apply(plan.changes)
     try:
         yield plan.report(applied=True)
@@ -135,6 +138,7 @@ class _Plan:
     rows: list[Row]
     targets: list[nn.Module]
     recompute: bool = False
+    fused_loss: bool = False
 
     def report(self, applied: bool) -> PatchReport:
         import transformers
@@ -158,10 +162,10 @@ class _Plan:
         )
 
 
-def _plan(model: nn.Module, recompute: bool = False) -> _Plan:
+def _plan(model: nn.Module, recompute: bool = False, fused_loss: bool = False) -> _Plan:
     _require_module(model)
     register()
-    plan = _Plan(model, [], [], [], recompute)
+    plan = _Plan(model, [], [], [], recompute, fused_loss)
     for family in families.loaded():
         _plan_family(plan, family)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -175,7 +179,7 @@ def _require_module(model: Any) -> None:
 
 
 def _all_rules(family: Family) -> tuple[Rule | ChildRule, ...]:
-    return (*family.rules, *family.children)
+    return (*family.rules, *family.children, *family.losses)
 
 
 def _plan_family(plan: _Plan, family: Family) -> None:
@@ -196,6 +200,9 @@ def _plan_family(plan: _Plan, family: Family) -> None:
         elif type(module) in family.left:
             plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=family.left[type(module)]))
             covered.append(name)
+        for loss in family.losses:
+            if type(module) is loss.patched or (plan.fused_loss and type(module) is loss.original):
+                _plan_module(plan, family, loss, name, module)
     _rows_for_the_rest(plan, family, roots, covered)
     for _, root in roots:
         _plan_config(plan, family, root)
@@ -245,7 +252,8 @@ def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str,
         note = "; ".join(part for part in (note, f"its own code runs where this needs it: {now}") if part)
     status = report.ALREADY if already else report.PATCHED
     plan.rows.append(Row(name, rule.original.__name__, status, ops, chosen, note))
-    plan.targets.append(module)
+    if rule not in family.losses:  # their projections are targets of their own
+        plan.targets.append(module)
     if not already:
         plan.changes.append(Change(module, type(module), rule.patched))
 
@@ -354,6 +362,8 @@ def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...
     if op == "layer_norm":
         return prepare(new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
     ids = torch.zeros(1, dtype=torch.int64, device=like.device)
+    if op == "linear_cross_entropy":
+        return prepare(new(1, 64), new(64, 64), ids)  # type: ignore[no-any-return]
     return prepare(ids, new(1, 64), ids, new(1, 64), ids, new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
 
 
@@ -363,6 +373,7 @@ _FOLDERS = {
     "feed_forward": "feed_forward",
     "layer_norm": "norm",
     "embedding": "embedding",
+    "linear_cross_entropy": "cross_entropy",
 }
 
 

@@ -60,6 +60,8 @@ class Family:
     name: str
     rules: tuple[Rule, ...]
     children: tuple[ChildRule, ...] = ()
+    #: Models whose loss can do without logits; only for `patch(model, fused_loss=True)`.
+    losses: tuple[Rule, ...] = ()
     models: tuple[type[nn.Module], ...] = ()
     mask_path: tuple[type[nn.Module], ...] = ()
     #: Why the parts of the family that have no rule are left as they are, by class.

@@ -16,16 +16,17 @@ from the same Q and K.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
 
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear
@@ -258,6 +259,28 @@ class BigmodelBertPredictionHeadTransform(hf.BertPredictionHeadTransform):
             norm=Affine(*norm),
             eps=self.LayerNorm.eps,
         )
+
+
+@fused_loss.named_like_its_original
+class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
+    """In training mode, with labels: the loss without logits, from the tokens that have a label."""
+
+    @functools.wraps(hf.BertForMaskedLM.forward)  # Trainer reads the names of the arguments
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        known = checks.intact(self.cls, hf.BertOnlyMLMHead) and checks.intact(
+            self.cls.predictions, hf.BertLMPredictionHead
+        )
+        if not known or not fused_loss.wanted(self, args, kwargs):
+            return super().forward(*args, **kwargs)
+        outputs = self.bert(*args, **fused_loss.of_the_body(kwargs), return_dict=True)
+        rows, target = fused_loss.labelled(outputs.last_hidden_state, kwargs["labels"])
+        states = self.cls.predictions.transform(rows)
+        held = fused_loss.head(self.cls.predictions.decoder, checks.dtype_of(states))
+        if held is None:  # an adapter or a hook on the head: the logits are what it makes of the states
+            loss = nn.functional.cross_entropy(self.cls.predictions.decoder(states).float(), target)
+        else:
+            loss = fused_loss.loss(states, *held, target)
+        return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -559,6 +582,15 @@ FAMILY = Family(
             (),
             _check_encoder,
             note="runs its layers with the padding in: the head's softmax is over all positions",
+        ),
+    ),
+    losses=(
+        Rule(
+            hf.BertForMaskedLM,
+            BigmodelBertForMaskedLM,
+            ("linear_cross_entropy",),
+            fused_loss.check,
+            note=fused_loss.NOTE,
         ),
     ),
     models=(hf.BertModel,),

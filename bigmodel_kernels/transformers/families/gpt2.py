@@ -14,15 +14,17 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
@@ -89,6 +91,30 @@ class BigmodelGPT2Block(hf.GPT2Block):
             return out.transpose(1, 2).flatten(2)
 
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
+
+
+@fused_loss.named_like_its_original
+class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
+    """In training mode, with labels: the loss without logits."""
+
+    @functools.wraps(hf.GPT2LMHeadModel.forward)  # Trainer reads the names of the arguments
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if not fused_loss.wanted(self, args, kwargs) or self.loss_type not in (None, "ForCausalLM"):
+            return super().forward(*args, **kwargs)
+        labels, shifted = kwargs["labels"], kwargs.get("shift_labels")
+        ignore_index = kwargs.get("ignore_index", -100)
+        outputs = self.transformer(*args, **fused_loss.of_the_body(kwargs))
+        states = outputs.last_hidden_state
+        held = fused_loss.head(self.lm_head, checks.dtype_of(states))
+        if held is None:  # an adapter or a hook on the head: the logits are what it makes of the states
+            loss = self.loss_function(self.lm_head(states), vocab_size=self.config.vocab_size, **kwargs)
+        else:
+            if shifted is None:
+                shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            rows, target = fused_loss.labelled(states, shifted, ignore_index)
+            loss = fused_loss.loss(rows, *held, target, kwargs.get("num_items_in_batch"), ignore_index)
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -242,6 +268,15 @@ FAMILY = Family(
         ChildRule(hf.GPT2Model, "ln_f", nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",)),
         ChildRule(hf.GPT2LMHeadModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.GPT2DoubleHeadsModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
+    ),
+    losses=(
+        Rule(
+            hf.GPT2LMHeadModel,
+            BigmodelGPT2LMHeadModel,
+            ("linear_cross_entropy",),
+            fused_loss.check,
+            note=fused_loss.NOTE,
+        ),
     ),
     models=(hf.GPT2Model,),
     mask_path=(hf.GPT2Block, hf.GPT2Attention),

@@ -9,10 +9,12 @@
 #if defined(__CUDACC__)
 #define BM_DEVICE __device__ __forceinline__
 #define BM_UNROLL _Pragma("unroll")
+#define BM_UNROLL_2 _Pragma("unroll 2")
 #else
 #include "emulator/emulator.h"
 #define BM_DEVICE inline
 #define BM_UNROLL
+#define BM_UNROLL_2
 #endif
 
 namespace bigmodel::cuda {

@@ -62,73 +62,115 @@ BM_DEVICE KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int
   return r;
 }
 
-// From products to logits in units of log 2, for this thread's elements of a tile.
-template <typename Element, bool General>
-class Logits {
+// What lies between Q K^T and P, for this thread's elements of a tile. In the backward's tiles of S^T (`transposed`) keys are rows.
+template <typename Element, bool General, bool transposed = false>
+class Scores {
  public:
-  BM_DEVICE Logits(const AttentionParams& p, const Sequence& s, int batch, int head) : p_(p), s_(s), batch_(batch), head_(head) {
+  BM_DEVICE Scores(const AttentionParams& p, const Sequence& s, int batch, int head) : p_(p), s_(s), batch_(batch), head_(head) {
     if constexpr (General) {
       if (p.alibi_slopes != nullptr) slope_ = load_global(p.alibi_slopes + batch * p.alibi_stride + head);
       if (p.dropout_seed != nullptr) seed_ = uint64_t(load_global(p.dropout_seed));
     }
   }
 
-  // row0: this thread's upper row; n: the tile's first key.
+  // Products become logits in units of log 2. row0: this thread's upper row; column0: the tile's first column.
   template <int blocks>
-  BM_DEVICE void apply(float (&x)[blocks][4], int row0, int n, bool all_visible) const {
+  BM_DEVICE void logits(float (&x)[blocks][4], int row0, int column0, bool all_visible) const {
     BM_UNROLL
     for (int j = 0; j < blocks; j++)
       BM_UNROLL
       for (int e = 0; e < 4; e++) {
-        const int row = row0 + e / 2 * 8, column = n + 8 * j + 2 * (lane_index() % 4) + e % 2;
-        bool visible = all_visible || sees(row, column);
-        if constexpr (General) {
-          visible = visible && row < s_.queries;
-          if (visible && p_.key_padding_mask != nullptr) visible = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + column) != 0;
-          if (visible) x[j][e] = logit(x[j][e], row, column);
-        } else {
-          x[j][e] *= p_.softmax_scale * log2_e;
-        }
-        if (!visible) x[j][e] = -infinity;
+        const Place at = place(row0, column0, j, e);
+        float slope_of_cap;
+        x[j][e] = visible(at, all_visible) ? logit(x[j][e], at, slope_of_cap) : -infinity;
       }
   }
 
   // Dropout of probabilities, after they were summed.
   template <int blocks>
-  BM_DEVICE void drop(float (&x)[blocks][4], int row0, int n) const {
+  BM_DEVICE void drop(float (&x)[blocks][4], int row0, int column0) const {
+    for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { x[j][e] *= keep; });
+  }
+
+  // For the backward: products x = Q K^T become P after dropout, and gradients g = dO V^T become dS = P (g - delta) before the
+  // scale. statistics(query) -> (logsumexp in units of log 2, delta); add_to_bias(query, key, value) gets the logits' gradient.
+  template <int blocks, typename Statistics, typename AddToBias>
+  BM_DEVICE void gradients(float (&x)[blocks][4], float (&g)[blocks][4], int row0, int column0, bool all_visible,
+                           Statistics statistics, AddToBias add_to_bias) const {
+    for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { g[j][e] *= keep; });
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) {
+        const Place at = place(row0, column0, j, e);
+        if (!visible(at, all_visible)) {
+          x[j][e] = g[j][e] = 0;
+          continue;
+        }
+        const auto [logsumexp, delta] = statistics(at.query);
+        float slope_of_cap;
+        const float probability = exp2_approx(logit(x[j][e], at, slope_of_cap) - logsumexp);
+        const float ds = probability * (g[j][e] - delta);
+        x[j][e] = probability;
+        if constexpr (General) add_to_bias(at.query, at.key, ds);
+        g[j][e] = General ? ds * slope_of_cap : ds;
+      }
+    drop(x, row0, column0);
+  }
+
+ private:
+  struct Place { int query, key; };
+  static BM_DEVICE Place place(int row0, int column0, int j, int e) {
+    const int row = row0 + e / 2 * 8, column = column0 + 8 * j + 2 * (lane_index() % 4) + e % 2;
+    return transposed ? Place{column, row} : Place{row, column};
+  }
+  BM_DEVICE bool visible(Place at, bool all_visible) const {
+    const int place = at.query + s_.offset();
+    bool is = all_visible || (at.key < s_.keys && (p_.window_right < 0 || at.key <= place + p_.window_right) &&
+                              (p_.window_left < 0 || at.key >= place - p_.window_left));
+    if constexpr (General || transposed) is = is && at.query < s_.queries;
+    if constexpr (General)
+      if (is && p_.key_padding_mask != nullptr) is = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + at.key) != 0;
+    return is;
+  }
+  BM_DEVICE float logit(float product, Place at, float& slope_of_cap) const {
+    if constexpr (!General) return product * (p_.softmax_scale * log2_e);
+    float x = product * p_.softmax_scale;
+    slope_of_cap = 1;
+    if (p_.softcap != 0) {
+      const float t = tanh_exact(x / p_.softcap);
+      x = p_.softcap * t;
+      slope_of_cap = 1 - t * t;
+    }
+    if (p_.bias != nullptr) {
+      const int64_t i = batch_ * p_.bias_stride[0] + head_ * p_.bias_stride[1] + at.query * p_.bias_stride[2] + at.key * p_.bias_stride[3];
+      x += p_.bias_is_float ? load_global(static_cast<const float*>(p_.bias) + i)
+                            : to_float(load_global(static_cast<const Element*>(p_.bias) + i));
+    }
+    const int distance = at.query + s_.offset() - at.key;
+    if (p_.alibi_slopes != nullptr) x -= slope_ * float(distance < 0 ? -distance : distance);
+    return x * log2_e;
+  }
+  // each(j, e, 0 or 1 / (1 - p)): one call of the generator serves four elements of this thread.
+  template <int blocks, typename Each>
+  BM_DEVICE void for_each_kept(int row0, int column0, Each each) const {
     if constexpr (General) {
       if (p_.dropout_seed == nullptr) return;
       BM_UNROLL
       for (int j = 0; j < blocks; j += 2)
         BM_UNROLL
         for (int e = 0; e < 2; e++) {
-          const PhiloxWords random = attention_words(row0, n + 8 * j + 2 * (lane_index() % 4) + e, head_, batch_, seed_);
+          const Place at = place(row0, column0, j, e);
+          const PhiloxWords random = attention_words(at.query, at.key, head_, batch_, seed_);
           BM_UNROLL
-          for (int w = 0; w < 4; w++) {
-            float& probability = x[j + w % 2][w / 2 * 2 + e];
-            probability = random.word[w] >= p_.dropout_threshold ? probability * p_.dropout_scale : 0;
-          }
+          for (int lower = 0; lower < 2; lower++)
+            BM_UNROLL
+            for (int right = 0; right < 2; right++) {
+              const uint32_t word = random.word[transposed ? 2 * right + lower : 2 * lower + right];
+              each(j + right, 2 * lower + e, word >= p_.dropout_threshold ? p_.dropout_scale : 0.0f);
+            }
         }
     }
-  }
-
- private:
-  BM_DEVICE bool sees(int row, int column) const {
-    const int place = row + s_.offset();
-    return column < s_.keys && (p_.window_right < 0 || column <= place + p_.window_right) &&
-           (p_.window_left < 0 || column >= place - p_.window_left);
-  }
-  BM_DEVICE float logit(float product, int row, int column) const {
-    float x = product * p_.softmax_scale;
-    if (p_.softcap != 0) x = p_.softcap * tanh_exact(x / p_.softcap);
-    if (p_.bias != nullptr) {
-      const int64_t at = batch_ * p_.bias_stride[0] + head_ * p_.bias_stride[1] + row * p_.bias_stride[2] + column * p_.bias_stride[3];
-      x += p_.bias_is_float ? load_global(static_cast<const float*>(p_.bias) + at)
-                            : to_float(load_global(static_cast<const Element*>(p_.bias) + at));
-    }
-    const int distance = row + s_.offset() - column;
-    if (p_.alibi_slopes != nullptr) x -= slope_ * float(distance < 0 ? -distance : distance);
-    return x * log2_e;
   }
 
   const AttentionParams& p_;

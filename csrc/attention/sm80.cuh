@@ -70,7 +70,7 @@ struct AttentionSm80 {
     const SharedAddress shared = shared_start();
     const int warp = warp_index(), lane = lane_index();
     const int row0 = m_start + 16 * warp + lane / 4;  // this thread's rows: row0 and row0 + 8
-    const Logits<Element, General> logits(p, sequence, batch, head);
+    const Scores<Element, General> scores(p, sequence, batch, head);
     OnlineSoftmax<d_blocks> softmax;
     float o[d_blocks][4];
     clear(o);
@@ -87,7 +87,7 @@ struct AttentionSm80 {
       copy_async_commit();
       float s[n_blocks][4];
       clear(s);
-      BM_UNROLL
+      BM_UNROLL_2  // all sixteen at once, their addresses would leave too few registers for heads of 256
       for (int k = 0; k < d_steps; k++) {
         uint32_t a[4];
         ldmatrix(a, shared + shared_query + QueryTile::offset(16 * warp + lane % 16, 2 * k + lane / 16));
@@ -102,11 +102,11 @@ struct AttentionSm80 {
       }
 
       // ---- P = exp(S - m) ----
-      logits.apply(s, row0, n, range.all_visible(n));
+      scores.logits(s, row0, n, range.all_visible(n));
       float rescale[2];
       softmax.probabilities(s, rescale);
       softmax.scale(o, rescale);
-      logits.drop(s, row0, n);
+      scores.drop(s, row0, n);
 
       // ---- O += P V ----
       copy_async_wait<0>();

@@ -144,7 +144,7 @@ struct AttentionSm90 {
   static BM_DEVICE void consume(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const KeyRange& range, int tiles, int consumer) {
     const AttentionParams& p = params.p;
     const int warp = warp_index() % 4, row0 = m_start + 64 * consumer + 16 * warp + lane_index() / 4;
-    const Logits<Element, General> logits(p, sequence, batch, head);
+    const Scores<Element, General> scores(p, sequence, batch, head);
     OnlineSoftmax<d_blocks> softmax;
     float o[d_blocks][4], s[n_blocks][4], rescale[2];
     uint32_t probabilities[n_steps][4];
@@ -157,9 +157,9 @@ struct AttentionSm90 {
       start_scores(s, 0, consumer);
       wgmma_wait<0>();
       release(key_empty);
-      logits.apply(s, row0, range.begin, range.all_visible(range.begin));
+      scores.logits(s, row0, range.begin, range.all_visible(range.begin));
       softmax.probabilities(s, rescale);
-      logits.drop(s, row0, range.begin);
+      scores.drop(s, row0, range.begin);
       BM_UNROLL
       for (int k = 0; k < n_steps; k++) to_fragment<Element>(probabilities[k], s[2 * k], s[2 * k + 1]);
 
@@ -172,12 +172,12 @@ struct AttentionSm90 {
         start_output(o, probabilities, before);
         wgmma_wait<1>();
         release(key_empty + stage);
-        logits.apply(s, row0, n, range.all_visible(n));
+        scores.logits(s, row0, n, range.all_visible(n));
         softmax.probabilities(s, rescale);
         wgmma_wait<0>();
         release(value_empty + before);
         softmax.scale(o, rescale);
-        logits.drop(s, row0, n);
+        scores.drop(s, row0, n);
         BM_UNROLL
         for (int k = 0; k < n_steps; k++) to_fragment<Element>(probabilities[k], s[2 * k], s[2 * k + 1]);
       }

@@ -1,0 +1,72 @@
+"""What nvcc makes of the CUDA kernels: registers, spills and the instructions they are written for. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.emulator.conftest import build_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    path: Path = build_module().cuda(["80", "90a"])
+    return path.parent
+
+
+def entries(log: Path) -> dict[str, tuple[int, int, int]]:
+    """Kernel -> (registers, bytes of stack, bytes spilled), from ptxas -v."""
+    found = {}
+    for name, rest in re.findall(
+        r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", log.read_text(), re.S
+    ):
+        stack, stores, loads = map(
+            int,
+            re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", rest)[
+                0
+            ],
+        )
+        registers = int(re.findall(r"Used (\d+) registers", rest)[0])
+        found[name] = (registers, stack, stores + loads)
+    return found
+
+
+def sass(folder: Path, name: str) -> str:
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("kernel", ["attention.sm80", "attention.sm90"])
+def test_nothing_spills(folder: Path, kernel: str) -> None:
+    found = entries(folder / f"{kernel}.o.log")
+    assert len(found) == 24, "two element types, six head_dims, short and general"
+    assert {name: v for name, v in found.items() if v[1] or v[2]} == {}
+
+
+def test_wgmma_is_not_serialised(folder: Path) -> None:
+    """ptxas says C7508 where it ignores setmaxnreg, C7510 where it waits after each wgmma, C7519 where it adds a fence."""
+    log = (folder / "attention.sm90.o.log").read_text()
+    assert re.findall(r"C75\d\d", log) == []
+
+
+@pytest.mark.parametrize(
+    ("kernel", "instructions"),
+    [
+        ("attention.sm80", ["HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128", "MUFU.EX2"]),
+        ("attention.sm90", ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG", "MUFU.EX2"]),
+    ],
+)  # fmt: skip
+def test_the_instructions_are_there(folder: Path, kernel: str, instructions: list[str]) -> None:
+    text = sass(folder, f"{kernel}.o")
+    assert [name for name in instructions if name not in text] == []
+    assert not re.search(r"\b(LDL|STL)\b", text), "local memory"

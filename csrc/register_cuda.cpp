@@ -17,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "arch/launch.cuh"
 #include "attention/launch.h"
@@ -117,16 +118,22 @@ void check_rows(const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0, name, ": stride ", tensor.stride(i), " of dimension ", i, " must be a multiple of 8");
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
-                                     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
-                                     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                     double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
-                                     double dropout_p) {
+// The arguments of bigmodel::attention that the backward has too.
+struct AttentionInputs {
+  const Tensor &query, &key, &value;
+  const OptionalTensor &key_padding_mask, &bias, &cu_seqlens_q, &cu_seqlens_k, &dropout_seed, &alibi_slopes, &sinks;
+  int64_t max_seqlen_q, max_seqlen_k;
+  double softmax_scale;
+  bool is_causal;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+};
+
+// Checks all of them and fills in all parameters but the results'. float_sinks keeps the converted sinks alive.
+AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tensor& float_sinks) {
+  const auto& [query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
+               max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap, dropout_p] = inputs;
   AttentionParams p = {};
-  Call call(query);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   // ---- shapes ----
   const bool packed = cu_seqlens_q.has_value();
   STD_TORCH_CHECK(packed == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
@@ -151,8 +158,6 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   STD_TORCH_CHECK(p.head_dim >= 8 && p.head_dim <= 256, "query: head_dim ", p.head_dim, " must be 8 to 256");
   STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "key: ", p.kv_heads, " kv heads do not divide ", p.heads, " query heads");
 
-  const int64_t d = p.head_dim, h = p.heads;
-  Tensor out, logsumexp;
   if (packed) {
     STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
     STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel() && cu_seqlens_q->numel() >= 1, "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's");
@@ -166,22 +171,15 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
     p.key_length = narrow(max_seqlen_k, "max_seqlen_k");
     p.total_queries = query.size(0);
     p.total_keys = key.size(0);
-    out = torch::stable::new_empty(query, {query.size(0), h, d});
-    logsumexp = torch::stable::new_empty(query, {h, query.size(0)}, ScalarType::Float);
     p.logsumexp_stride[1] = query.size(0);
   } else {
     STD_TORCH_CHECK(key.size(0) == query.size(0), "key: batch ", key.size(0), " must be query's ", query.size(0));
     p.batch = narrow(query.size(0), "query");
     p.query_length = narrow(query.size(2), "query");
     p.key_length = narrow(key.size(2), "key");
-    out = torch::stable::transpose(torch::stable::new_empty(query, {query.size(0), query.size(2), h, d}), 1, 2);
-    logsumexp = torch::stable::new_empty(query, {query.size(0), h, query.size(2)}, ScalarType::Float);
-    p.out_stride[0] = query.size(2) * h * d;
-    p.logsumexp_stride[0] = h * query.size(2);
+    p.logsumexp_stride[0] = int64_t(p.heads) * query.size(2);
     p.logsumexp_stride[1] = query.size(2);
   }
-  p.out_stride[1] = d;
-  p.out_stride[2] = h * d;
   STD_TORCH_CHECK(p.batch <= 65535 && p.heads <= 65535, "query: at most 65535 sequences and heads, not ", p.batch, " and ", p.heads);
 
   // ---- what else the logits go through ----
@@ -213,7 +211,6 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
     p.alibi_slopes = static_cast<const float*>(call.use(*alibi_slopes, "alibi_slopes", false));
     p.alibi_stride = dims == 2 ? alibi_slopes->stride(0) : 0;
   }
-  Tensor float_sinks;
   if (sinks) {
     STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads, "sinks: shape ", shape_of(*sinks), " must be (", p.heads, ",)");
     float_sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
@@ -240,20 +237,119 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   p.query = call.use(query, "query", false);
   p.key = call.use(key, "key", false);
   p.value = call.use(value, "value", false);
+  return p;
+}
+
+// A result like `tensor`, with rows of all heads side by side: (B, H, S, D) laid out as (B, S, H, D), or (total, H, D).
+Tensor result_like(const Tensor& tensor, int64_t (&stride)[3]) {
+  const int64_t h = tensor.size(1), d = tensor.size(tensor.dim() - 1);
+  stride[1] = d;
+  stride[2] = h * d;
+  if (tensor.dim() == 3) return torch::stable::new_empty(tensor, {tensor.size(0), h, d});
+  stride[0] = tensor.size(2) * h * d;
+  return torch::stable::transpose(torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(2), h, d}), 1, 2);
+}
+// float32, one for each query: (B, H, S), or (H, total).
+Tensor rows_like(const Tensor& query) {
+  if (query.dim() == 3) return torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
+  return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
+                                     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+                                     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                     double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
+                                     double dropout_p) {
+  Call call(query);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  Tensor float_sinks;
+  AttentionParams p = attention_params(
+      call, {query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+             softmax_scale, is_causal, window_left, window_right, softcap, dropout_p}, float_sinks);
+  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   if (query.numel() > 0) {
     const bool hopper = architecture(call.device()) == 90 && key.numel() > 0;
-    (hopper ? attention_sm90 : attention_sm80)(p, dtype == ScalarType::BFloat16, call.stream());
+    (hopper ? attention_sm90 : attention_sm80)(p, query.scalar_type() == ScalarType::BFloat16, call.stream());
   }
   return {out, logsumexp};
 }
 
-constexpr const char* attention_schema =
-    "cuda_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, SymInt max_seqlen_q=0, "
-    "SymInt max_seqlen_k=0, float softmax_scale, bool is_causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, "
-    "float dropout_p=0.0) -> (Tensor, Tensor)";
+// dbias is float32, in the shape of bias, or of all logits where `deterministic` forbids to add to one place from several blocks.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
+    OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic) {
+  Call call(query);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  Tensor float_sinks;
+  AttentionBackwardParams params = {};
+  AttentionParams& p = params.p;
+  p = attention_params(
+      call, {query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+             softmax_scale, is_causal, window_left, window_right, softcap, dropout_p}, float_sinks);
+
+  // ---- the forward's results, and their gradients ----
+  const int64_t rank = query.dim();
+  int64_t* strides[2] = {p.out_stride, params.grad_out_stride};
+  const Tensor* tensors[2] = {&out, &grad_out};
+  const char* names[2] = {"out", "grad_out"};
+  for (int i = 0; i < 2; i++) {
+    const Tensor& t = require(*tensors[i], names[i], query.scalar_type(), rank);
+    STD_TORCH_CHECK(shape_of(t) == shape_of(query), names[i], ": shape ", shape_of(t), " must be query's ", shape_of(query));
+    check_rows(t, names[i]);
+    strides[i][0] = rank == 3 ? 0 : t.stride(0);
+    strides[i][1] = t.stride(1);
+    strides[i][2] = rank == 3 ? t.stride(0) : t.stride(2);
+  }
+  Tensor delta = rows_like(query);
+  const auto rows = [&](const Tensor& t, const char* name) {
+    require(t, name, ScalarType::Float, rank - 1);
+    STD_TORCH_CHECK(shape_of(t) == shape_of(delta) && t.is_contiguous(), name, ": shape ", shape_of(t), " must be ", shape_of(delta), ", contiguous");
+    return static_cast<float*>(call.use(t, name, false));
+  };
+  p.logsumexp = rows(logsumexp, "logsumexp");
+  if (grad_logsumexp) params.grad_logsumexp = rows(*grad_logsumexp, "grad_logsumexp");
+  p.out = call.use(out, "out", false);
+  params.grad_out = call.use(grad_out, "grad_out", false);
+
+  // ---- the results ----
+  Tensor dq = result_like(query, params.dq_stride), dk = result_like(key, params.dk_stride), dv = result_like(value, params.dv_stride);
+  params.delta = static_cast<float*>(call.use(delta, "delta", true));
+  params.dq = call.use(dq, "dq", true);
+  params.dk = call.use(dk, "dk", true);
+  params.dv = call.use(dv, "dv", true);
+  Tensor dbias = torch::stable::new_empty(query, {0}, ScalarType::Float);
+  if (bias && bias_requires_grad) {
+    const int64_t full[4] = {p.batch, p.heads, p.query_length, p.key_length};
+    std::vector<int64_t> size(full, full + 4);
+    if (!deterministic)
+      for (int64_t i = 0; i < 4; i++) {
+        const int64_t at = bias->dim() - 4 + i;
+        size[i] = at < 0 ? 1 : bias->size(at);
+      }
+    dbias = torch::stable::new_zeros(query, size, ScalarType::Float);
+    for (int i = 0; i < 4; i++) params.dbias_stride[i] = size[i] == 1 ? 0 : dbias.stride(i);
+    params.dbias = static_cast<float*>(call.use(dbias, "dbias", true));
+  }
+  if (query.numel() > 0 || key.numel() > 0) attention_backward_sm80(params, query.scalar_type() == ScalarType::BFloat16, call.stream());
+  return {dq, dk, dv, dbias, delta};
+}
+
+const std::string optional_and_options =
+    "Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, *, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, "
+    "bool is_causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0";
+const std::string attention_schema = "cuda_attention(Tensor query, Tensor key, Tensor value, " + optional_and_options + ") -> (Tensor, Tensor)";
+const std::string attention_backward_schema =
+    "cuda_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, " +
+    optional_and_options + ", bool bias_requires_grad=False, bool deterministic=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 #if !defined(__CUDACC__)
 void set_seed(int64_t value) { seed = uint64_t(value); }
@@ -267,17 +363,25 @@ void set_architecture(int64_t value) {
 }  // namespace bigmodel::cuda
 
 #if defined(__CUDACC__)
-STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) { m.def(bigmodel::cuda::attention_schema); }
-STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) { m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
 #else
 STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
-  m.def(bigmodel::cuda::attention_schema);
   m.def("set_seed(int value) -> ()");
   m.def("set_architecture(int value) -> ()");
+#endif
+  m.def(bigmodel::cuda::attention_schema.c_str());
+  m.def(bigmodel::cuda::attention_backward_schema.c_str());
 }
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) { m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention)); }
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) { 
+
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) {
   m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed));
   m.impl("set_architecture", TORCH_BOX(&bigmodel::cuda::set_architecture));
 }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
 #endif
+  m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));
+  m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
+}

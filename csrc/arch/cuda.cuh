@@ -75,6 +75,16 @@ BM_DEVICE void store_global(T* address, T value) {
   *address = value;
 }
 
+// Nothing comes back: the memory's own arithmetic unit adds, in any order.
+BM_DEVICE void add_global(float* address, float value) {
+#if defined(__CUDACC__)
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(value) : "memory");
+#else
+  emulator::check_global(address, sizeof(float), true, "red.global.add");
+  *address += value;
+#endif
+}
+
 template <typename T>
 BM_DEVICE T load_shared(SharedAddress address) {
   T value;

@@ -30,6 +30,18 @@ struct AttentionParams {
   int64_t logsumexp_stride[2];                              // batch, head
 };
 
+struct AttentionBackwardParams {
+  AttentionParams p;                                        // out and logsumexp are the forward's results
+  const void* grad_out;
+  int64_t grad_out_stride[3];
+  const float* grad_logsumexp;                              // or null; strides of logsumexp, like delta
+  float* delta;                                             // rowsum(grad_out * out) - grad_logsumexp
+  void *dq, *dk, *dv;
+  int64_t dq_stride[3], dk_stride[3], dv_stride[3];
+  float* dbias;                                             // zeros to add to, or null
+  int64_t dbias_stride[4];
+};
+
 // Whether anything is there that the short inner loop has no code for.
 inline bool needs_general(const AttentionParams& p) {
   return p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;

@@ -8,4 +8,6 @@ struct Stream;
 void attention_sm80(const AttentionParams& params, bool is_bfloat16, const Stream& stream);
 void attention_sm90(const AttentionParams& params, bool is_bfloat16, const Stream& stream);  // at least one key
 
+void attention_backward_sm80(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream);
+
 }  // namespace bigmodel::cuda

@@ -93,7 +93,7 @@ class Scores {
   }
 
   // For the backward: products x = Q K^T become P after dropout, and gradients g = dO V^T become dS = P (g - delta) before the
-  // scale. statistics(query) -> (logsumexp in units of log 2, delta); add_to_bias(query, key, value) gets the logits' gradient.
+  // scale. statistics(j, e) -> (logsumexp in units of log 2, delta); add_to_bias(query, key, value) gets the logits' gradient.
   template <int blocks, typename Statistics, typename AddToBias>
   BM_DEVICE void gradients(float (&x)[blocks][4], float (&g)[blocks][4], int row0, int column0, bool all_visible,
                            Statistics statistics, AddToBias add_to_bias) const {
@@ -107,7 +107,7 @@ class Scores {
           x[j][e] = g[j][e] = 0;
           continue;
         }
-        const auto [logsumexp, delta] = statistics(at.query);
+        const auto [logsumexp, delta] = statistics(j, e);
         float slope_of_cap;
         const float probability = exp2_approx(logit(x[j][e], at, slope_of_cap) - logsumexp);
         const float ds = probability * (g[j][e] - delta);
@@ -244,26 +244,32 @@ class OnlineSoftmax {
   float m_[2] = {-infinity, -infinity}, l_[2] = {0, 0};
 };
 
-// A warp's 16 rows of O to global memory, by way of its own rows of a tile in shared memory, so that they leave in 16-byte pieces.
-// Nobody else may still use those rows.
-template <typename Element, typename Tile, int d_blocks>
-BM_DEVICE void store_rows(const float (&o)[d_blocks][4], SharedAddress tile, int tile_row, const AttentionParams& p, const Sequence& s,
-                          int batch, int head, int m_start) {
+// A warp's 16 rows (of O, dQ, dK or dV) to global memory, by way of its own rows of a tile in shared memory, so that they leave in
+// 16-byte pieces. Nobody else may still use those rows. out: the sequence's first row; this tile's rows are from `row` to `end`, and
+// the warp's columns from chunk `first_chunk`.
+template <typename Element, typename Tile, int blocks>
+BM_DEVICE void store_rows(const float (&x)[blocks][4], SharedAddress tile, int tile_row, int first_chunk, void* out, int64_t row_stride,
+                          int row, int end, int head_dim) {
   const int lane = lane_index(), g = lane / 4, t = lane % 4;
   BM_UNROLL
   for (int r = 0; r < 2; r++)
     BM_UNROLL
-    for (int j = 0; j < d_blocks; j++)
-      store_shared(tile + Tile::offset(tile_row + g + 8 * r, j) + 4 * t, Word<4>{pack<Element>(o[j][2 * r], o[j][2 * r + 1])});
+    for (int j = 0; j < blocks; j++)
+      store_shared(tile + Tile::offset(tile_row + g + 8 * r, first_chunk + j) + 4 * t, Word<4>{pack<Element>(x[j][2 * r], x[j][2 * r + 1])});
   sync_warp();
-  Element* out = static_cast<Element*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] + s.first_query * p.out_stride[2];
   BM_UNROLL
-  for (int i = lane; i < 16 * Tile::row_chunks; i += warp_size) {
-    const int row = tile_row + i / Tile::row_chunks, chunk = i % Tile::row_chunks;
-    if (m_start + row < s.queries && chunk * 8 < p.head_dim)
-      store_global(reinterpret_cast<Word<16>*>(out + (m_start + row) * p.out_stride[2] + chunk * 8),
-                   load_shared<Word<16>>(tile + Tile::offset(row, chunk)));
+  for (int i = lane; i < 16 * blocks; i += warp_size) {
+    const int in_tile = tile_row + i / blocks, chunk = first_chunk + i % blocks;
+    if (row + in_tile < end && chunk * 8 < head_dim)
+      store_global(reinterpret_cast<Word<16>*>(static_cast<Element*>(out) + (row + in_tile) * row_stride + chunk * 8),
+                   load_shared<Word<16>>(tile + Tile::offset(in_tile, chunk)));
   }
+}
+
+// A matrix of `heads` heads within a batch: its first row for this sequence and head.
+template <typename Element>
+BM_DEVICE Element* rows_of(const void* matrix, const int64_t (&stride)[3], int batch, int head, int first_row) {
+  return static_cast<Element*>(const_cast<void*>(matrix)) + batch * stride[0] + head * stride[1] + first_row * stride[2];
 }
 
 }  // namespace bigmodel::cuda

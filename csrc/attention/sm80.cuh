@@ -22,6 +22,55 @@
 
 namespace bigmodel::cuda {
 
+// Rows [first, first + Tile::rows) of a matrix of `length` rows into shared memory; zeros past its end and past head_dim.
+template <typename Tile, typename Element, int threads>
+BM_DEVICE void load_tile(SharedAddress tile, const Element* matrix, int64_t row_stride, int first, int length, int head_dim) {
+  BM_UNROLL
+  for (int i = thread_index(); i < Tile::rows * Tile::row_chunks; i += threads) {
+    const int row = i / Tile::row_chunks, chunk = i % Tile::row_chunks;
+    const bool valid = first + row < length && chunk * 8 < head_dim;
+    copy_async_16(tile + Tile::offset(row, chunk), valid ? matrix + (first + row) * row_stride + chunk * 8 : matrix, valid);
+  }
+}
+
+// X (16 rows from `row` of a tile) times the transpose of Y (all rows of a tile), over head_dim.
+template <typename Element, typename TileX, typename TileY, int blocks>
+BM_DEVICE void multiply_transposed(float (&c)[blocks][4], SharedAddress x, int row, SharedAddress y) {
+  const int lane = lane_index();
+  BM_UNROLL_2  // all steps at once, their addresses would leave too few registers for heads of 256
+  for (int k = 0; k < TileX::columns / 16; k++) {
+    uint32_t a[4];
+    ldmatrix(a, x + TileX::offset(row + lane % 16, 2 * k + lane / 16));
+    BM_UNROLL
+    for (int j = 0; j < blocks; j += 2) {
+      uint32_t b[4];
+      ldmatrix(b, y + TileY::offset(8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<Element>(c[j], a, low);
+      mma_m16n8k16<Element>(c[j + 1], a, high);
+    }
+  }
+}
+
+// P (in accumulators, rounded to Element) times Y's columns from `chunk` on; Y's rows are P's columns.
+template <typename Element, typename TileY, int k_blocks, int blocks>
+BM_DEVICE void multiply(float (&c)[blocks][4], const float (&p)[k_blocks][4], SharedAddress y, int chunk) {
+  const int lane = lane_index();
+  BM_UNROLL
+  for (int k = 0; k < k_blocks / 2; k++) {
+    uint32_t a[4];
+    to_fragment<Element>(a, p[2 * k], p[2 * k + 1]);
+    BM_UNROLL
+    for (int j = 0; j < blocks; j += 2) {
+      uint32_t b[4];
+      ldmatrix_transposed(b, y + TileY::offset(16 * k + lane % 16, chunk + j + lane / 16));
+      const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      mma_m16n8k16<Element>(c[j], a, low);
+      mma_m16n8k16<Element>(c[j + 1], a, high);
+    }
+  }
+}
+
 // Element: bfloat16 or float16. HeadDim: head_dim rounded up to 32, 64, 96, 128, 192 or 256. General: with softcap, key padding,
 // bias, ALiBi and dropout; without, the inner loop is the short one.
 template <typename Element, int HeadDim, bool General>
@@ -31,7 +80,7 @@ struct AttentionSm80 {
   static constexpr int threads = warps * warp_size, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 16 * warps;
   static constexpr int tile_n = HeadDim <= 64 ? 128 : HeadDim <= 128 ? 64 : 32;
-  static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16;
+  static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
   using KeyTile = SwizzledTile<tile_n, HeadDim>;
 
@@ -39,18 +88,6 @@ struct AttentionSm80 {
   static constexpr int shared_key = shared_query + QueryTile::bytes;
   static constexpr int shared_value = shared_key + KeyTile::bytes;
   static constexpr int shared_bytes = shared_value + KeyTile::bytes;
-
-  // Rows [first, first + Tile::rows) of a matrix of `length` rows into shared memory; zeros past its end and past head_dim.
-  template <typename Tile>
-  static BM_DEVICE void load_tile(SharedAddress tile, const void* matrix, int64_t row_stride, int first, int length, int head_dim) {
-    const Element* source = static_cast<const Element*>(matrix);
-    BM_UNROLL
-    for (int i = thread_index(); i < Tile::rows * Tile::row_chunks; i += threads) {
-      const int row = i / Tile::row_chunks, chunk = i % Tile::row_chunks;
-      const bool valid = first + row < length && chunk * 8 < head_dim;
-      copy_async_16(tile + Tile::offset(row, chunk), valid ? source + (first + row) * row_stride + chunk * 8 : source, valid);
-    }
-  }
 
   static BM_DEVICE void run(const AttentionParams& p) {
     // ---- which tile ----
@@ -60,12 +97,9 @@ struct AttentionSm80 {
     if (m_start >= sequence.queries) return;
     const KeyRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
     const int n_begin = range.begin, n_end = range.end;
-    const int64_t query_base = batch * p.query_stride[0] + head * p.query_stride[1] + sequence.first_query * p.query_stride[2];
-    const int64_t key_base = batch * p.key_stride[0] + kv_head * p.key_stride[1] + sequence.first_key * p.key_stride[2];
-    const int64_t value_base = batch * p.value_stride[0] + kv_head * p.value_stride[1] + sequence.first_key * p.value_stride[2];
-    const Element* query = static_cast<const Element*>(p.query) + query_base;
-    const Element* key = static_cast<const Element*>(p.key) + key_base;
-    const Element* value = static_cast<const Element*>(p.value) + value_base;
+    const Element* query = rows_of<Element>(p.query, p.query_stride, batch, head, sequence.first_query);
+    const Element* key = rows_of<Element>(p.key, p.key_stride, batch, kv_head, sequence.first_key);
+    const Element* value = rows_of<Element>(p.value, p.value_stride, batch, kv_head, sequence.first_key);
 
     const SharedAddress shared = shared_start();
     const int warp = warp_index(), lane = lane_index();
@@ -75,31 +109,19 @@ struct AttentionSm80 {
     float o[d_blocks][4];
     clear(o);
 
-    load_tile<QueryTile>(shared + shared_query, query, p.query_stride[2], m_start, sequence.queries, p.head_dim);
-    if (n_begin < n_end) load_tile<KeyTile>(shared + shared_key, key, p.key_stride[2], n_begin, sequence.keys, p.head_dim);
+    load_tile<QueryTile, Element, threads>(shared + shared_query, query, p.query_stride[2], m_start, sequence.queries, p.head_dim);
+    if (n_begin < n_end) load_tile<KeyTile, Element, threads>(shared + shared_key, key, p.key_stride[2], n_begin, sequence.keys, p.head_dim);
     copy_async_commit();
 
     for (int n = n_begin; n < n_end; n += tile_n) {
       // ---- S = Q K^T ----
       copy_async_wait<0>();
       sync_block();  // Q and this K have arrived, and nobody reads the last V any more
-      load_tile<KeyTile>(shared + shared_value, value, p.value_stride[2], n, sequence.keys, p.head_dim);
+      load_tile<KeyTile, Element, threads>(shared + shared_value, value, p.value_stride[2], n, sequence.keys, p.head_dim);
       copy_async_commit();
       float s[n_blocks][4];
       clear(s);
-      BM_UNROLL_2  // all sixteen at once, their addresses would leave too few registers for heads of 256
-      for (int k = 0; k < d_steps; k++) {
-        uint32_t a[4];
-        ldmatrix(a, shared + shared_query + QueryTile::offset(16 * warp + lane % 16, 2 * k + lane / 16));
-        BM_UNROLL
-        for (int j = 0; j < n_blocks; j += 2) {
-          uint32_t b[4];
-          ldmatrix(b, shared + shared_key + KeyTile::offset(8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-          const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-          mma_m16n8k16<Element>(s[j], a, low);
-          mma_m16n8k16<Element>(s[j + 1], a, high);
-        }
-      }
+      multiply_transposed<Element, QueryTile, KeyTile>(s, shared + shared_query, 16 * warp, shared + shared_key);
 
       // ---- P = exp(S - m) ----
       scores.logits(s, row0, n, range.all_visible(n));
@@ -111,21 +133,9 @@ struct AttentionSm80 {
       // ---- O += P V ----
       copy_async_wait<0>();
       sync_block();  // this V has arrived, and nobody reads this K any more
-      if (n + tile_n < n_end) load_tile<KeyTile>(shared + shared_key, key, p.key_stride[2], n + tile_n, sequence.keys, p.head_dim);
+      if (n + tile_n < n_end) load_tile<KeyTile, Element, threads>(shared + shared_key, key, p.key_stride[2], n + tile_n, sequence.keys, p.head_dim);
       copy_async_commit();
-      BM_UNROLL
-      for (int k = 0; k < tile_n / 16; k++) {
-        uint32_t a[4];
-        to_fragment<Element>(a, s[2 * k], s[2 * k + 1]);
-        BM_UNROLL
-        for (int j = 0; j < d_blocks; j += 2) {
-          uint32_t b[4];
-          ldmatrix_transposed(b, shared + shared_value + KeyTile::offset(16 * k + lane % 16, j + lane / 16));
-          const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-          mma_m16n8k16<Element>(o[j], a, low);
-          mma_m16n8k16<Element>(o[j + 1], a, high);
-        }
-      }
+      multiply<Element, KeyTile>(o, s, shared + shared_value, 0);
     }
 
     // ---- O / l, and logsumexp ----
@@ -134,7 +144,8 @@ struct AttentionSm80 {
     // ---- O through shared memory, so that a row leaves in 16-byte pieces ----
     copy_async_wait<0>();
     sync_block();  // every warp has done with Q, and with a Q that no tile of keys was computed for
-    store_rows<Element, QueryTile>(o, shared + shared_query, 16 * warp, p, sequence, batch, head, m_start);
+    store_rows<Element, QueryTile>(o, shared + shared_query, 16 * warp, 0, rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query),
+                                   p.out_stride[2], m_start, sequence.queries, p.head_dim);
   }
 };
 

@@ -192,7 +192,9 @@ struct AttentionSm90 {
 
     softmax.finish(o, p, sequence, batch, head, row0);
     sync_named(1 + consumer, group);  // the warps of this consumer have done with its rows of Q
-    store_rows<Element, QueryTile>(o, shared_start() + shared_query, 64 * consumer + 16 * warp, p, sequence, batch, head, m_start);
+    store_rows<Element, QueryTile>(o, shared_start() + shared_query, 64 * consumer + 16 * warp, 0,
+                                   rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query), p.out_stride[2], m_start,
+                                   sequence.queries, p.head_dim);
   }
 };
 

@@ -12,13 +12,7 @@ from bigmodel_kernels import _native
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
-    **options: Any,
-) -> str | None:
+def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
     if query.dtype not in _DTYPES:
         return f"it has no {query.dtype}; its tensor cores take bfloat16 and float16"
@@ -42,3 +36,51 @@ def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """See `bigmodel_kernels.attention`; the library's operator takes the same arguments."""
     out, logsumexp = torch.ops.bigmodel.cuda_attention.default(*args, **options)
     return out, logsumexp
+
+
+def supports_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    **options: Any,
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return supports(query, key, value)
+
+
+def run_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    bias_requires_grad: bool = False,
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `bigmodel::attention_backward`. Only a broadcast bias has sums whose order varies."""
+    sinks = args[4] if len(args) > 4 else None
+    dq, dk, dv, wide, delta = torch.ops.bigmodel.cuda_attention_backward.default(
+        grad_out if _readable(grad_out) else grad_out.contiguous(),
+        None if grad_logsumexp is None else grad_logsumexp.contiguous(),
+        *(query, key, value, out, logsumexp.contiguous(), key_padding_mask, bias, *args),
+        **options,
+        bias_requires_grad=bias_requires_grad,
+        deterministic=deterministic,
+    )
+    dbias = dsinks = query.new_empty(0)
+    if bias is not None and bias_requires_grad:
+        dbias = wide.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
+    if sinks is not None and sinks_require_grad:
+        rows = (1,) if delta.dim() == 2 else (0, 2)
+        dsinks = -(torch.exp(sinks.float().view(-1, 1) - logsumexp) * delta).sum(rows).to(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks

@@ -1,0 +1,133 @@
+"""The CUDA attention backward, run in the emulator, against float64 by the rule of `numerics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.ops.attention import prepare, reference
+from tests.csrc.emulator.test_attention import make, plain
+
+pytestmark = pytest.mark.usefixtures("library")
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def emulated(grads: tuple[Tensor, Tensor | None], args: Any, options: dict[str, Any], **flags: Any) -> Any:
+    ops = torch.ops.bigmodel_emulator
+    out, lse = ops.cuda_attention(*args, **options)
+    result = ops.cuda_attention_backward(*grads, *args[:3], out, lse, *args[3:], **options, **flags)
+    dq, dk, dv, dbias, delta = result
+    sinks = args[9]
+    if sinks is not None:
+        rows = (1,) if delta.dim() == 2 else (0, 2)
+        dsinks = -(torch.exp(sinks.float().view(-1, 1) - lse) * delta).sum(rows)
+        return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, None
+
+
+def check(*tensors: Tensor, grad_lse: bool = False, **call: Any) -> None:
+    """Gradients: thrice as far from float64 as those of plain PyTorch in the dtype, on average 1.5 times."""
+    args, options = prepare(*tensors, **call)
+    rows = (args[0].shape[1], args[0].shape[0]) if args[0].dim() == 3 else args[0].shape[:3]
+    grads = (torch.randn_like(args[0]), torch.randn(rows) if grad_lse else None)
+    dq, dk, dv, dbias, dsinks = emulated(grads, args, options, bias_requires_grad=args[4] is not None)
+
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    out, lse = reference.run(*wide, **options)
+    ref = reference.run_backward(
+        *(None if g is None else g.double() for g in grads),
+        *wide[:3], out, lse, *wide[3:], **options,
+        bias_requires_grad=args[4] is not None, sinks_require_grad=args[9] is not None,
+    )  # fmt: skip
+    leaves = [t.clone().requires_grad_() for t in args[:3]]
+    if grads[1] is None and args[7] is None:
+        eager = torch.autograd.grad(plain(*leaves, *args[3:], **options), leaves, grads[0])
+    else:  # plain has neither a logsumexp nor dropout: the reference in the dtype is the yardstick
+        narrow = reference.run(*args, **options)
+        eager = reference.run_backward(*grads, *args[:3], *narrow, *args[3:], **options)[:3]
+    for name, mine, exact, usual in zip(("dq", "dk", "dv"), (dq, dk, dv), ref, eager, strict=False):
+        assert mine.shape == exact.shape
+        error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
+        atol = 2 * ((exact + 0.3 - 0.3) - exact.to(mine.dtype).double()).abs().max()
+        floor = 3e-3 if mine.dtype == torch.bfloat16 else 4e-4  # P and dS go through the tensor cores rounded
+        # With one key dS is 0, the difference of two sums in float32 that are equal but for their order.
+        assert error.max() <= 3 * allowed.max() + atol + floor * exact.abs().max() + 1e-6, name
+        assert error.mean() <= 1.5 * allowed.mean() + floor * exact.abs().mean() + 1e-6, name
+    if args[4] is not None:
+        got = dbias.sum_to_size(args[4].shape) if dbias.dim() == args[4].dim() else dbias.view(args[4].shape)
+        # A bias that is the same for all keys has no gradient; what is left of it is the rounding of out.
+        assert torch.allclose(got.double(), ref[3], atol=1e-2 + 2e-2 * float(ref[3].abs().max()), rtol=1e-2)
+    if args[9] is not None:
+        assert torch.allclose(dsinks.double(), ref[4], atol=1e-2 * float(ref[4].abs().max()), rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128, 192, 256])
+def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+    check(*make(1, 2, 2, 70, 77, dim, dtype), is_causal=True)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 150), (17, 127), (129, 129), (200, 33)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths(queries: int, keys: int, causal: bool) -> None:
+    check(*make(2, 2, 1, queries, keys, 64, torch.bfloat16), is_causal=causal)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"window": (16, None)},
+        {"window": (None, 9)},
+        {"window": (40, 3), "softcap": 5.0},
+        {"softcap": 20.0, "is_causal": True},
+        {"is_causal": True, "grad_lse": True},
+        {"dropout_p": 0.25},
+    ],
+    ids=str,
+)
+def test_options(call: dict[str, Any]) -> None:
+    check(*make(1, 4, 2, 100, 140, 64, torch.float16), **call)
+
+
+def test_key_padding_alibi_and_sinks() -> None:
+    mask = torch.rand(3, 90) < 0.6
+    mask[1] = False
+    tensors = make(3, 2, 2, 33, 90, 64, torch.bfloat16)
+    check(*tensors, key_padding_mask=mask)
+    check(*tensors, alibi_slopes=torch.rand(2), sinks=torch.randn(2), is_causal=True)
+
+
+@pytest.mark.parametrize("size", [(2, 4, 50, 60), (4, 1, 60), (50, 1), (2, 1, 50, 60)], ids=str)
+def test_bias(size: tuple[int, ...]) -> None:
+    check(*make(2, 4, 2, 50, 60, 32, torch.float16), bias=torch.randn(size))
+
+
+def test_packed_sequences() -> None:
+    cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 5, 5, 140, 150], [0, 70, 71, 200, 200]))
+    query, key, value = (torch.randn(n, 2, 64).to(torch.bfloat16) for n in (150, 200, 200))
+    check(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=True)
+
+
+def test_the_bits_do_not_depend_on_the_order_of_threads() -> None:
+    tensors = make(1, 2, 1, 100, 130, 64, torch.bfloat16)
+    args, options = prepare(*tensors, is_causal=True, bias=torch.randn(100, 130))
+    grads = (torch.randn_like(args[0]), None)
+    results = []
+    for seed in range(4):
+        torch.ops.bigmodel_emulator.set_seed(seed)
+        results.append(emulated(grads, args, options, bias_requires_grad=True, deterministic=True)[:4])
+    torch.ops.bigmodel_emulator.set_seed(0)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_bad_input_is_refused() -> None:
+    args, options = prepare(*make(1, 2, 2, 8, 8, 64, torch.float16))
+    backward = torch.ops.bigmodel_emulator.cuda_attention_backward
+    out, lse = torch.ops.bigmodel_emulator.cuda_attention(*args, **options)
+    with pytest.raises(RuntimeError, match=r"grad_out: shape \(1, 2, 7, 64\) must be query's"):
+        backward(out[:, :, :7], None, *args[:3], out, lse, *args[3:], **options)
+    with pytest.raises(RuntimeError, match=r"logsumexp: shape \(1, 2, 7\) must be"):
+        backward(out, None, *args[:3], out, lse[:, :, :7].contiguous(), *args[3:], **options)

@@ -32,7 +32,7 @@ projection needs no copy. Causal masks are aligned to the bottom right: query i 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,7 @@ from torch import Tensor
 from ...triton_runtime import Target, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_attention
+from .triton_backward import run_backward as run_backward
 from .triton_logits import (
     MAX_HEAD_DIM,
     keys_seen,
@@ -421,12 +422,33 @@ def supports(
         return reason
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim is {query.shape[-1]}; the Triton kernel takes up to {MAX_HEAD_DIM}"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    return _laid_out(query=query, key=key, value=value)
+
+
+def _laid_out(**tensors: Tensor) -> str | None:
+    """Why the kernels cannot address one of these, or None."""
+    for name, tensor in tensors.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"the last dimension of {name} has stride {tensor.stride(-1)}; it must be contiguous"
-        rows = 2 if cu_seqlens_q is None else 0
-        if tensor.stride(rows) >= 2**23:  # offsets within a tile are 32-bit, those of a tile 64-bit
-            return (
-                f"the rows of {name} are {tensor.stride(rows)} elements apart; the Triton kernel takes < 2^23"
-            )
+        distance = tensor.stride(0 if tensor.dim() == 3 else 2)
+        if distance >= 2**23:  # offsets within a tile are 32-bit, those of a tile 64-bit
+            return f"the rows of {name} are {distance} elements apart; the Triton kernel takes < 2^23"
     return None
+
+
+def supports_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    *rest: Any,
+    bias_requires_grad: bool = False,
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
+    **options: Any,
+) -> str | None:
+    """Why this call of :func:`run_backward` cannot run here, or None."""
+    return supports(query, key, value, *rest, **options) or _laid_out(grad_out=grad_out, out=out)

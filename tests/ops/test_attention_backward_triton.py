@@ -1,0 +1,321 @@
+"""The gradient of attention in Triton against float64, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
+
+from attention_eager import eager_attention
+
+from bigmodel_kernels.ops.attention import triton as kernel
+from bigmodel_kernels.ops.attention import triton_backward
+from bigmodel_kernels.ops.attention.triton_backward import BackwardTile, BackwardTiles
+from bigmodel_kernels.triton_runtime import INTERPRETED
+from bigmodel_kernels.verify import compare, poisoned
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("query", "key", "value", "bias", "sinks")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that what a kernel does not write shows; and the seed is fixed."""
+    torch.manual_seed(0)
+    with poisoned():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small and unequal tiles: every kind of edge at sizes that the interpreter runs quickly."""
+    tiles = BackwardTiles(BackwardTile(16, 32, 1, 1), BackwardTile(32, 16, 1, 1), BackwardTile(16, 16, 1, 1))
+    monkeypatch.setattr(triton_backward, "backward_tiles", lambda *_: tiles)
+    monkeypatch.setattr(kernel, "attention_tile", lambda *_: kernel.AttentionTile(32, 32, 1, 1))
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def _dense(
+    rows: int, keys: int, dim: int = 16, dtype: torch.dtype = torch.float32, batch: int = 1, heads: int = 2,
+    kv_heads: int | None = None,
+) -> list[Tensor]:  # fmt: skip
+    kv_heads = heads if kv_heads is None else kv_heads
+    return [
+        _tensor(batch, heads, rows, dim, dtype=dtype),
+        _tensor(batch, kv_heads, keys, dim, dtype=dtype),
+        _tensor(batch, kv_heads, keys, dim, dtype=dtype),
+    ]
+
+
+def _gradients(
+    dtype: torch.dtype | None,
+    inputs: dict[str, Any],
+    grads: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> dict[str, Tensor]:
+    """By autograd through the formula, in a dtype, or each tensor in its own."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_() if name in NAMES else t
+        for name, t in inputs.items()
+    }
+    results = eager_attention(**leaves, **options)
+    pairs = [(r, g.to(r.dtype)) for r, g in zip(results, grads, strict=True) if g is not None]
+    wanted = [name for name in NAMES if name in leaves]
+    found = torch.autograd.grad(
+        [r for r, _ in pairs], [leaves[n] for n in wanted], [g for _, g in pairs], allow_unused=True
+    )
+    return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(wanted, found, strict=True)}
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> dict[str, Tensor]:
+    """Runs the kernels and holds every gradient to the numerics rule."""
+    inputs = {"query": query, "key": key, "value": value}
+    inputs |= {name: arguments.pop(name) for name in list(arguments) if isinstance(arguments[name], Tensor)}
+    options = {"softmax_scale": query.shape[-1] ** -0.5, **arguments}
+    with_sums = options.pop("with_sums", True)
+    out, logsumexp = kernel.run(**inputs, **options)
+    grads = (torch.randn_like(out), torch.randn_like(logsumexp) if with_sums else None)
+    assert kernel.supports_backward(*grads, out=out, logsumexp=logsumexp, **inputs, **options) is None
+    results = kernel.run_backward(
+        *grads, out=out, logsumexp=logsumexp, **inputs, **options,
+        bias_requires_grad="bias" in inputs, sinks_require_grad="sinks" in inputs,
+    )  # fmt: skip
+    if with_sums:  # nothing comes from the gradient of a logsumexp of -inf
+        grads = (grads[0], grads[1].masked_fill(logsumexp == -torch.inf, 0.0))
+    exact = _gradients(torch.float64, inputs, grads, options)
+    eager = _gradients(None, inputs, grads, options)
+    found = dict(zip(NAMES, results, strict=True))
+    for name in NAMES:
+        if name in inputs:
+            assert found[name].shape == inputs[name].shape and found[name].dtype == inputs[name].dtype, name
+            verdict = compare(found[name], eager[name], exact[name], "gradient")
+            assert verdict.ok, (name, verdict)
+        else:
+            assert found[name].shape == (0,)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [1, 17, 32, 80])
+def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+    _check(*_dense(33, 70, dim, dtype))
+
+
+@pytest.mark.parametrize("dim", [128, 192, 256])
+def test_large_head_dims(dim: int) -> None:
+    for dtype in DTYPES:
+        _check(*_dense(17, 40, dim, dtype, heads=1), is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 70), (70, 1), (33, 65), (64, 32)])
+def test_lengths(rows: int, keys: int, is_causal: bool) -> None:
+    """Also causal with more queries than keys, where the first rows see nothing and have no gradient."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = _check(*_dense(rows, keys, dtype=dtype), is_causal=is_causal)
+        blind = max(0, rows - keys) if is_causal else 0
+        assert (found["query"][:, :, :blind] == 0).all()
+
+
+def test_no_keys_and_no_queries() -> None:
+    found = _check(*_dense(5, 0), bias=_tensor(1, 1, 1, 1))
+    assert (found["query"] == 0).all() and (found["bias"] == 0).all()
+    found = _check(*_dense(0, 5), sinks=_tensor(2))
+    assert (found["key"] == 0).all() and (found["sinks"] == 0).all()
+    _check(*_dense(3, 5, batch=0))
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, -1), (-1, 7), (20, 3), (40, 40), (1000, 1000)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows(window: tuple[int, int], is_causal: bool) -> None:
+    left, right = window
+    for rows, keys in ((37, 61), (61, 37)):
+        q, k, v = _dense(rows, keys, kv_heads=1)
+        _check(q, k, v, is_causal=is_causal, window_left=left, window_right=right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_key_padding(dtype: torch.dtype) -> None:
+    q, k, v = _dense(35, 77, dtype=dtype, batch=4)
+    padding = torch.ones(4, 77, dtype=torch.bool, device=DEVICE)
+    padding[0, 40:] = False
+    padding[1, :70] = False
+    padding[2] = torch.rand(77, device=DEVICE) < 0.5
+    padding[3] = False
+    found = _check(q, k, v, key_padding_mask=padding, is_causal=True)
+    assert (found["query"][3] == 0).all() and (found["key"][3] == 0).all()
+    assert (found["value"][1, :, :70] == 0).all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_grouped_heads(kv_heads: int) -> None:
+    for dtype in (torch.float32, torch.float16):
+        _check(*_dense(19, 45, 16, dtype, batch=2, heads=6, kv_heads=kv_heads), is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap_and_scales(dtype: torch.dtype) -> None:
+    q, k, v = _dense(33, 70, dtype=dtype)
+    _check(q, k, v, softcap=50.0)
+    _check(4 * q, 4 * k, v, softcap=2.0, is_causal=True)
+    for scale in (1.0, -0.3, 0.0, 5.0):
+        _check(q, k, v, softmax_scale=scale)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 33, 70), (1, 4, 33, 70), (2, 1, 33, 70), (2, 1, 1, 70), (1, 4, 33, 1), (33, 70), (70,), ()],
+)
+def test_bias(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.float32, torch.float16):
+        q, k, v = _dense(33, 70, 16, dtype, batch=2, heads=4, kv_heads=2)
+        _check(q, k, v, bias=_tensor(*shape, dtype=dtype))
+    found = _check(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), bias=_tensor(*shape), is_causal=True, window_left=20,
+        softcap=4.0,
+    )  # fmt: skip
+    assert found["bias"].dtype == torch.float32
+
+
+def test_bias_of_minus_infinity() -> None:
+    q, k, v = _dense(33, 70)
+    bias = torch.where(torch.rand(1, 1, 33, 70, device=DEVICE) < 0.5, 0.0, -torch.inf)
+    bias[:, :, 7] = -torch.inf
+    padding = torch.rand(1, 70, device=DEVICE) < 0.5
+    found = _check(q, k, v, bias=bias, key_padding_mask=padding)
+    assert (found["query"][:, :, 7] == 0).all() and (found["bias"][bias == -torch.inf] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alibi(dtype: torch.dtype) -> None:
+    q, k, v = _dense(33, 70, 16, dtype, batch=2, heads=4, kv_heads=2)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE)
+    _check(q, k, v, alibi_slopes=slopes, is_causal=True)
+    twice = slopes * torch.tensor([[1.0], [3.0]], device=DEVICE)
+    _check(q, k, v, alibi_slopes=twice, softcap=5.0, bias=_tensor(33, 70, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks(dtype: torch.dtype) -> None:
+    q, k, v = _dense(40, 20, 16, dtype, heads=4, kv_heads=2, batch=2)
+    sinks = torch.tensor([-torch.inf, -3.0, 2.0, 6.0], device=DEVICE)
+    found = _check(q, k, v, sinks=sinks, is_causal=True)
+    assert found["sinks"][0] == 0
+    _check(q, k, v, sinks=_tensor(4, dtype=dtype), softcap=3.0, window_left=5, with_sums=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(dtype: torch.dtype) -> None:
+    """The elements that fell in the forward."""
+    seed = torch.tensor(2**61 + 12345, device=DEVICE)
+    q, k, v = _dense(33, 70, dtype=dtype, batch=2, heads=4, kv_heads=2)
+    options = {"dropout_seed": seed, "dropout_p": 0.3, "is_causal": True}
+    _check(q, k, v, **options, bias=_tensor(33, 70, dtype=dtype))
+    _check(q, k, v, **options, window_left=20, sinks=_tensor(4))
+
+
+def test_strides() -> None:
+    """Slices of a fused projection, heads repeated by stride 0, rows with gaps, and any gradient."""
+    qkv = _tensor(2, 45, 3, 4, 16)
+    _check(*(part.transpose(1, 2) for part in qkv.unbind(2)), is_causal=True)
+    q, k, v = _dense(45, 45, 16, heads=4, kv_heads=1)
+    _check(q, k.expand(1, 4, 45, 16), v.expand(1, 4, 45, 16))
+    _check(q.flip(2)[:, :, ::2], k[:, :, ::3], v[:, :, ::3])
+    q, k, v = _dense(20, 30)
+    out, logsumexp = kernel.run(q, k, v, softmax_scale=0.3)
+    ones = torch.ones(1, 2, 20, 1, device=DEVICE)
+    strided = [g.expand(1, 2, 20, 16) for g in (ones, ones[:, :1, :1])]
+    results = [
+        kernel.run_backward(g, ones[..., 0].expand(1, 2, 20), q, k, v, out, logsumexp, softmax_scale=0.3)
+        for g in (strided[0].contiguous(), strided[1].contiguous())
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _packed(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "window_left": 20}], ids=str)
+def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Sequences without queries, without keys and without both; with every feature that a packed call has."""
+    rows, keys = [17, 0, 33, 5, 0, 1, 40], [17, 9, 20, 0, 0, 50, 41]
+    q = _tensor(sum(rows), 3, 4, 16, dtype=dtype)[:, 1]
+    kv = _tensor(sum(keys), 2, 2, 16, dtype=dtype)
+    lengths = {"cu_seqlens_q": _packed(rows), "cu_seqlens_k": _packed(keys), "max_seqlen_q": 64}
+    _check(q, kv[:, 0], kv[:, 1], **lengths, max_seqlen_k=50, **options)
+    extras = {
+        "alibi_slopes": torch.rand(len(rows), 4, device=DEVICE),
+        "sinks": _tensor(4),
+        "dropout_seed": torch.tensor(77, device=DEVICE),
+        "dropout_p": 0.4,
+    }
+    _check(q, kv[:, 0], kv[:, 1], **lengths, max_seqlen_k=50, **options, **extras)
+
+
+@settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    rows=st.integers(1, 50),
+    keys=st.integers(1, 50),
+    kv_heads=st.sampled_from([1, 2]),
+    left=st.integers(-1, 60),
+    right=st.integers(-1, 60),
+    padded=st.booleans(),
+    bias=st.sampled_from([None, (1, 2), (2, 1)]),
+    softcap=st.sampled_from([0.0, 3.0]),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.25]),
+)
+def test_any_combination(
+    rows: int, keys: int, kv_heads: int, left: int, right: int, padded: bool, bias: tuple[int, int] | None,
+    softcap: float, alibi: bool, sinks: bool, dropout_p: float,
+) -> None:  # fmt: skip
+    q, k, v = _dense(rows, keys, 8, batch=2, kv_heads=kv_heads)
+    extras: dict[str, Tensor] = {}
+    if padded:
+        extras["key_padding_mask"] = torch.rand(2, keys, device=DEVICE) < 0.7
+    if bias is not None:
+        extras["bias"] = _tensor(*bias, rows, keys)
+    if alibi:
+        extras["alibi_slopes"] = torch.rand(2, device=DEVICE)
+    if sinks:
+        extras["sinks"] = _tensor(2)
+    if dropout_p:
+        extras["dropout_seed"] = torch.tensor(rows * 1000 + keys, device=DEVICE)
+    _check(q, k, v, **extras, window_left=left, window_right=right, softcap=softcap, dropout_p=dropout_p)
+
+
+def test_twice_the_same_bits() -> None:
+    q, k, v = _dense(50, 70, 16, torch.bfloat16, heads=4, kv_heads=2, batch=2)
+    bias, sinks = _tensor(1, 1, 1, 70), _tensor(4)
+    out, logsumexp = kernel.run(q, k, v, bias=bias, sinks=sinks, softmax_scale=0.25)
+    grad = torch.randn_like(out)
+    first, second = (
+        kernel.run_backward(
+            grad, None, q, k, v, out, logsumexp, bias=bias, sinks=sinks, softmax_scale=0.25,
+            bias_requires_grad=True, sinks_require_grad=True, deterministic=deterministic,
+        )
+        for deterministic in (True, False)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -16,14 +16,25 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
-FILES = ("philox", "attention", "linear", "feed_forward", "norm", "embedding")
+FILES = (
+    "philox", "attention", "attention_backward", "attention_decode", "rotary",
+    "linear", "feed_forward", "norm", "embedding",
+)  # fmt: skip
 
 
-def test_the_interpreter_agrees() -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_the_interpreter_agrees(name: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is the interpreter's own")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{name}_triton.py") for name in FILES]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(HERE / f"test_{name}_triton.py"),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("BIGMODEL_BACKEND", None)
     result = subprocess.run(

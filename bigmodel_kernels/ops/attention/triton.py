@@ -43,6 +43,7 @@ from ...triton_runtime import Target, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_attention
 from .triton_backward import run_backward as run_backward
+from .triton_decode import run_decode as run_decode
 from .triton_logits import (
     MAX_HEAD_DIM,
     keys_seen,
@@ -452,3 +453,14 @@ def supports_backward(
 ) -> str | None:
     """Why this call of :func:`run_backward` cannot run here, or None."""
     return supports(query, key, value, *rest, **options) or _laid_out(grad_out=grad_out, out=out)
+
+
+def supports_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any, **options: Any
+) -> str | None:
+    """Why this call of :func:`run_decode` cannot run here, or None."""
+    if reason := unsupported("query", query):
+        return reason
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim is {query.shape[-1]}; the Triton kernel takes up to {MAX_HEAD_DIM}"
+    return _laid_out(query=query, key_cache=key_cache, value_cache=value_cache)

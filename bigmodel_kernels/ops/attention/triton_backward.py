@@ -664,7 +664,7 @@ def run_backward(
             delta, lse2, parts, *strides["o"], *strides["g"], *sum_strides, *grad_sum_strides,
             *strides_of(sinks, 1), heads, length, head_dim,
             HAS_GRAD_LSE=grad_logsumexp is not None, HAS_SINKS=sinks_require_grad,
-            TILE_M=tile_m, TILE_D=tile_d, num_warps=4,
+            TILE_M=tile_m, TILE_D=tile_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if sinks is not None and sinks_require_grad:
             dsinks = parts.sum((0, 2)).to(sinks.dtype)
@@ -706,6 +706,7 @@ def run_backward(
             *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
             HAS_SINKS=sinks is not None, **features,
             TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
         tile = choice.keys
         if keys:
@@ -714,6 +715,7 @@ def run_backward(
                 *input_strides, *strides["dk"], *strides["dv"], *statistics,
                 *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None, **features,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
         if bias is not None and bias_requires_grad and not keys:
             dbias.zero_()
@@ -731,6 +733,7 @@ def run_backward(
                 sequences, heads, shape[1], heads // kv_heads, rows, keys, head_dim, *scales, **features,
                 ALL_BATCHES=shape[0] == 1, ALL_HEADS=shape[1] == 1, SUM_ROWS=sum_rows, SUM_KEYS=sum_keys,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                enable_fp_fusion=True,
             )  # fmt: skip
             if sum_rows or sum_keys:
                 summed = [dim for dim, broadcast in ((2, sum_rows), (3, sum_keys)) if broadcast]

@@ -57,8 +57,8 @@ def attention_decode_kernel(
     heads, group, queries, page_size, head_dim, splits, batches,
     scale, softcap, window_left, window_right,
     PAGED: tl.constexpr, SPLIT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE_LATE: tl.constexpr,
+    EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which key head of which sequence, and which part of its keys.
     program = tl.program_id(0)
@@ -128,22 +128,28 @@ def attention_decode_kernel(
         logits, _ = logits_of(
             products, row[:, None], key[None, :], end, offset, 0.0, in_range[None, :],
             slope, scale, softcap, window_left, window_right,
-            True, HAS_LEFT, HAS_RIGHT, False, False, HAS_SOFTCAP, HAS_ALIBI, True,
+            True, HAS_LEFT, HAS_RIGHT, False, False, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE,
         )  # fmt: skip
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         # A row that has seen nothing yet: subtract 0 instead of -inf, so that 2^(-inf) = 0, not NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(logits - shift[:, None])
-        correction = tl.exp2(maximum - shift)
+        if SCALE_LATE:  # see the forward kernel
+            weights = tl.exp2((logits - shift[:, None]) * scale)
+            correction = tl.exp2((maximum - shift) * scale)
+        else:
+            weights = tl.exp2(logits - shift[:, None])
+            correction = tl.exp2(maximum - shift)
         total = total * correction + tl.sum(weights, axis=1)
         v = tl.load(value_ptr + v_place[:, None] + dims[None, :], mask=v_mask, other=0.0)
         output = tl.dot(weights.to(v.dtype), v, output * correction[:, None], input_precision="ieee")
         maximum = new_maximum
 
+    if SCALE_LATE:
+        maximum = maximum * scale
     place = (batch * heads + head_64) * queries + row_64  # in (B, H, Sq)
     if SPLIT:
         output, logsumexp = _finish(output, total, maximum, 0.0, False)
-        place += split * (batches.to(tl.int64) * heads * queries)
+        place += split * (tl.cast(batches, tl.int64) * heads * queries)
         tl.store(partial_lse_ptr + place, logsumexp * 1.4426950408889634, mask=in_rows)
         tl.store(partial_ptr + place[:, None] * head_dim + dims[None, :], output, mask=mask)
     else:
@@ -266,8 +272,9 @@ def run_decode(
             *scale_arguments(softmax_scale, softcap), left, right,
             PAGED=block_table is not None, SPLIT=splits > 1, HAS_LEFT=has_left, HAS_RIGHT=has_right,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap > 0,
+            SCALE_LATE=alibi_slopes is None and softcap <= 0 and softmax_scale > 0,
             EVEN_D=tile_d == head_dim, TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             rows_total = batches * heads * rows
@@ -276,5 +283,6 @@ def run_decode(
                 partial, partial_lse, sinks, out, logsumexp, *strides_of(sinks, 1), *out.stride()[:3],
                 heads, rows, head_dim, splits, rows_total,
                 HAS_SINKS=sinks is not None, TILE_M=combined, TILE_D=tile_d, num_warps=4,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out, logsumexp

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention import prepare, reference
-from tests.csrc.emulator.test_attention import make, plain
+from tests.csrc.emulator.test_emulated_attention import make, plain
 
 pytestmark = pytest.mark.usefixtures("library")
 DTYPES = [torch.bfloat16, torch.float16]

@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KERNELS = ["activations", "attention", "embedding", "feed_forward", "linear", "norm", "philox"]
 BACKWARD = ["feed_forward", "linear"]  # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
+REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -159,8 +160,8 @@ class BuildWithNinja(build_ext):
             lines.extend([f"build {name}: compile {source}", f"  flags = {' '.join(flags)}"])
 
         includes = [f"-isystem {torch_root / 'include'}"]
-        for name in ("register_cpu", "register_training"):
-            compile_to(f"{name}.o", ROOT / "csrc" / f"{name}.cpp", [*defines, *includes])
+        for source in REGISTRATION:
+            compile_to(f"{source}.o", ROOT / "csrc" / f"{source}.cpp", [*defines, *includes])
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes

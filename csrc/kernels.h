@@ -24,7 +24,7 @@ struct Runtime {
 };
 // One slot per use that may be alive at the same time on one thread.
 enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
-                         scratch_scores, scratch_output, scratch_statistics,
+                         scratch_scores, scratch_output, scratch_statistics, scratch_keep,
                          scratch_gate, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias,
                          scratch_slots };
 
@@ -182,6 +182,11 @@ struct AttentionArgs {
   const void* bias;                    // or null
   Dtype bias_dtype;
   int64_t bias_stride[4];              // batch, head, query, key; 0 where broadcast
+  const float* alibi_slopes;           // (heads,) or (batch, heads) contiguous, or null
+  int64_t alibi_batch_stride;          // 0 or heads
+  const void* sinks;                   // (heads,) or null
+  Dtype sinks_dtype;
+  Dropout dropout;
   float softmax_scale, softcap;        // softcap 0: none
   bool is_causal;
   int64_t window_left, window_right;   // -1: no limit

@@ -396,138 +396,6 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   return out;
 }
 
-// The seed is read here, once: it decides the whole call.
-Dropout dropout_of(const OptionalTensor& seed, double p) {
-  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p: ", p, " must be 0 to 1");
-  STD_TORCH_CHECK(seed.has_value() == (p > 0), "dropout_seed: must be given when dropout_p is not 0, and None when it is");
-  if (!seed) return {};
-  const auto value = *static_cast<const uint64_t*>(data_of(*seed, "dropout_seed", ScalarType::Long, 1));
-  // A threshold of 2^32 keeps nothing: a scale of 0 says so.
-  const double threshold = std::nearbyint(p * 0x1p32);
-  const bool nothing = threshold >= 0x1p32;
-  return {true, {uint32_t(value), uint32_t(value >> 32)}, nothing ? 0xffffffffu : uint32_t(threshold), nothing ? 0.0f : float(1 / (1 - p))};
-}
-
-std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t columns, std::string rule, int64_t first_row, int64_t head,
-                                              int64_t sequence, double dropout_p) {
-  STD_TORCH_CHECK(rule == "attention" || rule == "elements", "rule: '", rule, "' is not one of attention, elements");
-  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && first_row >= 0, "rows, columns, first_row: must not be negative");
-  Tensor words = torch::stable::empty({rows, columns}, ScalarType::Int), kept = torch::stable::empty({rows, columns}, ScalarType::Bool);
-  Tensor values = torch::stable::empty({rows, columns}, ScalarType::Float);
-  auto* value = static_cast<float*>(values.mutable_data_ptr());
-  for (int64_t i = 0; i < rows * columns; i++) value[i] = 1.0f;
-  const PhiloxArgs args = {dropout_of(seed, dropout_p), rule == "elements", rows, columns, first_row, head, sequence,
-                           static_cast<uint32_t*>(words.mutable_data_ptr()), static_cast<uint8_t*>(kept.mutable_data_ptr()), value};
-  kernels().philox_block(args);
-  return {words, kept, values};
-}
-
-// cu_seqlens: 0 = c[0] <= c[1] <= ... = total, no sequence longer than `longest`.
-const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64_t total, int64_t longest) {
-  const auto* c = static_cast<const int32_t*>(data_of(lengths, name, ScalarType::Int, lengths.numel()));
-  const int64_t batch = lengths.numel() - 1;
-  STD_TORCH_CHECK(lengths.dim() == 1 && batch >= 0, name, ": shape ", shape_of(lengths), " must be (batch + 1,)");
-  STD_TORCH_CHECK(c[0] == 0 && c[batch] == total, name, ": must run from 0 to ", total, ", but runs from ", c[0], " to ", c[batch]);
-  for (int64_t b = 0; b < batch; b++)
-    STD_TORCH_CHECK(c[b + 1] >= c[b] && c[b + 1] - c[b] <= longest, name, ": sequence ", b, " runs from ", c[b], " to ", c[b + 1],
-                    ", but lengths must be 0 to ", longest);
-  return c;
-}
-
-std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
-                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
-                                         int64_t max_seqlen_k, double softmax_scale, bool is_causal, int64_t window_left,
-                                         int64_t window_right, double softcap) {
-  AttentionArgs args = {};
-  const bool varlen = cu_seqlens_q.has_value();
-  STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
-  const ScalarType dtype = query.scalar_type();
-  args.dtype = dtype_of(query, "query");
-  const int rank = varlen ? 3 : 4;
-  const Tensor* tensors[3] = {&query, &key, &value};
-  const char* names[3] = {"query", "key", "value"};
-  int64_t* strides[3] = {args.query_stride, args.key_stride, args.value_stride};
-  for (int i = 0; i < 3; i++) {
-    const Tensor& t = *tensors[i];
-    check_cpu(t, names[i]);
-    STD_TORCH_CHECK(t.dim() == rank, names[i], ": shape ", shape_of(t), " must have ", rank, " dimensions");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, names[i], ": dtype differs from query's");
-    STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
-    STD_TORCH_CHECK(t.numel() == 0 || t.size(rank - 1) == 1 || t.stride(rank - 1) == 1, names[i], ": last dimension must be contiguous");
-    strides[i][0] = varlen ? 0 : t.stride(0);
-    strides[i][1] = t.stride(1);
-    strides[i][2] = varlen ? t.stride(0) : t.stride(2);
-  }
-  const int row_dim = varlen ? 0 : 2;
-  STD_TORCH_CHECK(value.size(row_dim) == key.size(row_dim) && value.size(1) == key.size(1), "value: shape ", shape_of(value), " must be key's ", shape_of(key));
-  args.head_dim = query.size(rank - 1);
-  args.heads = query.size(1);
-  args.kv_heads = key.size(1);
-  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "query: head_dim ", args.head_dim, " must be 1 to 256");
-  STD_TORCH_CHECK(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, "key: ", args.kv_heads, " kv heads do not divide ", args.heads, " query heads");
-  Tensor out, logsumexp;
-  if (varlen) {
-    STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
-    STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel(), "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's ", shape_of(*cu_seqlens_q));
-    args.cu_seqlens_q = cumulative_lengths(*cu_seqlens_q, "cu_seqlens_q", query.size(0), max_seqlen_q);
-    args.cu_seqlens_k = cumulative_lengths(*cu_seqlens_k, "cu_seqlens_k", key.size(0), max_seqlen_k);
-    args.batch = cu_seqlens_q->numel() - 1;
-    args.query_length = max_seqlen_q;
-    args.key_length = max_seqlen_k;
-    out = empty_result({query.size(0), args.heads, args.head_dim}, dtype);
-    logsumexp = torch::stable::empty({args.heads, query.size(0)}, ScalarType::Float);
-    args.out_stride[1] = args.head_dim;
-    args.out_stride[2] = args.heads * args.head_dim;
-    args.logsumexp_stride[1] = query.size(0);
-  } else {
-    args.batch = query.size(0);
-    args.query_length = query.size(2);
-    args.key_length = key.size(2);
-    STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
-    Tensor rows = empty_result({args.batch, args.query_length, args.heads, args.head_dim}, dtype);
-    out = torch::stable::transpose(rows, 1, 2);
-    logsumexp = torch::stable::empty({args.batch, args.heads, args.query_length}, ScalarType::Float);
-    args.out_stride[0] = args.query_length * args.heads * args.head_dim;
-    args.out_stride[1] = args.head_dim;
-    args.out_stride[2] = args.heads * args.head_dim;
-    args.logsumexp_stride[0] = args.heads * args.query_length;
-    args.logsumexp_stride[1] = args.query_length;
-  }
-  if (key_padding_mask) {
-    STD_TORCH_CHECK(key_padding_mask->dim() == 2 && key_padding_mask->size(0) == args.batch && key_padding_mask->size(1) == args.key_length,
-                    "key_padding_mask: shape ", shape_of(*key_padding_mask), " must be (", args.batch, ", ", args.key_length, ")");
-    args.key_padding_mask = static_cast<const uint8_t*>(data_of(*key_padding_mask, "key_padding_mask", ScalarType::Bool, args.batch * args.key_length));
-    args.mask_stride = args.key_length;
-  }
-  if (bias) {
-    check_cpu(*bias, "bias");
-    args.bias_dtype = dtype_of(*bias, "bias");
-    STD_TORCH_CHECK(args.bias_dtype == args.dtype || args.bias_dtype == Dtype::float32, "bias: dtype must be query's or float32");
-    STD_TORCH_CHECK(bias->dim() <= 4, "bias: shape ", shape_of(*bias), " must have at most 4 dimensions");
-    const int64_t full[4] = {args.batch, args.heads, args.query_length, args.key_length};
-    for (int64_t i = 0; i < bias->dim(); i++) {
-      const int64_t d = 4 - bias->dim() + i;
-      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[d], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
-      args.bias_stride[d] = bias->size(i) == 1 ? 0 : bias->stride(i);
-    }
-    args.bias = bias->const_data_ptr();
-  }
-  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
-  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: must be 0 (none) or positive");
-  args.softmax_scale = float(softmax_scale);
-  args.softcap = float(softcap);
-  args.is_causal = is_causal;
-  args.window_left = window_left;
-  args.window_right = window_right;
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  if (query.numel() > 0) kernels().attention(runtime(), args);
-  return {out, logsumexp};
-}
-
 }  // namespace bigmodel
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
@@ -544,11 +412,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
   m.def("cpu_embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, Tensor? token_type_ids, "
         "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
-  m.def("cpu_philox(Tensor seed, int rows, int columns, str rule, int first_row, int head, int sequence, float dropout_p) -> "
-        "(Tensor, Tensor, Tensor)");
-  m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
-        "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, "
-        "SymInt window_right, float softcap) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
@@ -558,8 +421,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_feed_forward", TORCH_BOX(&bigmodel::cpu_feed_forward));
   m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));
   m.impl("cpu_embedding", TORCH_BOX(&bigmodel::cpu_embedding));
-  m.impl("cpu_philox", TORCH_BOX(&bigmodel::cpu_philox));
-  m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {

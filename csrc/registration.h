@@ -45,6 +45,9 @@ Dropout dropout_of(const OptionalTensor& seed, double p);
 size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);
 const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens);
 
+// Dropout with this seed (one int64) and chance; neither means none.
+Dropout dropout_of(const OptionalTensor& seed, double p);
+
 // Uninitialised results; large ones ask for large pages before their first touch.
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_rows_like(const Tensor& x, int64_t columns);

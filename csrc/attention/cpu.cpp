@@ -8,9 +8,13 @@
 //     score_rows rows |  S = Q K^T, in L1        |   row max, P = 2^(S - max), row sum, O = O * 2^(old max - max) + P V
 //                     +--------------------------+
 //
+// Dropout makes some of the P that go into P V zero, not those in the row sum. Its verdicts, a bit for a probability, are made for a chunk
+// and key block at a time. A sink is a key without value: the running maximum and sum begin with it.
+//
 // The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
 // taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of very few rows (decoding) skips the packing, which would cost more
 // than it saves, and takes K and V as they lie in memory.
+#include "../arch/philox.h"
 #include "../dispatch.h"
 #include "../gemm/gemm.h"
 
@@ -23,6 +27,7 @@ constexpr int64_t score_rows = 4 * tile_rows;
 constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
 constexpr int64_t logit_depth = 128;                // longest chain of additions in a logit, as depth_block is for a product
 constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
+constexpr int64_t keep_stride = key_block / 8;
 constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
 
 // Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
@@ -72,7 +77,7 @@ struct Attention {
   const AttentionArgs& args;
   const int64_t group = args.heads / args.kv_heads, depth = args.head_dim, depth_padded = round_up(args.head_dim, panel);
   // Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
-  const bool raw = args.softcap == 0 && !args.bias && args.softmax_scale > 0;
+  const bool raw = args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0;
   const float unit = raw ? args.softmax_scale : 1.0f;   // logit = unit * score
 
   // One sequence and kv head: where its rows are and how keys are limited.
@@ -126,7 +131,15 @@ struct Attention {
     for (; j < n; j++) scores[j] = scores[j] * scale + to_float(bias[j * stride]);
   }
 
-  // Softcap, bias, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
+  // scores -= slope * |position - j|, both counted from this block's first key
+  static void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
+    alignas(64) float lanes[F32::width];
+    for (int i = 0; i < F32::width; i++) lanes[i] = float(i);
+    const F32 negative = F32::set(-slope), from = F32::load(lanes) - F32::set(position);
+    for (int64_t j = 0; j < n_padded; j += F32::width) fma(abs(from + F32::set(float(j))), negative, F32::load(scores + j)).store(scores + j);
+  }
+
+  // Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
   void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
     float scale = args.softmax_scale;  // what is still to be multiplied in
     if (args.softcap > 0) {
@@ -142,6 +155,8 @@ struct Attention {
     } else if (!raw && args.softcap == 0) {
       for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
     }
+    if (args.alibi_slopes)
+      add_alibi(args.alibi_slopes[s.batch * args.alibi_batch_stride + head], float(query + s.diagonal() - key), scores, n_padded);
     if (mask)
       for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
     const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
@@ -149,8 +164,10 @@ struct Attention {
     for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
   }
 
-  // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before.
-  float softmax(float* scores, int64_t n_padded, Statistics& row) const {
+  // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before. With DROP those
+  // whose bit in `keep` is 0 are zero for P V, though not for the sum.
+  template <bool DROP>
+  float softmax(float* scores, int64_t n_padded, Statistics& row, const uint8_t* keep) const {
     F32 m0 = F32::set(-infinity), m1 = m0;
     int64_t j = 0;
     for (; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
@@ -165,13 +182,51 @@ struct Attention {
     F32 total = F32::zero();
     for (j = 0; j < n_padded; j += F32::width) {
       const F32 p = exp2((F32::load(scores + j) - shift) * base2);
-      p.store(scores + j);
+      (DROP ? keep_lanes(p, lane_bits(keep + j / 8)) : p).store(scores + j);
       total = total + p;
     }
     const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f((row.maximum - reference) * unit * log2e);
     row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(total);
     row.maximum = top;
     return factor;
+  }
+
+  static BIGMODEL_INLINE uint32_t lane_bits(const uint8_t* keep) {
+    if constexpr (F32::width == 8) return *keep;
+    uint16_t bits;
+    memcpy(&bits, keep, 2);
+    return bits;
+  }
+
+  float softmax(float* scores, int64_t n_padded, Statistics& row, const uint8_t* keep) const {
+    return keep ? softmax<true>(scores, n_padded, row, keep) : softmax<false>(scores, n_padded, row, keep);
+  }
+
+  // Dropout's bits of all rows of a chunk for keys [key, key + n), keep_stride bytes a row. Queries q and q + 8 share a call of the
+  // generator, which takes 16 keys; `key` is a multiple of 16.
+  void draw(const Sequence& s, int64_t first, int64_t count, int64_t key, int64_t n, uint8_t* keep) const {
+    for (int64_t pair = first / 16 * 16; pair < first + count; pair += (pair & 7) == 7 ? 9 : 1) {
+      const int64_t queries[2] = {pair, pair + 8};
+      const bool present[2] = {pair >= first, pair + 8 >= first && pair + 8 < first + count};
+      if (!present[0] && !present[1]) continue;
+      const int64_t begin = larger(0, low(s, pair) - key) / 16, end = ceil_div(smaller(n, high(s, pair + 8) - key), 16);
+      for (int64_t g = 0; g < group; g++)
+        for (int64_t block = begin; block < end; block++) {
+          const uint32_t bits = keep_probabilities(args.dropout, key / 16 + block, pair, s.kv_head * group + g, s.batch);
+          for (int half = 0; half < 2; half++) {
+            const uint16_t own = uint16_t(bits >> (16 * half));
+            if (present[half]) memcpy(keep + ((queries[half] - first) * group + g) * keep_stride + 2 * block, &own, 2);
+          }
+        }
+    }
+  }
+
+  // The running maximum, in units of scores, and sum of a row before any key.
+  Statistics start(const Sequence& s, int64_t head) const {
+    if (!args.sinks) return {-infinity, 0.0f};
+    float sink = 0;
+    with_dtype(args.sinks_dtype, [&](auto type) { sink = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
+    return {sink / unit, sink == -infinity ? 0.0f : 1.0f};
   }
 
   static void rescale(float* output, int64_t n, float factor) {
@@ -215,12 +270,15 @@ struct Attention {
     for (int64_t row = 0; row < rows; row++) {
       const T* source = s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
       for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) : 0.0f;
-      statistics[row] = {-infinity, 0.0f};
+      statistics[row] = start(s, head_of(s, row));
     }
     if (!direct) pack_rows(query, depth_padded, rows, depth, tiles);
     memset(output, 0, size_t(rows * depth_padded) * sizeof(float));
 
-    const int64_t begin = low(s, first), end = high(s, first + count - 1);
+    const bool dropping = args.dropout.enabled;
+    auto* bits = dropping ? static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t(rows * keep_stride))) : nullptr;
+
+    const int64_t begin = dropping ? low(s, first) / 16 * 16 : low(s, first), end = high(s, first + count - 1);
     for (int64_t key = begin; key < end; key += key_block) {
       const int64_t n = smaller(key_block, end - key), n_padded = round_up(n, panel);
       bool visible;
@@ -228,20 +286,23 @@ struct Attention {
       if (!visible) continue;
       const T* keys = s.key + key * args.key_stride[2];
       const T* values = s.value + key * args.value_stride[2];
+      if (dropping) draw(s, first, count, key, n, bits);
       if (direct) {
-        direct_block(s, first, rows, key, n, mask, keys, values, query, scores, statistics, output);
+        direct_block(s, first, rows, key, n, mask, bits, keys, values, query, scores, statistics, output);
         continue;
       }
       pack_transposed(keys, args.key_stride[2], n, depth, packed_key);
       pack_columns(values, args.value_stride[2], n, depth, packed_value);
       for (int64_t row = 0; row < rows; row += score_rows)
-        tile(s, first, row, smaller(score_rows, rows - row), key, n, mask, tiles, packed_key, packed_value, scores, statistics, output);
+        tile(s, first, row, smaller(score_rows, rows - row), key, n, mask, bits, tiles, packed_key,
+             packed_value, scores, statistics, output);
     }
 
     for (int64_t row = 0; row < rows; row++) {
       const int64_t i = query_of(first, row), head = head_of(s, row);
       const float total = statistics[row].sum;
-      const F32 inverse = F32::set(total == 0.0f ? 0.0f : 1.0f / total);  // no visible key: a row of zeros
+      const float kept = dropping ? args.dropout.scale : 1.0f;
+      const F32 inverse = F32::set(total == 0.0f ? 0.0f : kept / total);  // no visible key: a row of zeros
       T* out = static_cast<T*>(args.out) + s.batch * args.out_stride[0] + head * args.out_stride[1] + (s.first_query + i) * args.out_stride[2];
       for (int64_t d = 0; d < depth; d += F32::width)
         store_row(F32::load(output + row * depth_padded + d) * inverse, out + d, depth - d);
@@ -256,8 +317,8 @@ struct Attention {
   }
 
   // score_rows rows against one packed key block.
-  void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const float* tiles,
-            const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
+  void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const uint8_t* keep,
+            const float* tiles, const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
     using Step = Widen<float>;
     const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
     const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
@@ -273,7 +334,7 @@ struct Attention {
     for (int64_t r = 0; r < rows; r++) {
       float* line = scores + r * score_stride + from;
       modify(s, query_of(first, row + r), head_of(s, row + r), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
-      rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r]));
+      rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r], keep ? keep + (row + r) * keep_stride + from / 8 : nullptr));
     }
     for (int64_t p = 0; p * panel < depth; p++)
       for (int64_t r = 0; r < rows; r += tile_rows)
@@ -282,8 +343,8 @@ struct Attention {
   }
 
   // A few rows against a block of keys in place: dot products along head_dim, then a weighted sum of V's rows.
-  void direct_block(const Sequence& s, int64_t first, int64_t rows, int64_t key, int64_t n, const float* mask, const T* keys, const T* values,
-                    const float* query, float* scores, Statistics* statistics, float* output) const {
+  void direct_block(const Sequence& s, int64_t first, int64_t rows, int64_t key, int64_t n, const float* mask, const uint8_t* keep,
+                    const T* keys, const T* values, const float* query, float* scores, Statistics* statistics, float* output) const {
     const int64_t n_padded = round_up(n, panel), whole = depth / F32::width * F32::width;
     for (int64_t j = 0; j < n; j++) {
       const T* k = keys + j * args.key_stride[2];
@@ -305,7 +366,7 @@ struct Attention {
       float* line = scores + r * score_stride;
       for (int64_t j = n; j < n_padded; j++) line[j] = 0.0f;
       modify(s, query_of(first, r), head_of(s, r), key, n, n_padded, mask, line);
-      rescale(output + r * depth_padded, depth_padded, softmax(line, n_padded, statistics[r]));
+      rescale(output + r * depth_padded, depth_padded, softmax(line, n_padded, statistics[r], keep ? keep + r * keep_stride : nullptr));
       float* out = output + r * depth_padded;
       constexpr int64_t stripe = 4 * F32::width;
       int64_t d = 0;
@@ -337,8 +398,12 @@ struct Attention {
     const int64_t sequences = args.batch * args.kv_heads;
     int64_t queries = larger(1, larger(96, 16384 / depth) / group);
     while (sequences * ceil_div(args.query_length, queries) < 4 * runtime.threads && queries * group > 16 * tile_rows) queries /= 2;
-    const int64_t chunks = ceil_div(args.query_length, queries);
+    int64_t chunks = ceil_div(args.query_length, queries);
     queries = ceil_div(args.query_length, chunks);
+    if (args.dropout.enabled) {  // whole pairs of queries that share a call of the generator
+      queries = round_up(queries, 16);
+      chunks = ceil_div(args.query_length, queries);
+    }
     parallel(runtime, sequences * chunks, [&](int64_t task) {
       const int64_t pair = task % sequences, first = (chunks - 1 - task / sequences) * queries;
       const Sequence s = sequence(pair / args.kv_heads, pair % args.kv_heads);

@@ -6,8 +6,6 @@ they run on any AVX2 CPU, and runs this file again.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -121,25 +119,3 @@ def test_half_conversions_are_exact(isa: str) -> None:
             ids, values[:, None].contiguous(), None, None, None, None, None, None, 1e-5
         )[:, 0]
         torch.testing.assert_close(out, values, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", itertools.product((1, 3, 17, 129), (16, 33, 64, 80, 256), (1, 3)), ids=str)
-def test_attention(isa: str, dtype: torch.dtype, case: tuple[int, int, int]) -> None:
-    queries, head_dim, group = case
-    keys, kv_heads = 300, 2
-    query = randn(2, queries, kv_heads * group, head_dim, dtype=dtype, seed=1).transpose(1, 2)
-    key, value = (randn(2, kv_heads, keys, head_dim, dtype=dtype, seed=s) for s in (2, 3))
-    mask = torch.ones(2, keys, dtype=torch.bool)
-    mask[1, 40:90] = False
-    bias = randn(1, kv_heads * group, 1, keys, dtype=dtype, seed=4)
-    out, logsumexp = native.cpu_attention(
-        query, key, value, mask, bias, None, None, 0, 0, head_dim**-0.5, True, 200, -1, 20.0
-    )
-    k, v = (t.double().repeat_interleave(group, 1) for t in (key, value))
-    logits = 20 * torch.tanh(query.double() @ k.transpose(-1, -2) * head_dim**-0.5 / 20) + bias.double()
-    i, j = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-    visible = (j <= i) & (j >= i - 200) & mask[:, None, None]
-    logits = logits.masked_fill(~visible, -math.inf)
-    assert_near(out, logits.softmax(-1) @ v)
-    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-5, atol=2e-5)

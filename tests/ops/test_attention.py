@@ -61,6 +61,8 @@ def test_agrees_with_torch(cpu_backend: str, dtype: torch.dtype, heads: int, kv_
     masked=st.booleans(),
     bias=st.none() | st.tuples(*[st.booleans()] * 4),
     softcap=st.sampled_from([0.0, 3.0]),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @pytest.mark.parametrize("backend", ["reference", "native"])
@@ -78,6 +80,8 @@ def test_any_shape_and_features(
     masked: bool,
     bias: tuple[bool, ...] | None,
     softcap: float,
+    alibi: bool,
+    sinks: bool,
     seed: int,
 ) -> None:
     if backend == "native" and (reason := native_reason()):
@@ -94,6 +98,10 @@ def test_any_shape_and_features(
         options["key_padding_mask"] = torch.rand(batch, keys) < 0.7
     if bias is not None:
         options["bias"] = make(*(n if whole else 1 for n, whole in zip(full, bias, strict=True)))
+    if alibi:
+        options["alibi_slopes"] = torch.rand(full[:2])
+    if sinks:
+        options["sinks"] = make(full[1])
     with backends.use(backend):
         out, logsumexp = bk.attention(query, key, value, **options, return_logsumexp=True)
     double = {

@@ -1,0 +1,205 @@
+// Attention as torch sees it on the CPU: schemas, checks, results; no arithmetic (see register_cpu.cpp).
+#include <cmath>
+
+#include "registration.h"
+
+namespace bigmodel {
+
+// The seed is read here, once: it decides the whole call.
+Dropout dropout_of(const OptionalTensor& seed, double p) {
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p: ", p, " must be 0 to 1");
+  STD_TORCH_CHECK(seed.has_value() == (p > 0), "dropout_seed: must be given when dropout_p is not 0, and None when it is");
+  if (!seed) return {};
+  const auto value = *static_cast<const uint64_t*>(data_of(*seed, "dropout_seed", ScalarType::Long, 1));
+  const auto threshold = uint32_t(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
+  return {true, {uint32_t(value), uint32_t(value >> 32)}, threshold, p < 1 ? float(1 / (1 - p)) : 0.0f};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t columns, std::string rule, int64_t first_row, int64_t head,
+                                              int64_t sequence, double dropout_p) {
+  STD_TORCH_CHECK(rule == "attention" || rule == "elements", "rule: '", rule, "' is not one of attention, elements");
+  STD_TORCH_CHECK(rows >= 0 && columns >= 0 && first_row >= 0, "rows, columns, first_row: must not be negative");
+  Tensor words = torch::stable::empty({rows, columns}, ScalarType::Int), kept = torch::stable::empty({rows, columns}, ScalarType::Bool);
+  Tensor values = torch::stable::empty({rows, columns}, ScalarType::Float);
+  auto* value = static_cast<float*>(values.mutable_data_ptr());
+  for (int64_t i = 0; i < rows * columns; i++) value[i] = 1.0f;
+  const PhiloxArgs args = {dropout_of(seed, dropout_p), rule == "elements", rows, columns, first_row, head, sequence,
+                           static_cast<uint32_t*>(words.mutable_data_ptr()), static_cast<uint8_t*>(kept.mutable_data_ptr()), value};
+  kernels().philox_block(args);
+  return {words, kept, values};
+}
+
+// cu_seqlens: 0 = c[0] <= c[1] <= ... = total, no sequence longer than `longest`.
+const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64_t total, int64_t longest) {
+  const auto* c = static_cast<const int32_t*>(data_of(lengths, name, ScalarType::Int, lengths.numel()));
+  const int64_t batch = lengths.numel() - 1;
+  STD_TORCH_CHECK(lengths.dim() == 1 && batch >= 0, name, ": shape ", shape_of(lengths), " must be (batch + 1,)");
+  STD_TORCH_CHECK(c[0] == 0 && c[batch] == total, name, ": must run from 0 to ", total, ", but runs from ", c[0], " to ", c[batch]);
+  for (int64_t b = 0; b < batch; b++)
+    STD_TORCH_CHECK(c[b + 1] >= c[b] && c[b + 1] - c[b] <= longest, name, ": sequence ", b, " runs from ", c[b], " to ", c[b + 1],
+                    ", but lengths must be 0 to ", longest);
+  return c;
+}
+
+// The options of attention, by the names and in the order of the operator.
+struct AttentionOptions {
+  OptionalTensor key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks;
+  int64_t max_seqlen_q, max_seqlen_k;
+  double softmax_scale;
+  bool is_causal;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+};
+
+// Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row.
+void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides[3]) {
+  const int rank = varlen ? 3 : 4;
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(rank - 1) == 1 || t.stride(rank - 1) == 1, name, ": last dimension must be contiguous");
+  strides[0] = varlen ? 0 : t.stride(0);
+  strides[1] = t.stride(1);
+  strides[2] = varlen ? t.stride(0) : t.stride(2);
+}
+
+// Everything but the results, checked.
+AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k, softmax_scale,
+               is_causal, window_left, window_right, softcap, dropout_p] = options;
+  AttentionArgs args = {};
+  const bool varlen = cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
+  const ScalarType dtype = query.scalar_type();
+  args.dtype = dtype_of(query, "query");
+  const int rank = varlen ? 3 : 4;
+  const Tensor* tensors[3] = {&query, &key, &value};
+  const char* names[3] = {"query", "key", "value"};
+  int64_t* strides[3] = {args.query_stride, args.key_stride, args.value_stride};
+  for (int i = 0; i < 3; i++) {
+    const Tensor& t = *tensors[i];
+    check_cpu(t, names[i]);
+    STD_TORCH_CHECK(t.dim() == rank, names[i], ": shape ", shape_of(t), " must have ", rank, " dimensions");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, names[i], ": dtype differs from query's");
+    STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
+    row_strides(t, names[i], varlen, strides[i]);
+  }
+  const int row_dim = varlen ? 0 : 2;
+  STD_TORCH_CHECK(value.size(row_dim) == key.size(row_dim) && value.size(1) == key.size(1), "value: shape ", shape_of(value), " must be key's ", shape_of(key));
+  args.head_dim = query.size(rank - 1);
+  args.heads = query.size(1);
+  args.kv_heads = key.size(1);
+  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "query: head_dim ", args.head_dim, " must be 1 to 256");
+  STD_TORCH_CHECK(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, "key: ", args.kv_heads, " kv heads do not divide ", args.heads, " query heads");
+  if (varlen) {
+    STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel(), "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's ", shape_of(*cu_seqlens_q));
+    args.cu_seqlens_q = cumulative_lengths(*cu_seqlens_q, "cu_seqlens_q", query.size(0), max_seqlen_q);
+    args.cu_seqlens_k = cumulative_lengths(*cu_seqlens_k, "cu_seqlens_k", key.size(0), max_seqlen_k);
+    args.batch = cu_seqlens_q->numel() - 1;
+    args.query_length = max_seqlen_q;
+    args.key_length = max_seqlen_k;
+  } else {
+    args.batch = query.size(0);
+    args.query_length = query.size(2);
+    args.key_length = key.size(2);
+    STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
+  }
+  if (key_padding_mask) {
+    STD_TORCH_CHECK(key_padding_mask->dim() == 2 && key_padding_mask->size(0) == args.batch && key_padding_mask->size(1) == args.key_length,
+                    "key_padding_mask: shape ", shape_of(*key_padding_mask), " must be (", args.batch, ", ", args.key_length, ")");
+    args.key_padding_mask = static_cast<const uint8_t*>(data_of(*key_padding_mask, "key_padding_mask", ScalarType::Bool, args.batch * args.key_length));
+    args.mask_stride = args.key_length;
+  }
+  if (bias) {
+    check_cpu(*bias, "bias");
+    args.bias_dtype = dtype_of(*bias, "bias");
+    STD_TORCH_CHECK(args.bias_dtype == args.dtype || args.bias_dtype == Dtype::float32, "bias: dtype must be query's or float32");
+    STD_TORCH_CHECK(bias->dim() <= 4, "bias: shape ", shape_of(*bias), " must have at most 4 dimensions");
+    const int64_t full[4] = {args.batch, args.heads, args.query_length, args.key_length};
+    for (int64_t i = 0; i < bias->dim(); i++) {
+      const int64_t d = 4 - bias->dim() + i;
+      STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[d], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
+      args.bias_stride[d] = bias->size(i) == 1 ? 0 : bias->stride(i);
+    }
+    args.bias = bias->const_data_ptr();
+  }
+  if (alibi_slopes) {
+    const int64_t batches = alibi_slopes->dim() == 2 ? args.batch : 1;
+    STD_TORCH_CHECK((alibi_slopes->dim() == 1 || alibi_slopes->dim() == 2) && alibi_slopes->size(alibi_slopes->dim() - 1) == args.heads &&
+                        alibi_slopes->numel() == batches * args.heads,
+                    "alibi_slopes: shape ", shape_of(*alibi_slopes), " must be (", args.heads, ",) or (", args.batch, ", ", args.heads, ")");
+    args.alibi_slopes = static_cast<const float*>(data_of(*alibi_slopes, "alibi_slopes", ScalarType::Float, batches * args.heads));
+    args.alibi_batch_stride = alibi_slopes->dim() == 2 ? args.heads : 0;
+  }
+  if (sinks) {
+    args.sinks_dtype = dtype_of(*sinks, "sinks");
+    STD_TORCH_CHECK(args.sinks_dtype == args.dtype || args.sinks_dtype == Dtype::float32, "sinks: dtype must be query's or float32");
+    args.sinks = data_of(*sinks, "sinks", sinks->scalar_type(), args.heads);
+  }
+  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: must be 0 (none) or positive");
+  args.dropout = dropout_of(dropout_seed, dropout_p);
+  args.softmax_scale = float(softmax_scale);
+  args.softcap = float(softcap);
+  args.is_causal = is_causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  return args;
+}
+
+// A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
+Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {
+  strides[1] = args.head_dim;
+  strides[2] = args.heads * args.head_dim;
+  if (args.cu_seqlens_q) return empty_result({query.size(0), args.heads, args.head_dim}, query.scalar_type());
+  strides[0] = args.query_length * args.heads * args.head_dim;
+  Tensor rows = empty_result({args.batch, args.query_length, args.heads, args.head_dim}, query.scalar_type());
+  return torch::stable::transpose(rows, 1, 2);
+}
+
+// Shape and strides of logsumexp and its like: (B, H, Sq), or (H, total) packed.
+std::vector<int64_t> logsumexp_shape(const Tensor& query, const AttentionArgs& args, int64_t strides[2]) {
+  if (args.cu_seqlens_q) {
+    strides[0] = 0;
+    strides[1] = query.size(0);
+    return {args.heads, query.size(0)};
+  }
+  strides[0] = args.heads * args.query_length;
+  strides[1] = args.query_length;
+  return {args.batch, args.heads, args.query_length};
+}
+
+std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
+                                         OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+                                         OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                         double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
+                                         double dropout_p) {
+  AttentionArgs args = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks,
+                                                          max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap,
+                                                          dropout_p});
+  Tensor out = empty_like_query(query, args, args.out_stride);
+  Tensor logsumexp = torch::stable::empty(logsumexp_shape(query, args, args.logsumexp_stride), ScalarType::Float);
+  args.out = out.mutable_data_ptr();
+  args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  if (query.numel() > 0) kernels().attention(runtime(), args);
+  return {out, logsumexp};
+}
+
+}  // namespace
+}  // namespace bigmodel
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
+  m.def("cpu_philox(Tensor seed, int rows, int columns, str rule, int first_row, int head, int sequence, float dropout_p) -> "
+        "(Tensor, Tensor, Tensor)");
+  m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
+        "Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+        "float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
+  m.impl("cpu_philox", TORCH_BOX(&bigmodel::cpu_philox));
+  m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
+}

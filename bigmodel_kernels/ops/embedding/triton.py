@@ -76,7 +76,7 @@ def embedding_kernel(
         )  # fmt: skip
 
     if HAS_NORM:
-        values = normalise(values, column_mask, columns, eps)
+        values, _factor = normalise(values, column_mask, columns, eps, False)
         values *= tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
             values += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]

@@ -65,6 +65,11 @@ def pretend(target: Target) -> Iterator[None]:
         _pretended = before
 
 
+def is_pretending() -> bool:
+    """Whether tiles are being chosen for a device that is not there."""
+    return _pretended is not None
+
+
 def target_of(tensor: Tensor) -> Target:
     """The :class:`Target` that holds ``tensor``."""
     if _pretended is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_checks import check_against_formula
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -15,8 +16,10 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.ops import philox
 from bigmodel_kernels.ops.linear import reference
 from bigmodel_kernels.ops.linear import triton as kernel
+from bigmodel_kernels.ops.linear import triton_gemm as gemm
 from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRETED, MI300
 from bigmodel_kernels.verify import compare, linear_formula, poisoned
 
@@ -126,18 +129,23 @@ def test_strides() -> None:
     _check(_tensor(1, 24).expand(7, 24), weights, [], residual=_tensor(40).expand(7, 40))
 
 
-@pytest.mark.parametrize("tile", [*kernel._HALF_TILES, *kernel._FLOAT_TILES], ids=str)
-def test_every_tile(tile: kernel.GemmTile, monkeypatch: pytest.MonkeyPatch) -> None:
+def _use(monkeypatch: pytest.MonkeyPatch, tile: gemm.GemmTile) -> None:
+    """This tile, whatever the cost model would have chosen."""
+    monkeypatch.setattr(gemm, "gemm_tiles", lambda *_, **__: [tile])
+
+
+@pytest.mark.parametrize("tile", [*gemm.HALF_TILES, *gemm.FLOAT_TILES], ids=str)
+def test_every_tile(tile: gemm.GemmTile, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one tile each way, with edges, whatever the cost model would have chosen."""
-    monkeypatch.setattr(kernel, "gemm_tile", lambda *_: tile)
-    dtype = torch.float32 if tile in kernel._FLOAT_TILES else torch.bfloat16
+    _use(monkeypatch, tile)
+    dtype = torch.float32 if tile in gemm.FLOAT_TILES else torch.bfloat16
     m, n = tile.tile_m + 3, tile.tile_n + 5
     _check(_tensor(m, 144, dtype=dtype), _weights(144, n, dtype=dtype), [_tensor(n, dtype=dtype)])
 
 
 def test_grouped_order_visits_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows of tiles than one group has, and a last group that is smaller."""
-    monkeypatch.setattr(kernel, "gemm_tile", lambda *_: kernel.GemmTile(16, 16, 16, 1, 1))
+    _use(monkeypatch, gemm.GemmTile(16, 16, 16, 1, 1))
     _check(_tensor(16 * 11 + 1, 16), _weights(16, 16 * 3 + 1), [])
 
 
@@ -148,12 +156,158 @@ def test_cost_model(target: Any) -> None:
     for m in (1, 17, 512, 4096, 100_000):
         for n in (1, 768, 3072):
             for k in (1, 768, 4096):
-                for itemsize in (2, 4):
-                    tile = kernel.gemm_tile(m, n, k, itemsize, target)
-                    stage = (tile.tile_m + tile.tile_n) * tile.tile_k * itemsize
-                    assert stage * tile.num_stages <= target.shared_memory and tile.tile_k >= 16
-    assert kernel.gemm_tile(16_384, 4096, 4096, 2, target).tile_m == 128
-    assert kernel.gemm_tile(8, 768, 768, 2, target).tile_m == 16
+                for itemsize, products, split in ((2, 1, False), (4, 1, True), (2, 2, False), (2, 1, True)):
+                    options = {"products": products, "split": split, "descriptors": target.warpgroups}
+                    tiles = gemm.gemm_tiles(m, n, k, itemsize, target, **options)
+                    assert 1 <= len(tiles) <= gemm.MAX_CANDIDATES and len(set(tiles)) == len(tiles)
+                    for tile in tiles:
+                        stage = (tile.tile_m + products * tile.tile_n) * tile.tile_k * itemsize
+                        assert stage * tile.num_stages <= target.shared_memory and tile.tile_k >= 16
+                        assert tile.splits == 1 or split
+    assert gemm.gemm_tiles(16_384, 4096, 4096, 2, target)[0].tile_m == 128
+    assert gemm.gemm_tiles(8, 768, 768, 2, target)[0].tile_m == 16
+    assert gemm.gemm_tiles(384, 384, 65_536, 2, target, split=True)[0].splits > 1
+    assert gemm.gemm_tiles(16_384, 4096, 4096, 2, target, descriptors=True)[0].descriptors
+
+
+SEED = 2**40 + 77
+
+
+def _check_both_ways(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], residual: Tensor | None = None,
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, *, dropout_p: float = 0.0,
+    norm_kind: str = "layer_norm", recompute: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """Output and all gradients, by the numerics rule."""
+    size = sum(w.shape[options.get("weight_layout") == "conv1d"] for w in weights)
+    rows = x.numel() // x.shape[-1]
+    seed = torch.tensor(SEED, device=DEVICE) if dropout_p else None
+
+    def formula(x: Tensor, residual: Any, norm_weight: Any, norm_bias: Any, **parameters: Tensor) -> Tensor:
+        ws = [parameters[f"weight {i}"] for i in range(len(weights))]
+        bs = [parameters[f"bias {i}"] for i in range(len(biases))]
+        y = linear_formula(x, ws, bs or None, **options)
+        if dropout_p:
+            keep = philox.keep_elements(torch.tensor(SEED), dropout_p, rows, size, x.dtype, x.device)
+            y = y * keep.view(y.shape)
+        y = y if residual is None else y + residual
+        if norm_weight is None:
+            return y
+        if norm_kind == "rms_norm":
+            return torch.nn.functional.rms_norm(y, y.shape[-1:], norm_weight, 1e-5)
+        return torch.nn.functional.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, 1e-5)
+
+    tensors = {
+        "x": x, "residual": residual, "norm_weight": norm_weight, "norm_bias": norm_bias,
+        **{f"weight {i}": w for i, w in enumerate(weights)}, **{f"bias {i}": b for i, b in enumerate(biases)},
+    }  # fmt: skip
+    arguments = (x, weights, biases, residual, norm_weight, norm_bias, seed)
+    options_of_call = {**options, "dropout_p": dropout_p, "norm_kind": norm_kind}
+    assert kernel.supports_training(*arguments, **options_of_call) is None
+    out, preactivation, prenorm = kernel.run_training(*arguments, **options_of_call)
+    assert torch.equal(out, kernel.run(*arguments, **options_of_call))
+    assert preactivation.shape == ((0,) if options.get("activation", "none") == "none" else out.shape)
+    assert prenorm.shape == ((0,) if norm_weight is None else out.shape)
+    upstream = _tensor(*out.shape, dtype=x.dtype)
+    saved = [None if recompute or t.shape == (0,) else t for t in (preactivation, prenorm)]
+    assert kernel.supports_backward(upstream, *arguments, *saved, **options_of_call) is None
+    grads = kernel.run_backward(
+        upstream, *arguments, *saved, **options_of_call, needs=[t is not None for t in tensors.values()]
+    )
+    check_against_formula(formula, tensors, upstream, {"out": out, **dict(zip(tensors, grads, strict=True))})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
+def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
+    for layout in ("linear", "conv1d"):
+        weights = _weights(48, 65, dtype=dtype, layout=layout)
+        bias = _tensor(65, dtype=dtype)
+        options: dict[str, Any] = {"activation": activation, "weight_layout": layout}
+        _check_both_ways(_tensor(17, 48, dtype=dtype), weights, [bias], recompute=layout == "linear", **options)
+
+
+@pytest.mark.parametrize("norm_kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_all_that_follows(dtype: torch.dtype, norm_kind: str) -> None:
+    for layout in ("linear", "conv1d"):
+        x, weights = _tensor(2, 9, 40, dtype=dtype), _weights(40, 32, 64, 9, dtype=dtype, layout=layout)
+        biases = [_tensor(w.shape[layout == "conv1d"], dtype=dtype) for w in weights]
+        residual, vector = _tensor(2, 9, 105, dtype=dtype), _tensor(105, dtype=dtype)
+        options: dict[str, Any] = {"weight_layout": layout, "dropout_p": 0.3}
+        _check_both_ways(x, weights, biases, residual, **options)
+        norm_bias = vector + 1 if norm_kind == "layer_norm" else None
+        arguments = (x, weights, [], residual, vector, norm_bias)
+        options["norm_kind"] = norm_kind
+        _check_both_ways(*arguments, activation="silu", **options)
+        _check_both_ways(*arguments, activation="silu", recompute=True, **options)
+
+
+def test_slopes_far_from_zero() -> None:
+    """No NaN at the ends of an activation."""
+    x = torch.tensor([[-1e4, -100.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 100.0, 1e4]], device=DEVICE).t()
+    one = torch.ones(1, 1, device=DEVICE)
+    for activation in kernel.ACTIVATIONS:
+        leaf = x.double().requires_grad_()
+        linear_formula(leaf, [one.double()], activation=activation).sum().backward()
+        needs = [True, False, False, False, False]
+        dx, *_ = kernel.run_backward(torch.ones_like(x), x, [one], [], activation=activation, needs=needs)
+        torch.testing.assert_close(dx.double(), leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_is_needed() -> None:
+    x, weights, bias, vector = _tensor(9, 24), _weights(24, 20, 12), _tensor(20), _tensor(32)
+    arguments = (_tensor(9, 32), x, weights, [bias, bias[:12]], _tensor(9, 32), vector, vector)
+    every = kernel.run_backward(*arguments, activation="gelu", needs=[True] * 8)
+    for i in range(8):
+        one = kernel.run_backward(*arguments, activation="gelu", needs=[i == j for j in range(8)])
+        assert torch.equal(one[i], every[i]) and all(t.shape == (0,) for j, t in enumerate(one) if j != i)
+
+
+def test_gradients_without_tokens() -> None:
+    x, weights, bias = _tensor(0, 24), _weights(24, 20), _tensor(20)
+    needs = [True, False, False, False, True, True]
+    grads = kernel.run_backward(_tensor(0, 20), x, weights, [bias], activation="relu", needs=needs)
+    assert grads[0].shape == (0, 24) and (grads[4] == 0).all() and (grads[5] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_split_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K in parts that are whole steps, the last one shorter; with a scale; the same bits every time."""
+    x, weight = _tensor(150, 37, dtype=dtype).t(), _tensor(150, 41, dtype=dtype)
+    scale = torch.tensor(0.25, device=DEVICE)
+    exact, eager = 0.25 * (x.double() @ weight.double()), 0.25 * (x @ weight)
+    for splits in (2, 3, 4):
+        _use(monkeypatch, gemm.GemmTile(32, 32, 16, 1, 2, splits=splits))
+        outs = [gemm.matmul(x, weight, torch.empty_like(eager), scale=scale, split=True) for _ in range(2)]
+        verdict = compare(outs[0], eager, exact)
+        assert verdict.ok and torch.equal(*outs), verdict
+
+
+@pytest.mark.parametrize("x_transposed", [False, True])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_descriptors(dtype: torch.dtype, layout: str, x_transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges each way, more tiles than programs, either order of both operands, and K split."""
+    target = gemm.target_of(_tensor(1))._replace(processors=5)
+    monkeypatch.setattr(gemm, "target_of", lambda _: target)
+    _use(monkeypatch, gemm.GemmTile(32, 32, 32, 1, 2, descriptors=True))
+    x = _tensor(104, 88, dtype=dtype).t() if x_transposed else _tensor(88, 104, dtype=dtype)
+    weights = _weights(104, 72, dtype=dtype, layout=layout)
+    _check(x, weights, [_tensor(72, dtype=dtype)], weight_layout=layout, activation="silu")
+    _use(monkeypatch, gemm.GemmTile(32, 32, 32, 1, 2, descriptors=True, splits=2))
+    product = kernel.as_product(weights[0], layout)
+    out = gemm.matmul(x, product, torch.empty(88, 72, dtype=dtype, device=DEVICE), split=True)
+    verdict = compare(out, x @ product, x.double() @ product.double())
+    assert verdict.ok, verdict
+
+
+def test_which_matrices_have_descriptors() -> None:
+    half = _tensor(64, 64, dtype=torch.bfloat16)
+    assert gemm._describable(half) and gemm._describable(half.t()) and gemm._describable(half[:, 8:])
+    assert not gemm._describable(half[:, 1:]) and not gemm._describable(half[:, ::2])
+    assert not gemm._describable(half[:0]) and not gemm._describable(half.float())
+    assert not gemm._describable(_tensor(64, 65, dtype=torch.bfloat16))
 
 
 def test_through_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:

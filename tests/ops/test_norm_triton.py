@@ -127,7 +127,7 @@ def _check_both_ways(
     if kind == "layer_norm":
         out = kernel.run(x, weight, bias, eps, residual, seed, **options)
     else:
-        out = kernel.run_rms(x, weight, eps, residual, seed, **options)
+        out = kernel.run_rms_norm(x, weight, eps, residual, seed, **options)
     order = (x, residual, weight, bias)
     assert kernel.supports_backward(upstream, x, weight, bias, residual, seed) is None
     dx, dresidual, dweight, dbias = kernel.run_backward(

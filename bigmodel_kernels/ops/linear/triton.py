@@ -1,209 +1,106 @@
-"""Linear layer in Triton: ``layer_norm(activation(x @ W + b) + residual)``.
+"""Linear layer in Triton: ``norm(dropout(activation(x @ W + b)) + residual)``, forward and backward.
 
-One matrix product with everything that follows it, short of the norm, done on the accumulator before it
-leaves the registers::
+Forward, one launch of ``triton_gemm.linear_kernel`` for each weight (Q, K and V write their own slices of the
+output), and one of the norm, which needs whole rows. A training step also keeps what the activation and the
+norm were given.
 
-                      N (out)                    programs walk the output in columns of GROUP_ROWS tiles, so
-                 +----+----+----+                that those running together share x and W tiles in the L2:
-        K        | W  |    |    |
-     +------+    +----+----+----+                        1  3 |  5  7
-     |  x   | -> | C  |    |    |  M (tokens)            2  4 |  6  8     (GROUP_ROWS = 2)
-     +------+    +----+----+----+
+Backward, with dT the gradient before the norm::
 
-    C = sum over K tiles of x_tile @ W_tile        float32 accumulator
-    C = activation(C + bias) + residual            float32, rounded once, stored
-
-``W`` is addressed by its two strides alone, so that ``nn.Linear`` (out, in) and GPT-2's ``Conv1D`` (in, out)
-are the same kernel without a copy. Several weights (the Q, K and V projections) are several launches, each
-writing its own slice of the output; a LayerNorm needs whole rows and runs as a second kernel
-(``ops/norm/triton.py``).
-
-The tile order is that of the Triton matrix multiplication tutorial. Activations: Hendrycks and Gimpel,
-Gaussian Error Linear Units, arXiv 1606.08415.
+    grad --> norm's backward --> dT = dresidual --> dZ = dT kept * activation'(Z)     element by element
+                                                     |
+                   +--------------------+------------+-----------+
+                   v                    v                        v
+        dX = dZ @ W^T          dW = X^T @ dZ              db = column sums of dZ
+        several weights: one   tokens are split over      two stages
+        float32 sum            programs, added in order
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target, on_device, target_of, unsupported
+from ...triton_runtime import unsupported
 from ..norm import triton as norm
+from ..reduce_triton import column_sums
+from .triton_gemm import ACTIVATIONS, matmul, output_backward
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """The activation named ``ACTIVATION`` of float32 ``x``."""
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 x (1 + tanh u) is x sigmoid(2u): one exponential, and 1 + tanh does not cancel for u < 0.
-        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x / (1.0 + tl.exp(-2.0 * u))
-    elif ACTIVATION == "quick_gelu":
-        x = x / (1.0 + tl.exp(-1.702 * x))
-    elif ACTIVATION == "relu":
-        # Not a maximum: GPU maxima drop NaN, which has to come through.
-        x = tl.where(x < 0.0, 0.0, x)
-    elif ACTIVATION == "silu":
-        x = x / (1.0 + tl.exp(-x))
-    else:
-        tl.static_assert(ACTIVATION == "none", "unknown activation")
-    return x
+LAYER_NORM = "layer_norm"
 
 
-@triton.jit
-def linear_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,
-    M, N, K,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_rm, stride_om,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP_ROWS: tl.constexpr,
-):  # fmt: skip
-    # Which tile of the output is ours.
-    program = tl.program_id(0)
-    tiles_m = tl.cdiv(M, TILE_M)
-    tiles_n = tl.cdiv(N, TILE_N)
-    group_size = GROUP_ROWS * tiles_n
-    first_m = (program // group_size) * GROUP_ROWS
-    rows_in_group = min(tiles_m - first_m, GROUP_ROWS)
-    tile_m = first_m + (program % group_size) % rows_in_group
-    tile_n = (program % group_size) // rows_in_group
-
-    rows = tile_m * TILE_M + tl.arange(0, TILE_M)
-    columns = tile_n * TILE_N + tl.arange(0, TILE_N)
-    depth = tl.arange(0, TILE_K)
-    # Rows and columns past the edge wrap round instead of being masked: they read valid memory, and what they
-    # compute is not stored. 64-bit row offsets: a matrix may have more than 2^31 elements.
-    x_rows = (rows % M).to(tl.int64)
-    w_columns = (columns % N).to(tl.int64)
-    x_tile = x_ptr + x_rows[:, None] * stride_xm + depth[None, :] * stride_xk
-    w_tile = w_ptr + depth[:, None].to(tl.int64) * stride_wk + w_columns[None, :] * stride_wn
-
-    accumulator = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
-    for k in range(0, K, TILE_K):
-        if EVEN_K:
-            x = tl.load(x_tile)
-            w = tl.load(w_tile)
-        else:
-            x = tl.load(x_tile, mask=depth[None, :] < K - k, other=0.0)
-            w = tl.load(w_tile, mask=depth[:, None] < K - k, other=0.0)
-        # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
-        accumulator = tl.dot(x, w, accumulator, input_precision="ieee")
-        x_tile += TILE_K * stride_xk
-        w_tile += TILE_K * stride_wk
-
-    if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    accumulator = activate(accumulator, ACTIVATION)
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    # A 64-bit offset for the tile and 32-bit ones within it, which leave registers to the accumulator.
-    first_row = (tile_m * TILE_M).to(tl.int64)
-    local_rows = tl.arange(0, TILE_M)[:, None]
-    if HAS_RESIDUAL:
-        residual = residual_ptr + first_row * stride_rm + (local_rows * stride_rm + columns[None, :])
-        accumulator += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    out = out_ptr + first_row * stride_om + (local_rows * stride_om + columns[None, :])
-    tl.store(out, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+def normalise_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> Tensor:
+    """The norm of this kind."""
+    return norm.run(x, weight, bias, eps) if kind == LAYER_NORM else norm.run_rms_norm(x, weight, eps)
 
 
-class GemmTile(NamedTuple):
-    """Tile of the output, depth of a step of the K loop, and how a program executes it."""
-
-    tile_m: int
-    tile_n: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
+def as_product(weight: Tensor, weight_layout: str) -> Tensor:
+    """The weight as the (in, out) matrix that x is multiplied by; a view."""
+    return weight if weight_layout == "conv1d" else weight.t()
 
 
-# Tiles that keep their accumulator in registers; larger ones reuse operands more, smaller ones fill a device
-# with less work.
-_HALF_TILES = (
-    GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 3), GemmTile(128, 64, 64, 4, 4),
-    GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(32, 64, 64, 4, 5),
-    GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
-)  # fmt: skip
-_FLOAT_TILES = (
-    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 3), GemmTile(32, 32, 32, 4, 3),
-    GemmTile(16, 32, 64, 2, 3),
-)  # fmt: skip
+def weight_gradient(x: Tensor, dz: Tensor, weight: Tensor, weight_layout: str) -> Tensor:
+    """x^T @ dz in the weight's layout: x (M, K), dz (M, N)."""
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if x.shape[0] == 0:
+        return out.zero_()
+    return matmul(x.t(), dz, out, split=True) if weight_layout == "conv1d" else matmul(dz.t(), x, out, split=True)
 
 
-def gemm_tile(
-    M: int, N: int, K: int, itemsize: int, target: Target, heavy: bool = False, aligned: bool = True
-) -> GemmTile:
-    """The tile with the least modelled time for an (M, K) by (K, N) product.
-
-    A wave is one tile on every processor. Its time is modelled as the tile's multiplications plus the
-    operands it loads per step of K, ``tile_m * tile_n + 48 * (tile_m + tile_n)``: 48 is about the ratio of
-    arithmetic to L2 bandwidth, in multiplications per element, of the devices the kernels are for. The last,
-    partly filled wave costs a whole one.
-
-    ``heavy``: the epilogue needs registers of its own (erf, a residual). ``aligned``: rows start at
-    multiples of 16 bytes, so that loads are vectors.
-    """
-
-    def cost(tile: GemmTile) -> float:
-        tiles = triton.cdiv(M, tile.tile_m) * triton.cdiv(N, tile.tile_n)
-        waves = triton.cdiv(tiles, target.processors)
-        return waves * (tile.tile_m * tile.tile_n + 48 * (tile.tile_m + tile.tile_n))
-
-    if itemsize == 4:
-        best = min(_FLOAT_TILES, key=cost)
-    else:
-        # The largest tile fills the registers: it needs the warpgroups' matrix unit and a light epilogue.
-        best = min(_HALF_TILES if target.warpgroups and not heavy else _HALF_TILES[1:], key=cost)
-    if not aligned:  # every element is a load of its own, with its own address
-        best = best._replace(tile_m=min(best.tile_m, 64), tile_n=min(best.tile_n, 64), tile_k=32, num_warps=8)
-    tile_k = min(best.tile_k, max(16, triton.next_power_of_2(K)))
-    step = (best.tile_m + best.tile_n) * tile_k * itemsize
-    stages = max(1, min(best.num_stages, target.shared_memory // step))
-    return best._replace(tile_k=tile_k, num_stages=stages)
+def input_gradient(parts: Sequence[Tensor], weights: Sequence[Tensor], weight_layout: str) -> Tensor:
+    """The sum of ``part @ weight^T``, in float32 and rounded once."""
+    like, K = parts[0], as_product(weights[0], weight_layout).shape[0]
+    out = torch.empty(like.shape[0], K, dtype=like.dtype, device=like.device)
+    halves = like.dtype != torch.float32
+    total = torch.empty_like(out, dtype=torch.float32) if halves and len(parts) > 1 else out
+    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        last = i == len(parts) - 1
+        matmul(part, as_product(weight, weight_layout).t(), out if last else total, residual=total if i else None)
+    return out
 
 
-def launch(
+def _forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    *,
-    activation: str,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     residual: Tensor | None,
-    conv1d: bool,
-) -> None:
-    """``out[:] = activation(x @ weight + bias) + residual`` on matrices.
-
-    ``x`` (M, K), ``weight`` (N, K), or (K, N) if ``conv1d``, ``out`` and ``residual`` (M, N) with contiguous
-    rows.
-    """
-    M, K = x.shape
-    N = out.shape[1]
-    if M == 0 or N == 0:
-        return
-    stride_wk, stride_wn = weight.stride() if conv1d else weight.stride()[::-1]
-    vector = 16 // x.element_size()
-    aligned = all(s == 1 or s % vector == 0 for s in (*x.stride(), stride_wk, stride_wn)) and K % vector == 0
-    heavy = activation == "gelu" or residual is not None
-    tile = gemm_tile(M, N, K, x.element_size(), target_of(x), heavy, aligned)
-    with on_device(x):
-        linear_kernel[(triton.cdiv(M, tile.tile_m) * triton.cdiv(N, tile.tile_n),)](
-            x, weight, bias, residual, out,
-            M, N, K,
-            x.stride(0), x.stride(1), stride_wk, stride_wn,
-            0 if residual is None else residual.stride(0), out.stride(0),
-            ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            EVEN_K=K % tile.tile_k == 0,
-            TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_K=tile.tile_k, GROUP_ROWS=8,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    dropout_seed: Tensor | None,
+    weight_layout: str,
+    activation: str,
+    dropout_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``dropout(activation(x @ W + b)) + residual`` and, if wanted, what the activation was given."""
+    products = [as_product(weight, weight_layout) for weight in weights]
+    size = sum(product.shape[1] for product in products)
+    out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
+    saved = torch.empty_like(out) if save else None
+    if out.numel() == 0:
+        return out, saved
+    rows = out.numel() // size
+    x_rows, out_rows = x.reshape(rows, x.shape[-1]), out.view(rows, size)
+    saved_rows = None if saved is None else saved.view(rows, size)
+    residual_rows = None if residual is None else norm.as_rows(residual)
+    start = 0
+    for i, product in enumerate(products):
+        columns = slice(start, start + product.shape[1])
+        matmul(
+            x_rows,
+            product,
+            out_rows[:, columns],
+            bias=biases[i].contiguous() if biases else None,
+            activation=activation,
+            residual=None if residual_rows is None else residual_rows[:, columns],
+            saved=None if saved_rows is None else saved_rows[:, columns],
+            dropout_seed=dropout_seed,
+            dropout=norm.dropout_arguments(dropout_p),
+            first_column=start,
+        )
+        start = columns.stop
+    return out, saved
 
 
 def run(
@@ -213,39 +110,107 @@ def run(
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
     activation: str = "none",
     norm_eps: float = 1e-5,
+    norm_kind: str = LAYER_NORM,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """``norm(activation(x @ concat(weights) + concat(biases)) + residual)``: (..., in) to (..., out)."""
-    conv1d = weight_layout == "conv1d"
-    widths = [weight.shape[1 if conv1d else 0] for weight in weights]
-    out = torch.empty((*x.shape[:-1], sum(widths)), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    rows = x.shape[:-1].numel()
-    x_rows = x.reshape(rows, x.shape[-1])
-    out_rows = out.view(rows, out.shape[-1])
-    residual_rows = None
-    if residual is not None:
-        residual_rows = residual.reshape(rows, out.shape[-1])
-        if residual_rows.stride(1) != 1:
-            residual_rows = residual_rows.contiguous()
-    start = 0
-    for i, (weight, width) in enumerate(zip(weights, widths, strict=True)):
-        columns = slice(start, start + width)
-        launch(
-            x_rows,
-            weight,
-            biases[i].contiguous() if biases else None,
-            out_rows[:, columns],
-            activation=activation,
-            residual=None if residual_rows is None else residual_rows[:, columns],
-            conv1d=conv1d,
+    """``norm(dropout(activation(x @ concat(weights) + concat(biases))) + residual)``: (..., in) to (..., out)."""
+    out, _ = _forward(
+        x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p, save=False
+    )
+    return out if norm_weight is None else normalise_rows(out, norm_weight, norm_bias, norm_eps, norm_kind)
+
+
+def run_training(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *,
+    weight_layout: str = "linear",
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+    norm_kind: str = LAYER_NORM,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, what the activation was given and what the norm was given; empty (0,) where there is none."""
+    out, saved = _forward(
+        x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p, activation != "none"
+    )
+    saved = x.new_empty(0) if saved is None else saved
+    if norm_weight is None:
+        return out, saved, x.new_empty(0)
+    return normalise_rows(out, norm_weight, norm_bias, norm_eps, norm_kind), saved, out
+
+
+def run_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    preactivation: Tensor | None = None,
+    prenorm: Tensor | None = None,
+    *,
+    weight_layout: str = "linear",
+    activation: str = "none",
+    norm_eps: float = 1e-5,
+    norm_kind: str = LAYER_NORM,
+    dropout_p: float = 0.0,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of [x, residual, norm_weight, norm_bias, *weights, *biases]; empty (0,) where not needed.
+
+    A missing ``preactivation`` or ``prenorm`` is computed again.
+    """
+    need_x, need_residual, need_norm_weight, need_norm_bias = needs[:4]
+    need_weights, need_biases = needs[4 : 4 + len(weights)], needs[4 + len(weights) :]
+    results = [x.new_empty(0) for _ in needs]
+    need_products = need_x or any(need_weights) or any(need_biases)
+    if norm_weight is not None:
+        if prenorm is None:
+            prenorm, preactivation = _forward(
+                x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p,
+                save=activation != "none",
+            )  # fmt: skip
+        grad, _, results[2], results[3] = norm.run_backward(
+            grad, prenorm, norm_weight, norm_bias, kind=norm_kind, eps=norm_eps,
+            needs=[need_residual or need_products, False, need_norm_weight, need_norm_bias],
+        )  # fmt: skip
+        if need_residual:
+            results[1] = grad
+    elif need_residual:  # a copy: what an operator returns must not be what it was given
+        results[1] = grad.clone(memory_format=torch.contiguous_format)
+    if not need_products:
+        return results
+    dz = norm.as_rows(grad)
+    x_rows = x.reshape(dz.shape[0], x.shape[-1])
+    if activation != "none" and preactivation is None:
+        _, preactivation = _forward(
+            x, weights, biases, None, None, weight_layout, activation, 0.0, save=True
         )
-        start += width
-    return out if norm_weight is None else norm.run(out, norm_weight, norm_bias, norm_eps)
+    if activation != "none" or dropout_seed is not None:
+        saved = None if preactivation is None or activation == "none" else norm.as_rows(preactivation)
+        dz = output_backward(dz, saved, activation, dropout_seed, norm.dropout_arguments(dropout_p))
+    parts = dz.split([as_product(weight, weight_layout).shape[1] for weight in weights], 1)
+    if need_x:
+        results[0] = input_gradient(parts, weights, weight_layout).view(x.shape)
+    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        if need_weights[i]:
+            results[4 + i] = weight_gradient(x_rows, part, weight, weight_layout)
+        if biases and need_biases[i]:
+            results[4 + len(weights) + i] = column_sums(part, torch.empty_like(biases[i]))
+    return results
 
 
 def supports(
@@ -255,12 +220,47 @@ def supports(
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
     activation: str = "none",
-    norm_eps: float = 1e-5,
+    **options: object,
 ) -> str | None:
     """Why this call cannot run here, or None."""
+    return _supports(x, weights, norm_weight, dropout_seed, weight_layout, activation, norm.MAX_COLUMNS)
+
+
+supports_training = supports
+
+
+def supports_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    *saved: Tensor | None,
+    weight_layout: str = "linear",
+    activation: str = "none",
+    **options: object,
+) -> str | None:
+    """Why this call cannot run here, or None."""
+    limit = norm.MAX_COLUMNS_BACKWARD
+    return _supports(x, weights, norm_weight, dropout_seed, weight_layout, activation, limit)
+
+
+def _supports(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    norm_weight: Tensor | None,
+    dropout_seed: Tensor | None,
+    weight_layout: str,
+    activation: str,
+    max_columns: int,
+) -> str | None:
     if reason := unsupported("x", x):
         return reason
     if activation not in ACTIVATIONS:
@@ -268,7 +268,9 @@ def supports(
     for weight in weights:
         if weight.dtype != x.dtype:
             return f"a weight is {weight.dtype} and x is {x.dtype}; the product needs one dtype"
-    out_features = sum(weight.shape[1 if weight_layout == "conv1d" else 0] for weight in weights)
-    if norm_weight is not None and out_features > norm.MAX_COLUMNS:
-        return f"the norm is over {out_features} features; the Triton kernel takes up to {norm.MAX_COLUMNS}"
+    sizes = [as_product(weight, weight_layout).shape[1] for weight in weights]
+    if norm_weight is not None and sum(sizes) > max_columns:
+        return f"the norm is over {sum(sizes)} features; the Triton kernel takes up to {max_columns}"
+    if dropout_seed is not None and any(size % 32 for size in sizes[:-1]):
+        return f"dropout over weights of {sizes} features; all but the last must be multiples of 32"
     return None

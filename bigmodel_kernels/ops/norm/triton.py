@@ -124,7 +124,7 @@ def norm_backward_kernel(
     dbias = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
 
     for tile in range(program, tl.cdiv(rows, TILE_ROWS), tl.num_programs(0)):
-        row = tile.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & in_columns
         values, keep = _load_total(
             x_ptr, residual_ptr, row, column, mask, x_stride, residual_stride, seed, least, keep_scale,
@@ -141,12 +141,12 @@ def norm_backward_kernel(
                 dbias += grad
         else:  # TILE_ROWS is 1. Every thread adds to elements of its own.
             place = program * columns + column[None, :]
-            first = tile == program
+            begun = in_columns & (tl.full((1, 1), 0, tl.int64) + tile != program)
             if NEED_WEIGHT:
-                before = tl.load(dweight_ptr + place, mask=in_columns & ~first, other=0.0)
+                before = tl.load(dweight_ptr + place, mask=begun, other=0.0)
                 tl.store(dweight_ptr + place, before + grad * normal, mask=in_columns)
             if NEED_BIAS:
-                before = tl.load(dbias_ptr + place, mask=in_columns & ~first, other=0.0)
+                before = tl.load(dbias_ptr + place, mask=begun, other=0.0)
                 tl.store(dbias_ptr + place, before + grad, mask=in_columns)
 
         if NEED_X or NEED_RESIDUAL:
@@ -258,7 +258,7 @@ def run(
     return _run(x, weight, bias, eps, residual, dropout_seed, dropout_p, 0.0, False)
 
 
-def run_rms(
+def run_rms_norm(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -341,7 +341,7 @@ def supports(x: Tensor, *rest: object, **options: object) -> str | None:
     return _supports("x", x, MAX_COLUMNS)
 
 
-supports_rms = supports
+supports_rms_norm = supports
 
 
 def supports_backward(grad: Tensor, x: Tensor, *rest: object, **options: object) -> str | None:

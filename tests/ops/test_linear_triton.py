@@ -230,17 +230,17 @@ def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm_kind", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_all_that_follows(dtype: torch.dtype, norm_kind: str) -> None:
-    for layout in ("linear", "conv1d"):
-        x, weights = _tensor(2, 9, 40, dtype=dtype), _weights(40, 32, 64, 9, dtype=dtype, layout=layout)
-        biases = [_tensor(w.shape[layout == "conv1d"], dtype=dtype) for w in weights]
-        residual, vector = _tensor(2, 9, 105, dtype=dtype), _tensor(105, dtype=dtype)
-        options: dict[str, Any] = {"weight_layout": layout, "dropout_p": 0.3}
-        _check_both_ways(x, weights, biases, residual, **options)
-        norm_bias = vector + 1 if norm_kind == "layer_norm" else None
-        arguments = (x, weights, [], residual, vector, norm_bias)
-        options["norm_kind"] = norm_kind
-        _check_both_ways(*arguments, activation="silu", **options)
-        _check_both_ways(*arguments, activation="silu", recompute=True, **options)
+    layout = "linear" if norm_kind == "layer_norm" else "conv1d"
+    x, weights = _tensor(2, 5, 24, dtype=dtype), _weights(24, 32, 32, 9, dtype=dtype, layout=layout)
+    biases = [_tensor(w.shape[layout == "conv1d"], dtype=dtype) for w in weights]
+    residual, vector = _tensor(2, 5, 73, dtype=dtype), _tensor(73, dtype=dtype)
+    options: dict[str, Any] = {"weight_layout": layout, "dropout_p": 0.3}
+    _check_both_ways(x, weights, biases, residual, **options)
+    norm_bias = vector + 1 if norm_kind == "layer_norm" else None
+    arguments = (x, weights, [], residual, vector, norm_bias)
+    options["norm_kind"] = norm_kind
+    _check_both_ways(*arguments, activation="silu", **options)
+    _check_both_ways(*arguments, activation="silu", recompute=True, **options)
 
 
 def test_slopes_far_from_zero() -> None:

@@ -63,6 +63,16 @@ def normalise(values, column_mask, columns, eps, RMS: tl.constexpr):
 
 
 @triton.jit
+def norm_gradient(grad, normal, factor, columns, RMS: tl.constexpr):
+    """The gradient of what was normalised, for that of the normalised rows: the first formula above."""
+    along = tl.sum(grad * normal, axis=1) / columns
+    dtotal = grad - normal * along[:, None]
+    if not RMS:
+        dtotal -= (tl.sum(grad, axis=1) / columns)[:, None]
+    return dtotal * factor[:, None]
+
+
+@triton.jit
 def _load_total(
     x_ptr, residual_ptr, row, column, mask, x_stride, residual_stride, seed, least, keep_scale,
     HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, TILE_COLUMNS: tl.constexpr,
@@ -153,11 +163,7 @@ def norm_backward_kernel(
             if HAS_WEIGHT:
                 weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
                 grad *= (weight + weight_offset)[None, :]
-            along = tl.sum(grad * normal, axis=1) / columns
-            dtotal = grad - normal * along[:, None]
-            if not RMS:
-                dtotal -= (tl.sum(grad, axis=1) / columns)[:, None]
-            dtotal *= factor[:, None]
+            dtotal = norm_gradient(grad, normal, factor, columns, RMS)
             place = row[:, None] * columns + column[None, :]
             if NEED_RESIDUAL:
                 tl.store(dresidual_ptr + place, dtotal.to(dresidual_ptr.dtype.element_ty), mask=mask)

@@ -7,7 +7,7 @@ Triton carries its own assemblers, so a kernel compiles for NVIDIA and AMD devic
 below calls an operation's own launcher; the launch is recorded instead of run and compiled with exactly the
 tile, types and specialisations that it would have had on the device. The table shows registers per thread,
 shared memory, bytes of spilled registers (which should be 0) and the matrix instruction that the assembly
-holds.
+holds. Cases are compiled by several processes (``--jobs``); the last line says how long all took.
 
 Exits with status 1 if a case fails to compile or spills.
 """
@@ -16,28 +16,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bigmodel_kernels import triton_runtime
+from bigmodel_kernels import triton_cases, triton_runtime
 from bigmodel_kernels.ops.attention import triton as attention
-from bigmodel_kernels.ops.embedding import triton as embedding
-from bigmodel_kernels.ops.linear import triton as linear
-from bigmodel_kernels.ops.norm import triton as norm
 
 TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), triton_runtime.AMPERE),
@@ -79,30 +79,6 @@ def _packed_attention(dtype: torch.dtype, head_dim: int) -> None:
     attention.run(q, k, v, softmax_scale=0.1, **lengths)
 
 
-def _linear(dtype: torch.dtype, rows: int, k: int, n: int, layout: str = "linear", **options: Any) -> None:
-    weight = torch.empty(n, k, dtype=dtype) if layout == "linear" else torch.empty(k, n, dtype=dtype)
-    if options.pop("with_residual", False):
-        options["residual"] = torch.empty(rows, n, dtype=dtype)
-    linear.run(
-        torch.empty(rows, k, dtype=dtype),
-        [weight],
-        [torch.empty(n, dtype=dtype)],
-        weight_layout=layout,
-        **options,
-    )
-
-
-def _norm(dtype: torch.dtype, columns: int) -> None:
-    x = torch.empty(4096, columns, dtype=dtype)
-    norm.run(x, x[0], x[0], 1e-5, x)
-
-
-def _embedding(dtype: torch.dtype, columns: int) -> None:
-    ids = torch.empty(8, 512, dtype=torch.int64)
-    table = torch.empty(1024, columns, dtype=dtype)
-    embedding.run(ids, table, ids[:1], table, ids, table, table[0], table[0], 1e-12)
-
-
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 CASES: dict[str, Callable[[], None]] = {
@@ -125,22 +101,7 @@ CASES: dict[str, Callable[[], None]] = {
     "attention fp32 d64": lambda: _attention(_FP32, 512, 64),
     "attention fp32 d128 causal": lambda: _attention(_FP32, 512, 128, is_causal=True),
     "attention fp32 d256": lambda: _attention(_FP32, 512, 256),
-    "linear bf16 4096x768x3072 gelu": lambda: _linear(_BF16, 4096, 768, 3072, activation="gelu"),
-    "linear bf16 4096x3072x768 residual": lambda: _linear(_BF16, 4096, 3072, 768, with_residual=True),
-    "linear bf16 8192x4096x4096 silu": lambda: _linear(_BF16, 8192, 4096, 4096, activation="silu"),
-    "linear fp16 4096x768x3072 conv1d gelu_tanh": lambda: _linear(
-        _FP16, 4096, 768, 3072, "conv1d", activation="gelu_tanh"
-    ),
-    "linear bf16 512x768x768": lambda: _linear(_BF16, 512, 768, 768),
-    "linear bf16 8x768x3072": lambda: _linear(_BF16, 8, 768, 3072),
-    "linear bf16 1000x770x770": lambda: _linear(_BF16, 1000, 770, 770),
-    "linear fp32 4096x768x3072 gelu": lambda: _linear(_FP32, 4096, 768, 3072, activation="gelu"),
-    "norm bf16 384": lambda: _norm(_BF16, 384),
-    "norm bf16 768": lambda: _norm(_BF16, 768),
-    "norm fp32 4096": lambda: _norm(_FP32, 4096),
-    "norm bf16 32768": lambda: _norm(_BF16, 32_768),
-    "embedding bf16 768": lambda: _embedding(_BF16, 768),
-    "embedding fp32 384": lambda: _embedding(_FP32, 384),
+    **triton_cases.CASES,
 }  # fmt: skip
 
 
@@ -169,29 +130,16 @@ class Launch:
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for position, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-                signature[name] = "constexpr"
+            kind, mark = "constexpr", None
+            if not parameter.is_constexpr:
+                kind, mark = native_specialize_impl(BaseBackend, value, False, True, True)
+            signature[name] = kind
+            if kind == "constexpr":
                 constants[name] = value
-                continue
-            if isinstance(value, torch.Tensor):
-                signature[name] = "*" + _TRITON_TYPES[value.dtype]
-                aligned = value.data_ptr() % 16 == 0
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-                aligned = False
-            else:
-                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = value % 16 == 0
-            if aligned:
+            elif mark == "D":
                 attributes[position,] = [["tt.divisibility", 16]]
         options = {name: value for name, value in self.options.items() if name not in names}
         return ASTSource(self.kernel, signature, constants, attributes), options
-
-
-_TRITON_TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
 
 
 @contextmanager
@@ -297,6 +245,16 @@ def _mma(assembly: str) -> str:
     return "-"
 
 
+def _build_quietly(pair: tuple[str, str]) -> list[Result] | str:
+    """:func:`build` for a worker process: what went wrong as text."""
+    case, target = pair
+    torch.set_num_threads(1)
+    try:
+        return build(case, target)
+    except Exception as error:  # a compiler may fail in many ways; every failure is reported at the end
+        return f"{case} on {target}: {type(error).__name__}: {error}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line of this module; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -307,7 +265,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per CPU)")
     chosen = parser.parse_args(arguments)
+    pairs = [(case, target) for case in CASES if chosen.case in case for target in chosen.target or TARGETS]
+    if not pairs:
+        parser.error(f"--case {chosen.case!r} is in none of: {', '.join(CASES)}")
     results: list[Result] = []
     failures: list[str] = []
     columns = "{:44} {:30} {:8} {:>9} {:>8} {:>8} {:>8}  {}"
@@ -317,23 +279,28 @@ def main(arguments: list[str] | None = None) -> int:
                 "case", "kernel", "target", "registers", "shared", "spilled", "seconds", "matrix instruction"
             )
         )
-    for case in CASES:
-        if chosen.case not in case:
-            continue
-        for target in chosen.target or TARGETS:
-            try:
-                built = build(case, target)
-            except (
-                Exception
-            ) as error:  # a compiler may fail in many ways; every failure is reported at the end
-                failures.append(f"{case} on {target}: {type(error).__name__}: {error}")
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        built: Iterable[list[Result] | str] = map(_build_quietly, pairs)
+        if chosen.jobs > 1 and len(pairs) > 1:
+            # Processes of their own: the compilers hold Python's lock, and torch does not like forks.
+            pool = multiprocessing.get_context("spawn").Pool(min(chosen.jobs, len(pairs)))
+            built = stack.enter_context(pool).imap(_build_quietly, pairs)
+        for outcome in built:
+            if isinstance(outcome, str):
+                failures.append(outcome)
                 continue
-            results += built
-            for r in built if not chosen.json else []:
+            results += outcome
+            for r in outcome if not chosen.json else []:
                 fields = r.registers, r.shared_bytes, r.spilled_bytes, r.seconds, r.mma
-                print(columns.format(case, r.kernel, target, *fields), flush=True)
+                print(columns.format(r.case, r.kernel, r.target, *fields), flush=True)
     if chosen.json:
         print(json.dumps([asdict(result) for result in results], indent=1))
+    else:
+        seconds, work = time.perf_counter() - start, sum(r.seconds for r in results)
+        print(
+            f"{len(results)} kernels in {seconds:.0f} s ({work:.0f} s of compiling, {chosen.jobs} processes)"
+        )
     failures += [
         f"{r.kernel} of {r.case} on {r.target}: spills {r.spilled_bytes} bytes"
         for r in results

@@ -4,17 +4,17 @@ A cost model picks at most a handful of candidates, the likeliest first (``ops/l
 first call of a shape on a GPU measures them, which takes a compilation and some hundredths of a second each;
 later calls, in this process and the next, read the result from
 
-    $XDG_CACHE_HOME/bigmodel_kernels/triton_tuning/v1/<device> triton-<version>.json      (~/.cache without it)
+    $XDG_CACHE_HOME/bigmodel_kernels/triton_tuning/v1/<device> triton-<version>.json     (or ~/.cache)
 
-The file is replaced as a whole, so that a reader never sees half of one; a file that cannot be read is ignored
-with a warning. Measuring stops for good when a process has spent BUDGET_SECONDS on it: what is left unmeasured
-runs the cost model's first choice, and is measured by a later process.
+The file is replaced as a whole, so that a reader never sees half of one; a file that cannot be read is
+ignored with a warning. Measuring stops for good when a process has spent BUDGET_SECONDS on it: what is left
+unmeasured runs the cost model's first choice, and is measured by a later process.
 
 Nothing is measured, and the first candidate runs unless the file knows better,
 
 - with ``BIGMODEL_TRITON_TUNE=0``, when the file is not read either;
-- under ``torch.use_deterministic_algorithms``, when the file is not read either: another tile is another order
-  of summation;
+- under ``torch.use_deterministic_algorithms``, when the file is not read either: another tile is
+  another order of summation;
 - while a CUDA graph is captured, in the interpreter, and where the call cannot be repeated.
 """
 
@@ -53,8 +53,8 @@ def choose(
 ) -> T:
     """The candidate to run on the device that holds ``like``; ``candidates`` come likeliest first.
 
-    ``launch(candidate)`` runs the kernel; it is called many times if the choice has to be measured, so it must
-    be ``repeatable``: give the same result again.
+    ``launch(candidate)`` runs the kernel; it is called many times if the choice has to be measured, so it
+    must be ``repeatable``: give the same result again.
     """
     first = candidates[0]
     if (

@@ -52,7 +52,7 @@ def sum_parts(parts: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor
     ``scale``: a float32 scalar on the device.
     """
     count, columns = parts.shape[0], parts[0].numel()
-    # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, so that there are programs enough.
+    # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough.
     tile_parts = min(triton.next_power_of_2(count), 64)
     tile_columns = max(32, 2048 // tile_parts)
     with on_device(out):
@@ -84,7 +84,7 @@ def column_parts_kernel(
 
 
 def column_sums(x: Tensor, out: Tensor) -> Tensor:
-    """``out[:] = x.sum(0)`` in float32, rounded once: x (rows, columns) with contiguous rows, out (columns,)."""
+    """``out[:] = x.sum(0)`` in float32, rounded once: x (rows, columns), rows contiguous, out (columns,)."""
     rows, columns = x.shape
     if rows == 0:
         return out.zero_()

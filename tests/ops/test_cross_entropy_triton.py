@@ -41,7 +41,9 @@ def _case(rows: int, features: int, classes: int, dtype: torch.dtype, ignored: f
     return [x, weight, target, torch.randn(classes, device=DEVICE).to(dtype)]
 
 
-def _check(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, **options: Any) -> None:
+def _check(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, **options: Any
+) -> None:
     """Loss and all gradients, by the numerics rule, and the logsumexp."""
     dtype = x.dtype
 

@@ -112,7 +112,9 @@ def _check_both_ways(
 
     def formula(word: Tensor, position: Any, kinds: Any, weight: Any, bias: Any) -> Tensor:
         if padding_idx >= 0:  # the row as it is, without its gradient
-            word = word.index_copy(0, torch.tensor([padding_idx], device=DEVICE), word[[padding_idx]].detach())
+            word = word.index_copy(
+                0, torch.tensor([padding_idx], device=DEVICE), word[[padding_idx]].detach()
+            )
         y = embedding_formula(ids, word, positions, position, types, kinds, weight, bias, EPS)
         if p:
             keep = philox.keep_elements(torch.tensor(SEED), p, ids.numel(), shape[-1], y.dtype, y.device)
@@ -138,12 +140,14 @@ def test_gradients(dtype: torch.dtype) -> None:
     word, position, kinds = (_table(n, 50, dtype) for n in (70, 30, 2))
     weight, bias = _table(2, 50, dtype)
     ids, positions, types = _ids(70, 3, 30), torch.arange(30, device=DEVICE)[None], _ids(2, 3, 30)
-    _check_both_ways(ids, word, positions, position, types, kinds, weight, bias, p=0.25, padding_idx=int(ids[0, 0]))
+    _check_both_ways(
+        ids, word, positions, position, types, kinds, weight, bias, p=0.25, padding_idx=int(ids[0, 0])
+    )
     _check_both_ways(ids, word, positions, position, None, None, None, None)
 
 
 def test_gradients_of_long_runs() -> None:
-    """One id for more blocks than the second kernel takes at a time; a run that ends a block; columns in tiles."""
+    """One id for more blocks than the second kernel takes at a time; a run that ends a block."""
     long = kernel.BLOCK * 19
     ids = torch.cat([torch.full((long,), 3), torch.full((kernel.BLOCK,), 1), torch.tensor([0, 3, 5, 5])])
     ids = ids.to(DEVICE, torch.int32)

@@ -164,7 +164,9 @@ def test_gradients(
 def test_gradients_without_biases_and_residual() -> None:
     for gated in (False, True):
         tensors = _tensors(torch.float32, "linear", gated, None)
-        _check_both_ways({**tensors, "b_in": None, "b_out": None, "residual": None, "b_gate": None}, activation="gelu")
+        _check_both_ways(
+            {**tensors, "b_in": None, "b_out": None, "residual": None, "b_gate": None}, activation="gelu"
+        )
 
 
 def test_prenorm_is_computed_again() -> None:

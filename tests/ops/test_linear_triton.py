@@ -224,7 +224,9 @@ def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
         weights = _weights(48, 65, dtype=dtype, layout=layout)
         bias = _tensor(65, dtype=dtype)
         options: dict[str, Any] = {"activation": activation, "weight_layout": layout}
-        _check_both_ways(_tensor(17, 48, dtype=dtype), weights, [bias], recompute=layout == "linear", **options)
+        _check_both_ways(
+            _tensor(17, 48, dtype=dtype), weights, [bias], recompute=layout == "linear", **options
+        )
 
 
 @pytest.mark.parametrize("norm_kind", ["layer_norm", "rms_norm"])
@@ -287,7 +289,9 @@ def test_split_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("x_transposed", [False, True])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_descriptors(dtype: torch.dtype, layout: str, x_transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors(
+    dtype: torch.dtype, layout: str, x_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Edges each way, more tiles than programs, either order of both operands, and K split."""
     target = gemm.target_of(_tensor(1))._replace(processors=5)
     monkeypatch.setattr(gemm, "target_of", lambda _: target)

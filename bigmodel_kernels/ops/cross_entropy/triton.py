@@ -18,8 +18,8 @@ For a row of logits, in two passes over it (maximum and sum of exponentials toge
     d    = softmax(logits) - (1 - s) * onehot(target) - s / V
 
 d is not divided by the number of rows, which in float16 would lose the small probabilities: the products'
-epilogues do it. Rows with ignore_index are left out before the first product, which waits for the device once;
-while a CUDA graph is captured they are computed, and count as nothing.
+epilogues do it. Rows with ignore_index are left out before the first product, which waits for the device
+once; while a CUDA graph is captured they are computed, and count as nothing.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def _rows_that_count(target: Tensor, classes: int, ignore_index: int) -> Tensor 
         wrong = target[counting & ((target < 0) | (target >= classes))]
         if wrong.numel():
             raise IndexError(
-                f"target holds {int(wrong[0])}; allowed are 0 to {classes - 1} and ignore_index={ignore_index}"
+                f"target holds {int(wrong[0])}; allowed are 0 to {classes - 1} and "
+                f"ignore_index={ignore_index}"
             )
     return None if rows.numel() == target.numel() else rows
 
@@ -155,7 +156,9 @@ def _work(
     step = min(chunk_rows(classes, x.element_size()), max(rows, 1))
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     logits = torch.empty(step, classes, dtype=torch.float32, device=device)
-    gradient = logits if x.dtype == torch.float32 or not need_gradient else torch.empty_like(logits, dtype=x.dtype)
+    gradient = (
+        logits if x.dtype == torch.float32 or not need_gradient else torch.empty_like(logits, dtype=x.dtype)
+    )
     total = dweight
     if need_weight and len(chunks) > 1 and x.dtype != torch.float32:
         total = torch.empty_like(dweight, dtype=torch.float32)
@@ -189,7 +192,9 @@ def _work(
         sum_parts(bias_sums, dbias, scale)
 
     if counting is not None:
-        losses = torch.zeros(2, x_all.shape[0], dtype=torch.float32, device=device).index_copy_(1, counting, losses)
+        losses = torch.zeros(2, x_all.shape[0], dtype=torch.float32, device=device).index_copy_(
+            1, counting, losses
+        )
         if need_x:
             dx = torch.zeros_like(x_all, memory_format=torch.contiguous_format).index_copy_(0, counting, dx)
     if not need_loss:

@@ -1,4 +1,5 @@
-"""Token embedding in Triton, in one pass: ``dropout(LN(word[id] + position[position_id] + token_type[type_id]))``.
+"""Token embedding in Triton: ``dropout(LN(word[id] + position[position_id] + token_type[type_id]))``, one
+pass.
 
     Devlin et al.: BERT, arXiv 1810.04805, figure 2.
 
@@ -13,15 +14,15 @@ see.
 
 Backward. The rows are gathered and normalised again, and the norm's backward gives the gradient dT of the sum
 (``ops/norm/triton.py``: dweight and dbias end in two stages). A row of a table gets the sum of dT over the
-tokens with its id, bit-identical between runs: ids are sorted (stably), so that the tokens of an id stand side
-by side, and a program sums the runs of equal ids within a block of them::
+tokens with its id, bit-identical between runs: ids are sorted (stably), so that the tokens of an id stand
+side by side, and a program sums the runs of equal ids within a block of them::
 
     sorted ids   3 3 3 5 | 5 5 5 5 | 5 8 9 9       blocks of BLOCK tokens
                  ----- - | ------- | - - ---
-    written to   dT[3]  tail  head   head [8] [9]  tail: the run goes on in the next block; head: it began before
+    written to   dT[3]  tail  head   head [8] [9]  tail: goes on in the next block; head: began before
 
-Within a block the sums are one product with the matrix of "same id". A second kernel adds up each tail and the
-heads that follow it, in order. No atomics.
+Within a block the sums are one product with the matrix of "same id". A second kernel adds up each tail and
+the heads that follow it, in order. No atomics.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def run(
     dropout_p: float = 0.0,
     padding_idx: int = -1,
 ) -> Tensor:
-    """Sum of the embeddings, normalised if ``norm_weight`` is given, with dropout: ids (...) to (..., hidden).
+    """Sum of the embeddings, normalised if ``norm_weight`` is given, dropout: ids (...) to (..., hidden).
 
     Raises IndexError naming the argument and the id if one is outside its table.
     """
@@ -315,9 +316,7 @@ def run(
     out = torch.empty((*input_ids.shape, columns), dtype=word_weight.dtype, device=word_weight.device)
     if out.numel() == 0:
         return out
-    tables = _tables(
-        input_ids, word_weight, position_ids, position_weight, token_type_ids, token_type_weight
-    )
+    tables = _tables(input_ids, word_weight, position_ids, position_weight, token_type_ids, token_type_weight)
     pointers, sizes = _arguments(tables)
     tokens = input_ids.numel()
     tile = row_tile(tokens, columns)
@@ -394,9 +393,7 @@ def run_backward(
             for need, w, r in zip(needs, weights, results, strict=True)
         ]
     columns = word_weight.shape[1]
-    tables = _tables(
-        input_ids, word_weight, position_ids, position_weight, token_type_ids, token_type_weight
-    )
+    tables = _tables(input_ids, word_weight, position_ids, position_weight, token_type_ids, token_type_weight)
     pointers, sizes = _arguments(tables)
     tokens = input_ids.numel()
     grad_rows = as_rows(grad)
@@ -405,10 +402,10 @@ def run_backward(
         triton.cdiv(tokens, tile.tile_rows), target_of(grad).processors * (4 if tile.num_warps <= 4 else 2)
     )
     need_total, need_parameters = any(needs[:3]), any(needs[3:])
-    dtotal = torch.empty(
-        tokens if need_total else 0, columns, dtype=torch.float32, device=grad.device
+    dtotal = torch.empty(tokens if need_total else 0, columns, dtype=torch.float32, device=grad.device)
+    parts = torch.empty(
+        2, programs if need_parameters else 0, columns, dtype=torch.float32, device=grad.device
     )
-    parts = torch.empty(2, programs if need_parameters else 0, columns, dtype=torch.float32, device=grad.device)
     bad_ids = torch.empty(3, dtype=torch.int64, device=grad.device)  # the forward has raised for them
     with on_device(grad):
         embedding_backward_kernel[(programs,)](

@@ -14,8 +14,8 @@
                                    |
     post-norm                      +--> norm
 
-The hidden layer goes through memory once: fusing the two products would need the whole hidden row (4 times the
-model's width) of a tile on chip, and each program would read all of both weights.
+The hidden layer goes through memory once: fusing the two products would need the whole hidden row (4 times
+the model's width) of a tile on chip, and each program would read all of both weights.
 
 Backward, with dY the gradient of the second product (after the norm's and dropout's own)::
 

@@ -30,9 +30,7 @@ from .triton_gemm import ACTIVATIONS, matmul, output_backward
 LAYER_NORM = "layer_norm"
 
 
-def normalise_rows(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
-) -> Tensor:
+def normalise_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     """The norm of this kind."""
     return norm.run(x, weight, bias, eps) if kind == LAYER_NORM else norm.run_rms_norm(x, weight, eps)
 
@@ -47,7 +45,11 @@ def weight_gradient(x: Tensor, dz: Tensor, weight: Tensor, weight_layout: str) -
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if x.shape[0] == 0:
         return out.zero_()
-    return matmul(x.t(), dz, out, split=True) if weight_layout == "conv1d" else matmul(dz.t(), x, out, split=True)
+    return (
+        matmul(x.t(), dz, out, split=True)
+        if weight_layout == "conv1d"
+        else matmul(dz.t(), x, out, split=True)
+    )
 
 
 def input_gradient(parts: Sequence[Tensor], weights: Sequence[Tensor], weight_layout: str) -> Tensor:
@@ -58,7 +60,9 @@ def input_gradient(parts: Sequence[Tensor], weights: Sequence[Tensor], weight_la
     total = torch.empty_like(out, dtype=torch.float32) if halves and len(parts) > 1 else out
     for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         last = i == len(parts) - 1
-        matmul(part, as_product(weight, weight_layout).t(), out if last else total, residual=total if i else None)
+        matmul(
+            part, as_product(weight, weight_layout).t(), out if last else total, residual=total if i else None
+        )
     return out
 
 
@@ -118,7 +122,7 @@ def run(
     norm_kind: str = LAYER_NORM,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """``norm(dropout(activation(x @ concat(weights) + concat(biases))) + residual)``: (..., in) to (..., out)."""
+    """``norm(dropout(activation(x @ W + b)) + residual)``, W and b side by side: (..., in) to (..., out)."""
     out, _ = _forward(
         x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p, save=False
     )
@@ -140,7 +144,7 @@ def run_training(
     norm_kind: str = LAYER_NORM,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, what the activation was given and what the norm was given; empty (0,) where there is none."""
+    """The result, what the activation was given and what the norm was given; (0,) where there is none."""
     out, saved = _forward(
         x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p, activation != "none"
     )
@@ -196,9 +200,7 @@ def run_backward(
     dz = norm.as_rows(grad)
     x_rows = x.reshape(dz.shape[0], x.shape[-1])
     if activation != "none" and preactivation is None:
-        _, preactivation = _forward(
-            x, weights, biases, None, None, weight_layout, activation, 0.0, save=True
-        )
+        _, preactivation = _forward(x, weights, biases, None, None, weight_layout, activation, 0.0, save=True)
     if activation != "none" or dropout_seed is not None:
         saved = None if preactivation is None or activation == "none" else norm.as_rows(preactivation)
         dz = output_backward(dz, saved, activation, dropout_seed, norm.dropout_arguments(dropout_p))

@@ -79,7 +79,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    """The logistic function and its derivative; neither overflows, and 1 minus the function does not cancel."""
+    """The logistic function and its derivative; neither overflows, nor does 1 minus the function cancel."""
     small = tl.exp(-tl.abs(x))
     near_one = 1.0 / (1.0 + small)
     return tl.where(x < 0.0, small * near_one, near_one), small * near_one * near_one
@@ -128,7 +128,7 @@ def _product(
     DESCRIPTORS: tl.constexpr, X_TRANSPOSED: tl.constexpr, W_TRANSPOSED: tl.constexpr, GATED: tl.constexpr,
     EVEN_K: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """x @ W and, if GATED, x @ gate (otherwise zeros that nobody reads) for one tile, over k_begin to k_end."""
+    """x @ W and, if GATED, x @ gate (otherwise zeros that nobody reads), for one tile and part of K."""
     total = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     gate_total = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     # "ieee" below: float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
@@ -165,7 +165,7 @@ def _product(
                 w = tl.load(w_tile, mask=depth[:, None] < k_end - k, other=0.0)
             total = tl.dot(x, w, total, input_precision="ieee")
             if GATED:
-                if EVEN_K:  # noqa: SIM108, a branch at compile time
+                if EVEN_K:
                     gate = tl.load(gate_tile)
                 else:
                     gate = tl.load(gate_tile, mask=depth[:, None] < k_end - k, other=0.0)
@@ -215,7 +215,7 @@ def _linear_tile(
         tl.store(saved_ptr + place, total.to(saved_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(gate_saved_ptr + place, gate.to(saved_ptr.dtype.element_ty), mask=mask)
-    if GATED:  # noqa: SIM108, a branch at compile time
+    if GATED:
         total *= activate(gate, ACTIVATION)
     else:
         total = activate(total, ACTIVATION)
@@ -377,13 +377,14 @@ def gemm_tiles(
     descriptors: bool = False,
     split: bool = False,
 ) -> list[GemmTile]:
-    """Up to ``MAX_CANDIDATES`` tiles for an (M, K) by (K, N) product, the one with the least modelled time first.
+    """Up to ``MAX_CANDIDATES`` tiles for an (M, K) by (K, N) product, that with the least modelled time
+    first.
 
-    Time is counted in the multiply-adds a processor does meanwhile. A wave is one tile on every processor. For
-    each step of K a tile costs its multiplications plus the operands it loads,
-    ``tile_m * tile_n + 48 * (tile_m + tile_n)``: 48 is about the ratio of arithmetic to L2 bandwidth, in
-    multiplications per element, of the devices the kernels are for. The last, partly filled wave costs a whole
-    one. Splitting K costs a write and a read of each float32 part, and a launch.
+    Time is counted in the multiply-adds a processor does meanwhile. A wave is one tile on every processor.
+    For each step of K a tile costs its multiplications plus the operands it loads, ``tile_m * tile_n + 48 *
+    (tile_m + tile_n)``: 48 is about the ratio of arithmetic to L2 bandwidth, in multiplications per element,
+    of the devices the kernels are for. The last, partly filled wave costs a whole one. Splitting K costs a
+    write and a read of each float32 part, and a launch.
 
     ``products``: accumulators (2 for a gate). ``heavy``: the epilogue needs registers of its own (erf, a
     residual). ``aligned``: rows start at multiples of 16 bytes, so that loads are vectors. ``descriptors``:
@@ -442,7 +443,7 @@ def _is_aligned(matrix: Tensor) -> bool:
 
 
 def _bucket(rows: int) -> int:
-    """The least number not below ``rows`` with three significant bits: numbers of tokens are tuned in buckets."""
+    """The least number not below ``rows`` with three significant bits: tokens are tuned in buckets."""
     step = 1 << max(0, rows.bit_length() - 3)
     return triton.cdiv(rows, step) * step
 
@@ -466,7 +467,9 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> tuple[TensorDescript
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns]), transposed
 
 
-def _operands(x: Tensor, weights: tuple[Tensor | None, ...], tile: GemmTile) -> tuple[list[Any], dict[str, bool]]:
+def _operands(
+    x: Tensor, weights: tuple[Tensor | None, ...], tile: GemmTile
+) -> tuple[list[Any], dict[str, bool]]:
     """What a kernel gets for x (M, K) and for each of weights (K, N), and the constants that say how."""
     if not tile.descriptors:
         return [x, *weights], {"DESCRIPTORS": False, "X_TRANSPOSED": False, "W_TRANSPOSED": False}
@@ -533,11 +536,11 @@ def matmul(
 ) -> Tensor:
     """``out[:] = dropout(activation(scale * x @ weight + bias)) + residual`` on matrices of any strides.
 
-    x (M, K), weight (K, N), out, residual, saved and gate_saved (M, N) with contiguous rows, the last two with
-    the same; ``saved`` gets what the activation is given. With ``gate`` (K, N) the activation is of
-    ``x @ gate + gate_bias``, and multiplies the other product. residual may be out itself. ``dropout``: the
-    least Philox word that is kept and what kept elements are multiplied by; ``first_column``, a multiple of
-    32: the number of out's first column in the matrix that is dropped from. ``scale``: a float32 scalar on the
+    x (M, K), weight (K, N), out, residual, saved and gate_saved (M, N) with contiguous rows, the last two
+    with the same; ``saved`` gets what the activation is given. With ``gate`` (K, N) the activation is of ``x
+    @ gate + gate_bias``, and multiplies the other product. residual may be out itself. ``dropout``: the least
+    Philox word that is kept and what kept elements are multiplied by; ``first_column``, a multiple of 32: the
+    number of out's first column in the matrix that is dropped from. ``scale``: a float32 scalar on the
     device. ``split``: K may be split over programs, where nothing follows the product but the scale.
     """
     M, K = x.shape
@@ -577,7 +580,9 @@ def matmul(
 
     heavy = activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None
     launch(
-        _choose("linear", x, (weight, gate), N, launch, heavy=heavy, split=split, repeatable=residual is not out)
+        _choose(
+            "linear", x, (weight, gate), N, launch, heavy=heavy, split=split, repeatable=residual is not out
+        )
     )
     return out
 

@@ -310,7 +310,9 @@ def run_backward(
     rows = x_rows.shape[0]
     tile = backward_row_tile(rows, columns)
     # Two to four programs per processor hide each other's latency; more would only lengthen the second stage.
-    programs = min(triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (4 if tile.num_warps <= 4 else 2))
+    programs = min(
+        triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (4 if tile.num_warps <= 4 else 2)
+    )
     parts = torch.empty(need_weight + need_bias, programs, columns, dtype=torch.float32, device=x.device)
     least, keep_scale = dropout_arguments(dropout_p)
     with on_device(x):

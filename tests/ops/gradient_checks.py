@@ -29,11 +29,11 @@ def check_against_formula(
     upstream: Tensor,
     results: Mapping[str, Tensor],
 ) -> None:
-    """``results``: "out" and the gradients of ``tensors``, empty (0,) for those that are None."""
+    """``results``: "out" and gradients of ``tensors``, all or some; empty (0,) for those that are None."""
     dtype = upstream.dtype
     exact = gradients(formula, tensors, upstream, torch.float64)
     eager: dict[str, Any] = gradients(formula, tensors, upstream, dtype)
-    assert set(results) == set(exact)
+    assert set(results) <= set(exact)
     for name, ours in results.items():
         expected = exact[name]
         if expected is None:

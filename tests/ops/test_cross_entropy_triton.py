@@ -63,7 +63,12 @@ def _check(
         again, sums, *grads = kernel.run_training(*arguments, reduction=reduction, needs=needs, **options)
         assert torch.equal(again, loss) and torch.equal(sums, logsumexp)
     assert loss.dtype == logsumexp.dtype == torch.float32
-    results = {"out": loss.to(dtype), **dict(zip(("x", "weight", "bias"), grads, strict=True))}
+    results = dict(zip(("x", "weight", "bias"), grads, strict=True))
+    if reduction == "none":
+        results["out"] = loss.to(dtype)
+    else:  # one number, to which eager may happen to be as near as it likes
+        exact = formula(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=1e-6)
     check_against_formula(formula, {"x": x, "weight": weight, "bias": bias}, upstream, results)
     logits = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     exact = torch.where(target == options.get("ignore_index", -100), 0.0, logits.logsumexp(1))
@@ -80,10 +85,11 @@ def test_reductions_and_chunks(reduction: str, dtype: torch.dtype, monkeypatch: 
     _check(*_case(13, 24, 40, dtype, ignored=0.0)[:3], None, reduction)
 
 
-@pytest.mark.parametrize("classes", [1, 33, 4100])
-def test_classes(classes: int) -> None:
+@pytest.mark.parametrize("classes", [1, 33, 150])
+def test_classes(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also rows of logits longer than a tile."""
-    _check(*_case(2, 8, classes, torch.float32), "sum", label_smoothing=0.1)
+    monkeypatch.setattr(kernel, "TILE", 64)
+    _check(*_case(8, 16, classes, torch.float32), "none", label_smoothing=0.1)
 
 
 def test_strides_and_another_ignore_index() -> None:

@@ -37,6 +37,8 @@ from ..reduce_triton import column_sums, sum_parts
 
 CHUNK_BYTES = 256 << 20
 """Bytes of logits and of their gradient at a time."""
+TILE = 4096
+"""Logits of a row that a program holds at a time."""
 LEAST_ROWS = 128
 """Each chunk reads all of the weight: fewer rows would wait for memory."""
 
@@ -174,7 +176,7 @@ def _work(
                 losses[0, chunk], losses[1, chunk], gradient,
                 classes, ignore_index, label_smoothing,
                 SMOOTHED=label_smoothing > 0, HAS_UPSTREAM=upstream is not None, NEED_LOSS=need_loss,
-                NEED_GRADIENT=need_gradient, TILE=min(4096, max(32, triton.next_power_of_2(classes))),
+                NEED_GRADIENT=need_gradient, TILE=min(TILE, max(32, triton.next_power_of_2(classes))),
                 num_warps=8 if classes > 1024 else 4, enable_fp_fusion=True,
             )  # fmt: skip
         d = gradient[:size]

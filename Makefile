@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build lint format bench verify clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench verify clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -36,6 +36,10 @@ emulate: $(VENV)/.dev
 
 cuda-build: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python csrc/build.py cuda
+
+# Every Triton kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU; fails if one does not compile or spills registers.
+triton-build: $(VENV)/.dev
+	$(BIN)/python -m bigmodel_kernels.triton_build
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 FILES = (
     "philox", "attention", "attention_backward", "attention_decode", "rotary",
-    "linear", "feed_forward", "norm", "embedding",
+    "linear", "feed_forward", "norm", "embedding", "cross_entropy",
 )  # fmt: skip
 
 

@@ -392,7 +392,8 @@ def gemm_tiles(
     """
     half = itemsize < 4
     # The largest accumulators fill the registers: they need the warpgroups' matrix unit and a light epilogue.
-    limit = 128 if target.warpgroups and not heavy else 64
+    # float32 has no matrix unit, and its operands are in registers too.
+    limit = 32 if not half else 128 if target.warpgroups and not heavy else 64
     # In multiply-adds: a byte through memory (at 15 bytes per clock and processor), and a launch (3 us).
     byte, launch = (270.0, 2e7) if half else (8.0, 6e5)
     found: list[tuple[float, GemmTile]] = []

@@ -42,6 +42,8 @@ def plan(settings: Settings, seeds: Sequence[int]) -> dict[str, Settings]:
             seed=seed,
             threads=number,
             dropout=0.0,
+            fused_loss=settings.fused_loss and implementation == "patched",
+            recompute=settings.recompute and implementation == "patched",
             output=str(settings.folder / name),
         )
 

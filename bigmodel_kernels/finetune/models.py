@@ -253,7 +253,9 @@ def add_lora(model: Any, rank: int) -> Any:
 
 def patch(model: nn.Module, settings: Settings) -> PatchReport | None:
     """Patches the model if the settings say so."""
-    return bk.patch(model) if settings.implementation == "patched" else None
+    if settings.implementation != "patched":
+        return None
+    return bk.patch(model, fused_loss=settings.fused_loss, recompute=settings.recompute)
 
 
 def count(model: nn.Module) -> dict[str, int]:

@@ -39,6 +39,8 @@ class Settings:
     vocabulary: int = _option(8000, "Of a small-... model, whose tokenizer is trained on the data.")
 
     implementation: str = _option("patched", "patched, eager or sdpa.")
+    fused_loss: bool = _option(False, "Patched: the loss of a language model without its logits.")
+    recompute: bool = _option(False, "Patched: make the hidden layers of feed-forward again in the backward.")
     steps: int | None = _option(None, "Optimizer steps; before epochs.")
     epochs: float | None = _option(None, "Passes over the data.")
     batch_size: int = _option(16, "Examples in a micro-batch.")
@@ -85,6 +87,11 @@ class Settings:
             raise ValueError(
                 f"implementation={self.implementation!r} is unknown; allowed are {', '.join(IMPLEMENTATIONS)}"
             )
+        for name in ("fused_loss", "recompute"):
+            if getattr(self, name) and self.implementation != "patched":
+                raise ValueError(
+                    f"{name}=True; it needs implementation='patched', not {self.implementation!r}"
+                )
         if self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} is no multiple of heads={self.heads}")
         if self.vocabulary < 300:

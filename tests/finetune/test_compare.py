@@ -28,6 +28,8 @@ def test_the_plan_changes_what_is_compared_and_nothing_else(tiny: Tiny) -> None:
     assert replace(patched, implementation="eager", output=eager.output) == eager
     assert replace(runs["eager-3-threads-2"], threads=1, output=eager.output) == eager
     assert plan(tiny(threads=4), [0])["eager-0-threads-1"].threads == 1
+    ours = plan(tiny(fused_loss=True, recompute=True), [0])
+    assert {name for name, run in ours.items() if run.fused_loss and run.recompute} == {"patched-0"}
 
 
 def test_comparison(tiny: Tiny) -> None:

@@ -78,6 +78,15 @@ def test_patched_learns_as_eager_does(tiny: Tiny) -> None:
     assert sdpa == pytest.approx(eager, abs=1e-5)
 
 
+@pytest.mark.parametrize(("task", "model"), [("language-model", "small-gpt2"), ("masked-lm", "small-bert")])
+def test_a_fused_loss_and_recomputation_are_the_same_training(tiny: Tiny, task: str, model: str) -> None:
+    changes: dict[str, Any] = {"task": task, "model": model, "columns": ("text=review",), "dropout": 0.0}
+    plain = finetune(tiny("plain", **changes))
+    fused = finetune(tiny("fused", **changes, fused_loss=True, recompute=True))
+    assert fused.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert fused.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "patched"])
 def test_autocast_learns_the_same_to_bfloat16(tiny: Tiny, implementation: str) -> None:
     plain = finetune(tiny("plain", implementation=implementation, dropout=0.0)).losses
@@ -265,6 +274,10 @@ def test_the_learning_rate_rises_and_falls(warmup: float) -> None:
         ({"columns": ("text",)}, "columns='text'; it must be OURS=THEIRS"),
         ({"vocabulary": 10}, "vocabulary=10; it must be 300 or more"),
         ({"lora": -1}, "lora=-1; it must not be negative"),
+        (
+            {"fused_loss": True, "implementation": "sdpa"},
+            "fused_loss=True; it needs implementation='patched'",
+        ),
         ({"output": ""}, "output=''"),
     ],
 )

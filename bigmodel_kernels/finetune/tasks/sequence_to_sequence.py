@@ -76,7 +76,7 @@ class Translation(SequenceToSequence):
 
     name = "translation"
     summary = "A text in another language; by default messages of programs, from gettext catalogues."
-    defaults: ClassVar = {"model": "small-t5", "max_length": 64, "lr": 1e-3, "epochs": 3.0}
+    defaults: ClassVar = {"model": "small-t5", "max_length": 64, "lr": 3e-3, "epochs": 3.0}
     main_metric = "bleu"
 
     def own_records(self) -> list[Record]:
@@ -97,7 +97,7 @@ class Summarisation(SequenceToSequence):
 
     name = "summarisation"
     summary = "A short text from a long one; by default what a Python function does, from its code."
-    defaults: ClassVar = {"model": "small-t5", "max_length": 256, "lr": 1e-3, "epochs": 5.0}
+    defaults: ClassVar = {"model": "small-t5", "max_length": 256, "lr": 3e-3, "epochs": 5.0}
     main_metric = "rougeL"
 
     def own_records(self) -> list[Record]:

@@ -22,8 +22,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ["activations", "attention", "embedding", "feed_forward", "linear", "norm", "philox"]
-BACKWARD = ["feed_forward", "linear"]  # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
+KERNELS = [
+    "activations",
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "feed_forward",
+    "linear",
+    "norm",
+    "philox",
+]
+BACKWARD = ["embedding", "feed_forward", "linear", "norm"]  # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -25,7 +25,7 @@ struct Runtime {
 // One slot per use that may be alive at the same time on one thread.
 enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
                          scratch_scores, scratch_output, scratch_statistics, scratch_keep,
-                         scratch_gate, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias,
+                         scratch_gate, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias, scratch_logits,
                          scratch_slots };
 
 // A packed weight: this header, then panels of `panel` columns, each [k][panel] (see gemm/gemm.h).
@@ -151,13 +151,25 @@ struct FeedForwardBackwardArgs {
   void *x_grad, *w_in_grad, *b_in_grad, *w_out_grad, *b_out_grad, *residual_grad, *norm_weight_grad, *norm_bias_grad, *w_gate_grad, *b_gate_grad;
 };
 
-struct LayerNormArgs {
+struct LayerNormArgs {     // out = norm(dropout(x) + residual), layer norm or RMS norm
   Dtype dtype;
   int64_t rows, columns;
   const void* x;
   const void* residual;    // or null
   NormArgs norm;
   void* out;
+  Dropout dropout;
+};
+
+struct NormBackwardArgs {
+  Dtype dtype;
+  int64_t rows, columns;
+  const void* grad;
+  const void* x;
+  const void* residual;    // or null
+  NormArgs norm;
+  Dropout dropout;
+  void *x_grad, *residual_grad, *weight_grad, *bias_grad;
 };
 
 struct EmbeddingArgs {
@@ -168,6 +180,47 @@ struct EmbeddingArgs {
   bool has_norm;
   NormArgs norm;
   void* out;               // (tokens, hidden)
+  Dropout dropout;         // after the norm
+};
+
+struct EmbeddingGroups {   // the tokens of a table by their id
+  int64_t count;           // ids that occur and get a gradient
+  const int64_t* id;       // (count,), ascending
+  const int64_t* start;    // (count + 1,): where an id's tokens begin in `order`
+  const int64_t* order;    // numbers of tokens; ascending within an id
+};
+
+struct EmbeddingBackwardArgs {
+  Dtype dtype;
+  int64_t tokens, hidden;
+  const void* grad;        // (tokens, hidden)
+  const int64_t* ids[3];   // as in EmbeddingArgs; looked at only with a norm
+  const void* tables[3];
+  bool has_norm;
+  NormArgs norm;
+  Dropout dropout;
+  EmbeddingGroups groups[3];
+  void* table_grad[3];     // zero when handed over
+  void *norm_weight_grad, *norm_bias_grad;
+};
+
+struct CrossEntropyArgs {
+  Dtype dtype;
+  int64_t rows, k, classes;
+  const void* x;           // (all rows, k)
+  const void* weight;      // (classes, k)
+  const void* bias;        // (classes,) or null
+  const int64_t* target;   // (all rows,)
+  const int64_t* row;      // (rows,): the numbers of the rows that count
+  float smoothing;
+  // The forward pass: both (all rows,), or null when logsumexp is given.
+  float* loss;
+  float* logsumexp;
+  // The gradients of the sum over rows of row_scale (null: scale) * loss.
+  const float* given_logsumexp;   // (all rows,) or null
+  const float* row_scale;         // (all rows,) or null
+  float scale;
+  void *x_grad, *weight_grad, *bias_grad;   // x_grad is zero when handed over: rows that do not count stay so
 };
 
 struct AttentionArgs {
@@ -206,7 +259,10 @@ struct KernelTable {
   void (*linear_backward)(const Runtime&, const LinearBackwardArgs&);
   void (*feed_forward_backward)(const Runtime&, const FeedForwardBackwardArgs&);
   void (*layer_norm)(const Runtime&, const LayerNormArgs&);
+  void (*norm_backward)(const Runtime&, const NormBackwardArgs&);
   void (*embedding)(const Runtime&, const EmbeddingArgs&);
+  void (*embedding_backward)(const Runtime&, const EmbeddingBackwardArgs&);
+  void (*cross_entropy)(const Runtime&, const CrossEntropyArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
   void (*philox_block)(const PhiloxArgs&);
 };

@@ -347,15 +347,27 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
   return out;
 }
 
-Tensor cpu_layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor residual) {
+Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
+               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
   const ScalarType dtype = x.scalar_type();
   Tensor out = empty_rows_like(x, n);
   const LayerNormArgs args = {dtype_of(x, "x"), rows, n, x.const_data_ptr(), data_of(residual, "residual", dtype, rows * n),
-                              norm_args(weight, bias, eps, dtype, n), out.mutable_data_ptr()};
+                              norm_args(weight, bias, eps, dtype, n, kind, weight_offset), out.mutable_data_ptr(),
+                              dropout_of(dropout_seed, dropout_p)};
   if (rows > 0) kernels().layer_norm(runtime(), args);
   return out;
+}
+
+Tensor cpu_layer_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, double eps, OptionalTensor residual, OptionalTensor dropout_seed,
+                      double dropout_p) {
+  return norm_op(NormKind::layer_norm, x, weight, bias, eps, residual, dropout_seed, dropout_p, 0.0);
+}
+
+Tensor cpu_rms_norm(Tensor x, OptionalTensor weight, double eps, OptionalTensor residual, OptionalTensor dropout_seed, double dropout_p,
+                    double weight_offset) {
+  return norm_op(NormKind::rms_norm, x, weight, {}, eps, residual, dropout_seed, dropout_p, weight_offset);
 }
 
 // Ids as int64 and in range; the index of the first that is not is named.
@@ -370,29 +382,39 @@ const int64_t* ids_of(const OptionalTensor& ids, const char* name, const Optiona
   return data;
 }
 
-Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor position_ids, OptionalTensor position_weight,
-                     OptionalTensor token_type_ids, OptionalTensor token_type_weight, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                     double norm_eps) {
-  STD_TORCH_CHECK(word_weight.dim() == 2, "word_weight: shape ", shape_of(word_weight), " must have two dimensions");
-  const int64_t tokens = input_ids.numel(), hidden = word_weight.size(1);
-  const ScalarType dtype = word_weight.scalar_type();
-  EmbeddingArgs args = {dtype_of(word_weight, "word_weight"), tokens, hidden, {}, {}, norm_weight.has_value(),
-                        norm_args(norm_weight, norm_bias, norm_eps, dtype, hidden), nullptr};
-  const OptionalTensor ids[3] = {input_ids, position_ids, token_type_ids}, tables[3] = {word_weight, position_weight, token_type_weight};
+void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tables)[3], const int64_t* (&id_data)[3], const void* (&table_data)[3]) {
+  const Tensor& word = *tables[0];
+  STD_TORCH_CHECK(word.dim() == 2, "word_weight: shape ", shape_of(word), " must have two dimensions");
+  const int64_t tokens = ids[0]->numel(), hidden = word.size(1);
   const char* id_names[3] = {"input_ids", "position_ids", "token_type_ids"};
   const char* table_names[3] = {"word_weight", "position_weight", "token_type_weight"};
   for (int t = 0; t < 3; t++) {
     if (tables[t]) {
       STD_TORCH_CHECK(tables[t]->dim() == 2 && tables[t]->size(1) == hidden, table_names[t], ": shape ", shape_of(*tables[t]), " must be (rows, ", hidden, ")");
-      args.tables[t] = data_of(*tables[t], table_names[t], dtype, tables[t]->size(0) * hidden);
+      table_data[t] = data_of(*tables[t], table_names[t], word.scalar_type(), tables[t]->size(0) * hidden);
     }
-    args.ids[t] = ids_of(ids[t], id_names[t], tables[t], tokens);
+    id_data[t] = ids_of(ids[t], id_names[t], tables[t], tokens);
   }
+}
+
+Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor position_ids, OptionalTensor position_weight,
+                     OptionalTensor token_type_ids, OptionalTensor token_type_weight, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                     double norm_eps, OptionalTensor dropout_seed, double dropout_p) {
+  EmbeddingArgs args = {};
+  embedding_tables({input_ids, position_ids, token_type_ids}, {word_weight, position_weight, token_type_weight}, args.ids, args.tables);
+  const int64_t hidden = word_weight.size(1);
+  const ScalarType dtype = word_weight.scalar_type();
+  args.dtype = dtype_of(word_weight, "word_weight");
+  args.tokens = input_ids.numel();
+  args.hidden = hidden;
+  args.has_norm = norm_weight.has_value();
+  args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, hidden);
+  args.dropout = dropout_of(dropout_seed, dropout_p);
   std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
   shape.push_back(hidden);
   Tensor out = empty_result(shape, dtype);
   args.out = out.mutable_data_ptr();
-  if (tokens > 0 && hidden > 0) kernels().embedding(runtime(), args);
+  if (args.tokens > 0 && hidden > 0) kernels().embedding(runtime(), args);
   return out;
 }
 
@@ -409,9 +431,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_feed_forward(Tensor x, Tensor packed_in, Tensor? b_in, Tensor packed_out, Tensor? b_out, str activation, Tensor? residual, "
         "str norm_position, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor? packed_gate=None, Tensor? b_gate=None, "
         "Tensor? dropout_seed=None, *, str norm_kind='layer_norm', float dropout_p=0.0) -> Tensor");
-  m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual) -> Tensor");
+  m.def("cpu_layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual, Tensor? dropout_seed=None, *, "
+        "float dropout_p=0.0) -> Tensor");
+  m.def("cpu_rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual=None, Tensor? dropout_seed=None, *, float dropout_p=0.0, "
+        "float weight_offset=0.0) -> Tensor");
   m.def("cpu_embedding(Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, Tensor? token_type_ids, "
-        "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+        "Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor? dropout_seed=None, *, "
+        "float dropout_p=0.0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
@@ -420,6 +446,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&bigmodel::cpu_linear));
   m.impl("cpu_feed_forward", TORCH_BOX(&bigmodel::cpu_feed_forward));
   m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));
+  m.impl("cpu_rms_norm", TORCH_BOX(&bigmodel::cpu_rms_norm));
   m.impl("cpu_embedding", TORCH_BOX(&bigmodel::cpu_embedding));
 }
 

@@ -1,13 +1,16 @@
-// The training ops of linear and feed_forward as torch sees them. Their arguments are those of the public operators' schemas
+// The training ops and gradients of all operators but attention, and linear_cross_entropy, as torch sees them. Their arguments are those of the public operators' schemas
 // (bigmodel::linear_training and so on), with these differences:
 //
 //   weights      in a *_training op each may be the layer's own weight or, where it does not change between calls, what cpu_pack_weight
 //                made of it (for linear: of all of them, as the only element). A weight as it lies is packed into scratch memory for the
 //                call: one that an optimizer changes with every step gains nothing from a kept copy. Backward ops take weights as they lie.
 //   results      a result that is not there or not wanted is an empty tensor
-//   saved        preactivation, gate_preactivation and prenorm may be None or empty: the forward pass is then run again for them
+//   saved        preactivation, gate_preactivation and prenorm may be None or empty: the forward pass is then run again for them.
+//                feed_forward_training with recompute keeps prenorm alone
+//   residual     in a backward op needed only where prenorm is to be computed again; its gradient is made whenever it is asked for
 //
 // Shapes are checked against each other before any pointer is followed.
+#include <algorithm>
 #include <cstring>
 
 #include "registration.h"
@@ -163,7 +166,7 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
   Gradients result(needs, 4 + weights.size() + biases.size(), dtype);
   std::vector<void*> weight_grad, bias_grad;
   args.x_grad = result.next(shape_vector(x));
-  args.residual_grad = result.next(shape_vector(grad), residual.has_value());
+  args.residual_grad = result.next(shape_vector(grad));  // residual itself may be left out: what it would be read for was saved
   args.norm_weight_grad = result.next({n}, norm_weight.has_value());
   args.norm_bias_grad = result.next({n}, norm_bias.has_value());
   for (const Tensor& w : weights) weight_grad.push_back(result.next(shape_vector(w)));
@@ -211,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
   Tensor out = empty_rows_like(x, n);
   Tensor preactivation = recompute ? nothing(dtype) : empty_rows_like(x, inner);
   Tensor gate_preactivation = recompute || !gate ? nothing(dtype) : empty_rows_like(x, inner);
-  Tensor prenorm = recompute || position != NormPosition::post ? nothing(dtype) : empty_rows_like(x, n);
+  Tensor prenorm = position == NormPosition::post ? empty_rows_like(x, n) : nothing(dtype);  // costs no more than residual, which it stands for
   auto data = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
   const FeedForwardArgs args = {type, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, inner), &second,
                                 data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
@@ -260,7 +263,7 @@ std::vector<Tensor> cpu_feed_forward_backward(
   args.b_in_grad = result.next({inner}, b_in.has_value());
   args.w_out_grad = result.next(shape_vector(w_out));
   args.b_out_grad = result.next({n}, b_out.has_value());
-  args.residual_grad = result.next(shape_vector(grad), residual.has_value());
+  args.residual_grad = result.next(shape_vector(grad));  // residual itself may be left out: what it would be read for was saved
   args.norm_weight_grad = result.next({pre ? in.k : n}, normed && norm_weight.has_value());
   args.norm_bias_grad = result.next({pre ? in.k : n}, normed && norm_bias.has_value());
   args.w_gate_grad = result.next(w_gate ? shape_vector(*w_gate) : std::vector<int64_t>{0}, w_gate.has_value());
@@ -293,6 +296,205 @@ std::vector<Tensor> cpu_feed_forward_backward(
   return result.tensors;
 }
 
+// ---- norms ----
+
+std::vector<Tensor> cpu_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+                                      OptionalTensor dropout_seed, std::string kind, double eps, double dropout_p, double weight_offset,
+                                      std::vector<bool> needs) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
+  const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
+  const ScalarType dtype = x.scalar_type();
+  NormBackwardArgs args = {dtype_of(x, "x"), rows, n, data_of(grad, "grad", dtype, rows * n), x.const_data_ptr(),
+                           data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind), weight_offset),
+                           dropout_of(dropout_seed, dropout_p), nullptr, nullptr, nullptr, nullptr};
+  Gradients result(needs, 4, dtype);
+  args.x_grad = result.next(shape_vector(x));
+  args.residual_grad = result.next(shape_vector(x), residual.has_value());
+  args.weight_grad = result.next({n}, weight.has_value());
+  args.bias_grad = result.next({n}, bias.has_value());
+  if (rows == 0) return result.zeros();
+  kernels().norm_backward(runtime(), args);
+  return result.tensors;
+}
+
+// ---- embedding ----
+
+namespace {
+
+void fill_zero(Tensor& tensor) {
+  const int64_t bytes = tensor.numel() * (tensor.scalar_type() == ScalarType::Float ? 4 : 2), part = int64_t(1) << 20;
+  struct Memory { char* data; int64_t bytes, part; } memory = {static_cast<char*>(tensor.mutable_data_ptr()), bytes, part};
+  const Runtime lent = runtime();
+  lent.run(lent, (bytes + part - 1) / part, [](void* context, int64_t task) {
+    const auto& m = *static_cast<Memory*>(context);
+    std::memset(m.data + task * m.part, 0, size_t(std::min(m.part, m.bytes - task * m.part)));
+  }, &memory);
+}
+
+// The tokens by their id: a counting sort, stable, without the id `skip`.
+struct Groups {
+  std::vector<int64_t> id, start, order;
+  Groups(const int64_t* ids, int64_t tokens, int64_t table_rows, int64_t skip) {
+    std::vector<int64_t> next(size_t(table_rows) + 1, 0);
+    for (int64_t t = 0; t < tokens; t++)
+      if (ids[t] != skip) next[size_t(ids[t]) + 1]++;
+    for (int64_t row = 0; row < table_rows; row++) {
+      if (next[size_t(row) + 1] > 0) {
+        id.push_back(row);
+        start.push_back(next[size_t(row)]);
+      }
+      next[size_t(row) + 1] += next[size_t(row)];
+    }
+    start.push_back(next.back());
+    order.resize(size_t(next.back()));
+    for (int64_t t = 0; t < tokens; t++)
+      if (ids[t] != skip) order[size_t(next[size_t(ids[t])]++)] = t;
+  }
+  EmbeddingGroups view() const { return {int64_t(id.size()), id.data(), start.data(), order.data()}; }
+};
+
+}  // namespace
+
+std::vector<Tensor> cpu_embedding_backward(Tensor grad, Tensor input_ids, Tensor word_weight, OptionalTensor position_ids,
+                                           OptionalTensor position_weight, OptionalTensor token_type_ids, OptionalTensor token_type_weight,
+                                           OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed, double norm_eps,
+                                           double dropout_p, int64_t padding_idx, std::vector<bool> needs) {
+  EmbeddingBackwardArgs args = {};
+  const OptionalTensor tables[3] = {word_weight, position_weight, token_type_weight};
+  embedding_tables({input_ids, position_ids, token_type_ids}, tables, args.ids, args.tables);
+  const ScalarType dtype = word_weight.scalar_type();
+  args.dtype = dtype_of(word_weight, "word_weight");
+  args.tokens = input_ids.numel();
+  args.hidden = word_weight.size(1);
+  args.grad = data_of(grad, "grad", dtype, args.tokens * args.hidden);
+  args.has_norm = norm_weight.has_value();
+  args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, args.hidden);
+  args.dropout = dropout_of(dropout_seed, dropout_p);
+  Gradients result(needs, 5, dtype);
+  std::optional<Groups> groups[3];
+  for (int t = 0; t < 3; t++) {
+    args.table_grad[t] = result.next(tables[t] ? shape_vector(*tables[t]) : std::vector<int64_t>{0}, tables[t].has_value());
+    if (!args.table_grad[t]) continue;
+    fill_zero(result.tensors.back());
+    groups[t].emplace(args.ids[t], args.tokens, tables[t]->size(0), t == 0 ? padding_idx : -1);
+    args.groups[t] = groups[t]->view();
+  }
+  args.norm_weight_grad = result.next({args.hidden}, norm_weight.has_value());
+  args.norm_bias_grad = result.next({args.hidden}, norm_bias.has_value());
+  if (args.tokens == 0 || args.hidden == 0) return result.zeros();
+  kernels().embedding_backward(runtime(), args);
+  return result.tensors;
+}
+
+// ---- cross-entropy ----
+
+namespace {
+
+// What the three forms share; keeps what args points to.
+struct CrossEntropyCall {
+  CrossEntropyArgs args = {};
+  std::vector<int64_t> rows;
+  int64_t all = 0;
+  ScalarType dtype;
+
+  CrossEntropyCall(const Tensor& x, const Tensor& weight, const Tensor& target, const OptionalTensor& bias, int64_t ignore_index, double label_smoothing)
+      : dtype(x.scalar_type()) {
+    args.dtype = dtype_of(x, "x");
+    const LayerShape shape = weight_shape(weight, WeightLayout::linear, dtype, "weight");
+    STD_TORCH_CHECK(x.dim() == 2, "x: shape ", shape_of(x), " must have two dimensions");
+    rows_of(x, shape.k);
+    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: ", label_smoothing, " must be 0 to 1");
+    all = x.size(0);
+    args.k = shape.k;
+    args.classes = shape.n;
+    args.x = x.const_data_ptr();
+    args.weight = weight.const_data_ptr();
+    args.bias = data_of(bias, "bias", dtype, shape.n);
+    args.target = static_cast<const int64_t*>(data_of(target, "target", ScalarType::Long, all));
+    args.smoothing = float(label_smoothing);
+    args.scale = 1.0f;
+    for (int64_t i = 0; i < all; i++) {
+      if (args.target[i] == ignore_index) continue;
+      STD_TORCH_CHECK(args.target[i] >= 0 && args.target[i] < shape.n, "target: index out of range: value ", args.target[i], " at position ", i,
+                      ", allowed is 0 to ", shape.n - 1);
+      rows.push_back(i);
+    }
+    args.rows = int64_t(rows.size());
+    args.row = rows.data();
+  }
+
+  Tensor per_row() const {
+    Tensor made = torch::stable::empty({all}, ScalarType::Float);
+    std::memset(made.mutable_data_ptr(), 0, size_t(all) * sizeof(float));
+    return made;
+  }
+
+  void gradients(Gradients& result, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+    args.x_grad = result.next(shape_vector(x));
+    if (args.x_grad) fill_zero(result.tensors.back());
+    args.weight_grad = result.next(shape_vector(weight));
+    args.bias_grad = result.next({args.classes}, bias.has_value());
+    if (args.rows == 0) result.zeros();
+  }
+
+  void run() const {
+    if (args.rows > 0) kernels().cross_entropy(runtime(), args);
+  }
+
+  Tensor reduced(const Tensor& losses, const std::string& reduction) const {
+    if (reduction == "none") return losses;
+    double total = 0;
+    const auto* data = static_cast<const float*>(losses.const_data_ptr());
+    for (const int64_t row : rows) total += data[row];
+    Tensor loss = torch::stable::empty({}, ScalarType::Float);
+    *static_cast<float*>(loss.mutable_data_ptr()) = float(reduction == "mean" ? total / double(args.rows) : total);
+    return loss;
+  }
+};
+
+void check_reduction(const std::string& reduction) {
+  STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction: '", reduction, "' is not one of mean, sum, none");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cpu_linear_cross_entropy(Tensor x, Tensor weight, Tensor target, OptionalTensor bias, int64_t ignore_index,
+                                                    double label_smoothing, std::string reduction) {
+  check_reduction(reduction);
+  CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
+  Tensor losses = call.per_row(), logsumexp = call.per_row();
+  call.args.loss = static_cast<float*>(losses.mutable_data_ptr());
+  call.args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  call.run();
+  return {call.reduced(losses, reduction), logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_linear_cross_entropy_training(Tensor x, Tensor weight, Tensor target, OptionalTensor bias,
+                                                                                     int64_t ignore_index, double label_smoothing,
+                                                                                     std::string reduction, std::vector<bool> needs) {
+  check_reduction(reduction);
+  CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
+  Tensor losses = call.per_row(), logsumexp = call.per_row();
+  call.args.loss = static_cast<float*>(losses.mutable_data_ptr());
+  call.args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  if (reduction == "mean") call.args.scale = float(1.0 / double(std::max<int64_t>(1, call.args.rows)));
+  Gradients result(needs, 3, call.dtype);
+  call.gradients(result, x, weight, bias);
+  call.run();
+  return {call.reduced(losses, reduction), logsumexp, result.tensors[0], result.tensors[1], result.tensors[2]};
+}
+
+std::vector<Tensor> cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, OptionalTensor bias, Tensor logsumexp,
+                                                      int64_t ignore_index, double label_smoothing, std::vector<bool> needs) {
+  CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
+  call.args.row_scale = static_cast<const float*>(data_of(grad, "grad", ScalarType::Float, call.all));
+  call.args.given_logsumexp = static_cast<const float*>(data_of(logsumexp, "logsumexp", ScalarType::Float, call.all));
+  Gradients result(needs, 3, call.dtype);
+  call.gradients(result, x, weight, bias);
+  call.run();
+  return result.tensors;
+}
+
 }  // namespace bigmodel
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
@@ -310,6 +512,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? norm_weight, Tensor? norm_bias, Tensor? w_gate, Tensor? b_gate, Tensor? dropout_seed, Tensor? preactivation, "
         "Tensor? gate_preactivation, Tensor? prenorm, *, str activation, str weight_layout='linear', str norm_position='none', "
         "float norm_eps=1e-5, str norm_kind='layer_norm', float dropout_p=0.0, bool[] needs) -> Tensor[]");
+  m.def("cpu_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual=None, Tensor? dropout_seed=None, *, "
+        "str kind, float eps, float dropout_p=0.0, float weight_offset=0.0, bool[] needs) -> Tensor[]");
+  m.def("cpu_embedding_backward(Tensor grad, Tensor input_ids, Tensor word_weight, Tensor? position_ids, Tensor? position_weight, "
+        "Tensor? token_type_ids, Tensor? token_type_weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? dropout_seed=None, *, "
+        "float norm_eps, float dropout_p=0.0, int padding_idx=-1, bool[] needs) -> Tensor[]");
+  m.def("cpu_linear_cross_entropy(Tensor x, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
+        "float label_smoothing=0.0, str reduction='mean') -> (Tensor, Tensor)");
+  m.def("cpu_linear_cross_entropy_training(Tensor x, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
+        "float label_smoothing=0.0, str reduction='mean', bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor logsumexp, *, "
+        "int ignore_index=-100, float label_smoothing=0.0, bool[] needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
@@ -317,4 +530,9 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_linear_backward", TORCH_BOX(&bigmodel::cpu_linear_backward));
   m.impl("cpu_feed_forward_training", TORCH_BOX(&bigmodel::cpu_feed_forward_training));
   m.impl("cpu_feed_forward_backward", TORCH_BOX(&bigmodel::cpu_feed_forward_backward));
+  m.impl("cpu_norm_backward", TORCH_BOX(&bigmodel::cpu_norm_backward));
+  m.impl("cpu_embedding_backward", TORCH_BOX(&bigmodel::cpu_embedding_backward));
+  m.impl("cpu_linear_cross_entropy", TORCH_BOX(&bigmodel::cpu_linear_cross_entropy));
+  m.impl("cpu_linear_cross_entropy_training", TORCH_BOX(&bigmodel::cpu_linear_cross_entropy_training));
+  m.impl("cpu_linear_cross_entropy_backward", TORCH_BOX(&bigmodel::cpu_linear_cross_entropy_backward));
 }

@@ -43,6 +43,8 @@ NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, dou
                    NormKind kind = NormKind::layer_norm, double weight_offset = 0.0);
 Dropout dropout_of(const OptionalTensor& seed, double p);
 size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);
+// Ids and tables of an embedding: word, position, token type; the last two may be missing. Ids are checked to be in range.
+void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tables)[3], const int64_t* (&id_data)[3], const void* (&table_data)[3]);
 const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens);
 
 // Dropout with this seed (one int64) and chance; neither means none.

@@ -6,6 +6,7 @@
 //      A task owns some columns of all rows: no two threads write to one place, and no result depends on how many there are.
 #include "../gemm/product.h"
 #include "../norm/backward.h"
+#include "embedding.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -49,9 +50,9 @@ void embedding_backward(const Runtime& runtime, const EmbeddingBackwardArgs& arg
       const int64_t block = larger(4, ceil_div(tokens, 8 * runtime.threads)), tasks = ceil_div(tokens, block), padded = round_up(hidden, 16);
       float* sums = static_cast<float*>(runtime.scratch(scratch_sums, size_t(tasks * 2 * padded) * sizeof(float)));
       parallel(runtime, tasks, [&](int64_t task) {
-        float* part = sums + task * 2 * padded;
-        memset(part, 0, size_t(2 * padded) * sizeof(float));
-        float* x = static_cast<float*>(runtime.scratch(scratch_c, size_t(padded) * sizeof(float)));
+        float* x = static_cast<float*>(runtime.scratch(scratch_c, size_t(5 * padded) * sizeof(float)));
+        float* part = x + padded;
+        ChainedSums chained(sums + task * 2 * padded, part, 2 * padded);
         for (int64_t token = task * block; token < smaller(tokens, (task + 1) * block); token++) {
           float* row = d + token * hidden;
           add_row<T>(grad + token * hidden, nullptr, hidden, row);
@@ -59,7 +60,9 @@ void embedding_backward(const Runtime& runtime, const EmbeddingBackwardArgs& arg
           if (!args.has_norm) continue;
           embedding_row<T>(args.ids, args.tables, token, hidden, x);
           norm_backward_row<T>(x, row, hidden, args.norm, row, part, part + padded);
+          chained.row_done();
         }
+        chained.finish();
       });
       if (args.norm_weight_grad) add_parts(sums, tasks, 2 * padded, hidden, static_cast<T*>(args.norm_weight_grad));
       if (args.norm_bias_grad) add_parts(sums + padded, tasks, 2 * padded, hidden, static_cast<T*>(args.norm_bias_grad));

@@ -63,7 +63,9 @@ struct FeedForwardBackward {
 
   // A group of columns of dh = da W_out^T to dz and dg, and into the row block's sums.
   void hidden_gradient(int64_t first_row, int64_t count_rows, int64_t column, int64_t count, const float* c, int64_t c_stride, float* dz, float* sums) const {
-    alignas(64) float slope[panel_group * panel], opened[panel_group * panel];
+    constexpr int64_t widest = panel_group * panel;
+    alignas(64) float slope[widest], opened[widest], chain[2][2 * widest];
+    ChainedSums z_sums(sums + column, chain[0], count), gate_sums(sums + inner + column, chain[1], gated ? count : 0);
     for (int64_t r = 0; r < count_rows; r++) {
       const int64_t at = (first_row + r) * inner + column;
       const float* dh = c + r * c_stride;
@@ -71,17 +73,20 @@ struct FeedForwardBackward {
       add_row<T>((gated ? g : z) + at, nullptr, count, slope);
       if (gated) activate_row(args.activation, slope, count, opened);
       derivative_row(args.activation, slope, count, slope);
-      auto put = [&](F32 d, int64_t i, int here) __attribute__((always_inline)) {
-        store(d, target + i, here);
-        float* sum = sums + column + i;
-        store(r == 0 ? d : load(sum, here) + d, sum, here);
-      };
       each_vector(count, [&](int64_t i, int here) __attribute__((always_inline)) {
-        if (!gated) return put(F32::load(dh + i) * F32::load(slope + i), i, here);
-        put(F32::load(dh + i) * F32::load(opened + i), i, here);
-        put(F32::load(dh + i) * load(z + at + i, here) * F32::load(slope + i), inner + i, here);
+        const F32 gradient = F32::load(dh + i), d = gradient * F32::load((gated ? opened : slope) + i);
+        store(d, target + i, here);
+        store(load(chain[0] + i, here) + d, chain[0] + i, here);
+        if (!gated) return;
+        const F32 d_gate = gradient * load(z + at + i, here) * F32::load(slope + i);
+        store(d_gate, target + inner + i, here);
+        store(load(chain[1] + i, here) + d_gate, chain[1] + i, here);
       });
+      z_sums.row_done();
+      gate_sums.row_done();
     }
+    z_sums.finish();
+    gate_sums.finish();
   }
 
   void run() const {
@@ -157,15 +162,17 @@ struct FeedForwardBackward {
     const int64_t block = larger(4, ceil_div(rows, 8 * runtime.threads)), tasks = ceil_div(rows, block), padded = round_up(hidden, 16);
     float* sums = static_cast<float*>(runtime.scratch(scratch_sums, size_t(tasks * 2 * padded) * sizeof(float)));
     parallel(runtime, tasks, [&](int64_t task) {
-      float* part = sums + task * 2 * padded;
-      memset(part, 0, size_t(2 * padded) * sizeof(float));
-      float* x = static_cast<float*>(runtime.scratch(scratch_c, size_t(padded) * sizeof(float)));
+      float* x = static_cast<float*>(runtime.scratch(scratch_c, size_t(5 * padded) * sizeof(float)));
+      float* part = x + padded;
+      ChainedSums chained(sums + task * 2 * padded, part, 2 * padded);
       for (int64_t row = task * block; row < smaller(rows, (task + 1) * block); row++) {
         add_row<T>(static_cast<const T*>(args.x) + row * hidden, nullptr, hidden, x);
         norm_backward_row<T>(x, normed_grad + row * hidden, hidden, args.norm, x, part, part + padded);
         if (args.x_grad)
           each_vector(hidden, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(x + i, here), out(args.x_grad) + row * hidden + i, here); });
+        chained.row_done();
       }
+      chained.finish();
     });
     if (args.norm_weight_grad) add_parts(sums, tasks, 2 * padded, hidden, out(args.norm_weight_grad));
     if (args.norm_bias_grad) add_parts(sums + padded, tasks, 2 * padded, hidden, out(args.norm_bias_grad));

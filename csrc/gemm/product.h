@@ -141,8 +141,8 @@ static inline const float* pack_tiles(const Runtime& runtime, const Operand& a, 
   return packed;
 }
 
-// C (m x n) = a b, b packed k deep. `direct`: where C is to lie as it is, rows `direct_stride` apart, n being a multiple of `panel`; or
-// null: C is the task's own. finish(block, row, rows, column, columns, c, c_stride) follows each group of columns while it is in cache:
+// C (m x n) = a b, b packed k deep. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel;
+// or null: C is the task's own. finish(block, row, rows, column, columns, c, c_stride) follows each group of columns while it is in cache:
 // `block` numbers the row blocks (row_blocks(...) of them), and a row block's columns may be given to several tasks.
 template <class Finish>
 static void product(const Runtime& runtime, const Operand& a, int64_t m, int64_t n, int64_t k, const float* panels, float* direct,

@@ -9,6 +9,33 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
+// A task's sums of rows of n floats. Rows are added to `chain`; every 16 rows that joins `middle`, and every 16 times that joins
+// `total`: sums of sums of sums are nearer to the truth than one long sum.
+struct ChainedSums {
+  static constexpr int length = 16;
+  float *total, *chain, *middle;   // chain and middle are the caller's 2 n floats of working memory
+  int64_t n;
+  int rows = 0;
+  ChainedSums(float* total, float* work, int64_t n) : total(total), chain(work), middle(work + n), n(n) {
+    memset(total, 0, size_t(n) * sizeof(float));
+    memset(work, 0, size_t(2 * n) * sizeof(float));
+  }
+  void row_done() {
+    if (++rows % length == 0) join(chain, middle);
+    if (rows % (length * length) == 0) join(middle, total);
+  }
+  void finish() {
+    join(chain, middle);
+    join(middle, total);
+  }
+
+ private:
+  void join(float* from, float* to) {
+    each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(to + i, here) + load(from + i, here), to + i, here); });
+    memset(from, 0, size_t(n) * sizeof(float));
+  }
+};
+
 // `parts` rows of n partial sums, to out.
 template <class T>
 static void add_parts(const float* sums, int64_t parts, int64_t stride, int64_t n, T* out) {
@@ -45,18 +72,16 @@ struct TailBackward {
     float* sums = sums_wanted ? static_cast<float*>(runtime.scratch(scratch_sums, size_t(tasks * stride) * sizeof(float))) : nullptr;
     const int64_t second = stride / 3, third = 2 * second;
     parallel(runtime, tasks, [&](int64_t task) {
-      float* part = sums ? sums + task * stride : nullptr;
-      if (part) memset(part, 0, size_t(stride) * sizeof(float));
-      float* g = static_cast<float*>(runtime.scratch(scratch_c, size_t(2 * second) * sizeof(float)));
-      float* x = g + second;
+      float* g = static_cast<float*>(runtime.scratch(scratch_c, size_t(2 * second + 2 * stride) * sizeof(float)));
+      float *x = g + second, *part = x + second;
+      ChainedSums chained(sums ? sums + task * stride : part, part, sums ? stride : 0);
       for (int64_t row = task * block; row < smaller(rows, (task + 1) * block); row++) {
         const int64_t at = row * n;
         add_row<T>(grad + at, nullptr, n, g);
         if (has_norm) {
           add_row<T>(norm_input + at, nullptr, n, x);
           if (norm_input_drops && dropout.enabled) drop_elements(dropout, row, 0, n, x);
-          if (norm_input_addend)
-            each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(x + i, here) + load(norm_input_addend + at + i, here), x + i, here); });
+          if (norm_input_addend) add_to_row(norm_input_addend + at, n, x);
           norm_backward_row<T>(x, g, n, norm, g, norm_weight_grad ? part : nullptr, norm_bias_grad ? part + second : nullptr);
         }
         if (sum_grad) each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(g + i, here), sum_grad + at + i, here); });
@@ -73,7 +98,9 @@ struct TailBackward {
             if (z_grad_rounded) store(z, z_grad_rounded + at + i, here);
             if (wants_column_sums) store(load(part + third + i, here) + z, part + third + i, here);
           });
+        chained.row_done();
       }
+      chained.finish();
     });
     if (norm_weight_grad) add_parts(sums, tasks, stride, n, norm_weight_grad);
     if (norm_bias_grad) add_parts(sums + second, tasks, stride, n, norm_bias_grad);

@@ -1,4 +1,6 @@
-// layer_norm: out = LN(x + residual), one row at a time. Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450.
+// layer_norm: out = norm(dropout(x) + residual), one row at a time. Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450; RMS norm:
+// Zhang & Sennrich, arXiv 1910.07467.
+#include "../arch/philox.h"
 #include "../dispatch.h"
 #include "../gemm/gemm.h"
 #include "norm.h"
@@ -13,7 +15,12 @@ void layer_norm(const Runtime& runtime, const LayerNormArgs& args) {
       float* row = static_cast<float*>(runtime.scratch(scratch_c, size_t(args.columns) * sizeof(float)));
       for (int64_t r = task * block; r < smaller(args.rows, (task + 1) * block); r++) {
         const int64_t at = r * args.columns;
-        add_row(static_cast<const T*>(args.x) + at, args.residual ? static_cast<const T*>(args.residual) + at : nullptr, args.columns, row);
+        const T* residual = offset<T>(args.residual, at);
+        add_row<T>(static_cast<const T*>(args.x) + at, args.dropout.enabled ? nullptr : residual, args.columns, row);
+        if (args.dropout.enabled) {
+          drop_elements(args.dropout, r, 0, args.columns, row);
+          if (residual) add_to_row(residual, args.columns, row);
+        }
         norm_row<T>(row, args.columns, args.norm, static_cast<T*>(args.out) + at);
       }
     });

@@ -103,4 +103,10 @@ static void add_row(const T* a, const T* b, int64_t n, float* out) {
   });
 }
 
+// row += a.
+template <class T>
+static void add_to_row(const T* a, int64_t n, float* row) {
+  each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(row + i, here) + load(a + i, here), row + i, here); });
+}
+
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -67,24 +67,26 @@ def judge(
     formula: Callable[..., Tensor],
     tensors: Sequence[Tensor | None],
     grad: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     gradients: Sequence[Tensor],
 ) -> None:
-    """The output and the gradients of all tensors, against the formula in float64 and in the dtype itself."""
+    """The output (None: a single number, which this rule has nothing to say on) and the gradients of all
+    tensors, against the formula in float64 and in the dtype itself."""
 
     def autograd(dtype: torch.dtype) -> list[Tensor]:
         leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in tensors]
         y = formula(*leaves)
         given = [t for t in leaves if t is not None]
-        return [y.detach(), *torch.autograd.grad(y, given, grad.to(dtype))]
+        results = torch.autograd.grad(y, given, grad.to(dtype))
+        return [*results] if out is None else [y.detach(), *results]
 
     present = [g for g, t in zip(gradients, tensors, strict=True) if t is not None]
     absent = [g for g, t in zip(gradients, tensors, strict=True) if t is None]
     assert all(g.numel() == 0 for g in absent)
-    for i, (got, eager, ref) in enumerate(
-        zip([out, *present], autograd(out.dtype), autograd(torch.float64), strict=True)
-    ):
-        verdict = verify.compare(got, eager, ref, "gradient" if i else "forward")
+    results = present if out is None else [out, *present]
+    references = zip(results, autograd(results[0].dtype), autograd(torch.float64), strict=True)
+    for i, (got, eager, ref) in enumerate(references):
+        verdict = verify.compare(got, eager, ref, "forward" if got is out else "gradient")
         assert verdict.ok, f"result {i}: {verdict}"
 
 
@@ -113,7 +115,8 @@ def test_linear(isa: str, dtype: torch.dtype, layout: str, case: tuple) -> None:
     options = {"weight_layout": layout, "activation": activation, "dropout_p": p}
     options["norm_kind"] = kind or "layer_norm"
     tensors = (x, weights, biases, residual, norm_weight, norm_bias, SEED if p else None)
-    needs = [True] * (4 + 2 * len(outs))
+    order = (x, residual, norm_weight, norm_bias, *weights, *biases)
+    needs = [t is not None for t in order]
     with verify.poisoned():
         out, preactivation, prenorm = native.cpu_linear_training(*tensors, **options)
         gradients = native.cpu_linear_backward(grad, *tensors, preactivation, prenorm, **options, needs=needs)
@@ -132,7 +135,6 @@ def test_linear(isa: str, dtype: torch.dtype, layout: str, case: tuple) -> None:
         y = y if residual is None else y + residual
         return norm(y, norm_weight, norm_bias, kind) if kind else y
 
-    order = (x, residual, norm_weight, norm_bias, *weights, *biases)
     judge(formula, order, grad, out, gradients)
     judge(formula, order, grad, out, recomputed)
 
@@ -164,12 +166,14 @@ def test_feed_forward(isa: str, dtype: torch.dtype, layout: str, case: tuple) ->
     options |= {"norm_kind": kind, "dropout_p": p}
     order = (x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias, w_gate, b_gate)
     tensors = (*order, SEED if p else None)
-    needs = [True] * 10
+    needs = [t is not None for t in order]
     with verify.poisoned():
         out, *saved = native.cpu_feed_forward_training(*tensors, **options)
         light, *kept = native.cpu_feed_forward_training(*tensors, **options, recompute=True)
         gradients = native.cpu_feed_forward_backward(grad, *tensors, *saved, **options, needs=needs)
-        recomputed = native.cpu_feed_forward_backward(grad, *tensors, *kept, **options, needs=needs)
+        recomputed = native.cpu_feed_forward_backward(
+            grad, *tensors, None, None, None, **options, needs=needs
+        )
         plain = native.cpu_feed_forward(
             x, native.cpu_pack_weight([w_in], layout), b_in, native.cpu_pack_weight([w_out], layout), b_out,
             activation, residual, position, norm_weight, norm_bias, 1e-5,
@@ -177,7 +181,7 @@ def test_feed_forward(isa: str, dtype: torch.dtype, layout: str, case: tuple) ->
             norm_kind=kind, dropout_p=p,
         )  # fmt: skip
     assert torch.equal(out, light) and torch.equal(out, plain)
-    assert all(t.numel() == 0 for t in kept)
+    assert kept[0].numel() == kept[1].numel() == 0 and torch.equal(kept[2], saved[2])
 
     def formula(*tensors: Tensor) -> Tensor:
         x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias, w_gate, b_gate = tensors
@@ -329,3 +333,199 @@ def test_feed_forward_backward_refuses_what_does_not_fit(changes: dict, message:
     arguments |= dict.fromkeys((*names, "preactivation", "gate_preactivation", "prenorm")) | changes
     with pytest.raises(RuntimeError, match=message):
         native.cpu_feed_forward_backward(**arguments)
+
+
+# ---- norms ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    "case", [(1, 3, False, 0.0), (19, 7, True, 0.2), (300, 129, True, 0.0), (5, 768, False, 0.5)]
+)
+def test_norms(isa: str, dtype: torch.dtype, kind: str, case: tuple) -> None:
+    rows, n, has_residual, p = case
+    make = Inputs(dtype)
+    x, residual, grad = make(rows, n, shift=1.0), make(rows, n) if has_residual else None, make(rows, n)
+    weight, bias = make(n, scale=0.1, shift=1.0), make(n) if kind == "layer_norm" else None
+    seed, offset = SEED if p else None, 0.0 if kind == "layer_norm" else 1.0
+    options = {"kind": kind, "eps": 1e-5, "dropout_p": p, "weight_offset": offset}
+    with verify.poisoned():
+        if kind == "layer_norm":
+            out = native.cpu_layer_norm(x, weight, bias, 1e-5, residual, seed, dropout_p=p)
+        else:
+            out = native.cpu_rms_norm(x, weight, 1e-5, residual, seed, dropout_p=p, weight_offset=offset)
+        gradients = native.cpu_norm_backward(
+            grad, x, weight, bias, residual, seed, **options, needs=[True] * 4
+        )
+
+    def formula(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = drop(x, p)
+        return norm(y if residual is None else y + residual, weight, bias, kind, offset)
+
+    judge(formula, (x, residual, weight, bias), grad, out, gradients)
+
+
+def test_norm_without_weight(isa: str) -> None:
+    make = Inputs(torch.float32)
+    x, grad = make(33, 40), make(33, 40)
+    for kind in ("layer_norm", "rms_norm"):
+        leaf = x.double().requires_grad_()
+        expected = torch.autograd.grad(norm(leaf, None, None, kind), leaf, grad.double())[0]
+        dx, *rest = native.cpu_norm_backward(grad, x, None, None, kind=kind, eps=1e-5, needs=[True] * 4)
+        torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=1e-6)
+        assert all(t.numel() == 0 for t in rest)
+
+
+# ---- embedding ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 24, 129])
+@pytest.mark.parametrize(("normed", "p"), [(True, 0.25), (True, 0.0), (False, 0.1), (False, 0.0)])
+def test_embedding(isa: str, dtype: torch.dtype, hidden: int, normed: bool, p: float) -> None:
+    make, generator = Inputs(dtype), torch.Generator().manual_seed(1)
+    shape = (3, 90)
+    ids = torch.randint(0, 17, shape, generator=generator)
+    ids[:, -5:] = 2
+    positions, types = (
+        torch.arange(90).expand(shape).contiguous(),
+        torch.randint(0, 2, shape, generator=generator),
+    )
+    word, position, token_type = make(23, hidden), make(90, hidden), make(2, hidden)
+    weight, bias = (make(hidden, scale=0.1, shift=1.0), make(hidden)) if normed else (None, None)
+    grad, seed = make(*shape, hidden), SEED if p else None
+    tensors = (ids, word, positions, position, types, token_type, weight, bias)
+    with verify.poisoned():
+        out = native.cpu_embedding(*tensors, 1e-5, seed, dropout_p=p)
+        gradients = native.cpu_embedding_backward(
+            grad, *tensors, seed, norm_eps=1e-5, dropout_p=p, padding_idx=2, needs=[True] * 5
+        )
+
+    def formula(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = (
+            F.embedding(ids, word, padding_idx=2)
+            + F.embedding(positions, position)
+            + F.embedding(types, token_type)
+        )
+        return drop(norm(y, weight, bias, "layer_norm") if normed else y, p)
+
+    if hidden > 1 or not normed:  # the norm of a single number is its bias: nothing to compare but rounding
+        judge(formula, (word, position, token_type, weight, bias), grad, out, gradients)
+    assert not gradients[0][2].any() and not gradients[0][17:].any()
+
+
+def test_embedding_of_words_alone_and_of_nothing(isa: str) -> None:
+    make = Inputs(torch.float32)
+    word, grad = make(5, 8), make(4, 8)
+    ids = torch.tensor([4, 0, 4, 4])
+    nothing = (None,) * 6
+    needs = [True, True, True, True, True]
+    dword, *rest = native.cpu_embedding_backward(grad, ids, word, *nothing, norm_eps=1e-5, needs=needs)
+    torch.testing.assert_close(dword, torch.zeros(5, 8).index_add(0, ids, grad))
+    assert all(t.numel() == 0 for t in rest)
+    empty = native.cpu_embedding_backward(grad[:0], ids[:0], word, *nothing, norm_eps=1e-5, needs=needs)
+    assert torch.equal(empty[0], torch.zeros(5, 8))
+    with pytest.raises(RuntimeError, match="input_ids: index out of range: value 5"):
+        native.cpu_embedding_backward(grad, ids + 1, word, *nothing, norm_eps=1e-5, needs=needs)
+    with pytest.raises(RuntimeError, match="grad: shape"):
+        native.cpu_embedding_backward(grad[:2], ids, word, *nothing, norm_eps=1e-5, needs=needs)
+
+
+# ---- cross-entropy ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("case", [(40, 5, 3, False), (70, 33, 100, True), (130, 24, 4500, True)], ids=str)
+def test_linear_cross_entropy(isa: str, dtype: torch.dtype, smoothing: float, case: tuple) -> None:
+    rows, k, classes, has_bias = case
+    make, generator = Inputs(dtype), torch.Generator().manual_seed(1)
+    x, weight = make(rows, k), make.weight(k, classes)
+    bias = make(classes) if has_bias else None
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[1::3] = -100
+    options, needs = {"label_smoothing": smoothing}, [True] * 3
+    for reduction in ("mean", "sum"):
+        with verify.poisoned():
+            loss, _ = native.cpu_linear_cross_entropy(x, weight, target, bias, **options, reduction=reduction)
+            training = native.cpu_linear_cross_entropy_training(
+                x, weight, target, bias, **options, reduction=reduction, needs=needs
+            )
+
+        def formula(x: Tensor, weight: Tensor, bias: Tensor, reduction: str = reduction) -> Tensor:
+            logits = F.linear(x, weight, bias)
+            return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=smoothing)
+
+        torch.testing.assert_close(training[0], loss, rtol=1e-6, atol=0)
+        judge(formula, (x, weight, bias), torch.ones(()), None, training[2:])
+        exact = formula(*(None if t is None else t.double() for t in (x, weight, bias)))
+        torch.testing.assert_close(loss.double(), exact, rtol=5e-7, atol=1e-7)
+
+    grad = torch.randn(rows, generator=generator)
+    with verify.poisoned():
+        losses, logsumexp = native.cpu_linear_cross_entropy(
+            x, weight, target, bias, **options, reduction="none"
+        )
+        gradients = native.cpu_linear_cross_entropy_backward(
+            grad, x, weight, target, bias, logsumexp, **options, needs=needs
+        )
+
+    def each(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = F.linear(x, weight, bias)
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+
+    judge(each, (x, weight, bias), grad, losses.to(dtype), gradients)
+    assert not losses[1::3].any() and not gradients[0][1::3].any()
+
+
+def test_cross_entropy_over_several_chunks_of_rows(isa: str) -> None:
+    """More rows than one chunk holds: sums over chunks are carried on."""
+    make, generator = Inputs(torch.float32), torch.Generator().manual_seed(1)
+    rows, k, classes = 2100, 8, 20
+    x, weight, bias = make(rows, k), make.weight(k, classes), make(classes)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        half = [t.to(dtype) for t in (x, weight, bias)]
+        loss, _, *gradients = native.cpu_linear_cross_entropy_training(
+            *half[:2], target, half[2], needs=[True] * 3
+        )
+
+        def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight, bias), target)
+
+        judge(formula, half, torch.ones(()), None, gradients)
+        torch.testing.assert_close(loss.double(), formula(*(t.double() for t in half)), rtol=5e-7, atol=0)
+
+
+def test_cross_entropy_with_masked_and_huge_logits(isa: str) -> None:
+    x, weight = torch.eye(4), torch.zeros(5000, 4)
+    bias = torch.full((5000,), -torch.inf)
+    bias[3], bias[4000] = 0.0, 1.0
+    weight[3] = torch.tensor([1e4, -1e4, 0.0, 3.0])
+    target = torch.tensor([3, 4000, 3, 4000])
+    loss, logsumexp, dx, dweight, dbias = native.cpu_linear_cross_entropy_training(
+        x, weight, target, bias, reduction="none", needs=[True] * 3
+    )
+    logits = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(
+        loss.double(), F.cross_entropy(logits, target, reduction="none"), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert all(t.isfinite().all() for t in (dx, dweight, dbias))
+
+
+def test_cross_entropy_without_rows_that_count(isa: str) -> None:
+    x, weight, target = torch.randn(3, 4), torch.randn(7, 4), torch.full((3,), -100)
+    loss, logsumexp, *gradients = native.cpu_linear_cross_entropy_training(
+        x, weight, target, torch.randn(7), needs=[True] * 3
+    )
+    assert loss.isnan() and not logsumexp.any() and not any(g.any() for g in gradients)
+    with pytest.raises(RuntimeError, match="target: index out of range: value 7 at position 0"):
+        native.cpu_linear_cross_entropy(x, weight, torch.full((3,), 7))
+    with pytest.raises(RuntimeError, match="target: shape"):
+        native.cpu_linear_cross_entropy(x, weight, target[:2])
+    with pytest.raises(RuntimeError, match="bias: shape"):
+        native.cpu_linear_cross_entropy(x, weight, target, torch.zeros(6))
+    with pytest.raises(RuntimeError, match="x: shape"):
+        native.cpu_linear_cross_entropy(torch.randn(3, 5), weight, target)

@@ -18,7 +18,13 @@ ROOT = Path(__file__).parent.parent.resolve()
 CSRC = ROOT / "csrc"
 # Kernel file -> the architecture that it is for. An "a" target runs on that GPU alone; the others are kept as
 # PTX too, which the driver compiles for every later GPU.
-KERNELS = {"attention/sm80.cu": "80", "attention/sm80_backward.cu": "80", "attention/sm90.cu": "90a"}
+KERNELS = {
+    "attention/sm80.cu": "80",
+    "attention/sm80_backward.cu": "80",
+    "attention/sm90.cu": "90a",
+    "linear/sm80.cu": "80",
+    "linear/sm90.cu": "90a",
+}
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 

@@ -21,6 +21,7 @@
 
 #include "arch/launch.cuh"
 #include "attention/launch.h"
+#include "linear/launch.h"
 
 namespace bigmodel::cuda {
 namespace {
@@ -106,6 +107,11 @@ const Tensor& require(const Tensor& tensor, const char* name, ScalarType dtype, 
 int32_t narrow(int64_t value, const char* name) {
   STD_TORCH_CHECK(value >= INT32_MIN && value <= INT32_MAX, name, ": ", value, " does not fit 32 bits");
   return int32_t(value);
+}
+
+uint32_t dropout_threshold(double p) {  // a word below it drops
+  const double threshold = std::nearbyint(p * 4294967296.0);
+  return threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
 }
 
 // What a copy of 16 bytes at a time needs of query, key and value.
@@ -221,8 +227,7 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
   if (dropout_seed) {
     require(*dropout_seed, "dropout_seed", ScalarType::Long, 0);
     p.dropout_seed = static_cast<const int64_t*>(call.use(*dropout_seed, "dropout_seed", false));
-    const double threshold = std::nearbyint(dropout_p * 4294967296.0);
-    p.dropout_threshold = threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
+    p.dropout_threshold = dropout_threshold(dropout_p);
     p.dropout_scale = float(1 / (1 - dropout_p));
   }
   STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
@@ -342,6 +347,94 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dbias, delta};
 }
 
+int multiprocessors([[maybe_unused]] int32_t device) {
+#if defined(__CUDACC__)
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error("the number of multiprocessors of CUDA device " + std::to_string(device) + " cannot be read");
+  return count;
+#else
+  return 3;  // few, so that blocks have more tiles than one
+#endif
+}
+
+Activation activation_of(const std::string& name) {
+  const char* names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu"};
+  for (int i = 0; i < 6; i++)
+    if (name == names[i]) return Activation(i);
+  STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
+}
+
+// (out, and the pre-activation where it is wanted: otherwise empty).
+std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
+                                  OptionalTensor dropout_seed, std::string weight_layout, std::string activation, double dropout_p,
+                                  bool keep_preactivation) {
+  Call call(x);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: dtype must be float16 or bfloat16");
+  require(x, "x", dtype, 2);
+  STD_TORCH_CHECK(weight_layout == "linear" || weight_layout == "conv1d", "weight_layout: '", weight_layout, "' is unknown");
+  STD_TORCH_CHECK(!weights.empty() && weights.size() <= max_weights, "weights: ", weights.size(), " tensors; 1 to ", max_weights, " are allowed");
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: ", biases.size(), " tensors for ", weights.size(), " weights");
+  const auto matrix = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(require(t, name, dtype, 2).size(1) % 8 == 0 && (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) % 8 == 0) &&
+                        reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) % 16 == 0,
+                    name, ": shape ", shape_of(t), ": rows must be multiples of 8 elements that start at multiples of 16 bytes");
+    return call.use(t, name, false);
+  };
+  LinearParams p = {};
+  p.conv1d = weight_layout == "conv1d";
+  p.activation = activation_of(activation);
+  p.rows = narrow(x.size(0), "x");
+  p.features = narrow(x.size(1), "x");
+  p.x = matrix(x, "x");
+  p.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
+  p.weights = int32_t(weights.size());
+  for (int i = 0; i < p.weights; i++) {
+    const Tensor& w = weights[i];
+    p.weight[i] = matrix(w, "weights");
+    STD_TORCH_CHECK(w.is_contiguous(), "weights: must be contiguous");
+    const int64_t in = w.size(p.conv1d ? 0 : 1), out = w.size(p.conv1d ? 1 : 0);
+    STD_TORCH_CHECK(in == x.size(1), "weights: shape ", shape_of(w), " takes ", in, " features; x has ", x.size(1));
+    STD_TORCH_CHECK(out % 8 == 0, "weights: shape ", shape_of(w), " gives ", out, " features, which must be a multiple of 8");
+    p.out_features[i] = narrow(out, "weights");
+    p.out_stride += out;
+    if (biases.empty()) continue;
+    STD_TORCH_CHECK(require(biases[i], "biases", dtype, 1).size(0) == out && biases[i].is_contiguous(), "biases: shape ", shape_of(biases[i]), " must be (", out, ",), contiguous");
+    p.bias[i] = call.use(biases[i], "biases", false);
+  }
+  if (residual) {
+    STD_TORCH_CHECK(require(*residual, "residual", dtype, 2).is_contiguous() && residual->size(0) == p.rows && residual->size(1) == p.out_stride,
+                    "residual: shape ", shape_of(*residual), " must be (", p.rows, ", ", p.out_stride, "), contiguous");
+    p.residual = matrix(*residual, "residual");
+  }
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
+  STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
+  if (dropout_seed) {
+    STD_TORCH_CHECK(p.weights == 1, "weights: dropout goes with one weight, not ", p.weights);
+    require(*dropout_seed, "dropout_seed", ScalarType::Long, 0);
+    p.dropout_seed = static_cast<const int64_t*>(call.use(*dropout_seed, "dropout_seed", false));
+    p.dropout_threshold = dropout_threshold(dropout_p);
+    p.dropout_scale = float(1 / (1 - dropout_p));
+  }
+  Tensor out = torch::stable::new_empty(x, {p.rows, p.out_stride});
+  Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
+  p.out = call.use(out, "out", true);
+  if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
+  if (p.rows > 0 && p.out_stride > 0) {
+    STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
+    const bool is_bfloat16 = dtype == ScalarType::BFloat16;
+    if (architecture(call.device()) == 90)
+      linear_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
+    else
+      linear_sm80(p, is_bfloat16, call.stream());
+  }
+  return {out, preactivation};
+}
+
 const std::string optional_and_options =
     "Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, *, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, "
@@ -371,6 +464,8 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
 #endif
   m.def(bigmodel::cuda::attention_schema.c_str());
   m.def(bigmodel::cuda::attention_backward_schema.c_str());
+  m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
+        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
 }
 
 #if defined(__CUDACC__)
@@ -384,4 +479,5 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
 #endif
   m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
+  m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
 }

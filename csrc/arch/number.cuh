@@ -114,6 +114,14 @@ BM_DEVICE float tanh_exact(float x) {
 #endif
 }
 
+BM_DEVICE float erf_exact(float x) {
+#if defined(__CUDACC__)
+  return erff(x);
+#else
+  return std::erf(x);
+#endif
+}
+
 BM_DEVICE float maximum(float a, float b) {
 #if defined(__CUDACC__)
   return fmaxf(a, b);

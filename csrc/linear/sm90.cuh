@@ -1,0 +1,113 @@
+// The linear layer for Hopper (sm_90a): tiles of x and W by the copy engine, products by wgmma, one producer warpgroup and two
+// consumers, persistent blocks. W lies (out, in), and is then K-major, or (in, out) as GPT-2's Conv1D has it, and is MN-major; wgmma
+// reads both.
+//
+//                 out features (tile_n)
+//                +--------------------+       for 64 features at a time: x (tile_m x 64) and W (tile_n x 64) arrive in a stage,
+//   consumer 0   |  64 rows           |       each consumer adds their product to its 64 x tile_n in registers
+//   consumer 1   |  64 rows           |
+//                +--------------------+       While a tile leaves, the producer fills the stages for the next.
+#pragma once
+#include "arch/tma.cuh"
+#include "arch/wgmma.cuh"
+#include "linear/epilogue.cuh"
+
+namespace bigmodel::cuda {
+
+struct LinearSm90Params {
+  LinearParams p;
+  TensorMap x;                    // dimensions: feature, row
+  TensorMap weight[max_weights];  // dimensions as the weight lies
+};
+
+template <typename Element, int tile_n_, bool conv1d>
+struct LinearSm90 {
+  using Params = LinearSm90Params;
+  static constexpr int consumers = 2, group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
+  static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n == 256 ? 4 : 6, blocks = tile_n / 8;
+  using InputTile = SwizzledTile<tile_m, tile_k>;
+  using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
+  static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
+  static constexpr int shared_barriers = stages * stage_bytes, shared_bytes = shared_barriers + 2 * stages * mbarrier_bytes;
+  static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
+
+  static BM_DEVICE SharedAddress full(int stage) { return shared_start() + shared_barriers + stage * mbarrier_bytes; }
+  static BM_DEVICE SharedAddress empty(int stage) { return full(stages + stage); }
+  static BM_DEVICE SharedAddress input_tile(int stage) { return shared_start() + stage * stage_bytes; }
+  static BM_DEVICE SharedAddress weight_tile(int stage) { return input_tile(stage) + InputTile::bytes; }
+
+  static BM_DEVICE void run(const Params& params) {
+    const LinearParams& p = params.p;
+    if (thread_index() == 0) {
+      for (int stage = 0; stage < stages; stage++) {
+        mbarrier_init(full(stage), 1);
+        mbarrier_init(empty(stage), consumers * 4);
+      }
+      fence_mbarrier_init();
+    }
+    sync_block();
+    int tiles = 0;
+    for (int i = 0; i < p.weights; i++) tiles += (p.out_features[i] + tile_n - 1) / tile_n;
+    tiles *= (p.rows + tile_m - 1) / tile_m;
+    const int steps = (p.features + tile_k - 1) / tile_k, warp = warp_index();
+    if (warp < 4) {
+      lower_registers<24>();
+      if (warp == 0 && lane_index() == 0) produce(params, tiles, steps);
+    } else {
+      raise_registers<240>();
+      consume(params, tiles, steps, warp / 4 - 1);
+    }
+  }
+
+  // One thread. `count` numbers the stages filled since the start, over all tiles.
+  static BM_DEVICE void produce(const Params& params, int tiles, int steps) {
+    int count = 0;
+    for (int tile = block_x(); tile < tiles; tile += grid_x()) {
+      const TilePlace at = place_of<tile_m, tile_n>(params.p, tile);
+      for (int step = 0; step < steps; step++, count++) {
+        const int stage = count % stages;
+        mbarrier_wait(empty(stage), (count / stages & 1) ^ 1);
+        mbarrier_arrive_expect(full(stage), stage_bytes);
+        tma_load(input_tile(stage), params.x, full(stage), step * tile_k, at.row, 0, 0);
+        BM_UNROLL
+        for (int panel = 0; panel < WeightTile::columns / 64; panel++)
+          tma_load(weight_tile(stage) + panel * WeightTile::panel_bytes, params.weight[at.weight], full(stage),
+                   conv1d ? at.column + 64 * panel : step * tile_k, conv1d ? step * tile_k : at.column, 0, 0);
+      }
+    }
+  }
+
+  static BM_DEVICE void consume(const Params& params, int tiles, int steps, int consumer) {
+    const LinearParams& p = params.p;
+    int count = 0;
+    for (int tile = block_x(); tile < tiles; tile += grid_x()) {
+      const TilePlace at = place_of<tile_m, tile_n>(p, tile);
+      float c[blocks][4];
+      for (int step = 0; step < steps; step++, count++) {
+        const int stage = count % stages;
+        mbarrier_wait(full(stage), count / stages & 1);
+        wgmma_fence();
+        BM_UNROLL
+        for (int k = 0; k < tile_k / 16; k++) {
+          uint64_t weight;
+          if constexpr (conv1d)
+            weight = mn_major<WeightTile>(weight_tile(stage), k);
+          else
+            weight = k_major<WeightTile>(weight_tile(stage), 0, k);
+          wgmma<Element, conv1d>(c, k_major<InputTile>(input_tile(stage), 64 * consumer, k), weight, step > 0 || k > 0);
+        }
+        wgmma_commit();
+        // The tensor cores go on with this stage while the one before is given back.
+        wgmma_wait<1>();
+        if (step > 0 && lane_index() == 0) mbarrier_arrive(empty((count - 1) % stages));
+      }
+      wgmma_wait<0>();
+      if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty((count - 1) % stages));
+      const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
+      finish_tile<Element>(c, p, at.row + 64 * consumer + 16 * (warp_index() % 4), at.out_column + at.column,
+                           at.out_column + p.out_features[at.weight], bias != nullptr ? bias + at.column : nullptr);
+    }
+  }
+};
+
+}  // namespace bigmodel::cuda

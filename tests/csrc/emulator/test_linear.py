@@ -1,0 +1,126 @@
+"""The CUDA kernels of the linear layer, run in the emulator, against float64 by the rule of `numerics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigmodel_kernels.ops.philox import keep_elements
+from tests.csrc.emulator.test_attention import architecture  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("library", "architecture")
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def compute(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], residual: Tensor | None, keep: Tensor | None,
+    layout: str, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layer in plain PyTorch, in the dtype of x."""
+    z = torch.cat([x @ (w if layout == "conv1d" else w.t()) for w in weights], -1)
+    if biases:
+        z = z + torch.cat(biases)
+    y = ACTIVATIONS[activation](z)
+    y = y if keep is None else y * keep.to(y.dtype)
+    return (y if residual is None else y + residual), z
+
+
+def check(
+    rows: int,
+    features: int,
+    outs: list[int],
+    dtype: torch.dtype,
+    *,
+    layout: str = "linear",
+    activation: str = "none",
+    bias: bool = True,
+    residual: bool = False,
+    dropout_p: float = 0.0,
+    keep_preactivation: bool = False,
+) -> None:
+    x = torch.randn(rows, features).to(dtype)
+    weights = [
+        (torch.randn((features, n) if layout == "conv1d" else (n, features)) * 0.1).to(dtype) for n in outs
+    ]
+    biases = [torch.randn(n).to(dtype) for n in outs] if bias else []
+    extra = torch.randn(rows, sum(outs)).to(dtype) if residual else None
+    seed = torch.tensor(1234567890123, dtype=torch.int64) if dropout_p else None
+    keep = None
+    if seed is not None:
+        keep = keep_elements(seed, dropout_p, rows, sum(outs), torch.float32, torch.device("cpu"))
+    out, z = torch.ops.bigmodel_emulator.cuda_linear(
+        x, weights, biases, extra, seed, weight_layout=layout, activation=activation, dropout_p=dropout_p,
+        keep_preactivation=keep_preactivation,
+    )  # fmt: skip
+    wide: Any = [x.double(), [w.double() for w in weights], [b.double() for b in biases]]
+    ref, ref_z = compute(*wide, None if extra is None else extra.double(), keep, layout, activation)
+    eager, eager_z = compute(x, weights, biases, extra, keep, layout, activation)
+    pairs = [(out, ref, eager)] + ([(z, ref_z, eager_z)] if keep_preactivation else [])
+    for mine, exact, usual in pairs:
+        assert mine.shape == exact.shape
+        error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
+        atol = 2 * ((exact + 0.3 - 0.3) - exact.to(dtype).double()).abs().max()
+        assert error.max() <= 2 * allowed.max() + atol
+        assert error.mean() <= 1.2 * allowed.mean() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(dtype: torch.dtype, layout: str, activation: str) -> None:
+    check(70, 72, [136], dtype, layout=layout, activation=activation, keep_preactivation=activation != "none")
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "out"), [(1, 8, 8), (17, 64, 264), (129, 200, 128), (300, 40, 40)]
+)
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_sizes(rows: int, features: int, out: int, layout: str) -> None:
+    check(rows, features, [out], torch.bfloat16, layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_several_weights_side_by_side(layout: str) -> None:
+    check(150, 64, [64, 136, 264], torch.float16, layout=layout, residual=True)
+
+
+def test_more_tiles_than_blocks() -> None:
+    check(400, 72, [520], torch.bfloat16, bias=False)
+
+
+def test_dropout_and_residual() -> None:
+    check(40, 64, [200], torch.float16, residual=True, dropout_p=0.3, activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(4, 12)}, "rows must be multiples of 8"),
+        ({"weights": [torch.zeros(16, 24)]}, "takes 24 features; x has 16"),
+        ({"weights": []}, "1 to 4 are allowed"),
+        ({"biases": [torch.zeros(8)]}, r"must be \(16,\)"),
+        ({"residual": torch.zeros(4, 8)}, r"must be \(4, 16\)"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
+    call: dict[str, Any] = {"x": torch.zeros(4, 16), "weights": [torch.zeros(16, 16)]}
+    call |= {"biases": [torch.zeros(16)], "residual": None}
+    call |= change
+    half = {
+        k: [t.half() for t in v] if isinstance(v, list) else None if v is None else v.half()
+        for k, v in call.items()
+    }
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bigmodel_emulator.cuda_linear(*half.values())

@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from tests.csrc.emulator.conftest import build_module
+from build_csrc import build_module
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,23 +1,15 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
+import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def build_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bigmodel_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT / "tests" / "csrc"))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +18,8 @@ def library() -> Path:
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / ".emulator.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        from build_csrc import build_module
+
         path: Path = build_module().emulator()
     torch.ops.load_library(str(path))
     return path
@@ -35,3 +29,9 @@ def library() -> Path:
 def run_word(library: Path) -> Any:
     """run_word(name, input, output, seed=0): a kernel of csrc/testing/words.cuh."""
     return torch.ops.bigmodel_testing.run
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90a"])
+def architecture(request: pytest.FixtureRequest, library: Path) -> int:
+    torch.ops.bigmodel_emulator.set_architecture(request.param)
+    return int(request.param)

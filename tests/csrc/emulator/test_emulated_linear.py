@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.ops.philox import keep_elements
-from tests.csrc.emulator.test_attention import architecture  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
 

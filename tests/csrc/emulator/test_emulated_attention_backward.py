@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from plain_attention import make, plain
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention import prepare, reference
-from tests.csrc.emulator.test_emulated_attention import make, plain
 
 pytestmark = pytest.mark.usefixtures("library")
 DTYPES = [torch.bfloat16, torch.float16]

@@ -188,6 +188,27 @@ def layer_norm_formula(
     return F.layer_norm(x if residual is None else x + residual, x.shape[-1:], weight, bias, eps)
 
 
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str = "layer_norm"
+) -> Tensor:
+    if kind == "layer_norm":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def rms_norm_formula(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    if weight is not None and weight_offset:
+        weight = weight + weight_offset
+    return _norm(x if residual is None else x + residual, weight, None, eps, "rms_norm")
+
+
 def linear_formula(
     x: Tensor,
     weight: Sequence[Tensor],
@@ -199,12 +220,13 @@ def linear_formula(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
 ) -> Tensor:
     w = torch.cat([w.t() if weight_layout == "conv1d" else w for w in weight])
     y = _activation(F.linear(x, w, None if bias is None else torch.cat(list(bias))), activation)
     if residual is not None:
         y = y + residual
-    return y if norm_weight is None else F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, norm_eps)
+    return y if norm_weight is None else _norm(y, norm_weight, norm_bias, norm_eps, norm_kind)
 
 
 def feed_forward_formula(
@@ -221,14 +243,22 @@ def feed_forward_formula(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float = 1e-5,
+    norm_kind: str = "layer_norm",
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
 ) -> Tensor:
     if weight_layout == "conv1d":
-        w_in, w_out = w_in.t(), w_out.t()
-    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps) if norm_position == "pre" else x
-    y = F.linear(_activation(F.linear(h, w_in, b_in), activation), w_out, b_out)
+        w_in, w_out, w_gate = w_in.t(), w_out.t(), None if w_gate is None else w_gate.t()
+    h = _norm(x, norm_weight, norm_bias, norm_eps, norm_kind) if norm_position == "pre" else x
+    up = F.linear(h, w_in, b_in)
+    if w_gate is None:
+        hidden = _activation(up, activation)
+    else:
+        hidden = _activation(F.linear(h, w_gate, b_gate), activation) * up
+    y = F.linear(hidden, w_out, b_out)
     if residual is not None:
         y = y + residual
-    return F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, norm_eps) if norm_position == "post" else y
+    return _norm(y, norm_weight, norm_bias, norm_eps, norm_kind) if norm_position == "post" else y
 
 
 def embedding_formula(
@@ -269,6 +299,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (bk.linear, linear_formula),
     "feed_forward": (bk.feed_forward, feed_forward_formula),
     "layer_norm": (bk.layer_norm, layer_norm_formula),
+    "rms_norm": (bk.rms_norm, rms_norm_formula),
     "embedding": (bk.embedding, embedding_formula),
     "linear_cross_entropy": (bk.linear_cross_entropy, linear_cross_entropy_formula),
 }
@@ -508,7 +539,9 @@ def _linear(
     if residual:
         options["residual"] = m.normal(*lead, sum(sizes))
     if norm:
-        options |= {"norm_weight": m.normal(sum(sizes)), "norm_bias": m.normal(sum(sizes))}
+        options["norm_weight"] = m.normal(sum(sizes))
+        if options.get("norm_kind") != "rms_norm":
+            options["norm_bias"] = m.normal(sum(sizes))
     return (m.normal(*lead, size_in), weights, biases), options
 
 
@@ -537,6 +570,7 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield case("residual", (33,), 64, (64,), residual=True)
     yield case("norm", (33,), 64, (130,), norm=True)
     yield case("no leading dimension", (), 20, (30,), residual=True, norm=True)
+    yield case("RMSNorm", (33,), 64, (130,), norm=True, norm_kind="rms_norm", residual=True, bias=False)
 
 
 def _feed_forward(
@@ -548,6 +582,7 @@ def _feed_forward(
     *,
     bias: bool = True,
     residual: bool = True,
+    gated: bool = False,
     **options: Any,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     w_in = m.normal(hidden, size_in, scale=size_in**-0.5)
@@ -558,7 +593,13 @@ def _feed_forward(
         options["residual"] = m.normal(*lead, size_out)
     if options.get("norm_position", "none") != "none":
         size = size_in if options["norm_position"] == "pre" else size_out
-        options |= {"norm_weight": m.normal(size), "norm_bias": m.normal(size)}
+        options["norm_weight"] = m.normal(size)
+        if options.get("norm_kind") != "rms_norm":
+            options["norm_bias"] = m.normal(size)
+    if gated:
+        options["w_gate"] = m.normal(*w_in.shape, scale=size_in**-0.5)
+        if bias:
+            options["b_gate"] = m.normal(hidden)
     b_in, b_out = (m.normal(hidden), m.normal(size_out)) if bias else (None, None)
     return (m.normal(*lead, size_in), w_in, b_in, w_out, b_out), options
 
@@ -585,6 +626,16 @@ def _feed_forward_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield case(
             f"conv1d, norm {position}", (2, 17), 48, 130, 48, norm_position=position, weight_layout="conv1d"
         )
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"):
+        yield case(f"gated {activation}", (2, 9), 40, 65, 40, activation=activation, gated=True)
+    for position in ("none", "pre", "post"):
+        rms = {"gated": True, "norm_kind": "rms_norm", "activation": "silu", "bias": False}
+        if position == "none":
+            del rms["norm_kind"]
+        yield case(
+            f"SwiGLU without biases, norm {position}", (3, 11), 48, 130, 48, norm_position=position, **rms
+        )
+    yield case("GeGLU, conv1d", (33,), 40, 65, 40, gated=True, weight_layout="conv1d")
     yield case("no bias, no residual", (33,), 17, 129, 20, bias=False, residual=False)
     yield case("384 -> 1536 -> 384", (2, 33), 384, 1536, 384, norm_position="post")
 
@@ -613,6 +664,31 @@ def _layer_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
     yield case("no bias", 2, 5, 64, bias=False)
     yield case("no weight", 2, 5, 64, weight=False, bias=False)
     yield case("mean far from 0", 9, 768, shift=30.0)
+    yield case("small numbers", 9, 768, scale=1e-3)
+
+
+def _rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    def case(
+        label: str,
+        *shape: int,
+        weight: bool = True,
+        residual: bool = False,
+        scale: float = 1.0,
+        **options: float,
+    ) -> Case:
+        def build(m: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            x = m.normal(*shape, scale=scale)
+            parameter = m.normal(shape[-1]) if weight else None
+            return (x, parameter, 1e-6, m.normal(*shape) if residual else None), options
+
+        return Case("rms_norm", label, dtype, build)
+
+    for size in (1, 17, 127, 129, 1000, 5000):
+        yield case(f"N={size}", 13, size)
+    yield case("residual", 2, 5, 384, residual=True)
+    yield case("no weight", 33, 64, weight=False)
+    yield case("weight_offset", 33, 96, weight_offset=1.0)
+    yield case("no rows", 0, 64)
     yield case("small numbers", 9, 768, scale=1e-3)
 
 
@@ -690,6 +766,7 @@ _CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "linear": _linear_cases,
     "feed_forward": _feed_forward_cases,
     "layer_norm": _layer_norm_cases,
+    "rms_norm": _rms_norm_cases,
     "embedding": _embedding_cases,
     "linear_cross_entropy": _linear_cross_entropy_cases,
 }

@@ -102,7 +102,13 @@ def _plain(value: Any) -> bool:
 
 
 def define(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, autocast: str | None = None
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    autocast: str | None = None,
+    rows: Sequence[int] | None = None,
+    row_results: Sequence[int] | None = None,
 ) -> None:
     """Defines `bigmodel::<schema>` with one implementation for CPU and CUDA and one for fake tensors.
 
@@ -110,6 +116,10 @@ def define(
     function does. Under torch.autocast, `autocast="lower"` casts the floating arguments to the autocast
     dtype, as torch does for linear and scaled_dot_product_attention, and `"float32"` to float32, as torch
     does for layer_norm.
+
+    Under torch.vmap, a map over arguments `rows` alone, whose leading dimensions are free, is one call with
+    one dimension more, if of the results asked for by `needs` all are `row_results`, which have those
+    dimensions too. Any other map is a call for each element. Without `rows` there is no rule for vmap.
     """
     name = schema.split("(")[0]
     _IMPLEMENTATIONS[name] = run
@@ -120,6 +130,67 @@ def define(
     if autocast:
         for device in ("cpu", "cuda"):
             LIBRARY.impl(name, _autocast_kernel(name, device, autocast), f"Autocast{device.upper()}")
+    if rows is not None:
+        torch.library.register_vmap(f"bigmodel::{name}", _vmap_rule(name, rows, row_results), lib=LIBRARY)
+
+
+def _vmap_rule(
+    name: str, rows: Sequence[int], row_results: Sequence[int] | None
+) -> Callable[..., tuple[Any, Any]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **options: Any) -> tuple[Any, Any]:
+        operator = getattr(torch.ops.bigmodel, name).default
+        if not _maps_rows(in_dims, options, rows, row_results):
+            results = [
+                operator(*(_element(a, d, i) for a, d in zip(args, in_dims, strict=True)), **options)
+                for i in range(info.batch_size)
+            ]
+            if isinstance(results[0], Tensor):
+                return torch.stack(results), 0
+            kind = type(results[0])
+            return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind(
+                [0] * len(results[0])
+            )
+        folded = list(args)
+        for i in rows:
+            if i < len(args) and isinstance(args[i], Tensor):
+                dim = in_dims[i]
+                folded[i] = (
+                    args[i].expand(info.batch_size, *args[i].shape)
+                    if dim is None
+                    else args[i].movedim(dim, 0)
+                )
+        result = operator(*folded, **options)
+        if isinstance(result, Tensor):
+            return result, 0
+        # What is not there is an empty vector, and not mapped.
+        return result, type(result)(0 if r.dim() > 1 else None for r in result)
+
+    return rule
+
+
+def _maps_rows(
+    in_dims: tuple[Any, ...],
+    options: dict[str, Any],
+    rows: Sequence[int],
+    row_results: Sequence[int] | None,
+) -> bool:
+    def mapped(dim: Any) -> bool:
+        return any(map(mapped, dim)) if isinstance(dim, (list, tuple)) else dim is not None
+
+    # With dropout, each element of a map has its own rows, which begin at 0.
+    return (
+        not options.get("dropout_p", 0.0)
+        and not any(mapped(dim) for i, dim in enumerate(in_dims) if i not in rows)
+        and (
+            row_results is None or not any(n for i, n in enumerate(options["needs"]) if i not in row_results)
+        )
+    )
+
+
+def _element(value: Any, dim: Any, index: int) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_element(v, d, index) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, index)
 
 
 def _autocast_kernel(name: str, device: str, rule: str) -> Callable[..., Any]:

@@ -123,8 +123,31 @@ class Sizes(TorchDispatchMode):
         return result
 
 
+def require(backend: str, op: str, args: Any, options: Any) -> None:
+    """Skips the test if the backend does not have what the call needs, and says so."""
+    with backends.use(backend):
+        error = backends.explain_call(op, args[0].device.type, args, options).error
+    if error is not None and "it has no " in error:
+        pytest.skip(error)
+    assert error is None
+
+
+def with_seed(operator: Any, prepare: Callable[..., Any], seed: int = 7) -> Callable[..., Any]:
+    """The raw operator's first result for the arguments of the public function, with this dropout seed."""
+
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        raw, options = prepare(*args, **kwargs)
+        seeded = (torch.tensor(seed) if isinstance(a, Tensor) and a.shape == () else a for a in raw)
+        result = operator(*seeded, **options)
+        return result if isinstance(result, Tensor) else result[0]
+
+    return function
+
+
 def check_case(case: verify.Case, backend: str) -> None:
     result = verify.run_case(case, backend)
+    if result.skipped is not None and "it has no " in result.skipped:
+        pytest.skip(result.skipped)
     assert result.ok and result.skipped is None, str(result)
 
 

@@ -204,6 +204,13 @@ def test_all_ignored_is_nan_as_in_torch() -> None:
     assert total == 0 and x.grad is not None and not x.grad.any()
 
 
+def test_under_vmap() -> None:
+    x, target = torch.randn(3, 7, 4), torch.randint(0, 5, (3, 7))
+    expected = torch.stack([bk.linear_cross_entropy(x[i], W, target[i]) for i in range(3)])
+    mapped = torch.vmap(lambda x, t: bk.linear_cross_entropy(x, W, t))
+    torch.testing.assert_close(mapped(x, target), expected)
+
+
 def test_large_logits() -> None:
     x, weight = X * 1e4, W.clone().requires_grad_()
     loss = bk.linear_cross_entropy(x, weight, TARGET)

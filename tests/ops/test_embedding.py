@@ -17,12 +17,15 @@ from operator_checks import (
     check_gradients,
     check_operator,
     check_refused,
+    require,
+    with_seed,
 )
 from torch import Tensor
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends, verify
 from bigmodel_kernels.ops.embedding import prepare
+from bigmodel_kernels.ops.philox import keep_elements
 
 IDS, WORD = torch.tensor([[1, 5, 1], [0, 2, 6]]), torch.randn(7, 4)
 POSITIONS, POSITION = torch.arange(3)[None], torch.randn(5, 4)
@@ -80,8 +83,74 @@ def test_any_shape(
 
 @calls
 def test_gradients(name: str) -> None:
-    check_gradients(bk.embedding, CALLS[name])
+    check_gradients(bk.embedding, CALLS[name], second=True)
     check_each_gradient_alone(bk.embedding, CALLS[name])
+    dropped = (CALLS[name][0], {**CALLS[name][1], "dropout_p": 0.4})
+    function = with_seed(torch.ops.bigmodel.embedding, prepare)
+    check_gradients(function, dropped)
+    check_each_gradient_alone(function, dropped)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@calls
+def test_opcheck_of_the_gradient(name: str, p: float, cpu_backend: str) -> None:
+    args, kwargs = CALLS[name]
+    raw, options = prepare(*args, **kwargs, dropout_p=p, padding_idx=1)
+    *tensors, eps = raw[:9]
+    needs = [tensors[i] is not None for i in (1, 3, 5, 6, 7)]
+    grad = torch.randn(*IDS.shape, 4)
+    call = ((grad, *tensors, *raw[9:]), {**options, "norm_eps": eps, "needs": needs})
+    require(cpu_backend, "embedding_backward", *call)
+    check_operator(torch.ops.bigmodel.embedding_backward.default, call, cpu_backend)
+    with backends.use(cpu_backend):
+        for i in range(5):
+            alone = {**call[1], "needs": [i == j and n for j, n in enumerate(needs)]}
+            results = torch.ops.bigmodel.embedding_backward(*call[0], **alone)
+            assert [r.numel() > 0 for r in results] == alone["needs"]
+
+
+def test_padding_row_gets_no_gradient(cpu_backend: str) -> None:
+    word = WORD.clone().requires_grad_()
+    expected = F.embedding(IDS, word, padding_idx=1)
+    for index in (1, -6):
+        with backends.use(cpu_backend):
+            out = bk.embedding(IDS, word, padding_idx=index)
+            assert torch.equal(out, expected)
+            gradient = torch.autograd.grad(out.square().sum(), word)[0]
+        assert not gradient[1].any()
+        torch.testing.assert_close(
+            gradient, torch.autograd.grad(expected.square().sum(), word, retain_graph=True)[0]
+        )
+    for index in (7, -8):
+        with pytest.raises(ValueError, match=f"padding_idx={index} is out of range; allowed are -7 to 6"):
+            bk.embedding(IDS, word, padding_idx=index)
+    with pytest.raises(ValueError, match="padding_idx=7 is out of range"):
+        torch.ops.bigmodel.embedding(IDS, word, None, None, None, None, None, None, 1e-5, padding_idx=7)
+
+
+def test_dropout_is_that_of_elements_behind_the_norm() -> None:
+    args, options = prepare(IDS, WORD.double(), norm_weight=W.double(), dropout_p=0.3)
+    keep = keep_elements(args[9], 0.3, 6, 4, torch.float64, "cpu").view(2, 3, 4)
+    out = torch.ops.bigmodel.embedding(*args, **options)
+    torch.testing.assert_close(out, F.layer_norm(WORD.double()[IDS], (4,), W.double(), eps=1e-12) * keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_equal_ids_are_summed_in_float32(dtype: torch.dtype, cpu_backend: str) -> None:
+    """4096 gradients of 1 for one row: a half sum would stop at 256 or 2048."""
+    word = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
+    with backends.use(cpu_backend):
+        bk.embedding(torch.ones(4096, dtype=torch.int64), word).sum().backward()
+    assert word.grad is not None and torch.equal(word.grad[1], torch.full((4,), 4096.0, dtype=dtype))
+
+
+def test_under_vmap() -> None:
+    expected = torch.stack([bk.embedding(ids, WORD, norm_weight=W) for ids in IDS])
+    mapped = torch.vmap(lambda ids, word: bk.embedding(ids, word, norm_weight=W), in_dims=(0, None))
+    torch.testing.assert_close(mapped(IDS, WORD), expected)
+    tables = torch.randn(2, 7, 4)
+    expected = torch.stack([bk.embedding(ids, t) for ids, t in zip(IDS, tables, strict=True)])
+    torch.testing.assert_close(torch.vmap(bk.embedding)(IDS, tables), expected)
 
 
 @calls

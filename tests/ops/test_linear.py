@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import (
+    Sizes,
     check_case,
     check_checkpointed,
     check_compiled,
@@ -19,12 +20,16 @@ from operator_checks import (
     check_gradients,
     check_operator,
     check_refused,
+    require,
+    with_seed,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends, verify
-from bigmodel_kernels.ops.linear import native, prepare
+from bigmodel_kernels.ops.linear import native, prepare, reference
+from bigmodel_kernels.ops.philox import keep_elements
 
 X, W, B = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -44,6 +49,11 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         {"weight_layout": "conv1d", "activation": "quick_gelu", "norm_weight": torch.randn(5)},
     ),
     "silu": ((X, [W], [B]), {"activation": "silu", "residual": torch.randn(3, 5)}),
+    "RMSNorm": ((X, W), {"activation": "relu", "norm_weight": torch.randn(5), "norm_kind": "rms_norm"}),
+}
+#: Of the raw operator, with a seed, as far as the backends have it.
+DROPOUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    name: (args, {**kwargs, "dropout_p": 0.4}) for name, (args, kwargs) in CALLS.items()
 }
 calls = pytest.mark.parametrize("name", CALLS)
 
@@ -99,15 +109,43 @@ def test_any_shape(
 
 @calls
 def test_gradients(name: str) -> None:
-    check_gradients(bk.linear, CALLS[name])
+    check_gradients(bk.linear, CALLS[name], second=True)
     check_each_gradient_alone(bk.linear, CALLS[name])
+
+
+@pytest.mark.parametrize("operator", ["linear", "linear_training"])
+@calls
+def test_gradients_with_dropout(name: str, operator: str) -> None:
+    """The forward and the backward drop the same elements; the plain operator computes all again."""
+    function = with_seed(getattr(torch.ops.bigmodel, operator), prepare)
+    check_gradients(function, DROPOUT[name])
+    check_each_gradient_alone(function, DROPOUT[name])
 
 
 @calls
 def test_opcheck(name: str, cpu_backend: str) -> None:
     args, kwargs = CALLS[name]
     args, kwargs = prepare(*args, **kwargs)
+    require(cpu_backend, "linear", args, kwargs)
     check_operator(torch.ops.bigmodel.linear.default, (args, kwargs), cpu_backend)
+    check_operator(torch.ops.bigmodel.linear_training.default, (args, kwargs), cpu_backend)
+
+
+@pytest.mark.parametrize("calls_of", [CALLS, DROPOUT], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("stored", [False, True])
+@calls
+def test_opcheck_of_the_gradient(name: str, stored: bool, calls_of: Any, cpu_backend: str) -> None:
+    args, kwargs = calls_of[name]
+    args, kwargs = prepare(*args, **kwargs)
+    args = (*args, *[None] * (7 - len(args)))
+    require(cpu_backend, "linear_training", args, kwargs)
+    out, preactivation, prenorm = torch.ops.bigmodel.linear_training(*args, **kwargs)
+    saved = (preactivation if preactivation.numel() else None, prenorm if prenorm.numel() else None)
+    _, weights, biases, residual, norm_weight, norm_bias, _ = args
+    needs = [True, residual is not None, norm_weight is not None, norm_bias is not None]
+    needs += [True] * len(weights) + [False] * len(biases)
+    call = ((torch.randn_like(out), *args, *(saved if stored else ())), {**kwargs, "needs": needs})
+    check_operator(torch.ops.bigmodel.linear_backward.default, call, cpu_backend)
 
 
 def test_opcheck_with_gradients(cpu_backend: str) -> None:
@@ -132,6 +170,126 @@ def test_autocast(dtype: torch.dtype, cpu_backend: str) -> None:
         out.float().sum().backward()
     assert out.dtype == dtype
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_as_asked(p: float) -> None:
+    x = torch.zeros(400, 3)
+    out = bk.linear(x, torch.zeros(100, 3), torch.ones(100), dropout_p=p)
+    kept = out != 0
+    assert abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / 40_000) ** 0.5
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
+    torch.manual_seed(1)
+    first = bk.linear(x, torch.zeros(100, 3), torch.ones(100), dropout_p=p)
+    second = bk.linear(x, torch.zeros(100, 3), torch.ones(100), dropout_p=p)
+    torch.manual_seed(1)
+    assert torch.equal(bk.linear(x, torch.zeros(100, 3), torch.ones(100), dropout_p=p), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_is_that_of_elements_before_the_residual() -> None:
+    """With the mask of ops/philox.py applied by hand, forward and gradients are those of torch."""
+    x, w, residual = (t.double().requires_grad_() for t in (X, W, torch.randn(3, 5)))
+    args, kwargs = prepare(x, w, residual=residual, dropout_p=0.3, activation="gelu", norm_weight=B.double())
+    keep = keep_elements(args[6], 0.3, 3, 5, torch.float64, "cpu")
+    out = torch.ops.bigmodel.linear(*args, **kwargs)
+    expected = F.layer_norm(F.gelu(F.linear(x, w)) * keep + residual, (5,), B.double())
+    torch.testing.assert_close(out, expected)
+    leaves = (x, w, residual)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves)
+    )
+
+
+def test_dropout_checkpointed_and_compiled() -> None:
+    layer = nn.Linear(4, 5)
+
+    def step(x: Tensor) -> Tensor:
+        return bk.linear(x, layer.weight, layer.bias, activation="gelu", dropout_p=0.5)
+
+    gradients = []
+    for function in (step, lambda x: checkpoint(step, x, use_reentrant=False)):
+        layer.zero_grad()
+        torch.manual_seed(3)
+        function(X).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    outs = [compiled(X) for _ in range(2)]
+    assert not torch.equal(*outs)
+    outs[0].sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_steps(dtype: torch.dtype, cpu_backend: str) -> None:
+    """A training step of three projections against the same by torch, in the dtype, as the rule allows."""
+    case = verify.Case(
+        "linear",
+        "three projections",
+        dtype,
+        lambda m: verify._linear(m, (4, 33), 96, (96, 32, 32), activation="gelu_tanh", norm=True),
+    )
+    check_case(case, cpu_backend)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("needs, products", [("x", 1), ("w", 1), ("xw", 2), ("b", 0), ("r", 0), ("n", 0)])
+def test_only_what_is_needed_is_computed(needs: str, products: int, stored: bool) -> None:
+    args = (X, [W], [B], torch.randn(3, 5), torch.randn(5), torch.randn(5))
+    options = {"activation": "gelu"}
+    out, *saved = reference.run_training(*args, **options)
+    asked = ["x" in needs, "r" in needs, "n" in needs, "n" in needs, "w" in needs, "b" in needs]
+    with Sizes() as sizes:
+        results = reference.run_backward(
+            torch.randn_like(out), *args, None, *(saved if stored else (None, None)), **options, needs=asked
+        )
+    assert sizes.products == products + (0 if stored else 1)  # the projection again
+    assert [r.numel() > 0 for r in results] == asked
+
+
+def test_frozen_weights_keep_no_input() -> None:
+    """As in torch: x is kept for the gradient of the weight alone."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.untyped_storage().nbytes() for tensor in (tensor,)))
+        return tensor
+
+    x = torch.randn(50, 40, requires_grad=True)
+    w = torch.randn(30, 40)
+    for frozen in (True, False):
+        kept.clear()
+        w.requires_grad_(not frozen)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = bk.linear(x, w, activation="gelu")
+        assert ((50 * 40 * 4,) in kept) != frozen
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        expected = torch.autograd.grad(F.gelu(F.linear(x, w)).sum(), x)[0]
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_under_vmap() -> None:
+    x = torch.randn(6, 3, 4)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return bk.linear(x, w, B, activation="gelu", norm_weight=B)
+
+    expected = torch.stack([function(x[:, i], W) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(function, in_dims=(1, None))(x, W), expected)
+    weights = torch.randn(3, 5, 4)
+    expected = torch.stack([function(x[:, i], weights[i]) for i in range(3)])
+    torch.testing.assert_close(torch.vmap(function, in_dims=(1, 0))(x, weights), expected)
+    grads = torch.randn(6, 3, 5)
+
+    def backward(grad: Tensor, x: Tensor, needs: list[bool]) -> list[Tensor]:
+        return torch.ops.bigmodel.linear_backward(grad, x, [W], [B], activation="silu", needs=needs)
+
+    for needs in ([True] + [False] * 5, [True, False, False, False, True, False]):
+        mapped = torch.vmap(lambda g, x, n=needs: backward(g, x, n))(grads, x)
+        for i in range(6):
+            for one, all_of_them in zip(backward(grads[i], x[i], needs), mapped, strict=True):
+                if one.numel():
+                    torch.testing.assert_close(all_of_them[i], one)
 
 
 def test_inputs_of_any_strides(cpu_backend: str) -> None:
@@ -172,6 +330,15 @@ BAD: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, W), {"norm_weight": B[:3]}, ValueError, r"norm_weight has shape \(3,\); it must be \(5,\)"),
     ((X, W), {"norm_bias": B}, ValueError, "norm_bias is given and norm_weight is None"),
     ((X, W), {"norm_weight": B, "norm_eps": -1.0}, ValueError, "norm_eps=-1.0 is out of range"),
+    ((X, W), {"norm_kind": "batch"}, ValueError, "norm_kind='batch' is unknown; allowed are 'layer_norm'"),
+    (
+        (X, W),
+        {"norm_weight": B, "norm_bias": B, "norm_kind": "rms_norm"},
+        ValueError,
+        "norm_bias is given with norm_kind='rms_norm', which has none",
+    ),
+    ((X, W), {"dropout_p": 1.0}, ValueError, "dropout_p=1.0 is out of range; allowed is 0 <= dropout_p < 1"),
+    ((X, W), {"dropout_p": -0.1}, ValueError, "dropout_p=-0.1 is out of range"),
 ]
 
 
@@ -180,6 +347,25 @@ def test_bad_arguments(args: Any, kwargs: Any, kind: type[Exception], message: s
     check_refused(bk.linear, args, kwargs, kind, message)
     args, kwargs = prepare(*args, **kwargs)
     check_refused(torch.ops.bigmodel.linear, args, kwargs, kind, message)
+
+
+RAW: list[tuple[dict[str, Any], str]] = [
+    ({"dropout_p": 0.5}, "dropout_seed is None with dropout_p=0.5"),
+    ({"grad": torch.ones(3, 4)}, r"grad has shape \(3, 4\); it must be \(3, 5\)"),
+    ({"preactivation": torch.ones(3, 4)}, r"preactivation has shape \(3, 4\); it must be \(3, 5\)"),
+    ({"prenorm": torch.ones(5)}, r"prenorm has shape \(5,\); it must be \(3, 5\)"),
+    ({"needs": [True]}, "needs holds 1 values; it must hold 6, for x, residual"),
+    ({"needs": [False] * 2 + [True] + [False] * 3}, "asks for the gradient of norm_weight, which is None"),
+    ({"dropout_seed": torch.ones(2)}, "dropout_seed has dtype torch.float32"),
+]
+
+
+@pytest.mark.parametrize("changes, message", RAW, ids=[r[1][:30] for r in RAW])
+def test_the_gradient_refuses(changes: dict[str, Any], message: str) -> None:
+    arguments = {"grad": torch.ones(3, 5), "x": X, "weights": [W], "biases": [B], "needs": [True] * 2}
+    arguments["needs"] = [True, False, False, False, True, True]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.bigmodel.linear_backward(**(arguments | changes))
 
 
 # The cache of packed weights. Packing is replaced by a copy, which shows what was packed.

@@ -307,6 +307,7 @@ define(
     _run,
     _fake,
     autocast="lower",
+    rows=(),
 )
 define(
     f"linear_cross_entropy_training({_TENSORS}=None, *, {_OPTIONS}, bool[] needs) "
@@ -314,17 +315,20 @@ define(
     _run_training,
     _fake_training,
     autocast="lower",
+    rows=(),
 )
 define(
     f"linear_cross_entropy_backward(Tensor grad, {_TENSORS}, Tensor logsumexp, *, {_SMOOTHED}, "
     "bool[] needs) -> Tensor[]",
     _run_backward,
     _fake_backward,
+    rows=(),
 )
 define(
     "linear_cross_entropy_scaled(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]",
     _run_scaled,
     _fake_scaled,
+    rows=(),
 )
 torch.library.register_autograd("bigmodel::linear_cross_entropy", _backward, setup_context=_setup_context)
 torch.library.register_autograd(

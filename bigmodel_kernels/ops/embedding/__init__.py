@@ -238,12 +238,14 @@ define(
     "int padding_idx=-1) -> Tensor",
     _run,
     _fake,
+    rows=(0,),
 )
 define(
     f"embedding_backward(Tensor grad, {_TABLES}, Tensor? dropout_seed=None, *, float norm_eps, "
     "float dropout_p=0.0, int padding_idx=-1, bool[] needs) -> Tensor[]",
     _run_backward,
     _fake_backward,
+    rows=(),
 )
 torch.library.register_autograd("bigmodel::embedding", _backward, setup_context=_setup_context)
 no_second_derivative("embedding_backward", "torch.nn.functional.embedding")

@@ -339,19 +339,22 @@ _OPTIONS = (
     'str activation, str weight_layout="linear", str norm_position="none", float norm_eps=1e-5, '
     'str norm_kind="layer_norm", float dropout_p=0.0'
 )
-define(f"feed_forward({_TENSORS}, *, {_OPTIONS}) -> Tensor", _run, _fake, autocast="lower")
+define(f"feed_forward({_TENSORS}, *, {_OPTIONS}) -> Tensor", _run, _fake, autocast="lower", rows=(0, 5))
 define(
     f"feed_forward_training({_TENSORS}, *, {_OPTIONS}, bool recompute=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _run_training,
     _fake_training,
     autocast="lower",
+    rows=(0, 5),
 )
 define(
     f"feed_forward_backward(Tensor grad, {_TENSORS}, Tensor? preactivation=None, "
     f"Tensor? gate_preactivation=None, Tensor? prenorm=None, *, {_OPTIONS}, bool[] needs) -> Tensor[]",
     _run_backward,
     _fake_backward,
+    rows=(0, 1, 6, 12, 13, 14),
+    row_results=(0, 5),
 )
 torch.library.register_autograd("bigmodel::feed_forward", _backward, setup_context=_setup_context)
 torch.library.register_autograd(

@@ -318,18 +318,21 @@ _OPTIONS = (
     'str weight_layout="linear", str activation="none", float norm_eps=1e-5, str norm_kind="layer_norm", '
     "float dropout_p=0.0"
 )
-define(f"linear({_TENSORS}, *, {_OPTIONS}) -> Tensor", _run, _fake, autocast="lower")
+define(f"linear({_TENSORS}, *, {_OPTIONS}) -> Tensor", _run, _fake, autocast="lower", rows=(0, 3))
 define(
     f"linear_training({_TENSORS}, *, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _run_training,
     _fake_training,
     autocast="lower",
+    rows=(0, 3),
 )
 define(
     f"linear_backward(Tensor grad, {_TENSORS}, Tensor? preactivation=None, Tensor? prenorm=None, *, "
     f"{_OPTIONS}, bool[] needs) -> Tensor[]",
     _run_backward,
     _fake_backward,
+    rows=(0, 1, 4, 8, 9),
+    row_results=(0, 1),
 )
 torch.library.register_autograd("bigmodel::linear", _backward, setup_context=_setup_context)
 torch.library.register_autograd("bigmodel::linear_training", _backward, setup_context=_setup_context_training)

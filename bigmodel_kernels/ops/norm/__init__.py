@@ -266,6 +266,7 @@ define(
     _run,
     _fake,
     autocast="float32",
+    rows=(0, 4),
 )
 define(
     "rms_norm(Tensor x, Tensor? weight, float eps, Tensor? residual=None, Tensor? dropout_seed=None, *, "
@@ -273,6 +274,7 @@ define(
     _run_rms_norm,
     _fake_rms_norm,
     autocast="float32",
+    rows=(0, 3),
 )
 define(
     "norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual=None, "
@@ -280,6 +282,8 @@ define(
     "bool[] needs) -> Tensor[]",
     _run_backward,
     _fake_backward,
+    rows=(0, 1, 4),
+    row_results=(0, 1),
 )
 torch.library.register_autograd("bigmodel::layer_norm", _backward, setup_context=_setup_context)
 torch.library.register_autograd(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.activations import activate
-from bigmodel_kernels.ops.linear import native as linear
-from bigmodel_kernels.ops.linear.native import packed
-from bigmodel_kernels.ops.native_library import contiguous, unavailable
-from bigmodel_kernels.ops.norm import native as norm
+from bigmodel_kernels.ops.linear.native import empty, for_training, packed, residual_of
+from bigmodel_kernels.ops.native_library import contiguous, lacking, shaped
 
 
 def supports(
@@ -19,24 +17,11 @@ def supports(
     w_in: Tensor,
     b_in: Tensor | None,
     w_out: Tensor,
-    b_out: Tensor | None,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    w_gate: Tensor | None = None,
-    b_gate: Tensor | None = None,
-    dropout_seed: Tensor | None = None,
-    *,
-    norm_kind: str = "layer_norm",
-    dropout_p: float = 0.0,
+    *args: Any,
     **options: Any,
 ) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if norm_kind != "layer_norm":
-        return f"it has no {norm_kind} here"
-    if w_gate is not None:
-        return "it has no gate here"
-    return unavailable(x.dtype) or ("it has no dropout here" if dropout_p else None)
+    return lacking("cpu_feed_forward_training", x.dtype) or empty(w_in, w_out)
 
 
 def run(
@@ -72,6 +57,11 @@ def run(
         contiguous(norm_weight),
         contiguous(norm_bias),
         norm_eps,
+        None if w_gate is None else packed([w_gate], weight_layout),
+        contiguous(b_gate),
+        dropout_seed,
+        norm_kind=norm_kind,
+        dropout_p=dropout_p,
     )
 
 
@@ -91,22 +81,86 @@ def run_training(
     b_gate: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     *,
-    activation: str,
     weight_layout: str = "linear",
     norm_position: str = "none",
-    norm_eps: float = 1e-5,
-    norm_kind: str = "layer_norm",
-    dropout_p: float = 0.0,
     recompute: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two products, and activation and norm in passes of their own: their inputs are kept."""
-    rows = norm.run(x, norm_weight, norm_bias, norm_eps) if norm_position == "pre" else x
-    z = linear.run(rows, [w_in], [] if b_in is None else [b_in], weight_layout=weight_layout)
-    hidden = activate(z, activation)
-    biases = [] if b_out is None else [b_out]
-    out = linear.run(hidden, [w_out], biases, residual, weight_layout=weight_layout)
-    prenorm = x.new_empty(0)
-    if norm_position == "post":
-        prenorm = out
-        out = norm.run(prenorm, norm_weight, norm_bias, norm_eps)
-    return out, x.new_empty(0) if recompute else z, x.new_empty(0), prenorm
+    """As `run`, and what the activation, the gate's activation and a norm behind were given."""
+
+    def weight(w: Tensor) -> Tensor:
+        return for_training([w], weight_layout)[0]
+
+    post = norm_position == "post"
+    out, preactivation, gate_preactivation, prenorm = torch.ops.bigmodel.cpu_feed_forward_training(
+        x.contiguous(),
+        weight(w_in),
+        contiguous(b_in),
+        weight(w_out),
+        contiguous(b_out),
+        contiguous(residual),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        None if w_gate is None else weight(w_gate),
+        contiguous(b_gate),
+        dropout_seed,
+        weight_layout=weight_layout,
+        norm_position=norm_position,
+        # The library keeps all or nothing, and the norm's input is kept in any case.
+        recompute=recompute and not post,
+        **options,
+    )
+    if recompute and post:
+        preactivation, gate_preactivation = x.new_empty(0), x.new_empty(0)
+    return out, preactivation, gate_preactivation, prenorm
+
+
+def supports_backward(grad: Tensor, *args: Any, **options: Any) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return lacking("cpu_feed_forward_backward", grad.dtype) or empty(args[1], args[3])
+
+
+def run_backward(
+    grad: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    w_gate: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    preactivation: Tensor | None = None,
+    gate_preactivation: Tensor | None = None,
+    prenorm: Tensor | None = None,
+    *,
+    norm_position: str = "none",
+    needs: Sequence[bool],
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients of all ten tensors of the block, in their order."""
+    grad = grad.contiguous()
+    recomputed = norm_position == "post" and prenorm is None
+    return torch.ops.bigmodel.cpu_feed_forward_backward(  # type: ignore[no-any-return]
+        grad,
+        shaped(x),
+        w_in.contiguous(),
+        contiguous(b_in),
+        w_out.contiguous(),
+        contiguous(b_out),
+        residual_of(grad, residual, needs[5], recomputed),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        contiguous(w_gate),
+        contiguous(b_gate),
+        dropout_seed,
+        contiguous(preactivation),
+        contiguous(gate_preactivation),
+        contiguous(prenorm),
+        norm_position=norm_position,
+        needs=needs,
+        **options,
+    )

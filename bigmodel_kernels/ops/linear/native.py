@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.activations import activate
-from bigmodel_kernels.ops.native_library import contiguous, unavailable
-from bigmodel_kernels.ops.norm import native as norm
+from bigmodel_kernels.ops.native_library import contiguous, lacking, shaped
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,26 @@ def joined(biases: Sequence[Tensor]) -> Tensor | None:
     return biases[0].contiguous() if len(biases) == 1 else torch.cat(list(biases))
 
 
-def supports(
-    x: Tensor, *args: Any, norm_kind: str = "layer_norm", dropout_p: float = 0.0, **options: Any
-) -> str | None:
+def for_training(weights: Sequence[Tensor], weight_layout: str) -> list[Tensor]:
+    """The weights as a training form takes them: as they are where an optimizer will change them, for a kept
+    copy would serve one step only; packed where they are frozen."""
+    if any(w.requires_grad for w in weights):
+        return [w.contiguous() for w in weights]
+    return [packed(weights, weight_layout)]
+
+
+def supports(x: Tensor, weights: Sequence[Tensor], *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if norm_kind != "layer_norm":
-        return f"it has no {norm_kind} here"
-    return unavailable(x.dtype) or ("it has no dropout here" if dropout_p else None)
+    return lacking("cpu_linear_training", x.dtype) or empty(*weights)
+
+
+def empty(*weights: Tensor | None) -> str | None:
+    """The library's products have at least one row and one column of weight."""
+    return (
+        "it has no products with an empty weight"
+        if any(w is not None and not w.numel() for w in weights)
+        else None
+    )
 
 
 def run(
@@ -139,6 +150,9 @@ def run(
         contiguous(norm_weight),
         contiguous(norm_bias),
         norm_eps,
+        dropout_seed,
+        norm_kind=norm_kind,
+        dropout_p=dropout_p,
     )
 
 
@@ -155,21 +169,69 @@ def run_training(
     dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
-    activation: str = "none",
-    norm_eps: float = 1e-5,
-    norm_kind: str = "layer_norm",
-    dropout_p: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, and what follows it in passes of their own: their inputs are kept."""
-    preactivation, prenorm = x.new_empty(0), x.new_empty(0)
-    if activation != "none":
-        preactivation = run(x, weights, biases, weight_layout=weight_layout)
-        out = activate(preactivation, activation)
-        if residual is not None:
-            out += residual
-    else:
-        out = run(x, weights, biases, residual, weight_layout=weight_layout)
-    if norm_weight is not None:
-        prenorm = out
-        out = norm.run(prenorm, norm_weight, norm_bias, norm_eps)
-    return out, preactivation, prenorm
+    """As `run`, and what the activation and the norm were given, empty where there is none."""
+    return torch.ops.bigmodel.cpu_linear_training(  # type: ignore[no-any-return]
+        x.contiguous(),
+        for_training(weights, weight_layout),
+        [b.contiguous() for b in biases],
+        contiguous(residual),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        dropout_seed,
+        weight_layout=weight_layout,
+        **options,
+    )
+
+
+def supports_backward(
+    grad: Tensor, x: Tensor, weights: Sequence[Tensor], *args: Any, **options: Any
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return lacking("cpu_linear_backward", x.dtype) or empty(*weights)
+
+
+def run_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    preactivation: Tensor | None = None,
+    prenorm: Tensor | None = None,
+    *,
+    needs: Sequence[bool],
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients of x, residual, norm_weight, norm_bias, weights and biases."""
+    grad = grad.contiguous()
+    recomputed = norm_weight is not None and prenorm is None
+    return torch.ops.bigmodel.cpu_linear_backward(  # type: ignore[no-any-return]
+        grad,
+        shaped(x),
+        [w.contiguous() for w in weights],
+        [b.contiguous() for b in biases],
+        residual_of(grad, residual, needs[1], recomputed),
+        contiguous(norm_weight),
+        contiguous(norm_bias),
+        dropout_seed,
+        contiguous(preactivation),
+        contiguous(prenorm),
+        needs=needs,
+        **options,
+    )
+
+
+def residual_of(grad: Tensor, residual: Tensor | None, need: bool, recomputed: bool) -> Tensor | None:
+    """The residual, which for the library says that there was one.
+
+    The values are read where the norm's input has to be computed again. Elsewhere anything of its shape will
+    do.
+    """
+    if residual is None and need:
+        return torch.zeros_like(grad) if recomputed else grad
+    return contiguous(residual)

@@ -103,6 +103,23 @@ def test_is_torchs_cross_entropy(
         )
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+@pytest.mark.parametrize("classes", [1, 2, 65, 1009])
+def test_any_backend_on_small_sizes(rows: int, classes: int, backend: str) -> None:
+    x, weight = torch.randn(rows, 24, requires_grad=True), torch.randn(classes, 24, requires_grad=True)
+    bias = torch.randn(classes, requires_grad=True)
+    target = torch.randint(0, classes, (rows,))
+    for reduction in ("sum", "none"):
+        with backends.use(backend):
+            loss = bk.linear_cross_entropy(x, weight, target, bias, reduction=reduction)
+            gradients = torch.autograd.grad(loss.sum(), (x, weight, bias))
+        expected = F.cross_entropy(F.linear(x, weight, bias), target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            gradients, torch.autograd.grad(expected.sum(), (x, weight, bias)), atol=2e-5, rtol=1e-5
+        )
+
+
 @calls
 def test_gradients(name: str, small_chunks: None) -> None:
     check_gradients(bk.linear_cross_entropy, CALLS[name], second=True)

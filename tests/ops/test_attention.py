@@ -358,6 +358,31 @@ def test_gradient_with_dropout(packed: bool) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_with_dropout_in_float32(packed: bool, cpu_backend: str) -> None:
+    """The backward drops what the forward dropped, in blocks of rows and of a window's keys."""
+    torch.manual_seed(4)
+    inputs = [make(300, 2, 16) if packed else make(1, 2, 300, 16) for _ in range(3)]
+    options: dict[str, Any] = {"dropout_p": 0.3, "dropout_seed": torch.tensor(99), "window": (70, 3)}
+    if packed:
+        options |= {"cu_seqlens_q": lengths(290, 10), "cu_seqlens_k": lengths(290, 10)}
+    with backends.use(cpu_backend):
+        chosen = bk.explain("attention", *inputs, **options)
+        if chosen.error and "the compiled library has no" in chosen.error:
+            pytest.skip(chosen.error)
+        got = gradients_of(inputs, options)
+    exact = gradients_of([t.double() for t in inputs], options)  # in the reference
+    for gradient, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def gradients_of(inputs: list[Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = bk.attention(*leaves, **options)
+    assert isinstance(out, Tensor)
+    return torch.autograd.grad(out.square().sum(), leaves)
+
+
 def test_dropout_under_checkpointing() -> None:
     query = make(1, 2, 9, 8, grad=True)
 

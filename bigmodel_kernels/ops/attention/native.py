@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.attention import reference
 from bigmodel_kernels.ops.attention.reference import cached
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
+from bigmodel_kernels.ops.philox import keep_attention
 
 
 @functools.cache
@@ -88,6 +90,35 @@ def run(
         return torch.ops.bigmodel.cpu_attention.default(*tensors, *options)
     more = (dropout_seed if dropout_p else None, contiguous(alibi_slopes), contiguous(sinks))
     return torch.ops.bigmodel.cpu_attention.default(*tensors, *more, *options, dropout_p)
+
+
+def supports_backward(
+    grad_out: Tensor, grad_logsumexp: Tensor | None, query: Tensor, *args: Any, **options: Any
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return unavailable(query.dtype)
+
+
+def run_backward(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient: torch's products of matrices over blocks of rows, as in the reference, with the dropped
+    elements from the library, which makes them many times faster than torch's integer arithmetic does.
+    """
+    has_dropout = hasattr(torch.ops.bigmodel, "cpu_philox")
+    return reference.run_backward(*args, **options, keep=_keep if has_dropout else keep_attention)
+
+
+def _keep(
+    seed: Tensor, p: float, sequence: int, heads: int, rows: slice, keys: slice, like: Tensor
+) -> Tensor:
+    """See `philox.keep_attention`."""
+    result = torch.empty_like(like)
+    for b in range(like.shape[0]):
+        for head in range(heads):
+            _, kept, _ = torch.ops.bigmodel.cpu_philox.default(
+                seed, rows.stop - rows.start, keys.stop, "attention", rows.start, head, sequence + b, p
+            )
+            result[b, head] = kept[:, keys.start :]
+    return result.mul_(1 / (1 - p))
 
 
 def supports_decode(

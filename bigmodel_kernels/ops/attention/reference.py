@@ -8,7 +8,7 @@ logsumexp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -116,9 +116,10 @@ def run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    keep: Callable[..., Tensor] = keep_attention,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, bias and sinks (empty tensors for the last two when not wanted), given
-    those of both outputs. The same from run to run, asked or not."""
+    those of both outputs. The same from run to run, asked or not. `keep`: who makes the blocks of dropout."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
     compute = compute_dtype(query.dtype)
     dq = _empty_like_query(query)
@@ -150,6 +151,7 @@ def run_backward(
             part.keys(dv),
             part.bias(dbias),
             dsinks,
+            keep,
         )
     return (
         dq,
@@ -383,6 +385,7 @@ def _backward(
     dv: Tensor,
     dbias: Tensor | None,
     dsinks: Tensor | None,
+    keep: Callable[..., Tensor],
 ) -> None:
     """Dense gradients: dq is written, the others (in the type of computation) are added to."""
     heads, kv_heads, offset = query.shape[1], key.shape[1], key.shape[2] - query.shape[2]
@@ -412,9 +415,9 @@ def _backward(
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)
         dropped = p
         if seed is not None:
-            keep = keep_attention(seed, rule.dropout_p, sequence, heads, rows, keys, p)
-            dropped = p * keep
-            dp *= keep
+            kept = keep(seed, rule.dropout_p, sequence, heads, rows, keys, p)
+            dropped = p * kept
+            dp *= kept
         dv[:, :, keys] += _grouped(dropped, kv_heads).transpose(-1, -2) @ _grouped(grad, kv_heads)
         delta = (p * dp).sum(-1, keepdim=True)  # = rowsum(grad * out), without the rounding of out
         if dsinks is not None and p_sink is not None:

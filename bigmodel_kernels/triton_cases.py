@@ -137,6 +137,9 @@ CASES: dict[str, Callable[[], None]] = {
     "feed_forward backward bf16 768x3072 gelu": lambda: _feed_forward(
         _BF16, 768, 3072, False, True, activation="gelu"
     ),
+    "feed_forward backward fp32 768x3072 gelu": lambda: _feed_forward(
+        _FP32, 768, 3072, False, True, activation="gelu"
+    ),
     "feed_forward backward bf16 4096x11008 silu gated": lambda: _feed_forward(
         _BF16, 4096, 11_008, True, True, activation="silu"
     ),
@@ -149,7 +152,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm backward bf16 1024 dropout": lambda: _norm(_BF16, 1024, backward=True, dropout_p=0.1),
     "norm backward bf16 4096 rms": lambda: _norm(_BF16, 4096, rms=True, backward=True),
     "norm backward fp32 8192": lambda: _norm(_FP32, 8192, backward=True),
-    "norm backward bf16 16384": lambda: _norm(_BF16, 16_384, backward=True),
+    "norm backward bf16 8192 rms": lambda: _norm(_BF16, 8192, rms=True, backward=True),
     "embedding bf16 768": lambda: _embedding(_BF16, 768),
     "embedding fp32 384": lambda: _embedding(_FP32, 384),
     "embedding backward bf16 768": lambda: _embedding(_BF16, 768, backward=True),

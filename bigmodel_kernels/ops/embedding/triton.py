@@ -445,4 +445,4 @@ def supports_backward(
     grad: Tensor, input_ids: Tensor, word_weight: Tensor, *rest: object, **options: object
 ) -> str | None:
     """Why this call cannot run here, or None."""
-    return _supports(word_weight, min(MAX_COLUMNS_BACKWARD, 8192))
+    return _supports(word_weight, MAX_COLUMNS_BACKWARD)

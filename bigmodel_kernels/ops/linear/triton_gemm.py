@@ -290,7 +290,8 @@ def hidden_backward_kernel(
         up = tl.load(up_ptr + place, mask=mask, other=0.0).to(tl.float32)
         dtype = dup_ptr.dtype.element_ty
         part = tile_m.to(tl.int64) * N + columns
-        dhidden = tl.where(mask, dhidden, 0.0)  # rows past the edge wrapped round, and must not be summed
+        if NEED_SUMS:  # rows past the edge wrapped round, and must not be summed
+            dhidden = tl.where(mask, dhidden, 0.0)
         if GATED:
             gate = tl.load(gate_ptr + place, mask=mask, other=0.0).to(tl.float32)
             dgate = dhidden * up * slope(gate, ACTIVATION)
@@ -357,7 +358,7 @@ HALF_TILES = (
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
 FLOAT_TILES = (
-    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 3), GemmTile(32, 32, 32, 4, 3),
+    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 4), GemmTile(32, 32, 32, 4, 3),
     GemmTile(16, 32, 64, 2, 3),
 )  # fmt: skip
 MAX_CANDIDATES = 4
@@ -372,7 +373,7 @@ def gemm_tiles(
     target: Target,
     *,
     products: int = 1,
-    heavy: bool = False,
+    heavy: int = 0,
     aligned: bool = True,
     descriptors: bool = False,
     split: bool = False,
@@ -386,18 +387,22 @@ def gemm_tiles(
     of the devices the kernels are for. The last, partly filled wave costs a whole one. Splitting K costs a
     write and a read of each float32 part, and a launch.
 
-    ``products``: accumulators (2 for a gate). ``heavy``: the epilogue needs registers of its own (erf, a
-    residual). ``aligned``: rows start at multiples of 16 bytes, so that loads are vectors. ``descriptors``:
-    the operands may be copied through tensor descriptors. ``split``: K may be split.
+    ``products``: accumulators (2 for a gate). ``heavy``: 1 if the epilogue needs registers of its own (erf,
+    a residual), 2 if those of several tensors at once, 3 of many. ``aligned``: rows start at multiples of 16 bytes, so
+    that loads are vectors. ``descriptors``: the operands may be copied through tensor descriptors. ``split``:
+    K may be split.
     """
     half = itemsize < 4
     # The largest accumulators fill the registers: they need the warpgroups' matrix unit and a light epilogue.
     # float32 has no matrix unit, and its operands are in registers too.
-    limit = 32 if not half else 128 if target.warpgroups and not heavy else 64
+    limit = (128 if target.warpgroups else 64, 64, 32, 16)[heavy] if half else (32, 32, 16, 16)[heavy]
     # In multiply-adds: a byte through memory (at 15 bytes per clock and processor), and a launch (3 us).
     byte, launch = (270.0, 2e7) if half else (8.0, 6e5)
     found: list[tuple[float, GemmTile]] = []
     for tile in HALF_TILES if half else FLOAT_TILES:
+        if heavy >= 2:  # a thread's share is smaller with more of them
+            warps = min(8, tile.tile_m * tile.tile_n // 1024) * (heavy - 1)
+            tile = tile._replace(num_warps=max(tile.num_warps, warps))
         if products * tile.tile_m * tile.tile_n > limit * tile.num_warps * 32 and tile.tile_m > 16:
             continue
         if not aligned:  # every element is a load of its own, with its own address
@@ -495,7 +500,7 @@ def _choose(
     N: int,
     launch: Callable[[GemmTile], None],
     *,
-    heavy: bool,
+    heavy: int,
     split: bool = False,
     repeatable: bool = True,
 ) -> GemmTile:
@@ -582,7 +587,14 @@ def matmul(
     heavy = activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None
     launch(
         _choose(
-            "linear", x, (weight, gate), N, launch, heavy=heavy, split=split, repeatable=residual is not out
+            "linear",
+            x,
+            (weight, gate),
+            N,
+            launch,
+            heavy=int(heavy),
+            split=split,
+            repeatable=residual is not out,
         )
     )
     return out
@@ -627,7 +639,7 @@ def hidden_backward(
             )  # fmt: skip
 
     if M and N:
-        launch(_choose("hidden_backward", grad, (w_out,), N, launch, heavy=True))
+        launch(_choose("hidden_backward", grad, (w_out,), N, launch, heavy=2 if gate_saved is None else 3))
     if need_sums:
         for i, part in enumerate(parts if M and N else []):
             sums[i] = None if part is None else sum_parts(part, part.new_empty(N))

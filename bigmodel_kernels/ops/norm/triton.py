@@ -21,8 +21,8 @@ g = grad * w (RMSNorm: without the means of t and of g):
     dt = r * (g - mean(g) - n * mean(g * n))        dresidual = dt, dx = dt where kept, scaled
     dweight = sum over rows of grad * n             dbias = sum over rows of grad
 
-A program takes every P-th tile of rows and adds up its own dweight and dbias in registers (rows too wide for
-that: in its own row of the scratch), and ``ops/reduce_triton.py`` adds up those of the P programs, in order.
+A program takes every P-th tile of rows and adds up its own dweight and dbias in registers;
+``ops/reduce_triton.py`` adds up those of the P programs, in order.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from ..reduce_triton import sum_parts
 
 MAX_COLUMNS = 32_768
 """A row is held in the registers of one program: 1024 threads times 32 float32 values."""
-MAX_COLUMNS_BACKWARD = 16_384
-"""The backward holds a row and its gradient."""
+MAX_COLUMNS_BACKWARD = 8192
+"""The backward holds a row, its gradient and two running sums, without spilling."""
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def norm_backward_kernel(
     rows, columns, grad_stride, x_stride, residual_stride, eps, weight_offset, least, keep_scale,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE_COLUMNS)
@@ -144,21 +144,10 @@ def norm_backward_kernel(
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0)
         grad = grad.to(tl.float32)
 
-        if IN_REGISTERS:
-            if NEED_WEIGHT:
-                dweight += grad * normal
-            if NEED_BIAS:
-                dbias += grad
-        else:  # TILE_ROWS is 1. Every thread adds to elements of its own.
-            place = program * columns + column[None, :]
-            begun = in_columns & (tl.full((1, 1), 0, tl.int64) + tile != program)
-            if NEED_WEIGHT:
-                before = tl.load(dweight_ptr + place, mask=begun, other=0.0)
-                tl.store(dweight_ptr + place, before + grad * normal, mask=in_columns)
-            if NEED_BIAS:
-                before = tl.load(dbias_ptr + place, mask=begun, other=0.0)
-                tl.store(dbias_ptr + place, before + grad, mask=in_columns)
-
+        if NEED_WEIGHT:
+            dweight += grad * normal
+        if NEED_BIAS:
+            dbias += grad
         if NEED_X or NEED_RESIDUAL:
             if HAS_WEIGHT:
                 weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -172,12 +161,11 @@ def norm_backward_kernel(
                     dtotal = tl.where(keep, dtotal * keep_scale, 0.0)
                 tl.store(dx_ptr + place, dtotal.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    if IN_REGISTERS:
-        place = program * columns + column
-        if NEED_WEIGHT:
-            tl.store(dweight_ptr + place, tl.sum(dweight, axis=0), mask=column < columns)
-        if NEED_BIAS:
-            tl.store(dbias_ptr + place, tl.sum(dbias, axis=0), mask=column < columns)
+    place = program * columns + column
+    if NEED_WEIGHT:
+        tl.store(dweight_ptr + place, tl.sum(dweight, axis=0), mask=column < columns)
+    if NEED_BIAS:
+        tl.store(dbias_ptr + place, tl.sum(dbias, axis=0), mask=column < columns)
 
 
 class RowTile(NamedTuple):
@@ -326,7 +314,7 @@ def run_backward(
             RMS=kind == "rms_norm", HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
             HAS_DROPOUT=dropout_seed is not None,
             NEED_X=need_x, NEED_RESIDUAL=need_residual, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-            IN_REGISTERS=columns <= 8192, TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
+            TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
             num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     if need_weight:

@@ -33,12 +33,14 @@ class Target(NamedTuple):
     """Threads that execute together."""
     warpgroups: bool = False
     """Four warps issue matrix products of 64 rows together (Hopper, Blackwell), not each its own of 16."""
+    tensor_memory: bool = False
+    """Accumulators have a memory of their own (Blackwell)."""
 
 
 HOPPER = Target(processors=132, shared_memory=232_448, warpgroups=True)
 """H100 and H200; also what the interpreter pretends to be."""
 AMPERE = Target(processors=108, shared_memory=166_912)
-BLACKWELL = Target(processors=148, shared_memory=232_448, warpgroups=True)
+BLACKWELL = Target(processors=148, shared_memory=232_448, warpgroups=True, tensor_memory=True)
 MI300 = Target(processors=304, shared_memory=65_536, warp=64)
 
 
@@ -48,7 +50,9 @@ def _device_target(index: int) -> Target:
     # PyTorch publishes the shared memory of a program under two names, by version and vendor.
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
     warpgroups = torch.version.hip is None and properties.major in (9, 10)
-    return Target(properties.multi_processor_count, shared, getattr(properties, "warp_size", 32), warpgroups)
+    warp = getattr(properties, "warp_size", 32)
+    tensor_memory = warpgroups and properties.major == 10
+    return Target(properties.multi_processor_count, shared, warp, warpgroups, tensor_memory)
 
 
 _pretended: Target | None = None

@@ -46,12 +46,12 @@ LEAST_ROWS = 128
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, target_ptr, upstream_ptr, loss_ptr, logsumexp_ptr, gradient_ptr,
-    classes, ignore_index, smoothing,
+    classes, stride, ignore_index, smoothing,
     SMOOTHED: tl.constexpr, HAS_UPSTREAM: tl.constexpr, NEED_LOSS: tl.constexpr,
     NEED_GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * classes
+    logits_ptr += row * stride
     column = tl.arange(0, TILE)
     target = tl.load(target_ptr + row)
     counts = target != ignore_index
@@ -95,7 +95,7 @@ def cross_entropy_kernel(
             gradient -= tl.where(start + column == target, 1.0 - smoothing, 0.0)
             gradient = tl.where(counts, gradient * upstream, 0.0)
             # float32: in place. Every thread overwrites what it has read itself.
-            place = gradient_ptr + row * classes + start + column
+            place = gradient_ptr + row * stride + start + column
             tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
@@ -157,10 +157,12 @@ def _work(
     dbias = weight.new_empty(classes if need_bias else 0)
     step = min(chunk_rows(classes, x.element_size()), max(rows, 1))
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    logits = torch.empty(step, classes, dtype=torch.float32, device=device)
-    gradient = (
-        logits if x.dtype == torch.float32 or not need_gradient else torch.empty_like(logits, dtype=x.dtype)
-    )
+    # Rows start at multiples of 64 elements whatever the number of classes: products read them in vectors.
+    width = triton.cdiv(classes, 64) * 64
+    logits = torch.empty(step, width, dtype=torch.float32, device=device)[:, :classes]
+    gradient = logits
+    if need_gradient and x.dtype != torch.float32:
+        gradient = torch.empty(step, width, dtype=x.dtype, device=device)[:, :classes]
     total = dweight
     if need_weight and len(chunks) > 1 and x.dtype != torch.float32:
         total = torch.empty_like(dweight, dtype=torch.float32)
@@ -174,7 +176,7 @@ def _work(
             cross_entropy_kernel[(size,)](
                 logits, target[chunk], None if upstream is None else upstream[chunk],
                 losses[0, chunk], losses[1, chunk], gradient,
-                classes, ignore_index, label_smoothing,
+                classes, width, ignore_index, label_smoothing,
                 SMOOTHED=label_smoothing > 0, HAS_UPSTREAM=upstream is not None, NEED_LOSS=need_loss,
                 NEED_GRADIENT=need_gradient, TILE=min(TILE, max(32, triton.next_power_of_2(classes))),
                 num_warps=8 if classes > 1024 else 4, enable_fp_fusion=True,

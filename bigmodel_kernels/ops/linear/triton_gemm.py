@@ -358,7 +358,7 @@ HALF_TILES = (
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
 FLOAT_TILES = (
-    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 4), GemmTile(32, 32, 32, 4, 3),
+    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 16, 4, 4), GemmTile(32, 32, 32, 4, 3),
     GemmTile(16, 32, 64, 2, 3),
 )  # fmt: skip
 MAX_CANDIDATES = 4
@@ -388,13 +388,15 @@ def gemm_tiles(
     write and a read of each float32 part, and a launch.
 
     ``products``: accumulators (2 for a gate). ``heavy``: 1 if the epilogue needs registers of its own (erf,
-    a residual), 2 if those of several tensors at once, 3 of many. ``aligned``: rows start at multiples of 16 bytes, so
-    that loads are vectors. ``descriptors``: the operands may be copied through tensor descriptors. ``split``:
-    K may be split.
+    a residual), 2 if those of several tensors at once, 3 of many. ``aligned``: rows start at multiples of 16
+    bytes, so that loads are vectors. ``descriptors``: the operands may be copied through tensor descriptors,
+    aligned or not. ``split``: K may be split.
     """
     half = itemsize < 4
     # The largest accumulators fill the registers: they need the warpgroups' matrix unit and a light epilogue.
     # float32 has no matrix unit, and its operands are in registers too.
+    if heavy == 3 and (not target.warpgroups or target.tensor_memory):
+        heavy = 2  # only Hopper's accumulators lack the room
     limit = (128 if target.warpgroups else 64, 64, 32, 16)[heavy] if half else (32, 32, 16, 16)[heavy]
     # In multiply-adds: a byte through memory (at 15 bytes per clock and processor), and a launch (3 us).
     byte, launch = (270.0, 2e7) if half else (8.0, 6e5)
@@ -405,7 +407,7 @@ def gemm_tiles(
             tile = tile._replace(num_warps=max(tile.num_warps, warps))
         if products * tile.tile_m * tile.tile_n > limit * tile.num_warps * 32 and tile.tile_m > 16:
             continue
-        if not aligned:  # every element is a load of its own, with its own address
+        if not aligned and not descriptors:  # every element is a load of its own, with its own address
             tile = tile._replace(
                 tile_m=min(tile.tile_m, 64), tile_n=min(tile.tile_n, 64), tile_k=32, num_warps=8
             )
@@ -422,7 +424,8 @@ def gemm_tiles(
             time = triton.cdiv(tiles * splits, target.processors) * step * depth
             if splits > 1:
                 time += splits * M * N * 8 * byte / target.processors + launch
-            found.append((time, tile._replace(splits=splits)))
+            if aligned or not descriptors or tile.tile_m < 64:
+                found.append((time, tile._replace(splits=splits)))
             if descriptors and tile.tile_m >= 64 and tile.tile_n >= 64 and tile_k >= 32:
                 # A little ahead: addresses cost no registers, and loads run through the epilogue.
                 found.append((0.95 * time, tile._replace(splits=splits, descriptors=True)))

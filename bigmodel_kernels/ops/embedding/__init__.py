@@ -21,6 +21,7 @@ from bigmodel_kernels.ops.registration import (
     given,
     gradients,
     no_second_derivative,
+    register_gradient,
     require_device,
     require_dropout,
     require_float,
@@ -247,5 +248,5 @@ define(
     _fake_backward,
     rows=(),
 )
-torch.library.register_autograd("bigmodel::embedding", _backward, setup_context=_setup_context)
+register_gradient("embedding", _backward, _setup_context)
 no_second_derivative("embedding_backward", "torch.nn.functional.embedding")

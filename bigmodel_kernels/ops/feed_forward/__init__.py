@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigmodel_kernels import backends
@@ -22,6 +21,7 @@ from bigmodel_kernels.ops.registration import (
     gradients,
     no_second_derivative,
     placeholder,
+    register_gradient,
     require_choice,
     require_dropout,
     require_float,
@@ -356,8 +356,6 @@ define(
     rows=(0, 1, 6, 12, 13, 14),
     row_results=(0, 5),
 )
-torch.library.register_autograd("bigmodel::feed_forward", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "bigmodel::feed_forward_training", _backward, setup_context=_setup_context_training
-)
+register_gradient("feed_forward", _backward, _setup_context)
+register_gradient("feed_forward_training", _backward, _setup_context_training)
 no_second_derivative("feed_forward_backward", "torch.nn.functional.linear and the activation")

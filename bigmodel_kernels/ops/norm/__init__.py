@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bigmodel_kernels import backends
@@ -19,6 +18,7 @@ from bigmodel_kernels.ops.registration import (
     given,
     gradients,
     no_second_derivative,
+    register_gradient,
     require_choice,
     require_dropout,
     require_float,
@@ -285,8 +285,6 @@ define(
     rows=(0, 1, 4),
     row_results=(0, 1),
 )
-torch.library.register_autograd("bigmodel::layer_norm", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "bigmodel::rms_norm", _backward_rms_norm, setup_context=_setup_context_rms_norm
-)
+register_gradient("layer_norm", _backward, _setup_context)
+register_gradient("rms_norm", _backward_rms_norm, _setup_context_rms_norm)
 no_second_derivative("norm_backward", "torch.nn.functional.layer_norm or rms_norm")

@@ -587,7 +587,11 @@ def matmul(
         if parts is not out:
             sum_parts(parts, out, late_scale)
 
-    heavy = activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None
+    heavy = int(activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None)
+    if x.dtype == torch.float32:
+        heavy = heavy if _is_aligned(out) else 2  # stores element by element, each with its own address
+    elif target_of(x).tensor_memory and (out.dtype != x.dtype or split or not _is_aligned(out)):
+        heavy = max(heavy, 1)  # the whole accumulator comes to registers at once, to be stored in float32
     launch(
         _choose(
             "linear",

@@ -277,7 +277,7 @@ def show_comparison(found: dict[str, Any], console: Console, output: str) -> Non
     eager, patched = found["runs"]["eager"], found["runs"]["patched"]
     for label, show_one in (
         (
-            f"{found['metric']} over {len(found['seeds'])} seeds: mean (least to most)",
+            f"{found['metric']}, seeds {', '.join(map(str, found['seeds']))}: mean (least to most)",
             lambda r: f"{r['score']['mean']:.4f} ({r['score']['least']:.4f} to {r['score']['most']:.4f})",
         ),
         ("time per step", lambda r: f"{1000 * r['step_s']:.0f} ms"),

@@ -358,7 +358,7 @@ HALF_TILES = (
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
 FLOAT_TILES = (
-    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 16, 4, 4), GemmTile(32, 32, 32, 4, 3),
+    GemmTile(64, 64, 32, 4, 3), GemmTile(32, 64, 32, 4, 4), GemmTile(32, 32, 32, 4, 3),
     GemmTile(16, 32, 64, 2, 3),
 )  # fmt: skip
 MAX_CANDIDATES = 4
@@ -589,9 +589,13 @@ def matmul(
 
     heavy = int(activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None)
     if x.dtype == torch.float32:
-        heavy = heavy if _is_aligned(out) else 2  # stores element by element, each with its own address
+        heavy = (
+            heavy if gate is None and _is_aligned(out) else 2
+        )  # stores element by element, each with its own address
     elif target_of(x).tensor_memory and (out.dtype != x.dtype or split or not _is_aligned(out)):
-        heavy = max(heavy, 1)  # the whole accumulator comes to registers at once, to be stored in float32
+        heavy = max(
+            heavy, 1 if scale is None else 2
+        )  # the whole accumulator comes to registers at once, to be stored in float32
     launch(
         _choose(
             "linear",

@@ -32,7 +32,8 @@ KERNELS = [
     "norm",
     "philox",
 ]
-BACKWARD = ["embedding", "feed_forward", "linear", "norm"]  # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
+# csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
+BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

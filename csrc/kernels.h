@@ -249,6 +249,18 @@ struct AttentionArgs {
   int64_t logsumexp_stride[2];         // batch, head; rows are contiguous
 };
 
+struct AttentionBackwardArgs {
+  AttentionArgs forward;               // out and logsumexp are the forward's results
+  const void* grad_out;
+  int64_t grad_out_stride[3];
+  const float* grad_logsumexp;         // where logsumexp is, or null
+  void *dq, *dk, *dv;
+  int64_t dq_stride[3], dk_stride[3], dv_stride[3];
+  float* dbias;                        // zeros to add to, (batch or 1, heads, query, key), or null
+  int64_t dbias_stride[3];             // batch (0: all batches add to one), head, query
+  float* dsinks;                       // (batch, heads) to be written, or null
+};
+
 struct KernelTable {
   const char* isa;
   int32_t panel;                       // columns per packed panel, by dtype the same
@@ -264,6 +276,7 @@ struct KernelTable {
   void (*embedding_backward)(const Runtime&, const EmbeddingBackwardArgs&);
   void (*cross_entropy)(const Runtime&, const CrossEntropyArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
+  void (*attention_backward)(const Runtime&, const AttentionBackwardArgs&);
   void (*philox_block)(const PhiloxArgs&);
 };
 

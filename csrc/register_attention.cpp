@@ -188,6 +188,71 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
   return {out, logsumexp};
 }
 
+// dbias is float32 and has all of logits' dimensions but for a batch that shares it; dsinks is float32 (batch, heads): the caller adds
+// up what was broadcast. Both are empty where they are not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
+    Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
+    OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
+    OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool sinks_require_grad) {
+  AttentionBackwardArgs args = {};
+  AttentionArgs& forward = args.forward;
+  forward = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
+                                               max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap, dropout_p});
+  const bool varlen = cu_seqlens_q.has_value();
+  const ScalarType dtype = query.scalar_type();
+  const Tensor* tensors[2] = {&grad_out, &out};
+  const char* names[2] = {"grad_out", "out"};
+  int64_t* strides[2] = {args.grad_out_stride, forward.out_stride};
+  for (int i = 0; i < 2; i++) {
+    check_cpu(*tensors[i], names[i]);
+    STD_TORCH_CHECK(tensors[i]->scalar_type() == dtype, names[i], ": dtype differs from query's");
+    STD_TORCH_CHECK(shape_of(*tensors[i]) == shape_of(query), names[i], ": shape ", shape_of(*tensors[i]), " must be query's ", shape_of(query));
+    row_strides(*tensors[i], names[i], varlen, strides[i]);
+  }
+  const std::vector<int64_t> rows = logsumexp_shape(query, forward, forward.logsumexp_stride);
+  const int64_t count = varlen ? rows[0] * rows[1] : rows[0] * rows[1] * rows[2];
+  const auto statistics = [&](const Tensor& t, const char* name) {
+    bool same = t.dim() == int64_t(rows.size());
+    for (size_t i = 0; same && i < rows.size(); i++) same = t.size(int64_t(i)) == rows[i];
+    STD_TORCH_CHECK(same, name, ": shape ", shape_of(t), " must be that of the forward's logsumexp");
+    return static_cast<const float*>(data_of(t, name, ScalarType::Float, count));
+  };
+  forward.logsumexp = const_cast<float*>(statistics(logsumexp, "logsumexp"));
+  if (grad_logsumexp) args.grad_logsumexp = statistics(*grad_logsumexp, "grad_logsumexp");
+  forward.out = const_cast<void*>(out.const_data_ptr());
+  args.grad_out = grad_out.const_data_ptr();
+
+  Tensor dq = empty_like_query(query, forward, args.dq_stride);
+  const auto like_key = [&](const Tensor& t, int64_t* stride) {
+    stride[0] = varlen ? 0 : t.size(1) * t.size(2) * forward.head_dim;
+    stride[1] = varlen ? forward.head_dim : t.size(2) * forward.head_dim;
+    stride[2] = varlen ? t.size(1) * forward.head_dim : forward.head_dim;
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < t.dim(); i++) shape.push_back(t.size(i));
+    return empty_result(shape, dtype);
+  };
+  Tensor dk = like_key(key, args.dk_stride), dv = like_key(value, args.dv_stride);
+  args.dq = dq.mutable_data_ptr();
+  args.dk = dk.mutable_data_ptr();
+  args.dv = dv.mutable_data_ptr();
+  Tensor dbias = torch::stable::empty({0}, ScalarType::Float), dsinks = torch::stable::empty({0}, ScalarType::Float);
+  if (bias && bias_requires_grad) {
+    const int64_t batches = bias->dim() == 4 && bias->size(0) != 1 ? forward.batch : 1;
+    dbias = torch::stable::new_zeros(query, {batches, forward.heads, forward.query_length, forward.key_length}, ScalarType::Float);
+    args.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+    args.dbias_stride[2] = forward.key_length;
+    args.dbias_stride[1] = forward.query_length * forward.key_length;
+    args.dbias_stride[0] = batches == 1 ? 0 : forward.heads * args.dbias_stride[1];
+  }
+  if (sinks && sinks_require_grad) {
+    dsinks = torch::stable::new_zeros(query, {forward.batch, forward.heads}, ScalarType::Float);
+    args.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
+  }
+  if (forward.batch > 0 && (query.numel() > 0 || key.numel() > 0)) kernels().attention_backward(runtime(), args);
+  return {dq, dk, dv, dbias, dsinks};
+}
+
 }  // namespace
 }  // namespace bigmodel
 
@@ -197,9 +262,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, "
         "float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p) -> (Tensor, Tensor)");
+  m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, "
+        "Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, "
+        "float softcap, float dropout_p, bool bias_requires_grad, bool sinks_require_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_philox", TORCH_BOX(&bigmodel::cpu_philox));
   m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
+  m.impl("cpu_attention_backward", TORCH_BOX(&bigmodel::cpu_attention_backward));
 }

@@ -14,6 +14,7 @@ void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
 void cross_entropy(const Runtime&, const CrossEntropyArgs&);
 void attention(const Runtime&, const AttentionArgs&);
+void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
 
 #define BIGMODEL_NAME_OF(isa) #isa
@@ -21,6 +22,6 @@ void philox_block(const PhiloxArgs&);
 
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward, feed_forward_backward, layer_norm, norm_backward, embedding, embedding_backward, cross_entropy, attention,
-                           philox_block};
+                           attention_backward, philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

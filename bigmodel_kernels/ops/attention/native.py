@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.attention import reference
 from bigmodel_kernels.ops.attention.reference import cached
 from bigmodel_kernels.ops.native_library import contiguous, unavailable
-from bigmodel_kernels.ops.philox import keep_attention
 
 
 @functools.cache
@@ -93,32 +91,64 @@ def run(
 
 
 def supports_backward(
-    grad_out: Tensor, grad_logsumexp: Tensor | None, query: Tensor, *args: Any, **options: Any
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    *args: Any,
+    **options: Any,
 ) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    return unavailable(query.dtype)
+    if reason := unavailable(query.dtype):
+        return reason
+    if not hasattr(torch.ops.bigmodel, "cpu_attention_backward"):
+        return "the compiled library has no gradient of attention; build it again"
+    return None
 
 
-def run_backward(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient: torch's products of matrices over blocks of rows, as in the reference, with the dropped
-    elements from the library, which makes them many times faster than torch's integer arithmetic does.
-    """
-    has_dropout = hasattr(torch.ops.bigmodel, "cpu_philox")
-    return reference.run_backward(*args, **options, keep=_keep if has_dropout else keep_attention)
-
-
-def _keep(
-    seed: Tensor, p: float, sequence: int, heads: int, rows: slice, keys: slice, like: Tensor
-) -> Tensor:
-    """See `philox.keep_attention`."""
-    result = torch.empty_like(like)
-    for b in range(like.shape[0]):
-        for head in range(heads):
-            _, kept, _ = torch.ops.bigmodel.cpu_philox.default(
-                seed, rows.stop - rows.start, keys.stop, "attention", rows.start, head, sequence + b, p
-            )
-            result[b, head] = kept[:, keys.start :]
-    return result.mul_(1 / (1 - p))
+def run_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float,
+    is_causal: bool = False,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    bias_requires_grad: bool = False,
+    sinks_require_grad: bool = False,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `bigmodel::attention_backward`. Deterministic always: each sum belongs to one task."""
+    dq, dk, dv, wide_dbias, wide_dsinks = torch.ops.bigmodel.cpu_attention_backward.default(
+        *(grad_out, contiguous(grad_logsumexp), query, key, value, out, logsumexp.contiguous()),
+        *(contiguous(key_padding_mask), bias),
+        *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), dropout_seed if dropout_p else None),
+        *(contiguous(alibi_slopes), contiguous(sinks)),
+        *(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap),
+        *(dropout_p, bias_requires_grad, sinks_require_grad),
+    )
+    dbias = dsinks = query.new_empty(0)
+    if bias is not None and bias_requires_grad:
+        shape = (1,) * (4 - bias.dim()) + bias.shape
+        dbias = wide_dbias.sum_to_size(shape).view(bias.shape).to(bias.dtype)
+    if sinks is not None and sinks_require_grad:
+        dsinks = wide_dsinks.sum(0).to(sinks.dtype)
+    return dq, dk, dv, dbias, dsinks
 
 
 def supports_decode(

@@ -1,0 +1,243 @@
+// What the attention forward and backward share: where sequences and their visible keys are, what lies between Q K^T and the softmax
+// (softcap, bias, ALiBi, masks), dropout's verdicts, and K and V packed for the micro kernel.
+#pragma once
+#include "../arch/philox.h"
+#include "../dispatch.h"
+#include "../gemm/gemm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+namespace {
+
+constexpr int64_t key_block = 256;
+constexpr int64_t score_rows = 4 * tile_rows;
+constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
+constexpr int64_t logit_depth = 128;                // longest chain of additions in a logit, as depth_block is for a product
+constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
+constexpr int64_t keep_stride = key_block / 8;
+constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
+
+// Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
+template <class T>
+static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
+  for (int64_t first = 0; first < keys; first += panel, packed += depth * panel) {
+    const int64_t here = smaller(panel, keys - first);
+    const T* source = x + first * stride;
+    // Rows lie a whole (batch, heads) stride apart, which no hardware prefetcher follows.
+    for (int64_t i = panel; i < smaller(2 * panel, keys - first); i++)
+      for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + i * stride + d);
+    int64_t d = 0;
+#if BIGMODEL_SIMD >= 256
+    for (; d + 8 <= depth; d += 8)
+      for (int64_t group = 0; group < panel; group += 8) {
+        __m256 r[8];
+        for (int i = 0; i < 8; i++) r[i] = group + i < here ? load8(source + (group + i) * stride + d) : _mm256_setzero_ps();
+        transpose8x8(r, packed + d * panel + group, panel);
+      }
+#endif
+    for (; d < depth; d++)
+      for (int64_t i = 0; i < panel; i++) packed[d * panel + i] = i < here ? to_float(source[i * stride + d]) : 0.0f;
+  }
+}
+
+// The same rows as panels [depth / panel][keys][panel]: V's columns, in its own order.
+template <class T>
+static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
+  for (int64_t first = 0; first < depth; first += panel)
+    for (int64_t j = 0; j < keys; j++, packed += panel) {
+      const T* source = x + j * stride + first;
+      __builtin_prefetch(source + 8 * stride);
+      for (int64_t i = 0; i < panel; i += F32::width) {
+        const int64_t here = depth - first - i;
+        (here >= F32::width ? F32::load(source + i) : here > 0 ? load_partial(source + i, int(here)) : F32::zero()).store(packed + i);
+      }
+    }
+}
+
+struct Statistics {  // of one query row: running maximum of the scores and sum of what the softmax made of them
+  float maximum, sum;
+};
+
+template <class T>
+struct Attention {
+  const Runtime& runtime;
+  const AttentionArgs& args;
+  const int64_t group = args.heads / args.kv_heads, depth = args.head_dim, depth_padded = round_up(args.head_dim, panel);
+  // Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
+  const bool raw = args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0;
+  const float unit = raw ? args.softmax_scale : 1.0f;   // logit = unit * score
+
+  // One sequence and kv head: where its rows are and how keys are limited.
+  struct Sequence {
+    int64_t batch, kv_head, queries, keys, first_query;  // first_query: offset of the sequence's rows in a packed output
+    const T *query, *key, *value;
+
+    int64_t diagonal() const { return keys - queries; }  // bottom-right alignment
+  };
+
+  Sequence sequence(int64_t batch, int64_t kv_head) const {
+    Sequence s = {batch, kv_head, args.query_length, args.key_length, 0, static_cast<const T*>(args.query) + batch * args.query_stride[0],
+                  static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1],
+                  static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1]};
+    if (args.cu_seqlens_q) {
+      s.first_query = args.cu_seqlens_q[batch];
+      const int64_t first_key = args.cu_seqlens_k[batch];
+      s.queries = args.cu_seqlens_q[batch + 1] - s.first_query;
+      s.keys = args.cu_seqlens_k[batch + 1] - first_key;
+      s.query += s.first_query * args.query_stride[2];
+      s.key += first_key * args.key_stride[2];
+      s.value += first_key * args.value_stride[2];
+    }
+    return s;
+  }
+
+  // Keys [low, high) that query i may see by causality and window.
+  int64_t low(const Sequence& s, int64_t i) const {
+    return args.window_left < 0 ? 0 : larger(0, i + s.diagonal() - args.window_left);
+  }
+  int64_t high(const Sequence& s, int64_t i) const {
+    int64_t end = s.keys;
+    if (args.is_causal) end = smaller(end, i + s.diagonal() + 1);
+    if (args.window_right >= 0) end = smaller(end, i + s.diagonal() + args.window_right + 1);
+    return larger(0, end);
+  }
+
+  // A row of a chunk is (query, head of the group), heads varying fastest, so limits grow with the row.
+  int64_t query_of(int64_t first, int64_t row) const { return first + row / group; }
+  int64_t head_of(const Sequence& s, int64_t row) const { return s.kv_head * group + row % group; }
+
+  // ---- what is done to logits between S = QK^T and the softmax ----
+
+  // scores = scores * scale + bias
+  template <class B>
+  static void add_bias(const B* bias, int64_t stride, float scale, float* scores, int64_t n) {
+    const F32 factor = F32::set(scale);
+    int64_t j = 0;
+    if (stride == 1)
+      for (; j + F32::width <= n; j += F32::width) fma(F32::load(scores + j), factor, F32::load(bias + j)).store(scores + j);
+    for (; j < n; j++) scores[j] = scores[j] * scale + to_float(bias[j * stride]);
+  }
+
+  // scores -= slope * |position - j|, both counted from this block's first key
+  static void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
+    alignas(64) float lanes[F32::width];
+    for (int i = 0; i < F32::width; i++) lanes[i] = float(i);
+    const F32 negative = F32::set(-slope), from = F32::load(lanes) - F32::set(position);
+    for (int64_t j = 0; j < n_padded; j += F32::width) fma(abs(from + F32::set(float(j))), negative, F32::load(scores + j)).store(scores + j);
+  }
+
+  // Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
+  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+    float scale = args.softmax_scale;  // what is still to be multiplied in
+    if (args.softcap > 0) {
+      const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
+      for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j) * inner) * cap).store(scores + j);
+      scale = 1.0f;
+    }
+    if (args.bias) {
+      const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
+      with_dtype(args.bias_dtype, [&](auto type) {
+        add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
+      });
+    } else if (!raw && args.softcap == 0) {
+      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
+    }
+    if (args.alibi_slopes)
+      add_alibi(args.alibi_slopes[s.batch * args.alibi_batch_stride + head], float(query + s.diagonal() - key), scores, n_padded);
+    if (mask)
+      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
+    const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
+    for (int64_t j = 0; j < first; j++) scores[j] = -infinity;
+    for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
+  }
+
+  // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before. With DROP those
+  // whose bit in `keep` is 0 are zero for P V, though not for the sum.
+  template <bool DROP>
+  float softmax(float* scores, int64_t n_padded, Statistics& row, const uint8_t* keep) const {
+    F32 m0 = F32::set(-infinity), m1 = m0;
+    int64_t j = 0;
+    for (; j + 2 * F32::width <= n_padded; j += 2 * F32::width) {
+      m0 = max(m0, F32::load(scores + j));
+      m1 = max(m1, F32::load(scores + j + F32::width));
+    }
+    for (; j < n_padded; j += F32::width) m0 = max(m0, F32::load(scores + j));
+    const float block = maximum(max(m0, m1)), top = block > row.maximum ? block : row.maximum;
+    const float reference = top == -infinity ? 0.0f : top;  // no key seen yet: -inf - 0 stays -inf and 2^-inf is 0
+    const F32 shift = F32::set(reference), base2 = F32::set(unit * log2e);
+    // One vector at a time: its constants fill the registers, and successive iterations overlap in the CPU anyway.
+    F32 total = F32::zero();
+    for (j = 0; j < n_padded; j += F32::width) {
+      const F32 p = exp2((F32::load(scores + j) - shift) * base2);
+      (DROP ? keep_lanes(p, lane_bits(keep + j / 8)) : p).store(scores + j);
+      total = total + p;
+    }
+    const float factor = row.maximum == -infinity ? 0.0f : __builtin_exp2f((row.maximum - reference) * unit * log2e);
+    row.sum = row.sum * factor + bigmodel::BIGMODEL_ISA::sum(total);
+    row.maximum = top;
+    return factor;
+  }
+
+  static BIGMODEL_INLINE uint32_t lane_bits(const uint8_t* keep) {
+    if constexpr (F32::width == 8) return *keep;
+    uint16_t bits;
+    memcpy(&bits, keep, 2);
+    return bits;
+  }
+
+  float softmax(float* scores, int64_t n_padded, Statistics& row, const uint8_t* keep) const {
+    return keep ? softmax<true>(scores, n_padded, row, keep) : softmax<false>(scores, n_padded, row, keep);
+  }
+
+  // Dropout's bits of all rows of a chunk for keys [key, key + n), keep_stride bytes a row. Queries q and q + 8 share a call of the
+  // generator, which takes 16 keys; `key` is a multiple of 16.
+  void draw(const Sequence& s, int64_t first, int64_t count, int64_t key, int64_t n, uint8_t* keep) const {
+    for (int64_t pair = first / 16 * 16; pair < first + count; pair += (pair & 7) == 7 ? 9 : 1) {
+      const int64_t queries[2] = {pair, pair + 8};
+      const bool present[2] = {pair >= first, pair + 8 >= first && pair + 8 < first + count};
+      if (!present[0] && !present[1]) continue;
+      const int64_t begin = larger(0, low(s, pair) - key) / 16, end = ceil_div(smaller(n, high(s, pair + 8) - key), 16);
+      for (int64_t g = 0; g < group; g++)
+        for (int64_t block = begin; block < end; block++) {
+          const uint32_t bits = keep_probabilities(args.dropout, key / 16 + block, pair, s.kv_head * group + g, s.batch);
+          for (int half = 0; half < 2; half++) {
+            const uint16_t own = uint16_t(bits >> (16 * half));
+            if (present[half]) memcpy(keep + ((queries[half] - first) * group + g) * keep_stride + 2 * block, &own, 2);
+          }
+        }
+    }
+  }
+
+  // The running maximum, in units of scores, and sum of a row before any key.
+  Statistics start(const Sequence& s, int64_t head) const {
+    if (!args.sinks) return {-infinity, 0.0f};
+    float sink = 0;
+    with_dtype(args.sinks_dtype, [&](auto type) { sink = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
+    return {sink / unit, sink == -infinity ? 0.0f : 1.0f};
+  }
+
+  static void rescale(float* output, int64_t n, float factor) {
+    if (factor == 1.0f) return;
+    const F32 f = F32::set(factor);
+    for (int64_t d = 0; d < n; d += F32::width) (F32::load(output + d) * f).store(output + d);
+  }
+
+  // The key padding mask of a block as 0 / -inf to add; nullptr where all its keys are visible, `visible` false where none is.
+  const float* padding(const Sequence& s, int64_t key, int64_t n, int64_t n_padded, float* buffer, bool& visible) const {
+    visible = true;
+    if (!args.key_padding_mask) return nullptr;
+    const uint8_t* mask = args.key_padding_mask + s.batch * args.mask_stride + key;
+    int64_t count = 0;
+    for (int64_t j = 0; j < n; j++) {
+      buffer[j] = mask[j] ? 0.0f : -infinity;
+      count += mask[j] != 0;
+    }
+    for (int64_t j = n; j < n_padded; j++) buffer[j] = -infinity;
+    visible = count > 0;
+    return count == n ? nullptr : buffer;
+  }
+};
+
+}  // namespace
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -23,7 +23,7 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_interpreter_agrees(name: str) -> None:
+def test_the_interpreter_agrees(name: str, request: pytest.FixtureRequest) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this process is the interpreter's own")
     command = [
@@ -33,6 +33,7 @@ def test_the_interpreter_agrees(name: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        *(["-m", marks] if (marks := request.config.getoption("markexpr")) else []),
         str(HERE / f"test_{name}_triton.py"),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

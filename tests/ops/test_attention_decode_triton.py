@@ -83,7 +83,7 @@ def _check(
         exact, exact_lse = eager_attention(*(part.double() for part in parts), **extras)
         eager, _ = eager_attention(*parts, **extras)
         verdict = compare(out[b : b + 1], eager, exact)
-        # A few hundred numbers: their mean scatters by more than the rule's margin between float32 and float32.
+        # A few hundred numbers: their mean scatters by more than the rule's margin between float32 results.
         mean_ok = verdict.mean_error <= 1.1 * verdict.mean_limit
         assert verdict.max_error <= verdict.max_limit and mean_ok, (b, verdict)
         torch.testing.assert_close(logsumexp[b : b + 1].double(), exact_lse, rtol=1e-5, atol=2e-5)

@@ -172,3 +172,17 @@ def test_compiled(kind: str) -> None:
     torch.testing.assert_close(pair[0][0], pair[1][0], atol=1e-4, rtol=1e-4)
     for name, gradient in pair[1][1].items():
         torch.testing.assert_close(pair[0][1][f"_orig_mod.{name}"], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_generation_in_training_mode() -> None:
+    """Dropout with a cache: one query to many keys."""
+    model = MODELS["gpt2"]()
+    bk.patch(model)
+    made = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        made.append(
+            model.generate(token_ids(2, 5) * 0 + 7, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        )
+    assert made[0].shape == (2, 17)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

@@ -69,6 +69,34 @@ def test_what_trainer_passes() -> None:
     assert_steps_agree([loss_and_gradients(m, {**batch("gpt2"), "shift_labels": shifted}) for m in trio])
 
 
+def test_trainer_trains_and_evaluates(tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{k: v[0] for k, v in batch("gpt2", padded=False, seed=i, size=1).items()} for i in range(8)]
+    found = []
+    for fused in (True, False):
+        model = MODELS["gpt2"]()
+        bk.patch(model, fused_loss=fused)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(fused)),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append([*losses, trainer.evaluate()["eval_loss"]])
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind: str) -> None:
     trio, results = trio_of(kind), []

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import (
     VOCABULARY,
     assert_as_near,
@@ -93,6 +95,25 @@ def test_the_loss_and_every_gradient(kind: str, padded: bool) -> None:
     results = [loss_and_gradients(m, batch(kind, padded)) for m in trio]
     assert results[0][1].keys() == {name for name, _ in trio[0].named_parameters()}
     assert_steps_agree(results)
+
+
+SMALL = build(BertForMaskedLM, bert_config(num_hidden_layers=1, **NO_DROPOUT["bert"])).train()
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 4), st.integers(1, 19), st.integers(0, 2**31), st.booleans())
+def test_gradients_through_packing_with_any_mask(size: int, length: int, seed: int, frozen: bool) -> None:
+    """Whatever is padded, the gradients are those of the padded run; holes in sequences too."""
+    torch.manual_seed(seed)
+    mask = torch.randint(0, 2, (size, length))
+    mask[:, 0] = 1
+    ids = torch.randint(3, VOCABULARY, (size, length))
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    model = copy.deepcopy(SMALL)
+    model.bert.embeddings.requires_grad_(not frozen)
+    trio = [model, eager_of(model), float64_of(model).train()]
+    bk.patch(model)
+    assert_steps_agree([loss_and_gradients(m, inputs) for m in trio])
 
 
 @pytest.mark.parametrize("kind", ["classifier", "gpt2"])
@@ -356,6 +377,24 @@ def test_a_compiled_training_step(kind: str) -> None:
             torch.optim.SGD(model.parameters(), lr=1e-2).step()
         for model in trio[1:]:  # the same weights again, so that only one step's rounding is compared
             model.load_state_dict(trio[0].state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classifier", "gpt2"])
+def test_a_training_step_compiled_by_inductor(kind: str) -> None:
+    trio = trained_trio(kind)
+    if kind == "gpt2":
+        trio[0].loss_type = "ForCausalLM"
+    compiled = torch.compile(trio[0], fullgraph=True)
+    results = [loss_and_gradients(m, batch(kind)) for m in (compiled, *trio[1:])]
+    results[0] = (results[0][0], {k.removeprefix("_orig_mod."): v for k, v in results[0][1].items()})
+    assert_steps_agree(results)
+    for module in trio[0].modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    losses = [compiled(**batch(kind)).loss for _ in range(2)]
+    losses[0].backward()
+    assert losses[0] != losses[1]
 
 
 # ------------------------------------------------------------------------------------------------------------

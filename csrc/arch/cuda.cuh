@@ -9,12 +9,13 @@
 #if defined(__CUDACC__)
 #define BM_DEVICE __device__ __forceinline__
 #define BM_UNROLL _Pragma("unroll")
-#define BM_UNROLL_2 _Pragma("unroll 2")
+#define BM_PRAGMA(text) _Pragma(#text)
+#define BM_UNROLL_BY(count) BM_PRAGMA(unroll count)
 #else
 #include "emulator/emulator.h"
 #define BM_DEVICE inline
 #define BM_UNROLL
-#define BM_UNROLL_2
+#define BM_UNROLL_BY(count)
 #endif
 
 namespace bigmodel::cuda {

@@ -37,7 +37,7 @@ BM_DEVICE void load_tile(SharedAddress tile, const Element* matrix, int64_t row_
 template <typename Element, typename TileX, typename TileY, int blocks>
 BM_DEVICE void multiply_transposed(float (&c)[blocks][4], SharedAddress x, int row, SharedAddress y) {
   const int lane = lane_index();
-  BM_UNROLL_2  // all steps at once, their addresses would leave too few registers for heads of 256
+  BM_UNROLL_BY((TileX::columns > 192 ? 1 : 2))  // all steps at once, their addresses would leave too few registers
   for (int k = 0; k < TileX::columns / 16; k++) {
     uint32_t a[4];
     ldmatrix(a, x + TileX::offset(row + lane % 16, 2 * k + lane / 16));

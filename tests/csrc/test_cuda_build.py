@@ -45,19 +45,28 @@ def sass(folder: Path, name: str) -> str:
     return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
-# Two element types, six head_dims, short and general; the backward has two of each, and delta.
-@pytest.mark.parametrize(
-    ("kernel", "count"), [("attention.sm80", 24), ("attention.sm80_backward", 50), ("attention.sm90", 24)]
-)
+# Attention: two element types, six head_dims, short and general; the backward has two of each, and delta.
+# Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile.
+COUNTS = {
+    "attention.sm80": 24,
+    "attention.sm80_backward": 50,
+    "attention.sm90": 24,
+    "linear.sm80": 4,
+    "linear.sm90": 8,
+}
+
+
+@pytest.mark.parametrize(("kernel", "count"), COUNTS.items())
 def test_nothing_spills(folder: Path, kernel: str, count: int) -> None:
     found = entries(folder / f"{kernel}.o.log")
     assert len(found) == count
     assert {name: v for name, v in found.items() if v[1] or v[2]} == {}
 
 
-def test_wgmma_is_not_serialised(folder: Path) -> None:
+@pytest.mark.parametrize("kernel", ["attention.sm90", "linear.sm90"])
+def test_wgmma_is_not_serialised(folder: Path, kernel: str) -> None:
     """C7508: setmaxnreg ignored; C7510: a wait after each wgmma; C7519: a fence that was not written."""
-    log = (folder / "attention.sm90.o.log").read_text()
+    log = (folder / f"{kernel}.o.log").read_text()
     assert re.findall(r"C75\d\d", log) == []
 
 
@@ -74,7 +83,13 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
 
 @pytest.mark.parametrize(
     ("kernel", "instructions"),
-    [("attention.sm80", SM80), ("attention.sm80_backward", SM80), ("attention.sm90", SM90)],
+    [
+        ("attention.sm80", SM80),
+        ("attention.sm80_backward", SM80),
+        ("attention.sm90", SM90),
+        ("linear.sm80", SM80),
+        ("linear.sm90", SM90),
+    ],
 )
 def test_the_instructions_are_there(folder: Path, kernel: str, instructions: list[str]) -> None:
     text = sass(folder, f"{kernel}.o")

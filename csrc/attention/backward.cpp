@@ -1,16 +1,18 @@
 // Gradients of attention: FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 2) for caches instead of shared memory. Probabilities are
 // computed again from logsumexp, so that memory is linear in the sequence length.
 //
-//   P = exp(logits - logsumexp),  dP = dO V^T,  dS = P * (dP - delta),  delta = rowsum(dO * O) - dlogsumexp
+//   P = exp(logits - logsumexp),  dP = dO V^T,  dS = P * (dP - delta),  delta = rowsum(P * dP) - dlogsumexp
 //   dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K          (dropout: P and dP are multiplied by 0 or 1 / (1 - p))
 //
 //   one task: one sequence and kv head, with the query heads that share it
 //
-//                       key block (block keys: K^T, K and V^T in panels)
+//                       all keys that the chunk sees, in blocks (K^T, K and V^T in panels, packed once)
 //                      +------------------------+
-//      chunk of rows   |  P and dS, in L2       |  -> dQ of the chunk, in a float buffer of all rows
+//      chunk of rows   |  P, then dS, in L2     |  -> dQ of the chunk;  dK and dV in float buffers of all keys
 //                      +------------------------+
-//                         dK and dV of the block
+//
+// A chunk's rows are complete before any dS is made. So P is divided by its own sum, which takes out the rounding of logsumexp that
+// every probability of a row shares, and delta is the sum that makes a row of dS vanish; rowsum(dO * O) would bring in the rounding of O.
 //
 // A task owns all that it writes, so no sum depends on which thread came first: results are the same in every run, whatever the
 // number of threads. Only with the gradient of a bias that is shared by a batch are the batch's sequences one task.
@@ -21,7 +23,6 @@ namespace bigmodel::BIGMODEL_ISA {
 namespace {
 
 constexpr int64_t block = 128;               // keys
-constexpr int64_t block_stride = block + 16;  // not a power of two
 constexpr int64_t chunk_rows = (96 + tile_rows - 1) / tile_rows * tile_rows;
 static_assert(block % 16 == 0 && block <= key_block, "a block's dropout bits start at a call of the generator, in a row of keep_stride bytes");
 
@@ -39,188 +40,252 @@ struct Backward : Attention<T> {
       Base::padding, Base::query_of, Base::runtime, Base::sequence, Base::unit;
   const AttentionBackwardArgs& gradients;
 
-  struct Row { float logsumexp, delta; };
+  // What a chunk works with. P, dP and their like have a row for each of its rows and a column for each key from `begin` on.
+  struct Chunk {
+    int64_t first, count, begin, end, stride;
+    float *query_tiles, *query_columns, *grad_tiles, *grad_columns, *query_grad;
+    float *probability, *gradient, *slope;   // slope: of the softcap, or null
+    float *logsumexp, *total, *delta, *logsumexp_grad;   // of each row
+    uint8_t* bits;                           // dropout's, or null
+  };
+  struct Keys { float *transposed, *columns, *value_transposed, *grad, *value_grad; };  // of all keys
 
   float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
 
-  // Rows of Q or dO as floats: tiles for the products over head_dim, panels of columns, chunk by chunk, for those over rows.
-  void pack(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t rows, float* line, float* tiles, float* columns) const {
-    for (int64_t first = 0; first < rows; first += chunk_rows) {
-      const int64_t count = smaller(chunk_rows, rows - first);
-      for (int64_t row = 0; row < count; row++) {
-        const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
-        for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
-      }
-      pack_rows(line, depth_padded, count, depth, tiles + first * depth);
-      pack_columns(line, depth_padded, count, depth, columns + first * depth_padded);
+  // The chunk's rows of Q or dO as floats: tiles for the products over head_dim, panels of columns for those over rows.
+  void pack(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line, float* tiles,
+            float* columns) const {
+    for (int64_t row = 0; row < count; row++) {
+      const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
+      for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
     }
+    pack_rows(line, depth_padded, count, depth, tiles);
+    pack_columns(line, depth_padded, count, depth, columns);
   }
 
   static void store_rows(const float* from, int64_t from_stride, float scale, T* to, int64_t to_stride, int64_t rows, int64_t n) {
     const F32 factor = F32::set(scale);
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t d = 0; d < n; d += F32::width) {
-        const F32 x = F32::load(from + r * from_stride + d) * factor;
-        if (n - d >= F32::width) x.store(to + r * to_stride + d);
-        else store_partial(x, to + r * to_stride + d, int(n - d));
-      }
+      each_vector(n, [&](int64_t d, int here) __attribute__((always_inline)) {
+        store(F32::load(from + r * from_stride + d) * factor, to + r * to_stride + d, here);
+      });
   }
 
   void task(const Sequence& s) const {
-    const int64_t rows = s.queries * group, padded = round_up(rows, chunk_rows);
+    const int64_t rows = s.queries * group, keys_padded = round_up(s.keys, block);
     T* dk = static_cast<T*>(gradients.dk) + s.batch * gradients.dk_stride[0] + s.kv_head * gradients.dk_stride[1];
     T* dv = static_cast<T*>(gradients.dv) + s.batch * gradients.dv_stride[0] + s.kv_head * gradients.dv_stride[1];
     T* dq = static_cast<T*>(gradients.dq) + s.batch * gradients.dq_stride[0];
     const T* grad = static_cast<const T*>(gradients.grad_out) + s.batch * gradients.grad_out_stride[0];
-    const T* out = static_cast<const T*>(args.out) + s.batch * args.out_stride[0];
     if (args.cu_seqlens_k) {
       dk += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dk_stride[2];
       dv += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dv_stride[2];
       dq += s.first_query * gradients.dq_stride[2];
       grad += s.first_query * gradients.grad_out_stride[2];
-      out += s.first_query * args.out_stride[2];
     }
 
-    float* line = floats(scratch_hidden, chunk_rows * depth_padded);
-    float* query_tiles = floats(scratch_a, padded * depth + 8);
-    float* query_columns = floats(scratch_query, padded * depth_padded);
-    float* grad_tiles = floats(scratch_grad, padded * depth + 8);
-    float* grad_columns = floats(scratch_grad_hidden, padded * depth_padded);
-    float* query_grad = floats(scratch_output, padded * depth_padded);
-    auto* statistics = static_cast<Row*>(runtime.scratch(scratch_statistics, size_t(padded) * sizeof(Row)));
-    pack(s.query, args.query_stride, s, rows, line, query_tiles, query_columns);
-    pack(grad, gradients.grad_out_stride, s, rows, line, grad_tiles, grad_columns);
-    memset(query_grad, 0, size_t(padded * depth_padded) * sizeof(float));
-    for (int64_t row = 0; row < rows; row++) statistics[row] = statistics_of(s, row, grad, out);
-    if (gradients.dsinks) sinks(s, rows, statistics);
-
-    float* scores = floats(scratch_scores, (3 * chunk_rows + 1) * block_stride);  // P, dS and, for softcap, S; then the padding mask
-    float* key_panels = floats(scratch_key, block * depth);
-    float* value_panels = floats(scratch_value, block * depth);
-    float* key_columns = floats(scratch_c, block * depth_padded);
-    float* key_grad = floats(scratch_sums, 2 * block * depth_padded);
-    auto* bits = args.dropout.enabled ? static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t(padded * keep_stride))) : nullptr;
+    float* packed = floats(scratch_key, keys_padded * (2 * depth + depth_padded));
+    float* sums = floats(scratch_sums, 2 * keys_padded * depth_padded);
+    const Keys keys = {packed, packed + 2 * keys_padded * depth, packed + keys_padded * depth, sums, sums + keys_padded * depth_padded};
+    memset(sums, 0, size_t(2 * keys_padded * depth_padded) * sizeof(float));
     for (int64_t key = 0; key < s.keys; key += block) {
-      const int64_t n = smaller(block, s.keys - key), n_padded = round_up(n, panel);
-      float* value_grad = key_grad + block * depth_padded;
-      memset(key_grad, 0, size_t(2 * block * depth_padded) * sizeof(float));
-      bool visible;
-      const float* mask = padding(s, key, n, n_padded, scores + 3 * chunk_rows * block_stride, visible);
-      if (visible && rows > 0) {
-        pack_transposed(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, key_panels);
-        pack_transposed(s.value + key * args.value_stride[2], args.value_stride[2], n, depth, value_panels);
-        pack_columns(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, key_columns);
-        for (int64_t first = 0; first < rows; first += chunk_rows)
-          chunk(s, first, smaller(chunk_rows, rows - first), key, n, mask, bits, query_tiles, query_columns, grad_tiles, grad_columns, statistics,
-                key_panels, value_panels, key_columns, scores, key_grad, value_grad, query_grad);
-      }
-      store_rows(key_grad, depth_padded, args.softmax_scale, dk + key * gradients.dk_stride[2], gradients.dk_stride[2], n, depth);
-      store_rows(value_grad, depth_padded, 1.0f, dv + key * gradients.dv_stride[2], gradients.dv_stride[2], n, depth);
+      const int64_t n = smaller(block, s.keys - key);
+      pack_transposed(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, keys.transposed + key * depth);
+      pack_transposed(s.value + key * args.value_stride[2], args.value_stride[2], n, depth, keys.value_transposed + key * depth);
+      pack_columns(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, keys.columns + key * depth_padded);
     }
-    for (int64_t row = 0; row < rows; row++)
-      store_rows(query_grad + row * depth_padded, depth_padded, args.softmax_scale,
-                 dq + query_of(0, row) * gradients.dq_stride[2] + head_of(s, row) * gradients.dq_stride[1], 0, 1, depth);
+    if (gradients.dsinks)
+      for (int64_t g = 0; g < group; g++) gradients.dsinks[s.batch * args.heads + s.kv_head * group + g] = 0.0f;
+
+    const int64_t stride = keys_padded + 16;  // not a power of two
+    const bool capped = args.softcap > 0;
+    Chunk c = {};
+    float* line = floats(scratch_hidden, chunk_rows * depth_padded);
+    c.stride = stride;
+    c.query_tiles = floats(scratch_a, chunk_rows * depth + 8);
+    c.query_columns = floats(scratch_query, chunk_rows * depth_padded);
+    c.grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
+    c.grad_columns = floats(scratch_grad_hidden, chunk_rows * depth_padded);
+    c.query_grad = floats(scratch_output, chunk_rows * depth_padded);
+    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * stride);
+    c.gradient = c.probability + chunk_rows * stride;
+    c.slope = capped ? c.gradient + chunk_rows * stride : nullptr;
+    c.logsumexp = floats(scratch_statistics, 4 * chunk_rows);
+    c.total = c.logsumexp + chunk_rows;
+    c.delta = c.total + chunk_rows;
+    c.logsumexp_grad = c.delta + chunk_rows;
+    if (args.dropout.enabled) c.bits = static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t((chunk_rows + 2 * group) * keep_stride)));
+
+    for (c.first = 0; c.first < rows; c.first += chunk_rows) {
+      c.count = smaller(chunk_rows, rows - c.first);
+      c.begin = low(s, query_of(0, c.first)) / block * block;
+      c.end = high(s, query_of(0, c.first + c.count - 1));
+      memset(c.query_grad, 0, size_t(c.count * depth_padded) * sizeof(float));
+      if (c.begin < c.end) {
+        pack(s.query, args.query_stride, s, c.first, c.count, line, c.query_tiles, c.query_columns);
+        pack(grad, gradients.grad_out_stride, s, c.first, c.count, line, c.grad_tiles, c.grad_columns);
+      }
+      chunk(s, c, keys);
+      for (int64_t r = 0; r < c.count; r++)
+        store_rows(c.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
+                   dq + query_of(0, c.first + r) * gradients.dq_stride[2] + head_of(s, c.first + r) * gradients.dq_stride[1], 0, 1, depth);
+    }
+    store_rows(keys.grad, depth_padded, args.softmax_scale, dk, gradients.dk_stride[2], s.keys, depth);
+    store_rows(keys.value_grad, depth_padded, 1.0f, dv, gradients.dv_stride[2], s.keys, depth);
+  }
+
+  // Calls each(key, from, width, mask) for the blocks of keys of which the chunk sees some: whole panels from key + from on, and the
+  // key padding mask of the block or null.
+  template <class Each>
+  void visible_blocks(const Sequence& s, const Chunk& c, const Each& each) const {
+    alignas(64) float buffer[block];
+    for (int64_t key = c.begin; key < c.end; key += block) {
+      const int64_t n = smaller(block, s.keys - key);
+      const int64_t low_key = larger(0, low(s, query_of(0, c.first)) - key), high_key = smaller(n, c.end - key);
+      bool visible;
+      const float* mask = padding(s, key, n, round_up(n, panel), buffer, visible);
+      if (!visible || low_key >= high_key) continue;
+      const int64_t from = low_key / panel * panel;
+      each(key, from, round_up(high_key, panel) - from, mask);
+    }
+  }
+
+  void chunk(const Sequence& s, const Chunk& c, const Keys& keys) const {
+    using Step = Widen<float>;
+    for (int64_t r = 0; r < c.count; r++) {
+      const float logsumexp = args.logsumexp[statistics_at(s, c.first + r)];
+      c.logsumexp[r] = logsumexp == -infinity ? 0.0f : logsumexp;  // a row with no visible key: exp(-inf - 0) = 0, not NaN
+      c.total[r] = args.sinks && logsumexp != -infinity ? __builtin_expf(sink(head_of(s, c.first + r)) - logsumexp) : 0.0f;
+      c.delta[r] = 0.0f;
+    }
+
+    // ---- S = Q K^T -> P,  dP = dO V^T, and the sum of each row of P ----
+    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float* mask) {
+      const int64_t n = smaller(block, s.keys - key), column = key - c.begin + from;
+      for (int64_t i = from / panel; i < (from + width) / panel; i++)
+        for (int64_t r = 0; r < c.count; r += tile_rows)
+          for (int64_t d = 0; d < depth; d += logit_depth) {
+            const int64_t here = smaller(tile_rows, c.count - r), steps = smaller(logit_depth, depth - d);
+            const int64_t at = r * c.stride + key - c.begin + i * panel, tile = r * depth + d * tile_rows, panels = key * depth + (i * depth + d) * panel;
+            multiply_rows<Step>(here, steps, PackedTile<Step>{c.query_tiles + tile}, keys.transposed + panels, c.probability + at, c.stride, d > 0);
+            multiply_rows<Step>(here, steps, PackedTile<Step>{c.grad_tiles + tile}, keys.value_transposed + panels, c.gradient + at, c.stride, d > 0);
+          }
+      // draw counts in queries; a chunk of a group that does not divide it begins within one.
+      const int64_t first_query = query_of(0, c.first), last_query = query_of(0, c.first + c.count - 1);
+      if (c.bits) draw(s, first_query, last_query - first_query + 1, key, n, c.bits);
+      for (int64_t r = 0; r < c.count; r++) {
+        const int64_t row = c.first + r, at = r * c.stride + column;
+        float* line = c.probability + at;
+        if (c.slope) cap_slope(line, width, c.slope + at);
+        modify(s, query_of(0, row), head_of(s, row), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
+        probabilities(line, c.gradient + at, width, c.logsumexp[r], c.bits ? c.bits + (row - first_query * group) * keep_stride + from / 8 : nullptr,
+                      c.total[r]);
+      }
+    });
+
+    // ---- P complete, and the sum of each row of P dP ----
+    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
+      for (int64_t r = 0; r < c.count; r++) {
+        const int64_t at = r * c.stride + key - c.begin + from;
+        c.delta[r] += complete(c.probability + at, c.gradient + at, width, c.total[r]);
+      }
+    });
+    for (int64_t r = 0; r < c.count; r++) {
+      const int64_t at = statistics_at(s, c.first + r);
+      c.logsumexp_grad[r] = gradients.grad_logsumexp ? gradients.grad_logsumexp[at] : 0.0f;
+      if (gradients.dsinks && args.logsumexp[at] != -infinity) {  // a key without value: dP = 0, so dS = -P delta
+        const int64_t head = head_of(s, c.first + r);
+        gradients.dsinks[s.batch * args.heads + head] -= __builtin_expf(sink(head) - c.logsumexp[r]) / c.total[r] * (c.delta[r] - c.logsumexp_grad[r]);
+      }
+    }
+
+    // ---- dS;  dQ += dS K,  dV += P^T dO,  dK += dS^T Q ----
+    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
+      const int64_t n = smaller(block, s.keys - key), column = key - c.begin + from, count = smaller(n, from + width) - from;
+      for (int64_t r = 0; r < c.count; r++) {
+        const int64_t row = c.first + r, at = r * c.stride + column;
+        scores_gradient(c.probability + at, c.gradient + at, width, c.delta[r], c.logsumexp_grad[r]);
+        if (gradients.dbias) add_bias_gradient(s, query_of(0, row), head_of(s, row), key + from, count, c.gradient + at);
+        if (c.slope)
+          for (int64_t j = 0; j < width; j += F32::width) (F32::load(c.gradient + at + j) * F32::load(c.slope + at + j)).store(c.gradient + at + j);
+      }
+      for (int64_t i = 0; i * panel < depth; i++) {
+        for (int64_t r = 0; r < c.count; r += tile_rows)
+          multiply_rows<Step>(smaller(tile_rows, c.count - r), count, RowMajorTile{c.gradient + r * c.stride + column, c.stride},
+                              keys.columns + key * depth_padded + (i * n + from) * panel, c.query_grad + r * depth_padded + i * panel, depth_padded, true);
+        for (int64_t j = 0; j < count; j += tile_rows) {
+          const int64_t here = smaller(tile_rows, count - j), at = (key + from + j) * depth_padded + i * panel, columns = i * c.count * panel;
+          multiply_rows<Step>(here, c.count, ColumnTile{c.probability + column + j, c.stride}, c.grad_columns + columns, keys.value_grad + at, depth_padded, true);
+          multiply_rows<Step>(here, c.count, ColumnTile{c.gradient + column + j, c.stride}, c.query_columns + columns, keys.grad + at, depth_padded, true);
+        }
+      }
+    });
   }
 
   int64_t statistics_at(const Sequence& s, int64_t row) const {
     return s.batch * args.logsumexp_stride[0] + head_of(s, row) * args.logsumexp_stride[1] + s.first_query + query_of(0, row);
   }
 
-  Row statistics_of(const Sequence& s, int64_t row, const T* grad, const T* out) const {
-    const T* a = grad + query_of(0, row) * gradients.grad_out_stride[2] + head_of(s, row) * gradients.grad_out_stride[1];
-    const T* b = out + query_of(0, row) * args.out_stride[2] + head_of(s, row) * args.out_stride[1];
-    F32 sum = F32::zero();
-    int64_t d = 0;
-    for (; d + F32::width <= depth; d += F32::width) sum = fma(F32::load(a + d), F32::load(b + d), sum);
-    float delta = bigmodel::BIGMODEL_ISA::sum(sum);
-    for (; d < depth; d++) delta += to_float(a[d]) * to_float(b[d]);
-    const int64_t at = statistics_at(s, row);
-    if (gradients.grad_logsumexp) delta -= gradients.grad_logsumexp[at];
-    const float logsumexp = args.logsumexp[at];
-    return {logsumexp == -infinity ? 0.0f : logsumexp, delta};  // a row with no visible key: exp(-inf - 0) = 0, not NaN
+  float sink(int64_t head) const {
+    float value = 0;
+    with_dtype(args.sinks_dtype, [&](auto type) { value = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
+    return value;
   }
 
-  // A sink is a key without value: dP = 0, so dS = -P delta.
-  void sinks(const Sequence& s, int64_t rows, const Row* statistics) const {
-    for (int64_t g = 0; g < group; g++) {
-      float sink = 0, total = 0;
-      const int64_t head = s.kv_head * group + g;
-      with_dtype(args.sinks_dtype, [&](auto type) { sink = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
-      for (int64_t row = g; row < rows; row += group)
-        if (args.logsumexp[statistics_at(s, row)] != -infinity) total -= __builtin_expf(sink - statistics[row].logsumexp) * statistics[row].delta;
-      gradients.dsinks[s.batch * args.heads + head] = total;
-    }
-  }
-
-  // Rows [first, first + count) against one block of keys.
-  void chunk(const Sequence& s, int64_t first, int64_t count, int64_t key, int64_t n, const float* mask, uint8_t* bits, const float* query_tiles,
-             const float* query_columns, const float* grad_tiles, const float* grad_columns, const Row* statistics, const float* key_panels,
-             const float* value_panels, const float* key_columns, float* scores, float* key_grad, float* value_grad, float* query_grad) const {
-    using Step = Widen<float>;
-    const int64_t low_key = larger(0, low(s, query_of(0, first)) - key), high_key = smaller(n, high(s, query_of(0, first + count - 1)) - key);
-    if (low_key >= high_key) return;
-    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel), from = first_panel * panel, width = last_panel * panel - from;
-    float *p = scores, *ds = scores + chunk_rows * block_stride, *products = ds + chunk_rows * block_stride;
-
-    // ---- S = Q K^T, dP = dO V^T ----
-    for (int64_t i = first_panel; i < last_panel; i++)
-      for (int64_t r = 0; r < count; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += logit_depth) {
-          const int64_t here = smaller(tile_rows, count - r), steps = smaller(logit_depth, depth - d), at = r * block_stride + i * panel;
-          const int64_t tile = (first + r) * depth + d * tile_rows, panels = (i * depth + d) * panel;
-          multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_panels + panels, p + at, block_stride, d > 0);
-          multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_panels + panels, ds + at, block_stride, d > 0);
-        }
-
-    // ---- P and dS ----
-    // Rows begin at a whole query, because draw counts in queries; a chunk of a group that does not divide it begins within one.
-    const int64_t first_query = query_of(0, first), last_query = query_of(0, first + count - 1);
-    if (bits) draw(s, first_query, last_query - first_query + 1, key, n, bits);
-    for (int64_t r = 0; r < count; r++) {
-      float *line = p + r * block_stride + from, *gradient = ds + r * block_stride + from, *product = products + r * block_stride + from;
-      const int64_t row = first + r, query = query_of(0, row), head = head_of(s, row);
-      if (args.softcap > 0) memcpy(product, line, size_t(width) * sizeof(float));
-      modify(s, query, head, key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
-      probabilities(line, gradient, width, statistics[row], bits ? bits + (row - first_query * group) * keep_stride + from / 8 : nullptr);
-      if (gradients.dbias) add_bias_gradient(s, query, head, key + from, smaller(width, n - from), gradient);
-      if (args.softcap > 0) {
-        const F32 inner = F32::set(args.softmax_scale / args.softcap);
-        for (int64_t j = 0; j < width; j += F32::width) {
-          const F32 t = tanh(F32::load(product + j) * inner), g = F32::load(gradient + j);
-          (g - g * t * t).store(gradient + j);
-        }
-      }
-    }
-
-    // ---- dQ += dS K, dV += P^T dO, dK += dS^T Q ----
-    const int64_t keys = smaller(n, from + width) - from;
-    for (int64_t i = 0; i * panel < depth; i++) {
-      for (int64_t r = 0; r < count; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, count - r), keys, RowMajorTile{ds + r * block_stride + from, block_stride}, key_columns + (i * n + from) * panel,
-                            query_grad + (first + r) * depth_padded + i * panel, depth_padded, true);
-      const int64_t columns = first * depth_padded + i * count * panel;
-      for (int64_t j = 0; j < keys; j += tile_rows) {
-        const int64_t here = smaller(tile_rows, keys - j), at = (from + j) * depth_padded + i * panel;
-        multiply_rows<Step>(here, count, ColumnTile{p + from + j, block_stride}, grad_columns + columns, value_grad + at, depth_padded, true);
-        multiply_rows<Step>(here, count, ColumnTile{ds + from + j, block_stride}, query_columns + columns, key_grad + at, depth_padded, true);
-      }
-    }
-  }
-
-  // Scores become P (after dropout) and dP becomes dS, the gradient of the logits.
-  void probabilities(float* scores, float* gradient, int64_t width, Row row, const uint8_t* keep) const {
-    const F32 scale = F32::set(unit), logsumexp = F32::set(row.logsumexp), delta = F32::set(row.delta), base2 = F32::set(log2e);
-    const F32 kept = F32::set(keep ? args.dropout.scale : 1.0f);
+  // 1 - tanh^2: what the softcap's gradient is multiplied with.
+  void cap_slope(const float* products, int64_t width, float* slope) const {
+    const F32 inner = F32::set(args.softmax_scale / args.softcap), one = F32::set(1.0f);
     for (int64_t j = 0; j < width; j += F32::width) {
-      const F32 p = exp2((F32::load(scores + j) * scale - logsumexp) * base2);
-      F32 dp = F32::load(gradient + j), dropped = p;
+      const F32 t = tanh(F32::load(products + j) * inner);
+      (one - t * t).store(slope + j);
+    }
+  }
+
+  // e^x. The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
+  static BIGMODEL_INLINE F32 exponential(F32 x) {
+    const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y));
+    const F32 p = exp2(y);
+    return fma(p, max(lost, F32::set(-1.0f)) * F32::set(0.693147181f), p);  // max: of -inf nothing is known to be lost, a NaN
+  }
+
+  // Scores become P, with the sign turned where dropout takes it, and dP is dropped too; the sum of P is added to `total`.
+  void probabilities(float* scores, float* gradient, int64_t width, float logsumexp, const uint8_t* keep, float& total) const {
+    const F32 scale = F32::set(unit), shift = F32::set(logsumexp), kept = F32::set(args.dropout.scale);
+    F32 sum_p = F32::zero();
+    for (int64_t j = 0; j < width; j += F32::width) {
+      const F32 p = exponential(F32::load(scores + j) * scale - shift);
+      sum_p = sum_p + p;
       if (keep) {
         const uint32_t lanes = lane_bits(keep + j / 8);
-        dp = keep_lanes(dp, lanes) * kept;
-        dropped = keep_lanes(p, lanes) * kept;
+        (keep_lanes(F32::load(gradient + j), lanes) * kept).store(gradient + j);
+        const F32 chosen = keep_lanes(p, lanes);
+        (chosen + chosen - p).store(scores + j);
+      } else {
+        p.store(scores + j);
       }
-      dropped.store(scores + j);
-      (p * (dp - delta)).store(gradient + j);
+    }
+    total += bigmodel::BIGMODEL_ISA::sum(sum_p);
+  }
+
+  // Divides P by the sum of its row; a lone probability becomes 1, exactly. Returns the sum of P dP.
+  static float complete(float* probability, const float* gradient, int64_t width, float total) {
+    const F32 divisor = F32::set(total == 0.0f ? 1.0f : total);
+    F32 products = F32::zero();
+    for (int64_t j = 0; j < width; j += F32::width) {
+      const F32 p = F32::load(probability + j) / divisor;
+      p.store(probability + j);
+      products = fma(abs(p), F32::load(gradient + j), products);
+    }
+    return bigmodel::BIGMODEL_ISA::sum(products);
+  }
+
+  // P becomes what multiplies dO, and dP becomes dS, the gradient of the logits.
+  void scores_gradient(float* probability, float* gradient, int64_t width, float delta, float logsumexp_grad) const {
+    const F32 shift = F32::set(delta), addend = F32::set(logsumexp_grad), kept = F32::set(args.dropout.enabled ? args.dropout.scale : 1.0f);
+    for (int64_t j = 0; j < width; j += F32::width) {
+      const F32 p = F32::load(probability + j);
+      (abs(p) * (F32::load(gradient + j) - shift + addend)).store(gradient + j);  // the difference first: of a lone key it is 0
+      (max(p, F32::zero()) * kept).store(probability + j);
     }
   }
 

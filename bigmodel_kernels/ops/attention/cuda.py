@@ -77,7 +77,7 @@ def run_backward(
         bias_requires_grad=bias_requires_grad,
         deterministic=deterministic,
     )
-    dbias = dsinks = query.new_empty(0)
+    dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
         dbias = wide.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
     if sinks is not None and sinks_require_grad:

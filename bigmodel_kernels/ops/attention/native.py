@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -10,38 +9,12 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention.reference import cached
-from bigmodel_kernels.ops.native_library import contiguous, unavailable
+from bigmodel_kernels.ops.native_library import contiguous, lacking
 
 
-@functools.cache
-def _arguments() -> frozenset[str]:
-    """The arguments of the operator in the library that is loaded, which may be older than this file."""
-    return frozenset(a.name for a in torch.ops.bigmodel.cpu_attention.default._schema.arguments)
-
-
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    dropout_seed: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    dropout_p: float = 0.0,
-    **options: Any,
-) -> str | None:
+def supports(query: Tensor, *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if reason := unavailable(query.dtype):
-        return reason
-    dropout = dropout_seed if dropout_p else None
-    for name, given in (("dropout_seed", dropout), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if given is not None and name not in _arguments():
-            return f"the compiled library has no {name.removesuffix('_seed')} in attention"
-    return None
+    return lacking("cpu_attention_backward", query.dtype)
 
 
 def run(
@@ -66,43 +39,20 @@ def run(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `bigmodel_kernels.attention`."""
-    tensors = (
-        query,
-        key,
-        value,
-        contiguous(key_padding_mask),
-        bias,
-        contiguous(cu_seqlens_q),
-        contiguous(cu_seqlens_k),
+    return torch.ops.bigmodel.cpu_attention.default(  # type: ignore[no-any-return]
+        *(query, key, value, contiguous(key_padding_mask), bias),
+        *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), dropout_seed if dropout_p else None),
+        *(contiguous(alibi_slopes), contiguous(sinks)),
+        *(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap),
+        dropout_p,
     )
-    options = (
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale,
-        is_causal,
-        window_left,
-        window_right,
-        softcap,
-    )
-    if "dropout_seed" not in _arguments():
-        return torch.ops.bigmodel.cpu_attention.default(*tensors, *options)
-    more = (dropout_seed if dropout_p else None, contiguous(alibi_slopes), contiguous(sinks))
-    return torch.ops.bigmodel.cpu_attention.default(*tensors, *more, *options, dropout_p)
 
 
 def supports_backward(
-    grad_out: Tensor,
-    grad_logsumexp: Tensor | None,
-    query: Tensor,
-    *args: Any,
-    **options: Any,
+    grad_out: Tensor, grad_logsumexp: Tensor | None, query: Tensor, *args: Any, **options: Any
 ) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if reason := unavailable(query.dtype):
-        return reason
-    if not hasattr(torch.ops.bigmodel, "cpu_attention_backward"):
-        return "the compiled library has no gradient of attention; build it again"
-    return None
+    return supports(query)
 
 
 def run_backward(
@@ -142,7 +92,7 @@ def run_backward(
         *(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap),
         *(dropout_p, bias_requires_grad, sinks_require_grad),
     )
-    dbias = dsinks = query.new_empty(0)
+    dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
         shape = (1,) * (4 - bias.dim()) + bias.shape
         dbias = wide_dbias.sum_to_size(shape).view(bias.shape).to(bias.dtype)
@@ -151,18 +101,7 @@ def run_backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def supports_decode(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    **options: Any,
-) -> str | None:
-    """None, or the reason why the library cannot run this call."""
-    return supports(query, key_cache, value_cache, alibi_slopes=alibi_slopes, sinks=sinks)
+supports_decode = supports
 
 
 def run_decode(

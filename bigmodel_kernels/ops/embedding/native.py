@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.native_library import contiguous, lacking, unavailable
+from bigmodel_kernels.ops.native_library import contiguous, lacking
 
 
-def supports(
-    input_ids: Tensor, word_weight: Tensor, *args: object, dropout_p: float = 0.0, **options: object
-) -> str | None:
+def supports(input_ids: Tensor, word_weight: Tensor, *args: object, **options: object) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if dropout_p:
-        return lacking("cpu_embedding_backward", word_weight.dtype)
-    return unavailable(word_weight.dtype)
+    return lacking("cpu_embedding_backward", word_weight.dtype)
 
 
 def run(
@@ -35,8 +31,6 @@ def run(
     padding_idx: int = -1,
 ) -> Tensor:
     """See `bigmodel_kernels.embedding`."""
-    dropout: tuple[Any, ...] = (dropout_seed,) if dropout_p else ()
-    options = {"dropout_p": dropout_p} if dropout_p else {}
     return torch.ops.bigmodel.cpu_embedding(
         _full(input_ids, input_ids),
         word_weight.contiguous(),
@@ -47,8 +41,8 @@ def run(
         contiguous(norm_weight),
         contiguous(norm_bias),
         norm_eps,
-        *dropout,
-        **options,
+        dropout_seed if dropout_p else None,
+        dropout_p=dropout_p,
     )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.linear.native import empty, for_training, packed, residual_of
+from bigmodel_kernels.ops.linear.native import empty, for_training, packed
 from bigmodel_kernels.ops.native_library import contiguous, lacking, shaped
 
 
@@ -82,8 +81,6 @@ def run_training(
     dropout_seed: Tensor | None = None,
     *,
     weight_layout: str = "linear",
-    norm_position: str = "none",
-    recompute: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `run`, and what the activation, the gate's activation and a norm behind were given."""
@@ -91,8 +88,7 @@ def run_training(
     def weight(w: Tensor) -> Tensor:
         return for_training([w], weight_layout)[0]
 
-    post = norm_position == "post"
-    out, preactivation, gate_preactivation, prenorm = torch.ops.bigmodel.cpu_feed_forward_training(
+    return torch.ops.bigmodel.cpu_feed_forward_training(  # type: ignore[no-any-return]
         x.contiguous(),
         weight(w_in),
         contiguous(b_in),
@@ -105,14 +101,8 @@ def run_training(
         contiguous(b_gate),
         dropout_seed,
         weight_layout=weight_layout,
-        norm_position=norm_position,
-        # The library keeps all or nothing, and the norm's input is kept in any case.
-        recompute=recompute and not post,
         **options,
     )
-    if recompute and post:
-        preactivation, gate_preactivation = x.new_empty(0), x.new_empty(0)
-    return out, preactivation, gate_preactivation, prenorm
 
 
 def supports_backward(grad: Tensor, *args: Any, **options: Any) -> str | None:
@@ -136,22 +126,17 @@ def run_backward(
     preactivation: Tensor | None = None,
     gate_preactivation: Tensor | None = None,
     prenorm: Tensor | None = None,
-    *,
-    norm_position: str = "none",
-    needs: Sequence[bool],
     **options: Any,
 ) -> list[Tensor]:
     """Gradients of all ten tensors of the block, in their order."""
-    grad = grad.contiguous()
-    recomputed = norm_position == "post" and prenorm is None
     return torch.ops.bigmodel.cpu_feed_forward_backward(  # type: ignore[no-any-return]
-        grad,
+        grad.contiguous(),
         shaped(x),
         w_in.contiguous(),
         contiguous(b_in),
         w_out.contiguous(),
         contiguous(b_out),
-        residual_of(grad, residual, needs[5], recomputed),
+        contiguous(residual),
         contiguous(norm_weight),
         contiguous(norm_bias),
         contiguous(w_gate),
@@ -160,7 +145,5 @@ def run_backward(
         contiguous(preactivation),
         contiguous(gate_preactivation),
         contiguous(prenorm),
-        norm_position=norm_position,
-        needs=needs,
         **options,
     )

@@ -203,35 +203,19 @@ def run_backward(
     dropout_seed: Tensor | None = None,
     preactivation: Tensor | None = None,
     prenorm: Tensor | None = None,
-    *,
-    needs: Sequence[bool],
     **options: Any,
 ) -> list[Tensor]:
     """Gradients of x, residual, norm_weight, norm_bias, weights and biases."""
-    grad = grad.contiguous()
-    recomputed = norm_weight is not None and prenorm is None
     return torch.ops.bigmodel.cpu_linear_backward(  # type: ignore[no-any-return]
-        grad,
+        grad.contiguous(),
         shaped(x),
         [w.contiguous() for w in weights],
         [b.contiguous() for b in biases],
-        residual_of(grad, residual, needs[1], recomputed),
+        contiguous(residual),
         contiguous(norm_weight),
         contiguous(norm_bias),
         dropout_seed,
         contiguous(preactivation),
         contiguous(prenorm),
-        needs=needs,
         **options,
     )
-
-
-def residual_of(grad: Tensor, residual: Tensor | None, need: bool, recomputed: bool) -> Tensor | None:
-    """The residual, which for the library says that there was one.
-
-    The values are read where the norm's input has to be computed again. Elsewhere anything of its shape will
-    do.
-    """
-    if residual is None and need:
-        return torch.zeros_like(grad) if recomputed else grad
-    return contiguous(residual)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.native_library import contiguous, lacking, unavailable
+from bigmodel_kernels.ops.native_library import contiguous, lacking
 
 
-def supports(x: Tensor, *args: Any, dropout_p: float = 0.0) -> str | None:
+def supports(x: Tensor, *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    return lacking("cpu_rms_norm", x.dtype) if dropout_p else unavailable(x.dtype)
+    return lacking("cpu_rms_norm", x.dtype)
 
 
 def run(
@@ -26,16 +26,16 @@ def run(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See `bigmodel_kernels.layer_norm`."""
-    dropout: tuple[Any, ...] = (dropout_seed,) if dropout_p else ()
-    options = {"dropout_p": dropout_p} if dropout_p else {}
     return torch.ops.bigmodel.cpu_layer_norm(  # type: ignore[no-any-return]
-        x.contiguous(), contiguous(weight), contiguous(bias), eps, contiguous(residual), *dropout, **options
+        *map(contiguous, (x, weight, bias)),
+        eps,
+        contiguous(residual),
+        dropout_seed if dropout_p else None,
+        dropout_p=dropout_p,
     )
 
 
-def supports_rms_norm(x: Tensor, *args: Any, **options: Any) -> str | None:
-    """None, or the reason why the library cannot run this call."""
-    return lacking("cpu_rms_norm", x.dtype)
+supports_rms_norm = supports
 
 
 def run_rms_norm(

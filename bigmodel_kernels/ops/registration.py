@@ -140,16 +140,7 @@ def _vmap_rule(
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any, **options: Any) -> tuple[Any, Any]:
         operator = getattr(torch.ops.bigmodel, name).default
         if not _maps_rows(in_dims, options, rows, row_results):
-            results = [
-                operator(*(_element(a, d, i) for a, d in zip(args, in_dims, strict=True)), **options)
-                for i in range(info.batch_size)
-            ]
-            if isinstance(results[0], Tensor):
-                return torch.stack(results), 0
-            kind = type(results[0])
-            return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind(
-                [0] * len(results[0])
-            )
+            return map_elements(operator, info.batch_size, in_dims, args, options)
         folded = list(args)
         for i in rows:
             if i < len(args) and isinstance(args[i], Tensor):
@@ -166,6 +157,20 @@ def _vmap_rule(
         return result, type(result)(0 if r.dim() > 1 else None for r in result)
 
     return rule
+
+
+def map_elements(
+    operator: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A rule for vmap of whatever cannot be one call: a call for each element."""
+    results = [
+        operator(*(_element(a, d, i) for a, d in zip(args, in_dims, strict=True)), **options)
+        for i in range(size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    kind = type(results[0])
+    return kind(map(torch.stack, zip(*results, strict=True))), kind([0] * len(results[0]))
 
 
 def _maps_rows(
@@ -272,11 +277,15 @@ def require_shape(name: str, tensor: Tensor | None, size: Sequence[Any], x: Tens
         require_like(name, tensor, "x", x)
 
 
-def require_needs(needs: Sequence[bool], names: Sequence[str]) -> None:
+def require_needs(needs: Sequence[bool], names: Sequence[str], absent: Sequence[str] = ()) -> None:
+    """One value for each name, and no gradient of what is `absent`."""
     if len(needs) != len(names):
         raise ValueError(
             f"needs holds {len(needs)} values; it must hold {len(names)}, for {', '.join(names)}"
         )
+    for name, need in zip(names, needs, strict=True):
+        if need and name in absent:
+            raise ValueError(f"needs asks for the gradient of {name}, which is None")
 
 
 def broadcasts(size: Sequence[Any], full: Sequence[Any]) -> bool:
@@ -385,6 +394,11 @@ def placeholder(like: Tensor, size: Sequence[Any]) -> Tensor:
 def gradients(results: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """Results of a backward operator as autograd wants them: None where none is needed."""
     return [result if need else None for result, need in zip(results, needs, strict=True)]
+
+
+def fake_gradients(like: Tensor, sizes: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    """What a backward operator returns, for fake tensors: results of these sizes, empty where not needed."""
+    return [like.new_empty(size if need else (0,)) for size, need in zip(sizes, needs, strict=True)]
 
 
 def filled(gradients: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.registration import map_elements
+
 #: Dimensions of the optional arguments, from key_padding_mask to sinks, with a batch: broadcast ones are
 #: completed to them. 0 has no batch.
 _OPTIONAL_RANKS = (2, 4, 0, 0, 0, 2, 0)
@@ -39,11 +41,7 @@ def _run(
     missing = len(ranks) - len(args)  # the dispatcher leaves out trailing defaults
     args, in_dims = (*args, *(None,) * missing), (*in_dims, *(None,) * missing)
     if not _foldable(args[-7:], in_dims[-7:], options):
-        calls = [
-            op(*(a if d is None else a.select(d, n) for a, d in zip(args, in_dims, strict=True)), **options)
-            for n in range(size)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(calls[0])
+        return map_elements(op, size, in_dims, args, options)
     shape, dim = args[0].shape, in_dims[0]
     batch = shape[0] if dim is None or dim > 0 else shape[1]
     folded = (fold(a, d, rank, size, batch) for a, d, rank in zip(args, in_dims, ranks, strict=True))

@@ -16,6 +16,7 @@ from bigmodel_kernels.ops.registration import (
     compute_dtype,
     define,
     differentiable,
+    fake_gradients,
     gradients,
     no_second_derivative,
     require_choice,
@@ -177,9 +178,11 @@ def _check_training(*args: Any, needs: Sequence[bool], **options: Any) -> None:
 
 
 def _check_needs(needs: Sequence[bool], bias: Tensor | None) -> None:
-    require_needs(needs, _GRADIENTS)
-    if needs[2] and bias is None:
-        raise ValueError("needs asks for the gradient of bias, which is None")
+    require_needs(needs, _GRADIENTS, ["bias"] if bias is None else [])
+
+
+def _fake_gradients(x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    return fake_gradients(x, (x.shape, weight.shape, weight.shape[:1]), needs)
 
 
 def _run_training(*args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -192,9 +195,7 @@ def _fake_training(
     x: Tensor, weight: Tensor, *args: Any, needs: Sequence[bool], **options: Any
 ) -> tuple[Tensor, ...]:
     _check_training(x, weight, *args, needs=needs, **options)
-    sizes = (x.shape, weight.shape, weight.shape[:1])
-    results = [x.new_empty(s if need else (0,)) for s, need in zip(sizes, needs, strict=True)]
-    return (*_fake(x, weight, *args, **options), *results)
+    return (*_fake(x, weight, *args, **options), *_fake_gradients(x, weight, needs))
 
 
 def _check_backward(
@@ -228,8 +229,7 @@ def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *args: Any, needs: Sequence[bool], **options: Any
 ) -> list[Tensor]:
     _check_backward(grad, x, weight, *args, needs=needs, **options)
-    sizes = (x.shape, weight.shape, weight.shape[:1])
-    return [x.new_empty(s if need else (0,)) for s, need in zip(sizes, needs, strict=True)]
+    return _fake_gradients(x, weight, needs)
 
 
 def _setup_context(

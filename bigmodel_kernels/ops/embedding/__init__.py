@@ -18,6 +18,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     differentiable,
     draw_seed,
+    fake_gradients,
     given,
     gradients,
     no_second_derivative,
@@ -194,11 +195,8 @@ def _check_backward(
     check(*arguments, **options)
     input_ids, word, _, position, _, token_type, norm_weight, norm_bias, *_rest = args
     require_shape("grad", grad, [*input_ids.shape, word.shape[1]], word)
-    require_needs(needs, _BACKWARD)
     tensors = (word, position, token_type, norm_weight, norm_bias)
-    for name, tensor, need in zip(_BACKWARD, tensors, needs, strict=True):
-        if need and tensor is None:
-            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    require_needs(needs, _BACKWARD, [n for n, t in zip(_BACKWARD, tensors, strict=True) if t is None])
     return [(0,) if tensor is None else tensor.shape for tensor in tensors]
 
 
@@ -208,8 +206,7 @@ def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
 
 
 def _fake_backward(grad: Tensor, *args: Any, **options: Any) -> list[Tensor]:
-    sizes = _check_backward(grad, *args, **options)
-    return [grad.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
+    return fake_gradients(grad, _check_backward(grad, *args, **options), options["needs"])
 
 
 def _setup_context(

@@ -17,6 +17,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     differentiable,
     draw_seed,
+    fake_gradients,
     given,
     gradients,
     no_second_derivative,
@@ -263,10 +264,8 @@ def _check_backward(
     require_shape("preactivation", preactivation, hidden, x)
     require_shape("gate_preactivation", gate_preactivation, hidden, x)
     require_shape("prenorm", prenorm, result, x)
-    require_needs(needs, _BACKWARD)
-    for name, tensor, need in zip(_BACKWARD, tensors, needs, strict=True):
-        if need and tensor is None and name != "residual":
-            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    named = zip(_BACKWARD, tensors, strict=True)
+    require_needs(needs, _BACKWARD, [name for name, t in named if t is None and name != "residual"])
     sizes: list[Any] = [(0,) if tensor is None else tensor.shape for tensor in tensors]
     sizes[5] = result
     return sizes
@@ -278,8 +277,7 @@ def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
 
 
 def _fake_backward(grad: Tensor, *args: Any, **options: Any) -> list[Tensor]:
-    sizes = _check_backward(grad, *args, **options)
-    return [grad.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
+    return fake_gradients(grad, _check_backward(grad, *args, **options), options["needs"])
 
 
 def _setup_context(

@@ -18,6 +18,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     differentiable,
     draw_seed,
+    fake_gradients,
     given,
     gradients,
     no_second_derivative,
@@ -230,10 +231,8 @@ def _check_backward(
     require_shape("prenorm", prenorm, result, x)
     names = ["x", "residual", "norm_weight", "norm_bias"]
     names += [f"weights[{i}]" for i in range(len(weights))] + [f"biases[{i}]" for i in range(len(biases))]
-    require_needs(needs, names)
-    for name, tensor, need in (("norm_weight", norm_weight, needs[2]), ("norm_bias", norm_bias, needs[3])):
-        if need and tensor is None:
-            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    norm = (("norm_weight", norm_weight), ("norm_bias", norm_bias))
+    require_needs(needs, names, [name for name, tensor in norm if tensor is None])
     vectors = [t.shape for t in (*weights, *biases)]
     return [x.shape, result, result[-1:], result[-1:], *vectors]
 
@@ -244,8 +243,7 @@ def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
 
 
 def _fake_backward(grad: Tensor, *args: Any, **options: Any) -> list[Tensor]:
-    sizes = _check_backward(grad, *args, **options)
-    return [grad.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
+    return fake_gradients(grad, _check_backward(grad, *args, **options), options["needs"])
 
 
 def _setup_context(

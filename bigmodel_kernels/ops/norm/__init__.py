@@ -15,6 +15,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     differentiable,
     draw_seed,
+    fake_gradients,
     given,
     gradients,
     no_second_derivative,
@@ -22,6 +23,7 @@ from bigmodel_kernels.ops.registration import (
     require_choice,
     require_dropout,
     require_float,
+    require_like,
     require_needs,
     require_shape,
     require_vector,
@@ -134,7 +136,7 @@ def check(
     if residual is not None:
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {shape(residual)}; it must be that of x, {shape(x)}")
-        require_shape("residual", residual, x.shape, x)
+        require_like("residual", residual, "x", x)
     require_dropout(dropout_p, dropout_seed, "x", x)
 
 
@@ -196,10 +198,8 @@ def _check_backward(
 ) -> None:
     check(x, weight, bias, eps, *args, **options)
     require_shape("grad", grad, x.shape, x)
-    require_needs(needs, _BACKWARD)
-    for name, tensor, need in (("weight", weight, needs[2]), ("bias", bias, needs[3])):
-        if need and tensor is None:
-            raise ValueError(f"needs asks for the gradient of {name}, which is None")
+    named = (("weight", weight), ("bias", bias))
+    require_needs(needs, _BACKWARD, [name for name, tensor in named if tensor is None])
 
 
 def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
@@ -210,8 +210,7 @@ def _run_backward(*args: Any, **options: Any) -> list[Tensor]:
 def _fake_backward(grad: Tensor, x: Tensor, *args: Any, **options: Any) -> list[Tensor]:
     _check_backward(grad, x, *args, **options)
     size = [x.shape[-1]]
-    sizes = (x.shape, x.shape, size, size)
-    return [x.new_empty(s if need else (0,)) for s, need in zip(sizes, options["needs"], strict=True)]
+    return fake_gradients(x, (x.shape, x.shape, size, size), options["needs"])
 
 
 def _setup_context(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _native
+from bigmodel_kernels.ops.attention.native import bias_gradient
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -79,7 +80,7 @@ def run_backward(
     )
     dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
-        dbias = wide.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
+        dbias = bias_gradient(wide, bias)
     if sinks is not None and sinks_require_grad:
         rows = (1,) if delta.dim() == 2 else (0, 2)
         dsinks = -(torch.exp(sinks.float().view(-1, 1) - logsumexp) * delta).sum(rows).to(sinks.dtype)

@@ -94,11 +94,15 @@ def run_backward(
     )
     dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
-        shape = (1,) * (4 - bias.dim()) + bias.shape
-        dbias = wide_dbias.sum_to_size(shape).view(bias.shape).to(bias.dtype)
+        dbias = bias_gradient(wide_dbias, bias)
     if sinks is not None and sinks_require_grad:
         dsinks = wide_dsinks.sum(0).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def bias_gradient(wide: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias from that of (some of) the logits (B, H, Sq, Sk) that it was broadcast to."""
+    return wide.sum_to_size((1,) * (4 - bias.dim()) + bias.shape).view(bias.shape).to(bias.dtype)
 
 
 supports_decode = supports

@@ -47,8 +47,10 @@ from .triton_decode import run_decode as run_decode
 from .triton_logits import (
     MAX_HEAD_DIM,
     keys_seen,
+    load_tile,
     logits_of,
     scale_arguments,
+    sequence_of,
     strides_of,
     tile_width,
     window_arguments,
@@ -125,14 +127,7 @@ def _attend(
             weights = tl.where(kept, weights, 0.0)
 
         v_tile = value_ptr + start_n * stride_vn + columns[:, None] * stride_vn + dims[None, :]
-        if MASKED and not EVEN_D:
-            v = tl.load(v_tile, mask=in_range[:, None] & (dims < head_dim)[None, :], other=0.0)
-        elif MASKED:
-            v = tl.load(v_tile, mask=in_range[:, None], other=0.0)
-        elif not EVEN_D:
-            v = tl.load(v_tile, mask=(dims < head_dim)[None, :], other=0.0)
-        else:
-            v = tl.load(v_tile)
+        v = load_tile(v_tile, in_range, dims < head_dim, MASKED, EVEN_D)
         output = tl.dot(weights.to(v.dtype), v, output, input_precision="ieee")
         maximum = new_maximum
     return output, total, maximum
@@ -165,26 +160,16 @@ def attention_kernel(
 
     # Where the sequence lies. Offsets in 64 bits: a tensor may have more than 2^31 elements.
     batch = sequence.to(tl.int64)
-    if VARLEN:
-        first_q = tl.load(cu_q_ptr + sequence).to(tl.int64)
-        first_k = tl.load(cu_k_ptr + sequence).to(tl.int64)
-        queries = (tl.load(cu_q_ptr + sequence + 1) - first_q).to(tl.int32)
-        keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
-        if first_row >= queries:
-            return
-        query_ptr += first_q * stride_qm
-        out_ptr += first_q * stride_om
-        logsumexp_ptr += first_q
-        key_ptr += first_k * stride_kn
-        value_ptr += first_k * stride_vn
-    else:
-        queries = rows_total
-        keys = keys_total
-        query_ptr += batch * stride_qb
-        out_ptr += batch * stride_ob
-        logsumexp_ptr += batch * stride_lb
-        key_ptr += batch * stride_kb
-        value_ptr += batch * stride_vb
+    first_q, first_k, queries, keys = sequence_of(
+        cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN
+    )
+    if first_row >= queries:
+        return
+    query_ptr += batch * stride_qb + first_q * stride_qm
+    out_ptr += batch * stride_ob + first_q * stride_om
+    logsumexp_ptr += batch * stride_lb + first_q
+    key_ptr += batch * stride_kb + first_k * stride_kn
+    value_ptr += batch * stride_vb + first_k * stride_vn
     head_64 = head.to(tl.int64)
     kv_head = (head // group).to(tl.int64)
     row_64 = first_row.to(tl.int64)
@@ -419,11 +404,15 @@ def supports(
     dropout_p: float = 0.0,
 ) -> str | None:
     """Why this call cannot run here, or None."""
+    return _supports(query, key=key, value=value)
+
+
+def _supports(query: Tensor, **others: Tensor) -> str | None:
     if reason := unsupported("query", query):
         return reason
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim is {query.shape[-1]}; the Triton kernel takes up to {MAX_HEAD_DIM}"
-    return _laid_out(query=query, key=key, value=value)
+    return _laid_out(query=query, **others)
 
 
 def _laid_out(**tensors: Tensor) -> str | None:
@@ -459,8 +448,4 @@ def supports_decode(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any, **options: Any
 ) -> str | None:
     """Why this call of :func:`run_decode` cannot run here, or None."""
-    if reason := unsupported("query", query):
-        return reason
-    if query.shape[-1] > MAX_HEAD_DIM:
-        return f"head_dim is {query.shape[-1]}; the Triton kernel takes up to {MAX_HEAD_DIM}"
-    return _laid_out(query=query, key_cache=key_cache, value_cache=value_cache)
+    return _supports(query, key_cache=key_cache, value_cache=value_cache)

@@ -46,9 +46,11 @@ from ..philox import threshold
 from ..philox_triton import keep_attention
 from .triton_logits import (
     keys_seen,
+    load_tile,
     logits_of,
     rows_seeing,
     scale_arguments,
+    sequence_of,
     strides_of,
     tile_width,
     window_arguments,
@@ -96,36 +98,6 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def _sequence(
-    cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN: tl.constexpr
-):  # fmt: skip
-    """Rows and keys of a sequence, and where they begin in packed tensors."""
-    first_q = tl.cast(0, tl.int64)
-    first_k = tl.cast(0, tl.int64)
-    queries = rows_total
-    keys = keys_total
-    if VARLEN:
-        first_q = tl.load(cu_q_ptr + sequence).to(tl.int64)
-        first_k = tl.load(cu_k_ptr + sequence).to(tl.int64)
-        queries = (tl.load(cu_q_ptr + sequence + 1) - first_q).to(tl.int32)
-        keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
-    return first_q, first_k, queries, keys
-
-
-@triton.jit
-def _load(tile, in_range, in_dims, MASKED: tl.constexpr, EVEN_D: tl.constexpr):
-    """A tile of rows or keys x dims, zero outside."""
-    if MASKED and not EVEN_D:
-        return tl.load(tile, mask=in_range[:, None] & in_dims[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(tile, mask=in_range[:, None], other=0.0)
-    elif not EVEN_D:
-        return tl.load(tile, mask=in_dims[None, :], other=0.0)
-    else:
-        return tl.load(tile)
-
-
-@triton.jit
 def _over_rows(
     dk, dv, k, v,
     query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, shown,
@@ -145,7 +117,7 @@ def _over_rows(
         row = start + local_rows
         in_range = row < queries
         q_tile = query_ptr + start_m * stride_qm + local_rows[:, None] * stride_qm + dims[None, :]
-        q = _load(q_tile, in_range, in_dims, MASKED, EVEN_D)
+        q = load_tile(q_tile, in_range, in_dims, MASKED, EVEN_D)
         # Rows past the end: 2^(S - inf) = 0, so nothing of theirs counts.
         if MASKED:
             lse2 = tl.load(lse2_ptr + row, mask=in_range, other=float("inf"))
@@ -171,7 +143,7 @@ def _over_rows(
         if RENORM:
             p *= tl.load(inverse_ptr + row, mask=in_range, other=0.0)[None, :]
         g_tile = grad_ptr + start_m * stride_gm + local_rows[:, None] * stride_gm + dims[None, :]
-        grad = _load(g_tile, in_range, in_dims, MASKED, EVEN_D)
+        grad = load_tile(g_tile, in_range, in_dims, MASKED, EVEN_D)
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         if HAS_DROPOUT:  # dv is multiplied by keep_scale at the end
             kept = keep_attention(seed, least, start, first_key, head, sequence, TILE_M, TILE_N, True)
@@ -210,7 +182,9 @@ def attention_backward_keys_kernel(
     sequence = program // (tiles * kv_heads)
     first_key = tile * TILE_N
     batch = sequence.to(tl.int64)
-    first_q, first_k, queries, keys = _sequence(cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN)
+    first_q, first_k, queries, keys = sequence_of(
+        cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN
+    )
     if first_key >= keys:
         return
 
@@ -224,8 +198,8 @@ def attention_backward_keys_kernel(
     key_ptr += batch * stride_kb + kv_64 * stride_kh + (first_k + key_64) * stride_kn
     value_ptr += batch * stride_vb + kv_64 * stride_vh + (first_k + key_64) * stride_vn
     # Keys past the end are zero. What they give is never stored, and mixes with no other key.
-    k = _load(key_ptr + local_keys[:, None] * stride_kn + dims[None, :], in_keys, in_dims, True, EVEN_D)
-    v = _load(value_ptr + local_keys[:, None] * stride_vn + dims[None, :], in_keys, in_dims, True, EVEN_D)
+    k = load_tile(key_ptr + local_keys[:, None] * stride_kn + dims[None, :], in_keys, in_dims, True, EVEN_D)
+    v = load_tile(value_ptr + local_keys[:, None] * stride_vn + dims[None, :], in_keys, in_dims, True, EVEN_D)
     shown = in_keys[:, None]
     if HAS_PADDING:
         padding = padding_ptr + batch * stride_pb + key_64 * stride_pn + local_keys * stride_pn
@@ -316,7 +290,7 @@ def _over_keys(
         key = start + local_keys
         in_range = key < keys
         k_tile = key_ptr + start_n * stride_kn + local_keys[:, None] * stride_kn + dims[None, :]
-        k = _load(k_tile, in_range, in_dims, MASKED, EVEN_D)
+        k = load_tile(k_tile, in_range, in_dims, MASKED, EVEN_D)
         bias = 0.0
         if HAS_BIAS:
             b_tile = bias_ptr + start_n * stride_bn + local_keys[None, :] * stride_bn
@@ -339,7 +313,7 @@ def _over_keys(
         if RENORM:
             total += tl.sum(p, axis=1)
         v_tile = value_ptr + start_n * stride_vn + local_keys[:, None] * stride_vn + dims[None, :]
-        v = _load(v_tile, in_range, in_dims, MASKED, EVEN_D)
+        v = load_tile(v_tile, in_range, in_dims, MASKED, EVEN_D)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             kept = keep_attention(seed, least, first_row, start, head, sequence, TILE_M, TILE_N, False)
@@ -375,7 +349,9 @@ def attention_backward_rows_kernel(
     sequence = program // (tiles * heads)
     first_row = tile * TILE_M
     batch = sequence.to(tl.int64)
-    first_q, first_k, queries, keys = _sequence(cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN)
+    first_q, first_k, queries, keys = sequence_of(
+        cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN
+    )
     if first_row >= queries:
         return
 
@@ -391,8 +367,10 @@ def attention_backward_rows_kernel(
     grad_ptr += batch * stride_gb + head_64 * stride_gh + (first_q + row_64) * stride_gm
     key_ptr += batch * stride_kb + kv_64 * stride_kh + first_k * stride_kn
     value_ptr += batch * stride_vb + kv_64 * stride_vh + first_k * stride_vn
-    q = _load(query_ptr + local_rows[:, None] * stride_qm + dims[None, :], in_rows, in_dims, True, EVEN_D)
-    grad = _load(grad_ptr + local_rows[:, None] * stride_gm + dims[None, :], in_rows, in_dims, True, EVEN_D)
+    q = load_tile(query_ptr + local_rows[:, None] * stride_qm + dims[None, :], in_rows, in_dims, True, EVEN_D)
+    grad = load_tile(
+        grad_ptr + local_rows[:, None] * stride_gm + dims[None, :], in_rows, in_dims, True, EVEN_D
+    )
     statistics = batch * stride_lb + head_64 * stride_lh + first_q + row
     lse2 = tl.load(lse2_ptr + statistics, mask=in_rows, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)
@@ -511,11 +489,11 @@ def attention_backward_bias_kernel(
         k_tile = key_ptr + batch * stride_kb + kv_64 * stride_kh + key_64[:, None] * stride_kn
         g_tile = grad_ptr + batch * stride_gb + head_64 * stride_gh + row_64[:, None] * stride_gm
         v_tile = value_ptr + batch * stride_vb + kv_64 * stride_vh + key_64[:, None] * stride_vn
-        q = _load(q_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
-        k = _load(k_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
+        q = load_tile(q_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
+        k = load_tile(k_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        grad = _load(g_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
-        v = _load(v_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
+        grad = load_tile(g_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
+        v = load_tile(v_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         b_tile = bias_ptr + batch * stride_bb + head_64 * stride_bh + row_64[:, None] * stride_bm
         bias = tl.load(

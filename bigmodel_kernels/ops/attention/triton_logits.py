@@ -1,4 +1,5 @@
-"""What the attention kernels in Triton share: a tile of logits, and which keys a tile of rows sees.
+"""What the attention kernels in Triton share: where a sequence lies and how its tiles are loaded, a tile of
+logits, and which keys a tile of rows sees.
 
 Everything is in base 2, the GPU's exponential: ``scale``, ``softcap`` and the slopes arrive multiplied by
 log2(e). A tile may lie either way, rows or keys first: positions are blocks that broadcast against it.
@@ -14,6 +15,36 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def sequence_of(
+    cu_q_ptr, cu_k_ptr, sequence, rows_total, keys_total, VARLEN: tl.constexpr
+):  # fmt: skip
+    """Rows and keys of a sequence, and where they begin in packed tensors."""
+    first_q = tl.cast(0, tl.int64)
+    first_k = tl.cast(0, tl.int64)
+    queries = rows_total
+    keys = keys_total
+    if VARLEN:
+        first_q = tl.load(cu_q_ptr + sequence).to(tl.int64)
+        first_k = tl.load(cu_k_ptr + sequence).to(tl.int64)
+        queries = (tl.load(cu_q_ptr + sequence + 1) - first_q).to(tl.int32)
+        keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
+    return first_q, first_k, queries, keys
+
+
+@triton.jit
+def load_tile(tile, in_range, in_dims, MASKED: tl.constexpr, EVEN_D: tl.constexpr):
+    """A tile of rows or keys x dims, zero outside."""
+    if MASKED and not EVEN_D:
+        return tl.load(tile, mask=in_range[:, None] & in_dims[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(tile, mask=in_range[:, None], other=0.0)
+    elif not EVEN_D:
+        return tl.load(tile, mask=in_dims[None, :], other=0.0)
+    else:
+        return tl.load(tile)
 
 
 @triton.jit

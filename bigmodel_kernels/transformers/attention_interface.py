@@ -193,6 +193,11 @@ class Visibility:
     bias: Tensor | None = None  # added to the logits, broadcasts to (B, H, Sq, keys)
 
 
+def readable(mask: Any) -> bool:
+    """Whether `visibility` knows masks of this form."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 3, 4))
+
+
 def visibility(
     query: Tensor, keys: int, mask: Tensor | None, *, is_causal: bool, position_bias: Tensor | None = None
 ) -> Visibility:

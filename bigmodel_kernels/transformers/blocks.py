@@ -22,6 +22,7 @@ import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm  # noqa: F401  (all five define torch.ops.bigmodel.*)
 from bigmodel_kernels.ops.registration import call, draw_seed
+from bigmodel_kernels.transformers import checks
 
 
 class Affine(NamedTuple):
@@ -34,6 +35,13 @@ class Affine(NamedTuple):
 #: A projection or a norm whose tensors the operators can read, or else the module, to be called as it is
 #: (LoRA, weights of another type). Modules must treat every row alone: a row is a token, wherever it lies.
 Part = Affine | nn.Module
+
+
+def part(module: nn.Module, cls: type, dtype: torch.dtype | None) -> Part:
+    """The tensors of a module that is an intact `cls` with parameters of this dtype, or else the module."""
+    held = checks.parameters(module, cls, dtype)
+    return module if held is None else Affine(*held)
+
 
 #: Query, key and value, each (..., heads, head size), and the dropout of probabilities, to (..., hidden).
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]

@@ -100,7 +100,12 @@ class BigmodelBertSelfAttention(hf.BertSelfAttention):
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         cached = args or any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
-        if cached or not _maskable(attention_mask) or not _readable(self) or checks.watched_globally():
+        if (
+            cached
+            or not attention_interface.readable(attention_mask)
+            or not _readable(self)
+            or checks.watched_globally()
+        ):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         qkv = _qkv(self, checks.dtype_of(hidden_states))
         query, key, value = blocks.heads(hidden_states, qkv, "linear", self.attention_head_size)
@@ -126,11 +131,11 @@ class BigmodelBertSelfOutput(hf.BertSelfOutput):
         dtype = checks.dtype_of(hidden_states)
         return blocks.output(
             hidden_states,
-            _part(self.dense, nn.Linear, dtype),
+            blocks.part(self.dense, nn.Linear, dtype),
             "linear",
             input_tensor,
             checks.dropout_p(self.dropout),
-            _part(self.LayerNorm, nn.LayerNorm, dtype),
+            blocks.part(self.LayerNorm, nn.LayerNorm, dtype),
             self.LayerNorm.eps,
         )
 
@@ -151,10 +156,17 @@ class BigmodelBertLayer(hf.BertLayer):
         bigmodel_run: tuple[_Modules, Attend] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if bigmodel_run is None and _plain_call(args, kwargs) and _maskable(attention_mask):
+        if (
+            bigmodel_run is None
+            and _plain_call(args, kwargs)
+            and attention_interface.readable(attention_mask)
+        ):
             modules = None if self.is_decoder or checks.watched_globally() else _modules(self)
             if modules is not None:
-                bigmodel_run = modules, _dense(hidden_states, attention_mask, modules.attention.scaling)
+                bigmodel_run = (
+                    modules,
+                    _dense(_seen(hidden_states, attention_mask), modules.attention.scaling),
+                )
         if bigmodel_run is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         modules, attend = bigmodel_run
@@ -166,7 +178,7 @@ class BigmodelBertLayer(hf.BertLayer):
         modules = None if checks.watched_globally() else _feed_forward_modules(self)
         dtype = checks.dtype_of(attention_output)
         ffn = None if modules is None else _ffn(*modules, dtype, checks.recomputes(self))
-        norm = None if modules is None else _part(modules[1].LayerNorm, nn.LayerNorm, dtype)
+        norm = None if modules is None else blocks.part(modules[1].LayerNorm, nn.LayerNorm, dtype)
         if ffn is None or modules is None or not isinstance(norm, Affine):
             return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return]
         return blocks.feed_forward(
@@ -189,15 +201,12 @@ class BigmodelBertEncoder(hf.BertEncoder):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
         layers = None
-        if plain and _plain_call(args, kwargs) and _maskable(attention_mask):
+        if plain and _plain_call(args, kwargs) and attention_interface.readable(attention_mask):
             layers = self._layers()
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
-        mask = _bidirectional(attention_mask)
-        seen = attention_interface.visibility(
-            hidden_states[:, None], hidden_states.shape[1], mask, is_causal=False
-        )
+        seen = _seen(hidden_states, attention_mask)
         packing = None
         # Whether to pack is a question about values.
         padding = seen.padding if self.packs else None
@@ -206,7 +215,7 @@ class BigmodelBertEncoder(hf.BertEncoder):
         if packing is not None:
             x, attend = packing.pack(hidden_states), packing.attend(scale)
         else:
-            x, attend = hidden_states, _dense(hidden_states, attention_mask, scale)
+            x, attend = hidden_states, _dense(seen, scale)
         for layer, modules in zip(self.layer, layers, strict=True):
             x = layer(x, bigmodel_run=(modules, attend))
         if packing is not None:
@@ -287,10 +296,6 @@ class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
 # weights, gathered at each call
 
 
-def _maskable(mask: Any) -> bool:
-    return mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 3, 4))
-
-
 def _bidirectional(mask: Any) -> Any:
     """A plain 2D padding mask, as flash attention's mask function gives it, in the shape that means just
     padding.
@@ -308,9 +313,13 @@ def _plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _dense(x: Tensor, mask: Any, scale: float) -> Attend:
+def _seen(x: Tensor, mask: Any) -> attention_interface.Visibility:
+    """Which of its own positions x (B, S, hidden) sees."""
+    return attention_interface.visibility(x[:, None], x.shape[1], _bidirectional(mask), is_causal=False)
+
+
+def _dense(seen: attention_interface.Visibility, scale: float) -> Attend:
     """Attention of (B, S, H, D) with whatever mask there is."""
-    seen = attention_interface.visibility(x[:, None], x.shape[1], _bidirectional(mask), is_causal=False)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -384,17 +393,12 @@ def _row_wise(output: Any, name: str) -> bool:
     )
 
 
-def _part(module: Any, cls: type, dtype: torch.dtype | None) -> Part:
-    held = checks.parameters(module, cls, dtype)
-    return module if held is None else Affine(*held)
-
-
 def _qkv(attention: Any, dtype: torch.dtype | None) -> tuple[Part, Part, Part]:
     modules = attention.__dict__["_modules"]
     return (
-        _part(modules["query"], nn.Linear, dtype),
-        _part(modules["key"], nn.Linear, dtype),
-        _part(modules["value"], nn.Linear, dtype),
+        blocks.part(modules["query"], nn.Linear, dtype),
+        blocks.part(modules["key"], nn.Linear, dtype),
+        blocks.part(modules["value"], nn.Linear, dtype),
     )
 
 
@@ -412,13 +416,13 @@ def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
     return LayerParts(
         qkv=_qkv(attention, dtype),
         head_dim=attention.attention_head_size,
-        attention_out=_part(attention_output.dense, nn.Linear, dtype),
-        attention_norm=_part(attention_output.LayerNorm, nn.LayerNorm, dtype),
+        attention_out=blocks.part(attention_output.dense, nn.Linear, dtype),
+        attention_norm=blocks.part(attention_output.LayerNorm, nn.LayerNorm, dtype),
         attention_eps=attention_output.LayerNorm.eps,
         attention_p=attention.dropout.p if attention.training else 0.0,
         context_p=checks.dropout_p(attention_output.dropout),
         ffn=_ffn(intermediate, output, dtype, recompute),
-        ffn_norm=_part(output.LayerNorm, nn.LayerNorm, dtype),
+        ffn_norm=blocks.part(output.LayerNorm, nn.LayerNorm, dtype),
         ffn_eps=output.LayerNorm.eps,
         ffn_p=checks.dropout_p(output.dropout),
         unfused=lambda x: output(intermediate(x), x),

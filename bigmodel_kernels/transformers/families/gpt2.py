@@ -25,7 +25,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Part
+from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 
@@ -40,7 +40,7 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
         if not plain or not _projects(self) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)
         dtype = checks.dtype_of(hidden_states)
-        parts = (_part(self.c_attn, Conv1D, dtype),)
+        parts = (blocks.part(self.c_attn, Conv1D, dtype),)
         query, key, value = (
             t.transpose(1, 2) for t in blocks.heads(hidden_states, parts, "conv1d", self.head_dim)
         )
@@ -55,7 +55,7 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
             scaling=self.scaling,
             output_attentions=kwargs.get("output_attentions", False),
         )
-        out = blocks.project(context.flatten(2), _part(self.c_proj, Conv1D, dtype), "conv1d")
+        out = blocks.project(context.flatten(2), blocks.part(self.c_proj, Conv1D, dtype), "conv1d")
         return self.resid_dropout(out), weights
 
 
@@ -127,10 +127,7 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     encoder = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
     plain = (
-        encoder is None
-        and len(args) <= 3
-        and type(cache) in _CACHES
-        and (mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 3, 4)))
+        encoder is None and len(args) <= 3 and type(cache) in _CACHES and attention_interface.readable(mask)
     )
     return cache, mask, plain
 
@@ -142,11 +139,6 @@ def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor,
         cache = cache.self_attention_cache
     key, value = cache.update(key, value, layer)
     return key, value
-
-
-def _part(module: Any, cls: type, dtype: torch.dtype | None) -> Part:
-    held = checks.parameters(module, cls, dtype)
-    return module if held is None else Affine(*held)
 
 
 def _projects(attention: Any) -> bool:
@@ -183,15 +175,15 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     ):
         return None
     return LayerParts(
-        qkv=(_part(attention.c_attn, Conv1D, dtype),),
+        qkv=(blocks.part(attention.c_attn, Conv1D, dtype),),
         head_dim=attention.head_dim,
-        attention_out=_part(attention.c_proj, Conv1D, dtype),
-        attention_norm=_part(first, nn.LayerNorm, dtype),
+        attention_out=blocks.part(attention.c_proj, Conv1D, dtype),
+        attention_norm=blocks.part(first, nn.LayerNorm, dtype),
         attention_eps=first.eps,
         attention_p=attention.attn_dropout.p if attention.training else 0.0,
         context_p=checks.dropout_p(attention.resid_dropout),
         ffn=_ffn(mlp, dtype),
-        ffn_norm=_part(second, nn.LayerNorm, dtype),
+        ffn_norm=blocks.part(second, nn.LayerNorm, dtype),
         ffn_eps=second.eps,
         ffn_p=checks.dropout_p(mlp.dropout),
         unfused=mlp,

@@ -120,7 +120,7 @@ BM_DEVICE TilePlace place_of(const LinearParams& p, int tile) {
   return {weight, (first + rest % height) * tile_m, rest / height * tile_n, out_column};
 }
 template <int tile_m, int tile_n>
-inline int tile_count(const LinearParams& p) {
+constexpr int tile_count(const LinearParams& p) {
   int count = 0;
   for (int i = 0; i < p.weights; i++) count += (p.out_features[i] + tile_n - 1) / tile_n;
   return count * ((p.rows + tile_m - 1) / tile_m);

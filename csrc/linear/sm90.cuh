@@ -46,9 +46,7 @@ struct LinearSm90 {
       fence_mbarrier_init();
     }
     sync_block();
-    int tiles = 0;
-    for (int i = 0; i < p.weights; i++) tiles += (p.out_features[i] + tile_n - 1) / tile_n;
-    tiles *= (p.rows + tile_m - 1) / tile_m;
+    const int tiles = tile_count<tile_m, tile_n>(p);
     const int steps = (p.features + tile_k - 1) / tile_k, warp = warp_index();
     if (warp < 4) {
       lower_registers<24>();

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -70,6 +71,15 @@ def missing_tool(compiler: str) -> str | None:
     return None
 
 
+def load_build() -> ModuleType:
+    """csrc/build.py, which is a script beside what it builds."""
+    spec = importlib.util.spec_from_file_location("bigmodel_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def wants_cuda() -> bool:
     """BIGMODEL_CUDA=1 or 0 decides; otherwise whether torch has CUDA and nvcc is there to compile for it."""
     if "BIGMODEL_CUDA" in os.environ:
@@ -105,11 +115,8 @@ class BuildWithNinja(build_ext):
             self.build_cuda()
 
     def build_cuda(self) -> None:
-        """The CUDA library beside the CPU one; csrc/build.py says how."""
-        spec = importlib.util.spec_from_file_location("bigmodel_build", ROOT / "csrc" / "build.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        library = module.cuda(os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split())
+        """The CUDA library beside the CPU one."""
+        library = load_build().cuda(os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split())
         target = Path(self.get_ext_fullpath("bigmodel_kernels.libbigmodel_cuda")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, target)
@@ -118,13 +125,12 @@ class BuildWithNinja(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         emulate = os.environ.get("BIGMODEL_EMULATE_AVX512") == "1"
         build = ROOT / "build" / ("cpu-emulated" if emulate else "cpu")
-        build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         library = build / "libbigmodel_cpu.so"
-        self.write_ninja(build / "build.ninja", library.name, emulate)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        ninja = load_build()
+        ninja.write_ninja(build, *self.plan(ninja, library.name, emulate))
         try:
-            subprocess.run(["ninja", *jobs], cwd=build, check=True)
+            ninja.run_ninja(build)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"bigmodel_kernels: the CPU extension did not compile (ninja exited with {error.returncode}; "
@@ -133,64 +139,33 @@ class BuildWithNinja(build_ext):
             ) from None
         shutil.copy2(library, target)
 
-    def write_ninja(self, path: Path, library: str, emulate: bool) -> None:
-        import torch
-
-        torch_root = Path(torch.__file__).parent
+    def plan(
+        self, ninja: ModuleType, library: str, emulate: bool
+    ) -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
+        """Rules and targets: a rule for each instruction set, and one for what torch sees."""
+        include, libraries = ninja.torch_flags()
         compiler = os.environ.get("CXX", "g++")
-        common = [
-            "-std=c++20",
-            "-O3",
-            "-g0",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-fno-math-errno",
-            "-Wall",
-            "-Wno-psabi",
-        ]
-        common += os.environ.get("CXXFLAGS", "").split()
-        defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        defines += ["-DBIGMODEL_X86"] if X86 else []
+        common = "-std=c++20 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-psabi"
+        common = f"{compiler} {common} {os.environ.get('CXXFLAGS', '')}"
+        rules = {"link": f"{compiler} -shared -o $out $in {libraries}"}
+        targets: list[tuple[str, str, list[str]]] = []
+
+        def add(rule: str, flags: list[str], sources: dict[str, str]) -> None:
+            rules[rule] = f"{common} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out"
+            targets.extend((name, rule, [str(ROOT / "csrc" / source)]) for name, source in sources.items())
+
+        defines = [*ninja.DEFINES, *(["-DBIGMODEL_X86"] if X86 else [])]
         defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule compile",
-            f"  command = {compiler} {' '.join(common)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $out",
-            "rule link",
-            f"  command = {compiler} -shared -o $out $in -L{torch_root / 'lib'} -ltorch_cpu -ltorch -lc10",
-            "  description = link $out",
-        ]
-        objects = []
-
-        def compile_to(name: str, source: Path, flags: list[str]) -> None:
-            objects.append(name)
-            lines.extend([f"build {name}: compile {source}", f"  flags = {' '.join(flags)}"])
-
-        includes = [f"-isystem {torch_root / 'include'}"]
-        for source in REGISTRATION:
-            compile_to(f"{source}.o", ROOT / "csrc" / f"{source}.cpp", [*defines, *includes])
+        add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
-            named = [
-                *flags,
-                f"-DBIGMODEL_ISA={isa}",
-                f"-DBIGMODEL_SIMD={bits}",
-                f"-DBIGMODEL_BF16_DOT={bf16}",
-            ]
-            for kernel in KERNELS:
-                compile_to(f"{kernel}.{isa}.o", ROOT / "csrc" / kernel / "cpu.cpp", named)
-            for kernel in BACKWARD:
-                compile_to(f"{kernel}_backward.{isa}.o", ROOT / "csrc" / kernel / "backward.cpp", named)
-            compile_to(f"table.{isa}.o", ROOT / "csrc" / "table.cpp", named)
-        lines.append(f"build {library}: link {' '.join(objects)}")
-        lines.append(f"default {library}")
-        text = "\n".join(lines) + "\n"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+            named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
+            sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in KERNELS}
+            sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in BACKWARD}
+            add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})
+        targets.append((library, "link", [name for name, _, _ in targets]))
+        return rules, targets
 
     def get_ext_filename(self, fullname: str) -> str:
         # No Python symbols inside, so no interpreter tag in the name.

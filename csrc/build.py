@@ -44,9 +44,9 @@ def write_ninja(folder: Path, rules: dict[str, str], targets: list[tuple[str, st
         path.write_text(text)
 
 
-def run_ninja(folder: Path) -> None:
+def run_ninja(folder: Path, *options: str) -> None:
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    subprocess.run(["ninja", "--quiet", *jobs], cwd=folder, check=True)
+    subprocess.run(["ninja", *options, *jobs], cwd=folder, check=True)
 
 
 def torch_flags() -> tuple[str, str]:
@@ -76,7 +76,7 @@ def emulator() -> Path:
     targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(objects, sources, strict=True)]
     targets.append(("libbigmodel_emulator.so", "link", objects))
     write_ninja(folder, {"compile": compile_, "link": f"{compiler} -shared -o $out $in {libraries}"}, targets)
-    run_ninja(folder)
+    run_ninja(folder, "--quiet")
     return folder / "libbigmodel_emulator.so"
 
 
@@ -113,7 +113,7 @@ def cuda(archs: list[str]) -> Path:
     targets.append(("libbigmodel_cuda.so", "link", objects))
     targets.append(("libbigmodel_words.so", "link", [add("testing/register.cpp", archs)]))
     write_ninja(folder, rules, targets)
-    run_ninja(folder)
+    run_ninja(folder, "--quiet")
     return folder / "libbigmodel_cuda.so"
 
 

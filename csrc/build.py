@@ -19,6 +19,7 @@ CSRC = ROOT / "csrc"
 # Kernel file -> the architecture that it is for. An "a" target runs on that GPU alone; the others are kept as
 # PTX too, which the driver compiles for every later GPU.
 KERNELS = {
+    "attention/decode.cu": "80",
     "attention/sm80.cu": "80",
     "attention/sm80_backward.cu": "80",
     "attention/sm90.cu": "90a",

@@ -124,6 +124,32 @@ void check_rows(const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0, name, ": stride ", tensor.stride(i), " of dimension ", i, " must be a multiple of 8");
 }
 
+// What attention and its decoding have in common beside the tensors. float_sinks keeps the converted sinks alive; a window of
+// `unlimited` or more is wider than any sequence.
+template <typename Params>
+void logit_params(Params& p, Call& call, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, Tensor& float_sinks, double softmax_scale,
+                  double softcap, bool is_causal, int64_t window_left, int64_t window_right, int64_t unlimited) {
+  if (alibi_slopes) {
+    const int64_t dims = alibi_slopes->dim();
+    require(*alibi_slopes, "alibi_slopes", ScalarType::Float, dims == 2 ? 2 : 1);
+    STD_TORCH_CHECK(alibi_slopes->size(dims - 1) == p.heads && (dims == 1 || alibi_slopes->size(0) == p.batch) && alibi_slopes->stride(dims - 1) == 1,
+                    "alibi_slopes: shape ", shape_of(*alibi_slopes), " must be (", p.heads, ",) or (", p.batch, ", ", p.heads, "), contiguous");
+    p.alibi_slopes = static_cast<const float*>(call.use(*alibi_slopes, "alibi_slopes", false));
+    p.alibi_stride = dims == 2 ? alibi_slopes->stride(0) : 0;
+  }
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads, "sinks: shape ", shape_of(*sinks), " must be (", p.heads, ",)");
+    float_sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
+    p.sinks = static_cast<const float*>(call.use(float_sinks, "sinks", false));
+  }
+  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: ", softcap, " must be 0 (none) or positive");
+  p.softmax_scale = float(softmax_scale);
+  p.softcap = float(softcap);
+  p.window_left = window_left < 0 || window_left >= unlimited ? -1 : int32_t(window_left);
+  p.window_right = is_causal ? 0 : window_right < 0 || window_right >= unlimited ? -1 : int32_t(window_right);
+}
+
 // The arguments of bigmodel::attention that the backward has too.
 struct AttentionInputs {
   const Tensor &query, &key, &value;
@@ -209,19 +235,6 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
     p.bias = call.use(*bias, "bias", false);
     p.bias_is_float = bias->scalar_type() == ScalarType::Float;
   }
-  if (alibi_slopes) {
-    const int64_t dims = alibi_slopes->dim();
-    require(*alibi_slopes, "alibi_slopes", ScalarType::Float, dims == 2 ? 2 : 1);
-    STD_TORCH_CHECK(alibi_slopes->size(dims - 1) == p.heads && (dims == 1 || alibi_slopes->size(0) == p.batch) && alibi_slopes->stride(dims - 1) == 1,
-                    "alibi_slopes: shape ", shape_of(*alibi_slopes), " must be (", p.heads, ",) or (", p.batch, ", ", p.heads, "), contiguous");
-    p.alibi_slopes = static_cast<const float*>(call.use(*alibi_slopes, "alibi_slopes", false));
-    p.alibi_stride = dims == 2 ? alibi_slopes->stride(0) : 0;
-  }
-  if (sinks) {
-    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads, "sinks: shape ", shape_of(*sinks), " must be (", p.heads, ",)");
-    float_sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
-    p.sinks = static_cast<const float*>(call.use(float_sinks, "sinks", false));
-  }
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
   STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
   if (dropout_seed) {
@@ -230,14 +243,8 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
     p.dropout_threshold = dropout_threshold(dropout_p);
     p.dropout_scale = float(1 / (1 - dropout_p));
   }
-  STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
-  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: ", softcap, " must be 0 (none) or positive");
-  p.softmax_scale = float(softmax_scale);
-  p.softcap = float(softcap);
-  // A window wider than any sequence is none.
-  const int64_t unlimited = int64_t(p.query_length) + p.key_length;
-  p.window_left = window_left < 0 || window_left >= unlimited ? -1 : int32_t(window_left);
-  p.window_right = is_causal ? 0 : window_right < 0 || window_right >= unlimited ? -1 : int32_t(window_right);
+  logit_params(p, call, inputs.alibi_slopes, inputs.sinks, float_sinks, softmax_scale, softcap, is_causal, window_left, window_right,
+               int64_t(p.query_length) + p.key_length);
 
   p.query = call.use(query, "query", false);
   p.key = call.use(key, "key", false);
@@ -358,6 +365,90 @@ int multiprocessors([[maybe_unused]] int32_t device) {
 #endif
 }
 
+// `counters` are zeros, and zeros again when the kernel has run: one for each tile of rows (decode_tiles), for the splits that have come.
+// splits 0: as many as the shapes ask for.
+std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor counters, OptionalTensor block_table,
+                                  OptionalTensor alibi_slopes, OptionalTensor sinks, double softmax_scale, bool is_causal, int64_t window_left,
+                                  int64_t window_right, double softcap, int64_t splits) {
+  Call call(query);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  DecodeParams p = {};
+  // ---- shapes ----
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "query: dtype must be float16 or bfloat16");
+  const Tensor* tensors[3] = {&query, &key_cache, &value_cache};
+  const char* names[3] = {"query", "key_cache", "value_cache"};
+  int64_t* strides[3] = {p.query_stride, p.key_stride, p.value_stride};
+  for (int i = 0; i < 3; i++) {
+    const Tensor& t = require(*tensors[i], names[i], dtype, 4);
+    STD_TORCH_CHECK(t.size(3) == query.size(3), names[i], ": head_dim ", t.size(3), " differs from query's ", query.size(3));
+    check_rows(t, names[i]);
+    for (int64_t d = 0; d < 3; d++) strides[i][d] = t.stride(d);
+  }
+  STD_TORCH_CHECK(shape_of(key_cache) == shape_of(value_cache), "value_cache: shape ", shape_of(value_cache), " must be key_cache's ", shape_of(key_cache));
+  p.batch = narrow(query.size(0), "query");
+  p.heads = narrow(query.size(1), "query");
+  p.query_length = narrow(query.size(2), "query");
+  p.head_dim = narrow(query.size(3), "query");
+  p.pages = narrow(key_cache.size(0), "key_cache");
+  p.kv_heads = narrow(key_cache.size(1), "key_cache");
+  p.page_size = narrow(key_cache.size(2), "key_cache");
+  STD_TORCH_CHECK(p.head_dim >= 8 && p.head_dim <= 256, "query: head_dim ", p.head_dim, " must be 8 to 256");
+  STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "key_cache: ", p.kv_heads, " kv heads do not divide ", p.heads, " query heads");
+  STD_TORCH_CHECK(p.batch <= 65535 && p.kv_heads <= 65535, "query: at most 65535 sequences and kv heads, not ", p.batch, " and ", p.kv_heads);
+
+  // ---- lengths and pages: their values lie on the device, where the kernel reads none that would lead outside ----
+  STD_TORCH_CHECK(require(cache_seqlens, "cache_seqlens", ScalarType::Int, 1).size(0) == p.batch, "cache_seqlens: shape ", shape_of(cache_seqlens), " must be (", p.batch, ",)");
+  p.cache_seqlens = static_cast<const int32_t*>(call.use(cache_seqlens, "cache_seqlens", false));
+  p.seqlens_stride = cache_seqlens.stride(0);
+  int64_t capacity = p.page_size;
+  if (block_table) {
+    STD_TORCH_CHECK(require(*block_table, "block_table", ScalarType::Int, 2).size(0) == p.batch, "block_table: shape ", shape_of(*block_table), " must be (", p.batch, ", blocks)");
+    p.block_table = static_cast<const int32_t*>(call.use(*block_table, "block_table", false));
+    for (int64_t d = 0; d < 2; d++) p.table_stride[d] = block_table->stride(d);
+    capacity *= block_table->size(1);
+  } else {
+    STD_TORCH_CHECK(p.pages == p.batch, "key_cache: batch ", p.pages, " must be query's ", p.batch);
+  }
+  // The sum of any two of capacity, queries and window fits 32 bits.
+  const int64_t group = p.heads / p.kv_heads, unlimited = capacity + p.query_length;
+  STD_TORCH_CHECK(unlimited < int64_t(1) << 30 && group * p.query_length < int64_t(1) << 30, "key_cache, query: ", capacity, " keys and ", group * p.query_length,
+                  " rows are more than the kernel counts");
+  p.capacity = int32_t(capacity);
+  Tensor float_sinks;
+  logit_params(p, call, alibi_slopes, sinks, float_sinks, softmax_scale, softcap, is_causal, window_left, window_right, unlimited);
+  p.query = call.use(query, "query", false);
+  p.key = call.use(key_cache, "key_cache", false);
+  p.value = call.use(value_cache, "value_cache", false);
+
+  // ---- the results, and what the splits leave ----
+  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
+  p.out = call.use(out, "out", true);
+  p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
+  p.logsumexp_stride[0] = int64_t(p.heads) * p.query_length;
+  p.logsumexp_stride[1] = p.query_length;
+  if (query.numel() == 0) return {out, logsumexp};
+  const int64_t tiles = decode_tiles(p.batch, p.kv_heads, group, p.query_length);
+  STD_TORCH_CHECK(splits >= 0 && splits <= 1024, "splits: ", splits, " must be 0 (from the shapes) to 1024");
+  p.splits = splits ? int32_t(splits) : decode_splits(tiles, capacity, multiprocessors(call.device()));
+  narrow(tiles / p.batch / p.kv_heads * p.splits, "splits");
+  STD_TORCH_CHECK(require(counters, "counters", ScalarType::Int, 1).is_contiguous() && counters.numel() >= tiles, "counters: shape ", shape_of(counters),
+                  " must be (", tiles, ",) or more, contiguous");
+  p.counters = static_cast<uint32_t*>(call.use(counters, "counters", true));
+  Tensor partial, partial_logsumexp;
+  if (p.splits > 1) {
+    const int64_t rows = tiles * p.splits * (group * p.query_length < decode_rows ? group * p.query_length : decode_rows);
+    partial = torch::stable::new_empty(query, {rows, p.head_dim}, ScalarType::Float);
+    partial_logsumexp = torch::stable::new_empty(query, {rows}, ScalarType::Float);
+    p.partial = static_cast<float*>(call.use(partial, "partial", true));
+    p.partial_logsumexp = static_cast<float*>(call.use(partial_logsumexp, "partial_logsumexp", true));
+  }
+  attention_decode(p, dtype == ScalarType::BFloat16, call.stream());
+  return {out, logsumexp};
+}
+
 Activation activation_of(const std::string& name) {
   const char* names[] = {"none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu"};
   for (int i = 0; i < 6; i++)
@@ -464,6 +555,9 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
 #endif
   m.def(bigmodel::cuda::attention_schema.c_str());
   m.def(bigmodel::cuda::attention_backward_schema.c_str());
+  m.def("cuda_attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor(a!) counters, "
+        "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, float softmax_scale, bool is_causal=True, "
+        "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
   m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
         "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
 }
@@ -479,5 +573,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
 #endif
   m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
+  m.impl("cuda_attention_decode", TORCH_BOX(&bigmodel::cuda::decode));
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
 }

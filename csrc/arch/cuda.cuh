@@ -86,6 +86,21 @@ BM_DEVICE void add_global(float* address, float value) {
 #endif
 }
 
+// Counts up to `last`, then starts again at 0; returns the number before. Releases and acquires for the whole device: what this thread
+// has written (and, by a barrier before, its block) is seen by whoever counts after it (and, by a barrier after, by that block).
+BM_DEVICE uint32_t count_global(uint32_t* counter, uint32_t last) {
+#if defined(__CUDACC__)
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(__cvta_generic_to_global(counter)), "r"(last) : "memory");
+  return before;
+#else
+  emulator::check_global(counter, sizeof(uint32_t), true, "atom.global.inc");
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+#endif
+}
+
 template <typename T>
 BM_DEVICE T load_shared(SharedAddress address) {
   T value;

@@ -42,6 +42,43 @@ struct AttentionBackwardParams {
   int64_t dbias_stride[4];
 };
 
+// A few new queries against a cache. Of the caches the strides are those of a page, a head and a row.
+struct DecodeParams {
+  const void *query, *key, *value;
+  int64_t query_stride[3], key_stride[3], value_stride[3];
+  const int32_t* cache_seqlens;                             // keys of each sequence; its last query stands at the last of them
+  int64_t seqlens_stride;
+  const int32_t* block_table;                               // or null: page b is the whole cache of sequence b
+  int64_t table_stride[2];
+  int32_t batch, heads, kv_heads, head_dim;                 // head_dim a multiple of 8
+  int32_t query_length, pages, page_size, capacity;         // capacity: keys that a sequence has room for
+  float softmax_scale, softcap;
+  int32_t window_left, window_right;
+  const float* alibi_slopes;
+  int64_t alibi_stride;
+  const float* sinks;
+  void* out;
+  int64_t out_stride[3];
+  float* logsumexp;
+  int64_t logsumexp_stride[2];
+  int32_t splits;                                           // parts that the keys of a tile of rows are cut into
+  float *partial, *partial_logsumexp;                       // what each leaves: (tiles, splits, rows of a tile, head_dim), and without head_dim
+  uint32_t* counters;                                       // of splits that have come, for each tile: 0 before and after
+};
+
+// Rows that a block works on: new queries times the query heads of one kv head, token by token.
+inline constexpr int decode_rows = 16;
+inline int64_t decode_tiles(int64_t batch, int64_t kv_heads, int64_t group, int64_t query_length) {
+  return batch * kv_heads * ((group * query_length + decode_rows - 1) / decode_rows);
+}
+// Enough blocks for two on each multiprocessor, but no part of a full cache shorter than 256 keys. Shapes alone decide, so that
+// nothing is read from the device and a captured graph stays right while the sequences grow.
+inline int32_t decode_splits(int64_t tiles, int64_t capacity, int multiprocessors) {
+  const int64_t wanted = (2 * multiprocessors + tiles - 1) / tiles, most = (capacity + 255) / 256;
+  const int64_t splits = wanted < most ? wanted : most;
+  return int32_t(splits < 1 ? 1 : splits > 128 ? 128 : splits);
+}
+
 // Whether anything is there that the short inner loop has no code for.
 inline bool needs_general(const AttentionParams& p) {
   return p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;

@@ -8,6 +8,8 @@ struct Stream;
 void attention_sm80(const AttentionParams& params, bool is_bfloat16, const Stream& stream);
 void attention_sm90(const AttentionParams& params, bool is_bfloat16, const Stream& stream);  // at least one key
 
+void attention_decode(const DecodeParams& params, bool is_bfloat16, const Stream& stream);  // sm_80 and later
+
 void attention_backward_sm80(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream);
 
 }  // namespace bigmodel::cuda

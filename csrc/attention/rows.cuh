@@ -215,6 +215,20 @@ class OnlineSoftmax {
       for (int e = 0; e < 4; e++) o[j][e] *= factor[e / 2];
   }
 
+  // O / l, and the logsumexp of both rows in units of log 2.
+  BM_DEVICE void finish(float (&o)[d_blocks][4], float (&logsumexp)[2]) const {
+    float factor[2];
+    BM_UNROLL
+    for (int r = 0; r < 2; r++) {
+      float sum = l_[r];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      factor[r] = sum == 0 ? 0 : 1 / sum;
+      logsumexp[r] = sum == 0 ? -infinity : m_[r] + log2_approx(sum);
+    }
+    scale(o, factor);
+  }
+
   // O / l, with the sink in l, and logsumexp.
   BM_DEVICE void finish(float (&o)[d_blocks][4], const AttentionParams& p, const Sequence& s, int batch, int head, int row0) {
     float factor[2];

@@ -6,6 +6,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 
@@ -424,10 +425,13 @@ void for_box(const TensorMap& map, const int* coordinates, Each each) {
 
 Report launch(const Launch& launch, void (*kernel)(const void*), const void* params, const Options& options) {
   Block instance(launch, kernel, params, options);
-  for (int z = 0; z < launch.grid[2]; z++)
-    for (int y = 0; y < launch.grid[1]; y++)
-      for (int x = 0; x < launch.grid[0]; x++)
-        if (Report report = instance.run({x, y, z}); !report.ok()) return report;
+  std::vector<int64_t> order(size_t(launch.grid[0]) * launch.grid[1] * launch.grid[2]);
+  std::iota(order.begin(), order.end(), 0);
+  if (options.seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(options.seed));
+  for (const int64_t i : order) {
+    const int64_t row = i / launch.grid[0];
+    if (Report report = instance.run({int(i % launch.grid[0]), int(row % launch.grid[1]), int(row / launch.grid[1])}); !report.ok()) return report;
+  }
   return {};
 }
 

@@ -24,7 +24,7 @@
 namespace bigmodel::emulator {
 
 struct Options {
-  // 0: threads take turns and copies arrive as late as they may. Other seeds: any order, any time.
+  // 0: blocks and threads take turns and copies arrive as late as they may. Other seeds: any order, any time.
   uint64_t seed = 0;
 };
 

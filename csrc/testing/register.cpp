@@ -29,6 +29,7 @@ const Row table[] = {
     {"mma_bfloat16", start<MmaWord<bfloat16>>},
     {"mma_float16", start<MmaWord<float16>>},
     {"shuffle", start<ShuffleWord>},
+    {"count", start<CountWord>},
     {"copy_async", start<CopyAsyncWord>},
     {"wgmma_bfloat16_64", start<WgmmaWord<bfloat16, 64, false, false>>},
     {"wgmma_bfloat16_64_transposed", start<WgmmaWord<bfloat16, 64, true, false>>},

@@ -79,6 +79,21 @@ struct ShuffleWord : Shape<32, 0> {  // input: one register of each lane; output
   }
 };
 
+struct CountWord : Shape<32, 0> {  // input: where to start; output: 32 numbers of one lane, then what a count of all lanes leaves and adds up to
+  static BM_DEVICE void run(const WordParams& p) {
+    uint32_t *alone = p.output + 32, *together = p.output + 33;
+    if (lane_index() == 0) {
+      store_global(alone, load_global(p.input) % 8);
+      for (int i = 0; i < 32; i++) store_global(p.output + i, count_global(alone, 5));
+      store_global(together, 0u);
+    }
+    sync_warp();
+    uint32_t sum = count_global(together, 31);
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane_index() == 0) store_global(p.output + 34, sum);
+  }
+};
+
 struct CopyAsyncWord : Shape<32, 512> {  // input: 512 bytes; output: the same with the odd 16-byte pieces zero
   static BM_DEVICE void run(const WordParams& p) {
     const int lane = lane_index();

@@ -45,9 +45,11 @@ def sass(folder: Path, name: str) -> str:
     return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
-# Attention: two element types, six head_dims, short and general; the backward has two of each, and delta.
+# Attention: two element types, six head_dims, short and general; the backward has two of each, and delta; for
+# decoding there is one of each.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile.
 COUNTS = {
+    "attention.decode": 12,
     "attention.sm80": 24,
     "attention.sm80_backward": 50,
     "attention.sm90": 24,
@@ -84,6 +86,7 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
 @pytest.mark.parametrize(
     ("kernel", "instructions"),
     [
+        ("attention.decode", [*SM80, "ATOMG.E.INC.STRONG.GPU"]),
         ("attention.sm80", SM80),
         ("attention.sm80_backward", SM80),
         ("attention.sm90", SM90),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bigmodel_kernels import _native, backends
-from bigmodel_kernels.ops.attention import prepare, reference
+from bigmodel_kernels.ops.attention import decode, prepare, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -27,6 +27,7 @@ WORDS = {
     "mma_bfloat16": (320, 128, 8),
     "mma_float16": (320, 128, 8),
     "shuffle": (32, 64, 8),
+    "count": (1, 35, 8),
     "copy_async": (128, 128, 8),
     "philox": (192, 128, 8),
     "pack_bfloat16": (64, 32, 8),
@@ -147,3 +148,62 @@ def test_attention_features(extra: str) -> None:
     ref, ref_lse = reference.run(*(t.double() for t in tensors), *args[3:], **kwargs)
     assert torch.allclose(out.double(), ref, atol=4e-2, rtol=2e-2)
     assert torch.allclose(lse.double(), ref_lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [32, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "queries"), [(8, 8, 1), (8, 2, 1), (32, 1, 1), (8, 2, 5)])
+def test_decode(
+    dtype: torch.dtype, dim: int, page_size: int | None, heads: int, kv_heads: int, queries: int
+) -> None:
+    """Ragged lengths up to many splits; the same bits from the same counters in every run."""
+    lengths = torch.tensor([0, 1, 300, 4000], dtype=torch.int32, device="cuda")
+    query = torch.randn(4, heads, queries, dim, device="cuda", dtype=dtype)
+    key, value = (torch.randn(4, kv_heads, 4096, dim, device="cuda", dtype=dtype) for _ in range(2))
+    tensors: tuple[torch.Tensor, ...] = (query, key, value, lengths)
+    if page_size is not None:
+        table = torch.randperm(4 * 4096 // page_size, device="cuda").view(4, -1)
+        pages = [
+            torch.empty(table.numel(), kv_heads, page_size, dim, device="cuda", dtype=dtype) for _ in "kv"
+        ]
+        for held, cache in zip(pages, (key, value), strict=True):
+            held[table] = cache.view(4, kv_heads, -1, page_size, dim).transpose(1, 2)
+        tensors = (query, *pages, lengths, table.to(torch.int32))
+    args, options = decode.prepare(*tensors)
+    with backends.use("native"):
+        out, lse = torch.ops.bigmodel.attention_decode.default(*args, **options)
+        again = [torch.ops.bigmodel.attention_decode.default(*args, **options) for _ in range(5)]
+    assert all(torch.equal(out, o) and torch.equal(lse, n) for o, n in again)
+    ref, ref_lse = reference.run_decode(
+        query.double(), key.double(), value.double(), lengths, *([None] * 3), **options
+    )
+    offset = lengths.view(4, 1, 1, 1) - queries + torch.arange(queries, device="cuda").view(1, 1, -1, 1)
+    visible = torch.arange(4096, device="cuda") <= offset
+    group = heads // kv_heads
+    eager = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), attn_mask=visible
+    ).nan_to_num(0)
+    error, allowed = (out.double() - ref).abs(), (eager.double() - ref).abs()
+    assert error.max() <= 2 * allowed.max() + 2 * ((ref + 0.3 - 0.3) - ref.to(dtype).double()).abs().max()
+    assert error.mean() <= 1.2 * allowed.mean() + 1e-5
+    assert torch.allclose(lse.double(), ref_lse, atol=1e-4)
+
+
+def test_decode_in_a_graph_follows_the_lengths() -> None:
+    """A captured call reads lengths and leaves its counters so that it can be replayed as sequences grow."""
+    query, key, value = (
+        torch.randn(2, 4, n, 64, device="cuda", dtype=torch.float16) for n in (1, 4096, 4096)
+    )
+    lengths = torch.tensor([5, 3000], dtype=torch.int32, device="cuda")
+    args, options = decode.prepare(query, key, value, lengths)
+    with backends.use("native"):
+        torch.ops.bigmodel.attention_decode.default(*args, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = torch.ops.bigmodel.attention_decode.default(*args, **options)
+        for _ in range(3):
+            lengths += 500
+            graph.replay()
+            expected, _ = torch.ops.bigmodel.attention_decode.default(*args, **options)
+            assert torch.equal(out, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
+    return _lacking(query=query, key=key, value=value)
+
+
+def _lacking(**tensors: Tensor) -> str | None:
+    """What the library's kernels have no code for."""
+    query = tensors["query"]
     if query.dtype not in _DTYPES:
         return f"it has no {query.dtype}; its tensor cores take bfloat16 and float16"
     if query.shape[-1] % 8 or query.shape[-1] > 256:
         return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in tensors.items():
         if not _readable(tensor):
             return f"{name} does not lie in pieces of 16 bytes: strides {tensor.stride()}"
     if torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -85,3 +92,54 @@ def run_backward(
         rows = (1,) if delta.dim() == 2 else (0, 2)
         dsinks = -(torch.exp(sinks.float().view(-1, 1) - logsumexp) * delta).sum(rows).to(sinks.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def supports_decode(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, *args: Any, **options: Any
+) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return _lacking(query=query, key_cache=key_cache, value_cache=value_cache)
+
+
+_ROWS = 16  # of a tile: new tokens times the query heads of one key head
+
+
+def run_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """See `bigmodel_kernels.attention_decode`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads = key_cache.shape[1]
+    tiles = batch * kv_heads * -(-heads // kv_heads * rows // _ROWS)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+    out, logsumexp = torch.ops.bigmodel.cuda_attention_decode.default(
+        *(query, key_cache, value_cache, cache_seqlens, _counters(query.device, tiles)),
+        *(block_table, alibi_slopes, sinks),
+        **options,
+    )
+    return out, logsumexp
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Zeros that the kernel counts its splits in, and leaves as zeros.
+
+    Calls on one stream run one after the other and share them. A CUDA graph may be replayed on any stream,
+    beside other work, and gets its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    size = max(1024, 1 << (count - 1).bit_length())
+    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream, size)
+
+
+@functools.cache
+def _kept_counters(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -91,6 +91,14 @@ def test_shuffles(run_word: Any) -> None:
     assert list(out[32:]) == [131 - lane for lane in LANES]
 
 
+def test_a_count_starts_again_after_its_last(run_word: Any) -> None:
+    """PTX ISA, atom.inc: old >= last ? 0 : old + 1."""
+    out = run(run_word, "count", np.array([7], np.uint32), 35)
+    assert list(out[:8]) == [7, 0, 1, 2, 3, 4, 5, 0]
+    assert out[32] == (32 - 1) % 6, "31 counts after the 0"
+    assert out[33] == 0 and out[34] == sum(LANES), "each lane saw a number of its own"
+
+
 def test_copies_fill_with_zeros(run_word: Any) -> None:
     values = np.arange(1, 129, dtype=np.uint32)
     out = run(run_word, "copy_async", values, 128).reshape(32, 4)

@@ -23,6 +23,7 @@ KERNELS = {
     "attention/sm80.cu": "80",
     "attention/sm80_backward.cu": "80",
     "attention/sm90.cu": "90a",
+    "attention/sm90_backward.cu": "90a",
     "linear/sm80.cu": "80",
     "linear/sm90.cu": "90a",
 }

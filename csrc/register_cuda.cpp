@@ -350,7 +350,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     for (int i = 0; i < 4; i++) params.dbias_stride[i] = size[i] == 1 ? 0 : dbias.stride(i);
     params.dbias = static_cast<float*>(call.use(dbias, "dbias", true));
   }
-  if (query.numel() > 0 || key.numel() > 0) attention_backward_sm80(params, query.scalar_type() == ScalarType::BFloat16, call.stream());
+  const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
+  if (query.numel() > 0 && key.numel() > 0 && architecture(call.device()) == 90)
+    attention_backward_sm90(params, is_bfloat16, call.stream());
+  else if (query.numel() > 0 || key.numel() > 0)
+    attention_backward_sm80(params, is_bfloat16, call.stream());
   return {dq, dk, dv, dbias, delta};
 }
 

@@ -10,6 +10,8 @@ void attention_sm90(const AttentionParams& params, bool is_bfloat16, const Strea
 
 void attention_decode(const DecodeParams& params, bool is_bfloat16, const Stream& stream);  // sm_80 and later
 
+void attention_delta(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream);  // sm_80 and later
 void attention_backward_sm80(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream);
+void attention_backward_sm90(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream);  // at least one query and one key
 
 }  // namespace bigmodel::cuda

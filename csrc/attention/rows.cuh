@@ -3,6 +3,7 @@
 // mma.sync and wgmma leave a warp's 16 rows the same way: lane 4 g + t holds, of each block j of eight columns, x[j][0, 1] = row g,
 // columns 8 j + 2 t and + 1, and x[j][2, 3] = row g + 8. So a row lies in four lanes, and a thread has two rows.
 #pragma once
+#include "arch/number.cuh"
 #include "arch/philox.cuh"
 #include "arch/swizzle.cuh"
 #include "arch/warp.cuh"
@@ -40,17 +41,18 @@ struct Sequence {
   BM_DEVICE int offset() const { return keys - queries; }
 };
 
-// The tiles of keys that a tile of queries sees, and of those the ones that every row sees whole.
-struct KeyRange {
-  int begin, end;            // keys; begin is a multiple of the tile
+// The tiles of keys that a tile of queries sees (or of queries that see a tile of keys), and of those the ones without a hidden pair.
+struct TileRange {
+  int begin, end;            // keys (or queries); begin is a multiple of the tile
   int whole_begin, whole_end;
   int tile;
-  BM_DEVICE bool all_visible(int n) const { return n >= whole_begin && n + tile <= whole_end; }
+  BM_DEVICE int tiles() const { return end > begin ? (end - begin + tile - 1) / tile : 0; }
+  BM_DEVICE bool all_visible(int start) const { return start >= whole_begin && start + tile <= whole_end; }
 };
 template <int tile_n>
-BM_DEVICE KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int m_start, int tile_m) {
+BM_DEVICE TileRange visible_keys(const AttentionParams& p, const Sequence& s, int m_start, int tile_m) {
   const int last_row = (m_start + tile_m < s.queries ? m_start + tile_m : s.queries) - 1, offset = s.offset();
-  KeyRange r{0, s.keys, 0, s.keys, tile_n};
+  TileRange r{0, s.keys, 0, s.keys, tile_n};
   if (p.window_right >= 0) {
     if (last_row + offset + p.window_right + 1 < r.end) r.end = last_row + offset + p.window_right + 1;
     if (m_start + offset + p.window_right + 1 < r.whole_end) r.whole_end = m_start + offset + p.window_right + 1;
@@ -61,6 +63,27 @@ BM_DEVICE KeyRange visible_keys(const AttentionParams& p, const Sequence& s, int
   }
   return r;
 }
+
+// The backward's rows of S^T are keys.
+template <int tile_m>
+BM_DEVICE TileRange visible_queries(const AttentionParams& p, const Sequence& s, int n_start, int tile_n) {
+  const int last_key = (n_start + tile_n < s.keys ? n_start + tile_n : s.keys) - 1, offset = s.offset();
+  TileRange r{0, s.queries, 0, n_start + tile_n <= s.keys ? s.queries : 0, tile_m};
+  if (p.window_right >= 0) {
+    if (n_start - offset - p.window_right > 0) r.begin = (n_start - offset - p.window_right) / tile_m * tile_m;
+    r.whole_begin = n_start + tile_n - 1 - offset - p.window_right;
+  }
+  if (p.window_left >= 0) {
+    if (last_key - offset + p.window_left + 1 < r.end) r.end = last_key - offset + p.window_left + 1;
+    if (n_start - offset + p.window_left + 1 < r.whole_end) r.whole_end = n_start - offset + p.window_left + 1;
+  }
+  return r;
+}
+
+// What the backward knows of a query: logsumexp in units of log 2, and delta = rowsum(dO * O) - the gradient of logsumexp.
+struct RowStatistics { float logsumexp, delta; };
+// Of the two queries that a thread has in each block of S: its rows, the same in all blocks, or its columns of S^T.
+struct alignas(16) RowPair { RowStatistics row[2]; };
 
 // What lies between Q K^T and P, for this thread's elements of a tile. In the backward's tiles of S^T (`transposed`) keys are rows.
 template <typename Element, bool General, bool transposed = false>
@@ -92,34 +115,61 @@ class Scores {
     for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { x[j][e] *= keep; });
   }
 
-  // For the backward: products x = Q K^T become P after dropout, and gradients g = dO V^T become dS = P (g - delta) before the
-  // scale. statistics(j, e) -> (logsumexp in units of log 2, delta); add_to_bias(query, key, value) gets the logits' gradient.
+  // The backward, in two steps, since products x = Q K^T are there before g = dO V^T. statistics(j) is the RowPair of block j.
+  //   probabilities:  x becomes P before dropout. The general one has to keep x, for the slope of the softcap, and does nothing yet.
+  //   gradients:      x becomes P after dropout, and g becomes dS = P (g - delta) before the scale. add_to_bias(query, key, value)
+  //                   gets the gradient of the logits.
+  template <int blocks, typename Statistics>
+  BM_DEVICE void probabilities(float (&x)[blocks][4], int row0, int column0, bool all_visible, Statistics statistics) const {
+    if constexpr (General) return;
+    const auto each = [&](auto masked) {
+      BM_UNROLL
+      for (int j = 0; j < blocks; j++) {
+        const RowPair pair = statistics(j);
+        BM_UNROLL
+        for (int e = 0; e < 4; e++) {
+          const bool is = !masked.value || visible(place(row0, column0, j, e), false);
+          x[j][e] = is ? exp2_approx(x[j][e] * (p_.softmax_scale * log2_e) - of_pair(pair, e).logsumexp) : 0;
+        }
+      }
+    };
+    if (all_visible) each(Constant<false>{}); else each(Constant<true>{});
+  }
+
   template <int blocks, typename Statistics, typename AddToBias>
   BM_DEVICE void gradients(float (&x)[blocks][4], float (&g)[blocks][4], int row0, int column0, bool all_visible,
                            Statistics statistics, AddToBias add_to_bias) const {
     for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { g[j][e] *= keep; });
     BM_UNROLL
-    for (int j = 0; j < blocks; j++)
+    for (int j = 0; j < blocks; j++) {
+      const RowPair pair = statistics(j);
       BM_UNROLL
       for (int e = 0; e < 4; e++) {
-        const Place at = place(row0, column0, j, e);
-        if (!visible(at, all_visible)) {
-          x[j][e] = g[j][e] = 0;
-          continue;
+        const RowStatistics row = of_pair(pair, e);
+        if constexpr (General) {
+          const Place at = place(row0, column0, j, e);
+          if (!visible(at, all_visible)) {
+            x[j][e] = g[j][e] = 0;
+            continue;
+          }
+          float slope_of_cap;
+          x[j][e] = exp2_approx(logit(x[j][e], at, slope_of_cap) - row.logsumexp);
+          const float ds = x[j][e] * (g[j][e] - row.delta);
+          add_to_bias(at.query, at.key, ds);
+          g[j][e] = ds * slope_of_cap;
+        } else {
+          // Of a hidden pair g may be anything, and not 0 times anything.
+          g[j][e] = all_visible || x[j][e] != 0 ? x[j][e] * (g[j][e] - row.delta) : 0;
         }
-        const auto [logsumexp, delta] = statistics(j, e);
-        float slope_of_cap;
-        const float probability = exp2_approx(logit(x[j][e], at, slope_of_cap) - logsumexp);
-        const float ds = probability * (g[j][e] - delta);
-        x[j][e] = probability;
-        if constexpr (General) add_to_bias(at.query, at.key, ds);
-        g[j][e] = General ? ds * slope_of_cap : ds;
       }
+    }
     drop(x, row0, column0);
   }
 
  private:
+  template <bool value_> struct Constant { static constexpr bool value = value_; };
   struct Place { int query, key; };
+  static BM_DEVICE RowStatistics of_pair(const RowPair& pair, int e) { return pair.row[transposed ? e % 2 : e / 2]; }
   static BM_DEVICE Place place(int row0, int column0, int j, int e) {
     const int row = row0 + e / 2 * 8, column = column0 + 8 * j + 2 * (lane_index() % 4) + e % 2;
     return transposed ? Place{column, row} : Place{row, column};

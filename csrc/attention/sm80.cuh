@@ -95,7 +95,7 @@ struct AttentionSm80 {
     const int batch = block_z(), head = block_y(), kv_head = head / (p.heads / p.kv_heads);
     const int m_start = (grid_x() - 1 - block_x()) * tile_m;  // causal: the longest rows first
     if (m_start >= sequence.queries) return;
-    const KeyRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
+    const TileRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
     const int n_begin = range.begin, n_end = range.end;
     const Element* query = rows_of<Element>(p.query, p.query_stride, batch, head, sequence.first_query);
     const Element* key = rows_of<Element>(p.key, p.key_stride, batch, kv_head, sequence.first_key);

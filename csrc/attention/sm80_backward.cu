@@ -11,11 +11,9 @@ int tiles(int length, int tile) { return (length + tile - 1) / tile; }
 
 template <typename Element, int D, bool General>
 void start(const AttentionBackwardParams& params, const Stream& stream) {
-  using Delta = AttentionDelta<Element>;
   using KeyValueGrad = AttentionKeyValueGradSm80<Element, D, General>;
   using QueryGrad = AttentionQueryGradSm80<Element, D, General>;
   const AttentionParams& p = params.p;
-  if (p.query_length > 0) launch<Delta>({tiles(p.query_length, Delta::rows), p.heads, p.batch}, params, stream);
   if (p.key_length > 0) launch<KeyValueGrad>({tiles(p.key_length, KeyValueGrad::tile_n), p.kv_heads, p.batch}, params, stream);
   if (p.query_length > 0) launch<QueryGrad>({tiles(p.query_length, QueryGrad::tile_m), p.heads, p.batch}, params, stream);
 }
@@ -29,9 +27,20 @@ template <int D>
 constexpr Row row{D, {{start<float16, D, false>, start<float16, D, true>}, {start<bfloat16, D, false>, start<bfloat16, D, true>}}};
 constexpr Row table[] = {row<32>, row<64>, row<96>, row<128>, row<192>, row<256>};
 
+template <typename Element>
+void start_delta(const AttentionBackwardParams& params, const Stream& stream) {
+  using Delta = AttentionDelta<Element>;
+  launch<Delta>({tiles(params.p.query_length, Delta::rows), params.p.heads, params.p.batch}, params, stream);
+}
+
 }  // namespace
 
+void attention_delta(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream) {
+  if (params.p.query_length > 0) is_bfloat16 ? start_delta<bfloat16>(params, stream) : start_delta<float16>(params, stream);
+}
+
 void attention_backward_sm80(const AttentionBackwardParams& params, bool is_bfloat16, const Stream& stream) {
+  attention_delta(params, is_bfloat16, stream);
   for (const Row& r : table)
     if (params.p.head_dim <= r.head_dim) return r.start[is_bfloat16][needs_general(params.p)](params, stream);
   throw std::runtime_error("head_dim: " + std::to_string(params.p.head_dim) + " must be at most 256");

@@ -13,46 +13,10 @@
 //
 // Q and dO (or K and V) of the next tile come by cp.async while this one is worked on.
 #pragma once
+#include "attention/backward.cuh"
 #include "attention/sm80.cuh"
 
 namespace bigmodel::cuda {
-
-// delta, one row for each warp.
-template <typename Element>
-struct AttentionDelta {
-  using Params = AttentionBackwardParams;
-  static constexpr int rows = 4, threads = rows * warp_size, blocks_per_multiprocessor = 8, shared_bytes = 0;
-
-  static BM_DEVICE void run(const Params& params) {
-    const AttentionParams& p = params.p;
-    const int batch = block_z(), head = block_y(), row = block_x() * rows + warp_index(), chunk = lane_index();
-    const Sequence sequence = Sequence::of(p, batch);
-    if (row >= sequence.queries) return;
-    float sum = 0;
-    if (chunk * 8 < p.head_dim) {
-      const Element* out = rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query) + row * p.out_stride[2];
-      const Element* grad = rows_of<Element>(params.grad_out, params.grad_out_stride, batch, head, sequence.first_query) + row * params.grad_out_stride[2];
-      const Word<16> a = load_global(reinterpret_cast<const Word<16>*>(out) + chunk), b = load_global(reinterpret_cast<const Word<16>*>(grad) + chunk);
-      BM_UNROLL
-      for (int i = 0; i < 8; i++)
-        sum += to_float(Element{uint16_t(a.value[i / 2] >> 16 * (i % 2))}) * to_float(Element{uint16_t(b.value[i / 2] >> 16 * (i % 2))});
-    }
-    BM_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (chunk != 0) return;
-    const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + sequence.first_query + row;
-    store_global(params.delta + at, params.grad_logsumexp != nullptr ? sum - load_global(params.grad_logsumexp + at) : sum);
-  }
-};
-
-// What gradients() asks for of a query: logsumexp in units of log 2, and delta.
-struct RowStatistics { float logsumexp, delta; };
-BM_DEVICE RowStatistics row_statistics(const AttentionBackwardParams& params, const Sequence& s, int batch, int head, int query) {
-  if (query >= s.queries) return {0, 0};
-  const AttentionParams& p = params.p;
-  const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + s.first_query + query;
-  return {load_global(static_cast<const float*>(p.logsumexp) + at) * log2_e, load_global(static_cast<const float*>(params.delta) + at)};
-}
 
 // ---- dK and dV ----
 
@@ -78,17 +42,14 @@ struct AttentionKeyValueGradSm80 {
     const int batch = block_z(), kv_head = block_y(), n_start = block_x() * tile_n, group = p.heads / p.kv_heads;
     const Sequence sequence = Sequence::of(p, batch);
     if (n_start >= sequence.keys) return;
-    const int offset = sequence.offset(), n_last = (n_start + tile_n < sequence.keys ? n_start + tile_n : sequence.keys) - 1;
-    int m_begin = 0, m_end = sequence.queries;
-    if (p.window_right >= 0 && n_start - offset - p.window_right > 0) m_begin = (n_start - offset - p.window_right) / tile_m * tile_m;
-    if (p.window_left >= 0 && n_last - offset + p.window_left + 1 < m_end) m_end = n_last - offset + p.window_left + 1;
-    const int tiles = m_end > m_begin ? (m_end - m_begin + tile_m - 1) / tile_m : 0, steps = tiles * group;
+    const TileRange range = visible_queries<tile_m>(p, sequence, n_start, tile_n);
+    const int tiles = range.tiles(), steps = tiles * group;
 
     const SharedAddress shared = shared_start();
     const int warp = warp_index(), row = 16 * (warp / parts), chunk = warp % parts * d_blocks;
     const int key0 = n_start + row + lane_index() / 4;
     const auto load_step = [&](int step) {
-      const int head = kv_head * group + step / tiles, m = m_begin + step % tiles * tile_m;
+      const int head = kv_head * group + step / tiles, m = range.begin + step % tiles * tile_m;
       const SharedAddress stage = shared + shared_query + step % 2 * stage_bytes;
       load_tile<QueryTile, Element, threads>(stage, rows_of<Element>(p.query, p.query_stride, batch, head, sequence.first_query), p.query_stride[2], m, sequence.queries, p.head_dim);
       load_tile<QueryTile, Element, threads>(stage + QueryTile::bytes, rows_of<Element>(params.grad_out, params.grad_out_stride, batch, head, sequence.first_query), params.grad_out_stride[2], m, sequence.queries, p.head_dim);
@@ -102,7 +63,7 @@ struct AttentionKeyValueGradSm80 {
     clear(dk);
     clear(dv);
     for (int step = 0; step < steps; step++) {
-      const int head = kv_head * group + step / tiles, m = m_begin + step % tiles * tile_m;
+      const int head = kv_head * group + step / tiles, m = range.begin + step % tiles * tile_m;
       const SharedAddress query = shared + shared_query + step % 2 * stage_bytes, grad = query + QueryTile::bytes;
       copy_async_wait<0>();
       sync_block();  // this step's tiles have arrived, and nobody reads those of the last any more
@@ -117,25 +78,22 @@ struct AttentionKeyValueGradSm80 {
       multiply_transposed<Element, KeyTile, QueryTile>(g, shared + shared_value, row, grad);
 
       // ---- P^T and dS^T ----
-      RowStatistics statistics[m_blocks][2];
+      RowPair pairs[m_blocks];
       BM_UNROLL
       for (int j = 0; j < m_blocks; j++)
         BM_UNROLL
-        for (int e = 0; e < 2; e++) statistics[j][e] = row_statistics(params, sequence, batch, head, m + 8 * j + 2 * (lane_index() % 4) + e);
-      const bool all_visible = n_start + tile_n <= sequence.keys && (p.window_right < 0 || n_start + tile_n - 1 <= m + offset + p.window_right) &&
-                               (p.window_left < 0 || n_start >= m + tile_m - 1 + offset - p.window_left);
+        for (int e = 0; e < 2; e++) pairs[j].row[e] = row_statistics(params, sequence, batch, head, m + 8 * j + 2 * (lane_index() % 4) + e);
+      const auto statistics = [&](int j) { return pairs[j]; };
       const Scores<Element, General, true> scores(p, sequence, batch, head);
-      scores.gradients(s, g, key0, m, all_visible, [&](int j, int e) { return statistics[j][e % 2]; }, [](int, int, float) {});
+      scores.probabilities(s, key0, m, range.all_visible(m), statistics);
+      scores.gradients(s, g, key0, m, range.all_visible(m), statistics, NoBias{});
 
       // ---- dV += P^T dO, dK += dS^T Q ----
       multiply<Element, QueryTile>(dv, s, grad, chunk);
       multiply<Element, QueryTile>(dk, g, query, chunk);
     }
 
-    BM_UNROLL
-    for (int j = 0; j < d_blocks; j++)
-      BM_UNROLL
-      for (int e = 0; e < 4; e++) dk[j][e] *= p.softmax_scale;
+    multiply_by(dk, p.softmax_scale);
     copy_async_wait<0>();
     sync_block();  // every warp has done with K and V
     store_rows<Element, KeyTile>(dk, shared + shared_key, row, chunk, rows_of<Element>(params.dk, params.dk_stride, batch, kv_head, sequence.first_key),
@@ -168,7 +126,7 @@ struct AttentionQueryGradSm80 {
     const Sequence sequence = Sequence::of(p, batch);
     const int m_start = (grid_x() - 1 - block_x()) * tile_m;  // causal: the longest rows first
     if (m_start >= sequence.queries) return;
-    const KeyRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
+    const TileRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
 
     const SharedAddress shared = shared_start();
     const int warp = warp_index(), row = 16 * warp, query0 = m_start + row + lane_index() / 4;
@@ -182,9 +140,10 @@ struct AttentionQueryGradSm80 {
     if (range.begin < range.end) load_keys(range.begin);
     copy_async_commit();
 
-    RowStatistics statistics[2];
+    RowPair pair;
     BM_UNROLL
-    for (int r = 0; r < 2; r++) statistics[r] = row_statistics(params, sequence, batch, head, query0 + 8 * r);
+    for (int r = 0; r < 2; r++) pair.row[r] = row_statistics(params, sequence, batch, head, query0 + 8 * r);
+    const auto statistics = [&](int) { return pair; };
     const Scores<Element, General> scores(p, sequence, batch, head);
     float dq[d_blocks][4];
     clear(dq);
@@ -199,16 +158,11 @@ struct AttentionQueryGradSm80 {
       clear(g);
       multiply_transposed<Element, QueryTile, KeyTile>(s, shared + shared_query, row, key);
       multiply_transposed<Element, QueryTile, KeyTile>(g, shared + shared_grad, row, value);
-      scores.gradients(s, g, query0, n, range.all_visible(n), [&](int, int e) { return statistics[e / 2]; }, [&](int i, int j, float ds) {
-        if (params.dbias == nullptr) return;
-        add_global(params.dbias + batch * params.dbias_stride[0] + head * params.dbias_stride[1] + i * params.dbias_stride[2] + j * params.dbias_stride[3], ds);
-      });
+      scores.probabilities(s, query0, n, range.all_visible(n), statistics);
+      scores.gradients(s, g, query0, n, range.all_visible(n), statistics, AddToBias(params, batch, head));
       multiply<Element, KeyTile>(dq, g, key, 0);
     }
-    BM_UNROLL
-    for (int j = 0; j < d_blocks; j++)
-      BM_UNROLL
-      for (int e = 0; e < 4; e++) dq[j][e] *= p.softmax_scale;
+    multiply_by(dq, p.softmax_scale);
     copy_async_wait<0>();
     sync_block();
     store_rows<Element, QueryTile>(dq, shared + shared_query, row, 0, rows_of<Element>(params.dq, params.dq_stride, batch, head, sequence.first_query),

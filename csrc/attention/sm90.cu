@@ -7,23 +7,11 @@
 namespace bigmodel::cuda {
 namespace {
 
-// The map of query, key or value, of which one copy brings `rows` rows of one panel.
-TensorMap map_of(const void* base, int64_t head_dim, int64_t rows, int64_t heads, int64_t batch, const int64_t (&stride)[3], int panel_columns, int box_rows) {
-  TensorMapArgs a{base, {head_dim, rows, heads, batch}, {1, stride[2], stride[1], stride[0]}, {panel_columns, box_rows, 1, 1}};
-  for (int i = 1; i < 4; i++)
-    if (a.size[i] == 1) a.stride[i] = 8;  // never used, and perhaps not one that a map may have
-  return tensor_map(a);
-}
-
 template <typename Kernel>
 void start(const AttentionParams& p, const Stream& stream) {
-  const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t batch = packed ? 1 : p.batch;
   constexpr int panel = Kernel::QueryTile::panel_columns;
-  const AttentionSm90Params params{
-      p, map_of(p.query, p.head_dim, packed ? p.total_queries : p.query_length, p.heads, batch, p.query_stride, panel, Kernel::tile_m),
-      map_of(p.key, p.head_dim, packed ? p.total_keys : p.key_length, p.kv_heads, batch, p.key_stride, panel, Kernel::tile_n),
-      map_of(p.value, p.head_dim, packed ? p.total_keys : p.key_length, p.kv_heads, batch, p.value_stride, panel, Kernel::tile_n)};
+  const AttentionSm90Params params{p, query_map(p, p.query, p.query_stride, panel, Kernel::tile_m), key_map(p, p.key, p.key_stride, panel, Kernel::tile_n),
+                                   key_map(p, p.value, p.value_stride, panel, Kernel::tile_n)};
   launch<Kernel>({(p.query_length + Kernel::tile_m - 1) / Kernel::tile_m, p.heads, p.batch}, params, stream);
 }
 

@@ -21,6 +21,63 @@
 
 namespace bigmodel::cuda {
 
+// By one thread: rows from `row` of one head, panel by panel. `full` expects the bytes and gets them.
+template <typename Tile>
+BM_DEVICE void load_tile(SharedAddress tile, const TensorMap& map, SharedAddress full, int row, int head, int batch) {
+  BM_UNROLL
+  for (int panel = 0; panel < Tile::columns / Tile::panel_columns; panel++)
+    tma_load(tile + panel * Tile::panel_bytes, map, full, panel * Tile::panel_columns, row, head, batch);
+}
+
+// By one warp: zeros in the rows from `first` of a tile that has arrived, for wgmma to read.
+template <typename Tile>
+BM_DEVICE void clear_rows(SharedAddress tile, int first) {
+  for (int c = first * Tile::row_chunks + lane_index(); c < Tile::rows * Tile::row_chunks; c += warp_size)
+    store_shared(tile + Tile::offset(c / Tile::row_chunks, c % Tile::row_chunks), Word<16>{});
+  fence_proxy_async();
+  sync_warp();
+}
+
+// C = X Y^T over head_dim: 64 rows of X from `x_row`, and as many rows of Y from `y_row` as C has columns. A group of its own.
+template <typename Element, typename TileX, typename TileY, int blocks>
+BM_DEVICE void start_multiply_transposed(float (&c)[blocks][4], SharedAddress x, int x_row, SharedAddress y, int y_row) {
+  wgmma_fence();
+  BM_UNROLL
+  for (int k = 0; k < TileX::columns / 16; k++) wgmma<Element, false>(c, k_major<TileX>(x, x_row, k), k_major<TileY>(y, y_row, k), k > 0);
+  wgmma_commit();
+}
+// C += A Y, A from registers, of which Y has a row for each column. A group of its own.
+template <typename Element, typename TileY, int steps, int blocks>
+BM_DEVICE void start_multiply(float (&c)[blocks][4], const uint32_t (&a)[steps][4], SharedAddress y) {
+  wgmma_fence();
+  BM_UNROLL
+  for (int k = 0; k < steps; k++) wgmma<Element, true>(c, a[k], mn_major<TileY>(y, k), true);
+  wgmma_commit();
+}
+
+template <typename Element, int steps>
+BM_DEVICE void to_fragments(uint32_t (&a)[steps][4], const float (&x)[2 * steps][4]) {
+  BM_UNROLL
+  for (int k = 0; k < steps; k++) to_fragment<Element>(a[k], x[2 * k], x[2 * k + 1]);
+}
+
+// On the host: the map of query, key, value or dO, of which one copy brings `box_rows` rows of one panel.
+inline TensorMap map_of(const void* base, int64_t head_dim, int64_t rows, int64_t heads, int64_t batch, const int64_t (&stride)[3], int panel_columns, int box_rows) {
+  TensorMapArgs a{base, {head_dim, rows, heads, batch}, {1, stride[2], stride[1], stride[0]}, {panel_columns, box_rows, 1, 1}};
+  for (int i = 1; i < 4; i++)
+    if (a.size[i] == 1) a.stride[i] = 8;  // never used, and perhaps not one that a map may have
+  return tensor_map(a);
+}
+
+inline TensorMap query_map(const AttentionParams& p, const void* query, const int64_t (&stride)[3], int panel_columns, int box_rows) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  return map_of(query, p.head_dim, packed ? p.total_queries : p.query_length, p.heads, packed ? 1 : p.batch, stride, panel_columns, box_rows);
+}
+inline TensorMap key_map(const AttentionParams& p, const void* key, const int64_t (&stride)[3], int panel_columns, int box_rows) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  return map_of(key, p.head_dim, packed ? p.total_keys : p.key_length, p.kv_heads, packed ? 1 : p.batch, stride, panel_columns, box_rows);
+}
+
 struct AttentionSm90Params {
   AttentionParams p;
   TensorMap query, key, value;  // dimensions: head_dim, row, head, batch
@@ -58,9 +115,7 @@ struct AttentionSm90 {
   template <typename Tile>
   static BM_DEVICE void load(SharedAddress tile, const TensorMap& map, SharedAddress full, int row, int head, int batch) {
     mbarrier_arrive_expect(full, Tile::bytes);
-    BM_UNROLL
-    for (int panel = 0; panel < Tile::columns / Tile::panel_columns; panel++)
-      tma_load(tile + panel * Tile::panel_bytes, map, full, panel * Tile::panel_columns, row, head, batch);
+    load_tile<Tile>(tile, map, full, row, head, batch);
   }
 
   static BM_DEVICE void run(const Params& params) {
@@ -70,8 +125,8 @@ struct AttentionSm90 {
     const Sequence sequence = Sequence::of(p, batch);
     const int m_start = (grid_x() - 1 - block_x()) * tile_m;  // causal: the longest rows first
     if (m_start >= sequence.queries) return;
-    const KeyRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
-    const int tiles = range.end > range.begin ? (range.end - range.begin + tile_n - 1) / tile_n : 0;
+    const TileRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
+    const int tiles = range.tiles();
 
     // ---- barriers ----
     if (thread_index() == 0) {
@@ -98,7 +153,7 @@ struct AttentionSm90 {
   }
 
   // One warp; its first lane speaks to the copy engine.
-  static BM_DEVICE void produce(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const KeyRange& range, int tiles) {
+  static BM_DEVICE void produce(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const TileRange& range, int tiles) {
     const AttentionParams& p = params.p;
     const bool packed = p.cu_seqlens_q != nullptr, leader = lane_index() == 0;
     const int kv_head = head / (p.heads / p.kv_heads), slice = packed ? 0 : batch;
@@ -113,11 +168,7 @@ struct AttentionSm90 {
       } else {  // the last tile of a packed sequence, and its only one that is not whole
         if (leader) load<KeyTile>(value_tile(stage), params.value, barrier(value_arrived), row, kv_head, slice);
         mbarrier_wait(barrier(value_arrived), 0);
-        const int first = (sequence.keys - n) * KeyTile::row_chunks;
-        for (int c = first + lane_index(); c < tile_n * KeyTile::row_chunks; c += warp_size)
-          store_shared(value_tile(stage) + KeyTile::offset(c / KeyTile::row_chunks, c % KeyTile::row_chunks), Word<16>{});
-        fence_proxy_async();
-        sync_warp();
+        clear_rows<KeyTile>(value_tile(stage), sequence.keys - n);
         if (leader) mbarrier_arrive(barrier(value_full + stage));
       }
     }
@@ -128,20 +179,10 @@ struct AttentionSm90 {
   }
 
   static BM_DEVICE void start_scores(float (&s)[n_blocks][4], int stage, int consumer) {
-    wgmma_fence();
-    BM_UNROLL
-    for (int k = 0; k < d_steps; k++)
-      wgmma<Element, false>(s, k_major<QueryTile>(shared_start() + shared_query, 64 * consumer, k), k_major<KeyTile>(key_tile(stage), 0, k), k > 0);
-    wgmma_commit();
-  }
-  static BM_DEVICE void start_output(float (&o)[d_blocks][4], const uint32_t (&probabilities)[n_steps][4], int stage) {
-    wgmma_fence();
-    BM_UNROLL
-    for (int k = 0; k < n_steps; k++) wgmma<Element, true>(o, probabilities[k], mn_major<KeyTile>(value_tile(stage), k), true);
-    wgmma_commit();
+    start_multiply_transposed<Element, QueryTile, KeyTile>(s, shared_start() + shared_query, 64 * consumer, key_tile(stage), 0);
   }
 
-  static BM_DEVICE void consume(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const KeyRange& range, int tiles, int consumer) {
+  static BM_DEVICE void consume(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const TileRange& range, int tiles, int consumer) {
     const AttentionParams& p = params.p;
     const int warp = warp_index() % 4, row0 = m_start + 64 * consumer + 16 * warp + lane_index() / 4;
     const Scores<Element, General> scores(p, sequence, batch, head);
@@ -160,8 +201,7 @@ struct AttentionSm90 {
       scores.logits(s, row0, range.begin, range.all_visible(range.begin));
       softmax.probabilities(s, rescale);
       scores.drop(s, row0, range.begin);
-      BM_UNROLL
-      for (int k = 0; k < n_steps; k++) to_fragment<Element>(probabilities[k], s[2 * k], s[2 * k + 1]);
+      to_fragments<Element>(probabilities, s);
 
       // ---- S of this tile, and O += P V of the last ----
       for (int i = 1; i < tiles; i++) {
@@ -169,7 +209,7 @@ struct AttentionSm90 {
         mbarrier_wait(barrier(key_full + stage), i / stages & 1);
         start_scores(s, stage, consumer);
         mbarrier_wait(barrier(value_full + before), (i - 1) / stages & 1);
-        start_output(o, probabilities, before);
+        start_multiply<Element, KeyTile>(o, probabilities, value_tile(before));
         wgmma_wait<1>();
         release(key_empty + stage);
         scores.logits(s, row0, n, range.all_visible(n));
@@ -178,14 +218,13 @@ struct AttentionSm90 {
         release(value_empty + before);
         softmax.scale(o, rescale);
         scores.drop(s, row0, n);
-        BM_UNROLL
-        for (int k = 0; k < n_steps; k++) to_fragment<Element>(probabilities[k], s[2 * k], s[2 * k + 1]);
+        to_fragments<Element>(probabilities, s);
       }
 
       // ---- the last O += P V ----
       const int last = (tiles - 1) % stages;
       mbarrier_wait(barrier(value_full + last), (tiles - 1) / stages & 1);
-      start_output(o, probabilities, last);
+      start_multiply<Element, KeyTile>(o, probabilities, value_tile(last));
       wgmma_wait<0>();
       release(value_empty + last);
     }

@@ -45,14 +45,15 @@ def sass(folder: Path, name: str) -> str:
     return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
-# Attention: two element types, six head_dims, short and general; the backward has two of each, and delta; for
-# decoding there is one of each.
+# Attention: two element types, six head_dims, short and general; the backward has two of each, and sm_80's file
+# delta for both; for decoding there is one of each.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile.
 COUNTS = {
     "attention.decode": 12,
     "attention.sm80": 24,
     "attention.sm80_backward": 50,
     "attention.sm90": 24,
+    "attention.sm90_backward": 48,
     "linear.sm80": 4,
     "linear.sm90": 8,
 }
@@ -65,7 +66,7 @@ def test_nothing_spills(folder: Path, kernel: str, count: int) -> None:
     assert {name: v for name, v in found.items() if v[1] or v[2]} == {}
 
 
-@pytest.mark.parametrize("kernel", ["attention.sm90", "linear.sm90"])
+@pytest.mark.parametrize("kernel", ["attention.sm90", "attention.sm90_backward", "linear.sm90"])
 def test_wgmma_is_not_serialised(folder: Path, kernel: str) -> None:
     """C7508: setmaxnreg ignored; C7510: a wait after each wgmma; C7519: a fence that was not written."""
     log = (folder / f"{kernel}.o.log").read_text()
@@ -90,6 +91,7 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
         ("attention.sm80", SM80),
         ("attention.sm80_backward", SM80),
         ("attention.sm90", SM90),
+        ("attention.sm90_backward", [*SM90, "HGMMA.64x256x16.F32.BF16", "STSM.16.M88.4"]),
         ("linear.sm80", SM80),
         ("linear.sm90", SM90),
     ],

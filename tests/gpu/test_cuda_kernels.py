@@ -35,6 +35,9 @@ WORDS = {
     "wgmma_bfloat16_64": (4096, 4096, 9),
     "wgmma_bfloat16_64_transposed": (4096, 4096, 9),
     "wgmma_float16_128_transposed": (6144, 8192, 9),
+    "wgmma_bfloat16_32": (3072, 2048, 9),
+    "wgmma_float16_192_transposed": (8192, 12288, 9),
+    "wgmma_bfloat16_256_transposed": (10240, 16384, 9),
     "wgmma_bfloat16_96_registers": (5120, 6144, 9),
     "wgmma_bfloat16_32_transposed_registers": (3072, 2048, 9),
     "wgmma_float16_192_transposed_registers": (8192, 12288, 9),
@@ -148,6 +151,69 @@ def test_attention_features(extra: str) -> None:
     ref, ref_lse = reference.run(*(t.double() for t in tensors), *args[3:], **kwargs)
     assert torch.allclose(out.double(), ref, atol=4e-2, rtol=2e-2)
     assert torch.allclose(lse.double(), ref_lse, atol=1e-3)
+
+
+def gradients(tensors: tuple[torch.Tensor, ...], **call: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Of query, key, value, bias and sinks: the library's twice, and the reference's in float64."""
+    args, options = prepare(*tensors, **call)
+    grad = torch.randn_like(args[0])
+    extra = {"bias_requires_grad": args[4] is not None, "sinks_require_grad": args[9] is not None}
+    with backends.use("native"):
+        out, lse = torch.ops.bigmodel.attention.default(*args, **options)
+        backward = torch.ops.bigmodel.attention_backward.default
+        mine = [
+            backward(grad, None, *args[:3], out, lse, *args[3:], **options, **extra, deterministic=True)
+            for _ in range(2)
+        ]
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    exact = reference.run(*wide, **options)
+    ref = reference.run_backward(grad.double(), None, *wide[:3], *exact, *wide[3:], **options, **extra)
+    return list(mine[0]), list(mine[1]), list(ref)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [32, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 300), (127, 129), (512, 512), (1000, 1000)])
+def test_attention_backward(dtype: torch.dtype, dim: int, causal: bool, queries: int, keys: int) -> None:
+    query = torch.randn(2, 4, queries, dim, device="cuda", dtype=dtype)
+    key, value = (torch.randn(2, 2, keys, dim, device="cuda", dtype=dtype) for _ in range(2))
+    first, second, ref = gradients((query, key, value), is_causal=causal)
+    floor = 3e-3 if dtype == torch.bfloat16 else 4e-4  # P and dS go through the tensor cores rounded
+    for name, got, again, exact in zip(("dq", "dk", "dv"), first, second, ref, strict=False):
+        assert torch.equal(got, again), f"{name} varies"
+        error = (got.double() - exact).abs()
+        rounding = 2 * ((exact + 0.3 - 0.3) - exact.to(dtype).double()).abs().max()
+        assert error.max() <= 3 * rounding + 3 * floor * exact.abs().max() + 1e-6, name
+        assert error.mean() <= 3 * floor * exact.abs().mean() + 1e-6, name
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "extra", ["bias", "mask", "softcap", "window", "alibi", "sinks", "dropout", "packed"]
+)
+def test_attention_backward_features(extra: str, dim: int) -> None:
+    query = torch.randn(2, 4, 200, dim, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(2, 2, 200, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    call: dict[str, Any] = {
+        "bias": {"bias": torch.randn(4, 200, 200, device="cuda")},
+        "mask": {"key_padding_mask": torch.rand(2, 200, device="cuda") < 0.5},
+        "softcap": {"softcap": 10.0},
+        "window": {"window": (50, 3)},
+        "alibi": {"alibi_slopes": torch.rand(4, device="cuda")},
+        "sinks": {"sinks": torch.randn(4, device="cuda")},
+        "dropout": {"dropout_p": 0.2},
+        "packed": {},
+    }[extra]
+    tensors = (query, key, value)
+    if extra == "packed":
+        cu = torch.tensor([0, 3, 130, 400], dtype=torch.int32, device="cuda")
+        tensors = tuple(t.transpose(1, 2).reshape(400, t.shape[1], dim) for t in tensors)
+        call = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "is_causal": True}
+    first, second, ref = gradients(tensors, **call)
+    for got, again, exact in zip(first, second, ref, strict=True):
+        assert torch.equal(got, again)
+        assert torch.allclose(got.double(), exact, atol=2e-2 * float(1 + exact.abs().max()) if exact.numel() else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigmodel_kernels.ops.attention import prepare, reference
 
-pytestmark = pytest.mark.usefixtures("library")
+pytestmark = pytest.mark.usefixtures("library", "architecture")
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -65,7 +65,7 @@ def check(*tensors: Tensor, grad_lse: bool = False, **call: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128, pytest.param(192, marks=pytest.mark.slow), 256])
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(*make(1, 2, 2, 70, 77, dim, dtype), is_causal=True)
 
@@ -111,8 +111,46 @@ def test_packed_sequences() -> None:
     check(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, is_causal=True)
 
 
-def test_the_bits_do_not_depend_on_the_order_of_threads() -> None:
-    tensors = make(1, 2, 1, 100, 130, 64, torch.bfloat16)
+@pytest.mark.parametrize("dim", [64, 192])
+def test_a_packed_sequence_does_not_see_its_neighbour(dim: int) -> None:
+    """Its tiles reach into the next sequence, where nothing is finite: 0 times that would be NaN."""
+    query, grad = (torch.randn(200, 4, dim).to(torch.bfloat16) for _ in range(2))
+    key, value = (torch.randn(180, 1, dim).to(torch.bfloat16) for _ in range(2))
+    for tensor, length in ((query, 90), (grad, 90), (key, 75), (value, 75)):
+        tensor[length:] = float("inf")
+        tensor[length + 1 :] = float("nan")
+    cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 90, 200], [0, 75, 180]))
+    args, options = prepare(query, key, value, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    both = emulated((grad, None), args, options)
+    alone = (query[:90], key[:75], value[:75])
+    args, options = prepare(*alone, cu_seqlens_q=cu_q[:2], cu_seqlens_k=cu_k[:2])
+    for got, expected, length in zip(
+        both[:3], emulated((grad[:90], None), args, options)[:3], (90, 75, 75), strict=True
+    ):
+        assert expected.isfinite().all() and torch.equal(got[:length], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dim", "queries", "keys"),
+    [(32, 400, 290), (32, 130, 900), (128, 330, 290), (128, 70, 700), (192, 330, 290), (256, 330, 290)],
+)
+@pytest.mark.parametrize("call", [{}, {"dropout_p": 0.25, "softcap": 30.0}], ids=str)
+def test_many_tiles(dim: int, queries: int, keys: int, call: dict[str, Any]) -> None:
+    """More than there are stages for, twice over."""
+    check(*make(1, 2, 1, queries, keys, dim, torch.bfloat16), window=(800, 250), **call)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0)])
+def test_nothing_to_see(queries: int, keys: int) -> None:
+    args, options = prepare(*make(1, 2, 2, queries, keys, 64, torch.float16))
+    for grad in emulated((torch.randn_like(args[0]), None), args, options)[:3]:
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("dim", [64, pytest.param(256, marks=pytest.mark.slow)])
+def test_the_bits_do_not_depend_on_the_order_of_threads(dim: int) -> None:
+    tensors = make(1, 2, 1, 100, 130, dim, torch.bfloat16)
     args, options = prepare(*tensors, is_causal=True, bias=torch.randn(100, 130))
     grads = (torch.randn_like(args[0]), None)
     results = []

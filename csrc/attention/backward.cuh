@@ -1,0 +1,64 @@
+// What the attention backward of every architecture does beside the products: delta, the statistics of a row, the bias's gradient.
+#pragma once
+#include "attention/rows.cuh"
+
+namespace bigmodel::cuda {
+
+// delta, one row for each warp.
+template <typename Element>
+struct AttentionDelta {
+  using Params = AttentionBackwardParams;
+  static constexpr int rows = 4, threads = rows * warp_size, blocks_per_multiprocessor = 8, shared_bytes = 0;
+
+  static BM_DEVICE void run(const Params& params) {
+    const AttentionParams& p = params.p;
+    const int batch = block_z(), head = block_y(), row = block_x() * rows + warp_index(), chunk = lane_index();
+    const Sequence sequence = Sequence::of(p, batch);
+    if (row >= sequence.queries) return;
+    float sum = 0;
+    if (chunk * 8 < p.head_dim) {
+      const Element* out = rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query) + row * p.out_stride[2];
+      const Element* grad = rows_of<Element>(params.grad_out, params.grad_out_stride, batch, head, sequence.first_query) + row * params.grad_out_stride[2];
+      const Word<16> a = load_global(reinterpret_cast<const Word<16>*>(out) + chunk), b = load_global(reinterpret_cast<const Word<16>*>(grad) + chunk);
+      BM_UNROLL
+      for (int i = 0; i < 8; i++)
+        sum += to_float(Element{uint16_t(a.value[i / 2] >> 16 * (i % 2))}) * to_float(Element{uint16_t(b.value[i / 2] >> 16 * (i % 2))});
+    }
+    BM_UNROLL
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (chunk != 0) return;
+    const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + sequence.first_query + row;
+    store_global(params.delta + at, params.grad_logsumexp != nullptr ? sum - load_global(params.grad_logsumexp + at) : sum);
+  }
+};
+
+BM_DEVICE RowStatistics row_statistics(const AttentionBackwardParams& params, const Sequence& s, int batch, int head, int query) {
+  if (query >= s.queries) return {0, 0};
+  const AttentionParams& p = params.p;
+  const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + s.first_query + query;
+  return {load_global(static_cast<const float*>(p.logsumexp) + at) * log2_e, load_global(static_cast<const float*>(params.delta) + at)};
+}
+
+// Adds a logit's gradient to the bias's; of one (batch, head).
+struct AddToBias {
+  const AttentionBackwardParams& params;
+  float* start;
+  BM_DEVICE AddToBias(const AttentionBackwardParams& b, int batch, int head)
+      : params(b), start(b.dbias == nullptr ? nullptr : b.dbias + batch * b.dbias_stride[0] + head * b.dbias_stride[1]) {}
+  BM_DEVICE void operator()(int query, int key, float ds) const {
+    if (start != nullptr) add_global(start + query * params.dbias_stride[2] + key * params.dbias_stride[3], ds);
+  }
+};
+struct NoBias {
+  BM_DEVICE void operator()(int, int, float) const {}
+};
+
+template <int blocks>
+BM_DEVICE void multiply_by(float (&x)[blocks][4], float factor) {
+  BM_UNROLL
+  for (int j = 0; j < blocks; j++)
+    BM_UNROLL
+    for (int e = 0; e < 4; e++) x[j][e] *= factor;
+}
+
+}  // namespace bigmodel::cuda

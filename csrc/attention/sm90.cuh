@@ -89,7 +89,7 @@ struct AttentionSm90 {
   // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs, which in
   // the general one is much (addresses, random words). Compiled so, none spills.
   static constexpr int consumers = HeadDim <= 64 && !General ? 3 : 2;
-  static constexpr int tile_n = General ? (HeadDim <= 96 ? 128 : HeadDim == 128 ? 64 : 32)
+  static constexpr int tile_n = General ? (HeadDim == 64 ? 96 : HeadDim <= 96 ? 128 : HeadDim == 128 ? 64 : 32)
                                         : (HeadDim <= 64 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;

@@ -322,9 +322,9 @@ struct AttentionWideKeyValueGradSm90 : WideKeyGradTiles<HeadDim> {
 // ---- dQ, and the gradient of the bias ----
 
 // Registers decide up to 128, where a thread holds tile_n / 2 of S and of dP each, then tile_n / 4 of dS, and HeadDim / 2 of dQ; above
-// it is shared memory.
+// it is shared memory. The general loop is written out for each element, and has to stay small enough for the instruction cache.
 template <int HeadDim, bool General>
-inline constexpr int query_grad_tile_n = HeadDim <= (General ? 64 : 128) ? 128 : HeadDim == 96 ? 96 : HeadDim <= 192 ? 64 : 32;
+inline constexpr int query_grad_tile_n = HeadDim > 192 ? 32 : HeadDim > 128 || General ? 64 : 128;
 template <int HeadDim, bool General>
 using QueryGradTiles = BackwardTiles<HeadDim, 128, query_grad_tile_n<HeadDim, General>, 0, 0>;
 

@@ -45,8 +45,8 @@ def sass(folder: Path, name: str) -> str:
     return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
-# Attention: two element types, six head_dims, short and general; of the backward two each, and sm_80's file has
-# delta for both; for decoding there is one of each.
+# Attention: two element types, six head_dims, short and general; of the backward two each, and sm_80's file
+# has delta for both; for decoding there is one of each.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile.
 COUNTS = {
     "attention.decode": 12,

@@ -81,7 +81,7 @@ class Implementation:
 
 
 #: (folder, suffix) of the operators that have CUDA C++ kernels
-_CUDA = {("attention", ""), ("attention", "_backward"), ("attention", "_decode")}
+_CUDA = {("attention", s) for s in ("", "_backward", "_decode")} | {("linear", s) for s in ("", "_training")}
 _UNPROVEN = "its kernels are verified in the emulator and not yet measured on a GPU; BIGMODEL_BACKEND=native"
 
 

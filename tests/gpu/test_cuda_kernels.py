@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from bigmodel_kernels import _native, backends
+from bigmodel_kernels.ops import linear
 from bigmodel_kernels.ops.attention import decode, prepare, reference
+from bigmodel_kernels.ops.linear import reference as linear_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -213,7 +215,9 @@ def test_attention_backward_features(extra: str, dim: int) -> None:
     first, second, ref = gradients(tensors, **call)
     for got, again, exact in zip(first, second, ref, strict=True):
         assert torch.equal(got, again)
-        assert torch.allclose(got.double(), exact, atol=2e-2 * float(1 + exact.abs().max()) if exact.numel() else 0)
+        assert torch.allclose(
+            got.double(), exact, atol=2e-2 * float(1 + exact.abs().max()) if exact.numel() else 0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -273,3 +277,63 @@ def test_decode_in_a_graph_follows_the_lengths() -> None:
             graph.replay()
             expected, _ = torch.ops.bigmodel.attention_decode.default(*args, **options)
             assert torch.equal(out, expected)
+
+
+LINEAR_CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "silu": {"activation": "silu"},
+    "residual": {"residual": True},
+    "dropout": {"residual": True, "dropout_p": 0.2},
+    "norm": {"residual": True, "norm_weight": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize(("rows", "size_in", "size_out"), [(1, 768, 768), (127, 64, 136), (4096, 768, 3072)])
+@pytest.mark.parametrize("call", LINEAR_CALLS.values(), ids=LINEAR_CALLS.keys())
+def test_linear(
+    dtype: torch.dtype, layout: str, rows: int, size_in: int, size_out: int, call: dict[str, Any]
+) -> None:
+    x = torch.randn(rows, size_in, device="cuda", dtype=dtype)
+    size = (size_in, size_out) if layout == "conv1d" else (size_out, size_in)
+    weight = (torch.randn(size, device="cuda") / size_in**0.5).to(dtype)
+    bias = torch.randn(size_out, device="cuda", dtype=dtype)
+    given = dict(call)
+    if "residual" in given:
+        given["residual"] = torch.randn(rows, size_out, device="cuda", dtype=dtype)
+    if "norm_weight" in given:
+        given["norm_weight"] = torch.randn(size_out, device="cuda", dtype=dtype)
+    args, options = linear.prepare(x, weight, bias, weight_layout=layout, **given)
+    with backends.use("native"):
+        out = torch.ops.bigmodel.linear.default(*args, **options)
+        training = torch.ops.bigmodel.linear_training.default(*args, **options)
+    wide = [
+        [t.double() for t in a] if isinstance(a, list)
+        else a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in args
+    ]  # fmt: skip
+    ref = linear_reference.run_training(*wide, **options)
+    eager = linear_reference.run_training(*args, **options)
+    assert torch.equal(out, training[0])
+    for mine, exact, usual in zip(training, ref, eager, strict=True):
+        assert mine.shape == exact.shape
+        if not mine.numel():
+            continue
+        error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
+        rounding = 2 * ((exact + 0.3 - 0.3) - exact.to(dtype).double()).abs().max()
+        assert error.max() <= 2 * allowed.max() + rounding
+        # The norm starts from its input rounded to the dtype, once more than the reference does.
+        assert error.mean() <= (2.0 if "norm_weight" in call else 1.2) * allowed.mean() + 1e-5
+
+
+def test_several_weights_side_by_side() -> None:
+    x = torch.randn(300, 768, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(768, 768, device="cuda", dtype=torch.bfloat16) * 0.03 for _ in range(3)]
+    args, options = linear.prepare(x, weights)
+    with backends.use("native"):
+        out = torch.ops.bigmodel.linear.default(*args, **options)
+    expected = torch.cat([x.double() @ w.double().t() for w in weights], 1)
+    assert torch.allclose(out.double(), expected, atol=2e-2, rtol=1e-2)

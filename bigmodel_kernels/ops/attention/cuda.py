@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels import _native
 from bigmodel_kernels.ops.attention.native import bias_gradient
-
-_DTYPES = (torch.bfloat16, torch.float16)
+from bigmodel_kernels.ops.cuda_library import lacking, readable
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> str | None:
@@ -22,22 +20,14 @@ def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
 def _lacking(**tensors: Tensor) -> str | None:
     """What the library's kernels have no code for."""
     query = tensors["query"]
-    if query.dtype not in _DTYPES:
-        return f"it has no {query.dtype}; its tensor cores take bfloat16 and float16"
+    if reason := lacking(query):
+        return reason
     if query.shape[-1] % 8 or query.shape[-1] > 256:
         return f"head_dim {query.shape[-1]} is not a multiple of 8 up to 256"
     for name, tensor in tensors.items():
-        if not _readable(tensor):
+        if not readable(tensor):
             return f"{name} does not lie in pieces of 16 bytes: strides {tensor.stride()}"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(query.device)} is older than sm_80"
-    return _native.cuda_reason()
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Rows are copied 16 bytes at a time."""
-    strides = [s for s, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-    return tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
+    return None
 
 
 def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -78,7 +68,7 @@ def run_backward(
     """See `bigmodel::attention_backward`. Only a broadcast bias has sums whose order varies."""
     sinks = args[4] if len(args) > 4 else None
     dq, dk, dv, wide, delta = torch.ops.bigmodel.cuda_attention_backward.default(
-        grad_out if _readable(grad_out) else grad_out.contiguous(),
+        grad_out if readable(grad_out) else grad_out.contiguous(),
         None if grad_logsumexp is None else grad_logsumexp.contiguous(),
         *(query, key, value, out, logsumexp.contiguous(), key_padding_mask, bias, *args),
         **options,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigmodel_kernels import backends
+from bigmodel_kernels.ops.linear import cuda, prepare, reference
 from bigmodel_kernels.ops.philox import keep_elements
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
@@ -123,3 +125,66 @@ def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
     }
     with pytest.raises(RuntimeError, match=words):
         torch.ops.bigmodel_emulator.cuda_linear(*half.values())
+
+
+@pytest.fixture
+def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend's row of the table, with the emulator where the CUDA library would be."""
+    operator = torch.ops.bigmodel_emulator.cuda_linear
+    monkeypatch.setattr(torch.ops.bigmodel, "cuda_linear", operator, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "lacking", lambda x: None)
+
+
+ROW_CALLS: dict[str, dict[str, Any]] = {
+    "layer_norm": {"norm_weight": (24,), "norm_bias": (24,), "residual": (2, 5, 24)},
+    "rms_norm": {"norm_weight": (24,), "norm_kind": "rms_norm", "activation": "silu"},
+    "dropout": {"dropout_p": 0.5, "residual": (2, 5, 24), "activation": "gelu_tanh"},
+}
+
+
+@pytest.mark.parametrize("call", ROW_CALLS.values(), ids=ROW_CALLS.keys())
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.usefixtures("row")
+def test_the_row_of_the_table(call: dict[str, Any], layout: str) -> None:
+    """Result and what training keeps, of inputs that have three dimensions and no aligned rows."""
+    x = torch.randn(2, 5, 20)[..., 3:19].half()
+    weight = torch.randn((16, 24) if layout == "conv1d" else (24, 16)).half()
+    tensors = {k: torch.randn(v).half() if isinstance(v, tuple) else v for k, v in call.items()}
+    args, options = prepare(x, weight, torch.randn(24).half(), weight_layout=layout, **tensors)
+    with backends.use("native"):
+        assert backends.select("linear", "cuda", args, options).load()[0] is cuda.run
+    expected = reference.run_training(*args, **options)
+    got = cuda.run_training(*args, **options)
+    for mine, exact in zip((cuda.run(*args, **options), *got), (expected[0], *expected), strict=True):
+        assert mine.shape == exact.shape and mine.dtype == exact.dtype
+        assert torch.allclose(mine.double(), exact.double(), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("row")
+def test_several_weights_in_the_row_and_none_of_a_row() -> None:
+    weights, biases = [torch.randn(n, 16).half() for n in (8, 24)], [torch.randn(n).half() for n in (8, 24)]
+    for rows in (0, 9):
+        args, options = prepare(torch.randn(rows, 16).half(), weights, biases)
+        assert torch.allclose(cuda.run(*args, **options), reference.run(*args, **options), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("x", "weights", "call", "reason"),
+    [
+        ((4, 16), [(12, 16)], {}, "gives 12 features, not a multiple of 8"),
+        ((4, 12), [(16, 12)], {}, "x has 12 features, not a multiple of 8"),
+        ((4, 16), [(8, 16)] * 5, {}, "5 weights; its product takes up to 4"),
+        ((4, 16), [(8, 16)] * 2, {"dropout_p": 0.5}, "dropout over 2 weights"),
+    ],
+)
+@pytest.mark.usefixtures("row")
+def test_the_row_says_what_it_cannot(
+    x: tuple[int, ...], weights: list[tuple[int, ...]], call: dict[str, Any], reason: str
+) -> None:
+    args, options = prepare(torch.zeros(x).half(), [torch.zeros(w).half() for w in weights], **call)
+    with backends.use("native"), pytest.raises(backends.BackendError, match=reason):
+        backends.select("linear", "cuda", args, options)
+    assert (
+        "BIGMODEL_BACKEND=native" in backends.explain_call("linear", "cuda", args, options).reasons["native"]
+    )

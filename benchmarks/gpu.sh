@@ -1,25 +1,67 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of under ten minutes: builds, tests, verifies, measures, writes JSON.
 #
-#     benchmarks/gpu.sh [PYTHON]
+#     benchmarks/gpu.sh [--dry-run] [PYTHON]
 #
 # PYTHON is an interpreter with a CUDA build of torch, and with triton, transformers, pytest, hypothesis, typer and rich (default:
 # python3). The numbers go to benchmarks/results/<gpu>.json.
+#
+# --dry-run prints every step and checks what can be checked with no GPU: that the modules are there, the kernels compile, the tests
+# are collected and the commands take their options. It measures nothing and writes no result.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+dry=
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
 python="${1:-python3}"
 export PYTHONPATH="$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-
-"$python" -c 'import torch; assert torch.cuda.is_available(), "this torch sees no GPU"; print(torch.cuda.get_device_name())'
-"$python" setup.py -q build_ext --inplace
-"$python" -m bigmodel_kernels.cli doctor
-# A step that fails is named at the end; the others still run, because a GPU is seldom at hand.
 failed=()
-timeout 240 "$python" -m pytest -q tests/gpu || failed+=(kernels)
-timeout 180 "$python" -m pytest -q tests/ops/test_*_triton.py || failed+=(tests)
-timeout 150 "$python" -m bigmodel_kernels.cli verify --device cuda --json build/verify-gpu.json || failed+=(verify)
-timeout 240 "$python" -m bigmodel_kernels.cli bench --device cuda --budget 0.5 --save || failed+=(bench)
+
+# step NAME SECONDS CHECK COMMAND...: a step that fails is named at the end, and the others still run, because a GPU is seldom at hand.
+# A dry run prints the command, and runs it with the option CHECK added.
+step() {
+  local name="$1" seconds="$2" check="$3"
+  shift 3
+  if [ -z "$dry" ]; then
+    timeout "$seconds" "$@" || failed+=("$name")
+    return
+  fi
+  echo "$name, at most $seconds s: $*"
+  local output
+  if output=$("$@" "$check" 2>&1); then
+    echo "    checked with $check"
+  else
+    echo "    FAILED with $check:"
+    tail -n 15 <<<"$output" | sed 's/^/    /'
+    failed+=("$name")
+  fi
+}
+
+if [ -z "$dry" ]; then
+  "$python" -c 'import torch; assert torch.cuda.is_available(), "this torch sees no GPU"; print(torch.cuda.get_device_name())'
+  "$python" setup.py -q build_ext --inplace
+else
+  "$python" -c 'import torch, triton, transformers, pytest, hypothesis, typer, rich' || failed+=(modules)
+  echo "build, into the package: $python setup.py -q build_ext --inplace"
+  if ! command -v "${NVCC:-nvcc}" >/dev/null; then
+    echo "    no nvcc: not checked that the kernels compile"
+  elif output=$("$python" csrc/build.py cuda 2>&1); then
+    echo "    checked: every kernel compiles, into build/cuda"
+  else
+    echo "    FAILED:"
+    tail -n 15 <<<"$output" | sed 's/^/    /'
+    failed+=(build)
+  fi
+fi
+step doctor 60 --help "$python" -m bigmodel_kernels.cli doctor
+step kernels 240 --collect-only "$python" -m pytest -q tests/gpu
+step tests 180 --collect-only "$python" -m pytest -q tests/ops/test_*_triton.py
+step verify 150 --help "$python" -m bigmodel_kernels.cli verify --device cuda --json build/verify-gpu.json
+step bench 240 --help "$python" -m bigmodel_kernels.cli bench --device cuda --budget 0.5 --save
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2
   exit 1
 fi
+if [ -n "$dry" ]; then echo "all that needs no GPU is in order"; fi

@@ -7,6 +7,12 @@
 //              S1 = Q K1^T  and  O += P0 V0   run at once on the tensor cores; softmax of S1 as soon as it is there
 //              S2 = Q K2^T  and  O += P1 V1   ...
 //
+// In the short loop consumers take turns at the tensor cores (ping-pong): one starts its products when the one before has started its own,
+// and so comes to its softmax while the other's products run.
+//
+//   consumer 0   | S, O |  softmax    | S, O |  softmax    |
+//   consumer 1          | S, O |  softmax    | S, O |  softmax ...
+//
 //            head_dim                      keys (tile_n)
 //          +----------+     consumer 0    +-----------------+     64 rows of S and O for each consumer. P goes from S's
 //   tile_m | Q        |     consumer 1    |        S        |     accumulators to A fragments in registers.
@@ -94,6 +100,7 @@ struct AttentionSm90 {
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
   static constexpr int stages = 2;
+  static constexpr bool ping_pong = HeadDim <= 128 && !General;  // with longer products, or a longer softmax, turns have less to give
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
   static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
@@ -178,6 +185,17 @@ struct AttentionSm90 {
     if (lane_index() == 0) mbarrier_arrive(barrier(which));
   }
 
+  // Barrier of a consumer's turn: its own threads wait for it, those of the consumer before say that it is there.
+  static BM_DEVICE int turn_of(int consumer) { return 1 + consumers + consumer; }
+  static BM_DEVICE void wait_for_turn(int consumer, bool first) {
+    if constexpr (ping_pong)
+      if (!first || consumer > 0) sync_named(turn_of(consumer), 2 * group);
+  }
+  static BM_DEVICE void pass_turn(int consumer, bool last) {
+    if constexpr (ping_pong)
+      if (!last || consumer + 1 < consumers) arrive_named(turn_of((consumer + 1) % consumers), 2 * group);
+  }
+
   static BM_DEVICE void start_scores(float (&s)[n_blocks][4], int stage, int consumer) {
     start_multiply_transposed<Element, QueryTile, KeyTile>(s, shared_start() + shared_query, 64 * consumer, key_tile(stage), 0);
   }
@@ -195,7 +213,9 @@ struct AttentionSm90 {
     if (tiles > 0) {
       // ---- the first S ----
       mbarrier_wait(barrier(key_full), 0);
+      wait_for_turn(consumer, true);
       start_scores(s, 0, consumer);
+      pass_turn(consumer, tiles == 1);
       wgmma_wait<0>();
       release(key_empty);
       scores.logits(s, row0, range.begin, range.all_visible(range.begin));
@@ -207,9 +227,11 @@ struct AttentionSm90 {
       for (int i = 1; i < tiles; i++) {
         const int stage = i % stages, before = (i - 1) % stages, n = range.begin + i * tile_n;
         mbarrier_wait(barrier(key_full + stage), i / stages & 1);
+        wait_for_turn(consumer, false);
         start_scores(s, stage, consumer);
         mbarrier_wait(barrier(value_full + before), (i - 1) / stages & 1);
         start_multiply<Element, KeyTile>(o, probabilities, value_tile(before));
+        pass_turn(consumer, i + 1 == tiles);
         wgmma_wait<1>();
         release(key_empty + stage);
         scores.logits(s, row0, n, range.all_visible(n));

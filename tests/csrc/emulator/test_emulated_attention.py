@@ -124,8 +124,10 @@ def test_dropout_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
     assert torch.allclose(lse.double(), ref_lse, atol=1e-5)
 
 
-def test_any_order_of_threads_gives_the_same_bits() -> None:
-    tensors = make(1, 1, 1, 130, 140, 64, torch.bfloat16)
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(130, 140, 64), (200, 600, 64), (130, 600, 128)])
+def test_any_order_of_threads_gives_the_same_bits(queries: int, keys: int, dim: int) -> None:
+    """On Hopper: three and two warpgroups that take turns, over one tile, two and many."""
+    tensors = make(1, 1, 1, queries, keys, dim, torch.bfloat16)
     first, _ = emulated(*tensors, is_causal=True)
     for seed in (1, 2, 3):
         again, _ = emulated(*tensors, seed=seed, is_causal=True)

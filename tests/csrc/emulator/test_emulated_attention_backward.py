@@ -92,6 +92,29 @@ def test_options(call: dict[str, Any]) -> None:
     check(*make(1, 4, 2, 100, 140, 64, torch.float16), **call)
 
 
+@pytest.mark.parametrize(
+    ("shift", "window"),
+    [
+        *[(shift, (None, 0)) for shift in (-62, -2, -1, 0, 1, 2, 62, 63)],
+        *[(0, (left, None)) for left in (62, 63)],
+        *[(shift, (None, 62)) for shift in (-1, 0, 1)],
+        (3, (61, 5)),
+    ],
+)
+def test_every_pair_of_a_mask(shift: int, window: tuple[int | None, int | None]) -> None:
+    """At the edges of tiles: q = 0 makes all P of a row alike, dO = 1 makes dV = P^T, and K = 1 dQ = dS."""
+    queries, keys, both = 128, 128 + shift, min(128, 128 + shift)
+    query, value = torch.zeros(1, 1, queries, 128).half(), torch.randn(1, 1, keys, 128).half()
+    key, grad = (torch.eye(n, 128)[None, None].half() for n in (keys, queries))
+    args, options = prepare(query, key, value, window=window)
+    dq, _, dv, *_ = emulated((grad, None), args, options)
+    left, right = (1000 if side is None else side for side in window)
+    distance = torch.arange(keys) - torch.arange(queries)[:, None] - shift
+    visible = (distance >= -left) & (distance <= right)
+    assert torch.equal(dv[0, 0].t() != 0, visible)
+    assert (dq[0, 0, :, :both][~visible[:, :both]] == 0).all() and (dq != 0).any()
+
+
 def test_key_padding_alibi_and_sinks() -> None:
     mask = torch.rand(3, 90) < 0.6
     mask[1] = False

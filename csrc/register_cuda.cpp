@@ -54,6 +54,17 @@ int architecture([[maybe_unused]] int32_t device) {
 #endif
 }
 
+int multiprocessors([[maybe_unused]] int32_t device) {
+#if defined(__CUDACC__)
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error("the number of multiprocessors of CUDA device " + std::to_string(device) + " cannot be read");
+  return count;
+#else
+  return 3;  // few, so that blocks have more tiles than one
+#endif
+}
+
 // The memory of a call's tensors, checked to be on one device; the stream to launch on.
 class Call {
  public:
@@ -284,8 +295,11 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   if (query.numel() > 0) {
-    const bool hopper = architecture(call.device()) == 90 && key.numel() > 0;
-    (hopper ? attention_sm90 : attention_sm80)(p, query.scalar_type() == ScalarType::BFloat16, call.stream());
+    const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
+    if (architecture(call.device()) == 90 && key.numel() > 0)
+      attention_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
+    else
+      attention_sm80(p, is_bfloat16, call.stream());
   }
   return {out, logsumexp};
 }
@@ -356,17 +370,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   else if (query.numel() > 0 || key.numel() > 0)
     attention_backward_sm80(params, is_bfloat16, call.stream());
   return {dq, dk, dv, dbias, delta};
-}
-
-int multiprocessors([[maybe_unused]] int32_t device) {
-#if defined(__CUDACC__)
-  int count = 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error("the number of multiprocessors of CUDA device " + std::to_string(device) + " cannot be read");
-  return count;
-#else
-  return 3;  // few, so that blocks have more tiles than one
-#endif
 }
 
 // `counters` are zeros, and zeros again when the kernel has run: one for each tile of rows (decode_tiles), for the splits that have come.

@@ -53,6 +53,15 @@ BM_DEVICE SharedAddress shared_start() { return 0; }
 
 BM_DEVICE int lane_index() { return thread_index() % warp_size; }
 
+// x, of which the compiler knows nothing. What depends on it is computed here, each time around a loop, and not before the loop, where
+// it would take registers from all that comes between.
+BM_DEVICE int anew(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2, 4, 8 and 16 bytes that one thread moves at once.
 template <int bytes> struct Word;
 template <> struct Word<2> { uint16_t value; };

@@ -79,9 +79,9 @@ inline int32_t decode_splits(int64_t tiles, int64_t capacity, int multiprocessor
   return int32_t(splits < 1 ? 1 : splits > 128 ? 128 : splits);
 }
 
-// Whether anything is there that the short inner loop has no code for.
+// Whether anything is there that the short inner loop has no code for. It looks for a row's maximum before it scales.
 inline bool needs_general(const AttentionParams& p) {
-  return p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;
+  return !(p.softmax_scale > 0) || p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;
 }
 
 }  // namespace bigmodel::cuda

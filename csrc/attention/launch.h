@@ -6,7 +6,7 @@ namespace bigmodel::cuda {
 
 struct Stream;
 void attention_sm80(const AttentionParams& params, bool is_bfloat16, const Stream& stream);
-void attention_sm90(const AttentionParams& params, bool is_bfloat16, const Stream& stream);  // at least one key
+void attention_sm90(const AttentionParams& params, bool is_bfloat16, int multiprocessors, const Stream& stream);  // at least one key
 
 void attention_decode(const DecodeParams& params, bool is_bfloat16, const Stream& stream);  // sm_80 and later
 

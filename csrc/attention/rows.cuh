@@ -96,18 +96,23 @@ class Scores {
     }
   }
 
-  // Products become logits in units of log 2. row0: this thread's upper row; column0: the tile's first column.
+  // Products become logits; `unit()` times that is in units of log 2. row0: this thread's upper row; column0: the tile's first column.
   template <int blocks>
   BM_DEVICE void logits(float (&x)[blocks][4], int row0, int column0, bool all_visible) const {
+    if (!General && all_visible) return;  // most tiles: the unit is left to the exponential, which multiplies and subtracts at once
     BM_UNROLL
     for (int j = 0; j < blocks; j++)
       BM_UNROLL
       for (int e = 0; e < 4; e++) {
         const Place at = place(row0, column0, j, e);
         float slope_of_cap;
-        x[j][e] = visible(at, all_visible) ? logit(x[j][e], at, slope_of_cap) : -infinity;
+        if constexpr (General)
+          x[j][e] = visible(at, all_visible) ? logit(x[j][e], at, slope_of_cap) : -infinity;
+        else
+          x[j][e] = visible(at, false) ? x[j][e] : -infinity;
       }
   }
+  BM_DEVICE float unit() const { return General ? 1 : p_.softmax_scale * log2_e; }
 
   // Dropout of probabilities, after they were summed.
   template <int blocks>
@@ -230,11 +235,14 @@ class Scores {
   uint64_t seed_ = 0;
 };
 
-// The running maximum and sum of this thread's two rows (Milakov and Gimelshein, 2018, arXiv:1805.02867), in units of log 2.
+// The running maximum and sum of this thread's two rows (Milakov and Gimelshein, 2018, arXiv:1805.02867). S times `unit`, which is
+// positive, is in units of log 2.
 template <int d_blocks>
 class OnlineSoftmax {
  public:
-  // S becomes P = exp2(S - m); returns what the old O has to be multiplied with.
+  explicit BM_DEVICE OnlineSoftmax(float unit = 1) : unit_(unit) {}
+
+  // S becomes P = exp2(unit (S - m)); returns what the old O has to be multiplied with.
   template <int blocks>
   BM_DEVICE void probabilities(float (&x)[blocks][4], float (&rescale)[2]) {
     BM_UNROLL
@@ -245,14 +253,15 @@ class OnlineSoftmax {
       top = maximum(top, shuffle_xor(top, 1));
       top = maximum(top, shuffle_xor(top, 2));
       const float safe = top == -infinity ? 0 : top;  // a row that has seen no key yet: exp2(-inf - 0) = 0, not NaN
-      rescale[r] = exp2_approx(m_[r] - safe);
+      rescale[r] = exp2_approx((m_[r] - safe) * unit_);
+      const float subtract = safe * unit_;
       m_[r] = top;
       float sum = 0;
       BM_UNROLL
       for (int j = 0; j < blocks; j++)
         BM_UNROLL
         for (int e = 0; e < 2; e++) {
-          x[j][2 * r + e] = exp2_approx(x[j][2 * r + e] - safe);
+          x[j][2 * r + e] = exp2_approx(x[j][2 * r + e] * unit_ - subtract);
           sum += x[j][2 * r + e];
         }
       l_[r] = l_[r] * rescale[r] + sum;  // of this thread's columns; the four lanes of a row are added at the end
@@ -274,7 +283,7 @@ class OnlineSoftmax {
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
       factor[r] = sum == 0 ? 0 : 1 / sum;
-      logsumexp[r] = sum == 0 ? -infinity : m_[r] + log2_approx(sum);
+      logsumexp[r] = sum == 0 ? -infinity : m_[r] * unit_ + log2_approx(sum);
     }
     scale(o, factor);
   }
@@ -284,14 +293,15 @@ class OnlineSoftmax {
     float factor[2];
     BM_UNROLL
     for (int r = 0; r < 2; r++) {
-      float sum = l_[r], top = m_[r];
+      float sum = l_[r], top = m_[r] * unit_;
+      const float before = top;
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
       factor[r] = 1;
       if (p.sinks != nullptr) {  // one more logit in the sum, without a value
         const float sink = load_global(p.sinks + head) * log2_e;
-        top = maximum(m_[r], sink);
-        factor[r] = exp2_approx(m_[r] - top);
+        top = maximum(before, sink);
+        factor[r] = exp2_approx(before - top);
         sum = sum * factor[r] + exp2_approx(sink - top);
       }
       factor[r] = sum == 0 ? 0 : factor[r] / sum;
@@ -305,6 +315,7 @@ class OnlineSoftmax {
   }
 
  private:
+  const float unit_;
   float m_[2] = {-infinity, -infinity}, l_[2] = {0, 0};
 };
 
@@ -314,7 +325,7 @@ class OnlineSoftmax {
 template <typename Element, typename Tile, int blocks>
 BM_DEVICE void store_rows(const float (&x)[blocks][4], SharedAddress tile, int tile_row, int first_chunk, void* out, int64_t row_stride,
                           int row, int end, int head_dim) {
-  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+  const int lane = anew(lane_index()), g = lane / 4, t = lane % 4;
   BM_UNROLL
   for (int r = 0; r < 2; r++)
     BM_UNROLL

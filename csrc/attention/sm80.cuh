@@ -105,7 +105,7 @@ struct AttentionSm80 {
     const int warp = warp_index(), lane = lane_index();
     const int row0 = m_start + 16 * warp + lane / 4;  // this thread's rows: row0 and row0 + 8
     const Scores<Element, General> scores(p, sequence, batch, head);
-    OnlineSoftmax<d_blocks> softmax;
+    OnlineSoftmax<d_blocks> softmax(scores.unit());
     float o[d_blocks][4];
     clear(o);
 

@@ -1,8 +1,9 @@
 // Attention forward for Hopper (sm_90a): FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), algorithm 2.
 //
-// A block is one producer warpgroup, which has the copy engine bring tiles, and two or three consumer warpgroups, which multiply.
+// A block is one producer warpgroup, of which a warp has the copy engine bring tiles and another says which, and two or three consumer warpgroups, which multiply. It
+// stays for many tiles of queries, the longest first (schedule.cuh): while one leaves, the next one's Q, K and V arrive.
 //
-//   producer   Q | K0 | V0 | K1 | V1 | ...    into two stages of K and two of V, as they become empty
+//   producer   Q | K0 | V0 | K1 | V1 | ... | the next Q | K0 | ...    into two stages of each, as they become empty
 //   consumer   S0 = Q K0^T, softmax -> P0
 //              S1 = Q K1^T  and  O += P0 V0   run at once on the tensor cores; softmax of S1 as soon as it is there
 //              S2 = Q K2^T  and  O += P1 V1   ...
@@ -23,7 +24,7 @@
 #pragma once
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
-#include "attention/rows.cuh"
+#include "attention/schedule.cuh"
 
 namespace bigmodel::cuda {
 
@@ -89,17 +90,17 @@ struct AttentionSm90Params {
   TensorMap query, key, value;  // dimensions: head_dim, row, head, batch
 };
 
-template <typename Element, int HeadDim, bool General>
+template <typename Element, int HeadDim, bool General, int consumers_ = 2>
 struct AttentionSm90 {
   using Params = AttentionSm90Params;
   // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs, which in
   // the general one is much (addresses, random words). Compiled so, none spills.
-  static constexpr int consumers = HeadDim <= 64 && !General ? 3 : 2;
-  static constexpr int tile_n = General ? (HeadDim == 64 ? 96 : HeadDim <= 96 ? 128 : HeadDim == 128 ? 64 : 32)
-                                        : (HeadDim <= 64 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
+  static constexpr int consumers = consumers_;
+  static constexpr int tile_n = General ? (HeadDim == 32 ? 128 : HeadDim <= 96 ? 96 : HeadDim == 128 ? 64 : 32)
+                                        : (consumers == 3 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
-  static constexpr int stages = 2;
+  static constexpr int stages = 2, query_stages = HeadDim <= 128 ? 2 : 1;  // of larger ones a second Q does not fit
   static constexpr bool ping_pong = HeadDim <= 128 && !General;  // with longer products, or a longer softmax, turns have less to give
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
   static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;
@@ -107,15 +108,18 @@ struct AttentionSm90 {
   using KeyTile = SwizzledTile<tile_n, HeadDim>;
 
   static constexpr int shared_query = 0;  // Q, and O on its way out
-  static constexpr int shared_key = shared_query + QueryTile::bytes;
+  static constexpr int shared_key = shared_query + query_stages * QueryTile::bytes;
   static constexpr int shared_value = shared_key + stages * KeyTile::bytes;
-  static constexpr int shared_barriers = shared_value + stages * KeyTile::bytes;
-  enum Barrier { query_full, key_full, key_empty = key_full + stages, value_full = key_empty + stages, value_empty = value_full + stages,
-                 value_arrived = value_empty + stages, barriers };
+  static constexpr int shared_work = shared_value + stages * KeyTile::bytes;  // what each Q is: a WorkTile
+  static constexpr int shared_barriers = shared_work + query_stages * int(sizeof(WorkTile));
+  enum Barrier { work_full, query_full = work_full + query_stages, query_empty = query_full + query_stages, key_full = query_empty + query_stages,
+                 key_empty = key_full + stages, value_full = key_empty + stages, value_empty = value_full + stages, value_arrived = value_empty + stages, barriers };
   static constexpr int shared_bytes = shared_barriers + barriers * mbarrier_bytes;
   static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
 
   static BM_DEVICE SharedAddress barrier(int which) { return shared_start() + shared_barriers + which * mbarrier_bytes; }
+  static BM_DEVICE SharedAddress query_tile(int stage) { return shared_start() + shared_query + stage * QueryTile::bytes; }
+  static BM_DEVICE SharedAddress work_tile(int stage) { return shared_start() + shared_work + stage * int(sizeof(WorkTile)); }
   static BM_DEVICE SharedAddress key_tile(int stage) { return shared_start() + shared_key + stage * KeyTile::bytes; }
   static BM_DEVICE SharedAddress value_tile(int stage) { return shared_start() + shared_value + stage * KeyTile::bytes; }
 
@@ -126,19 +130,14 @@ struct AttentionSm90 {
   }
 
   static BM_DEVICE void run(const Params& params) {
-    const AttentionParams& p = params.p;
-    // ---- which tile ----
-    const int batch = block_z(), head = block_y();
-    const Sequence sequence = Sequence::of(p, batch);
-    const int m_start = (grid_x() - 1 - block_x()) * tile_m;  // causal: the longest rows first
-    if (m_start >= sequence.queries) return;
-    const TileRange range = visible_keys<tile_n>(p, sequence, m_start, tile_m);
-    const int tiles = range.tiles();
-
     // ---- barriers ----
     if (thread_index() == 0) {
-      mbarrier_init(barrier(query_full), 1);
       mbarrier_init(barrier(value_arrived), 1);
+      for (int stage = 0; stage < query_stages; stage++) {
+        mbarrier_init(barrier(work_full + stage), 1);
+        mbarrier_init(barrier(query_full + stage), 1);
+        mbarrier_init(barrier(query_empty + stage), consumers * 4);
+      }
       for (int stage = 0; stage < stages; stage++) {
         mbarrier_init(barrier(key_full + stage), 1);
         mbarrier_init(barrier(value_full + stage), 1);
@@ -152,31 +151,61 @@ struct AttentionSm90 {
     const int warp = warp_index();
     if (warp < 4) {
       lower_registers<producer_registers>();
-      if (warp == 0) produce(params, sequence, batch, head, m_start, range, tiles);
+      if (warp == 0) produce(params);
+      if (warp == 1) schedule(params.p);
     } else {
       raise_registers<consumer_registers>();
-      consume(params, sequence, batch, head, m_start, range, tiles, warp / 4 - 1);
+      consume(params, warp / 4 - 1);
     }
   }
 
-  // One warp; its first lane speaks to the copy engine.
-  static BM_DEVICE void produce(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const TileRange& range, int tiles) {
+  // One warp: says what comes next, in time for the producer to bring it. Consumers give back a WorkTile with its Q.
+  static BM_DEVICE void schedule(const AttentionParams& p) {
+    LongestFirst<tile_m, tile_n> order(p);
+    WorkTile work;
+    for (int turn = 0; work.batch >= 0; turn++) {
+      const int stage = turn % query_stages;
+      if (!order.next(turn, work)) work.batch = -1;  // the end
+      mbarrier_wait(barrier(query_empty + stage), (turn / query_stages & 1) ^ 1);
+      if (lane_index() == 0) work.store(work_tile(stage));
+      if (lane_index() == 0) mbarrier_arrive(barrier(work_full + stage));
+    }
+  }
+
+  // One warp; its first lane speaks to the copy engine. `count` numbers the tiles of keys since the start, over all tiles of queries.
+  static BM_DEVICE void produce(const Params& params) {
     const AttentionParams& p = params.p;
     const bool packed = p.cu_seqlens_q != nullptr, leader = lane_index() == 0;
-    const int kv_head = head / (p.heads / p.kv_heads), slice = packed ? 0 : batch;
-    if (leader) load<QueryTile>(shared_start() + shared_query, params.query, barrier(query_full), sequence.first_query + m_start, head, slice);
-    for (int i = 0; i < tiles; i++) {
-      const int stage = i % stages, parity = i / stages & 1, n = range.begin + i * tile_n, row = sequence.first_key + n;
-      mbarrier_wait(barrier(key_empty + stage), parity ^ 1);
-      if (leader) load<KeyTile>(key_tile(stage), params.key, barrier(key_full + stage), row, kv_head, slice);
-      mbarrier_wait(barrier(value_empty + stage), parity ^ 1);
-      if (!packed || n + tile_n <= sequence.keys) {
-        if (leader) load<KeyTile>(value_tile(stage), params.value, barrier(value_full + stage), row, kv_head, slice);
-      } else {  // the last tile of a packed sequence, and its only one that is not whole
-        if (leader) load<KeyTile>(value_tile(stage), params.value, barrier(value_arrived), row, kv_head, slice);
-        mbarrier_wait(barrier(value_arrived), 0);
-        clear_rows<KeyTile>(value_tile(stage), sequence.keys - n);
-        if (leader) mbarrier_arrive(barrier(value_full + stage));
+    int count = 0, cleared = 0;
+    for (int turn = 0;; turn++) {
+      // ---- Q ----
+      const int query_stage = turn % query_stages;
+      mbarrier_wait(barrier(work_full + query_stage), turn / query_stages & 1);
+      const WorkTile work = WorkTile::load(work_tile(query_stage));
+      sync_warp();  // all lanes have it before the first speaks for them
+      const int slice = packed ? 0 : work.batch;
+      if (work.batch < 0) {
+        if (leader) mbarrier_arrive(barrier(query_full + query_stage));
+        return;
+      }
+      if (leader) load<QueryTile>(query_tile(query_stage), params.query, barrier(query_full + query_stage), work.sequence.first_query + work.m_start, work.head, slice);
+
+      // ---- K and V ----
+      const TileRange range = visible_keys<tile_n>(p, work.sequence, work.m_start, tile_m);
+      const int kv_head = work.head / (p.heads / p.kv_heads);
+      for (int n = range.begin; n < range.end; n += tile_n, count++) {
+        const int stage = count % stages, parity = count / stages & 1, row = work.sequence.first_key + n;
+        mbarrier_wait(barrier(key_empty + stage), parity ^ 1);
+        if (leader) load<KeyTile>(key_tile(stage), params.key, barrier(key_full + stage), row, kv_head, slice);
+        mbarrier_wait(barrier(value_empty + stage), parity ^ 1);
+        if (!packed || n + tile_n <= work.sequence.keys) {
+          if (leader) load<KeyTile>(value_tile(stage), params.value, barrier(value_full + stage), row, kv_head, slice);
+        } else {  // the last tile of a packed sequence, and its only one that is not whole
+          if (leader) load<KeyTile>(value_tile(stage), params.value, barrier(value_arrived), row, kv_head, slice);
+          mbarrier_wait(barrier(value_arrived), cleared++ & 1);
+          clear_rows<KeyTile>(value_tile(stage), work.sequence.keys - n);
+          if (leader) mbarrier_arrive(barrier(value_full + stage));
+        }
       }
     }
   }
@@ -187,51 +216,64 @@ struct AttentionSm90 {
 
   // Barrier of a consumer's turn: its own threads wait for it, those of the consumer before say that it is there.
   static BM_DEVICE int turn_of(int consumer) { return 1 + consumers + consumer; }
-  static BM_DEVICE void wait_for_turn(int consumer, bool first) {
-    if constexpr (ping_pong)
-      if (!first || consumer > 0) sync_named(turn_of(consumer), 2 * group);
+  static BM_DEVICE void wait_for_turn(int consumer) {
+    if constexpr (ping_pong) sync_named(turn_of(consumer), 2 * group);
   }
-  static BM_DEVICE void pass_turn(int consumer, bool last) {
-    if constexpr (ping_pong)
-      if (!last || consumer + 1 < consumers) arrive_named(turn_of((consumer + 1) % consumers), 2 * group);
+  static BM_DEVICE void pass_turn(int consumer) {
+    if constexpr (ping_pong) arrive_named(turn_of((consumer + 1) % consumers), 2 * group);
   }
 
-  static BM_DEVICE void start_scores(float (&s)[n_blocks][4], int stage, int consumer) {
-    start_multiply_transposed<Element, QueryTile, KeyTile>(s, shared_start() + shared_query, 64 * consumer, key_tile(stage), 0);
+  static BM_DEVICE void consume(const Params& params, int consumer) {
+    int count = 0;  // as the producer has it
+    if (consumer + 1 == consumers) pass_turn(consumer);  // the first turn is consumer 0's
+    for (int turn = 0;; turn++) {
+      const int stage = turn % query_stages;
+      mbarrier_wait(barrier(query_full + stage), turn / query_stages & 1);
+      if (WorkTile::load(work_tile(stage)).batch < 0) break;
+      attend(params, stage, consumer, count);
+      release(query_empty + stage);
+    }
+    if (consumer == 0) wait_for_turn(consumer);  // which nobody else takes
   }
 
-  static BM_DEVICE void consume(const Params& params, const Sequence& sequence, int batch, int head, int m_start, const TileRange& range, int tiles, int consumer) {
+  // One tile of queries.
+  static BM_DEVICE void attend(const Params& params, int query_stage, int consumer, int& count) {
     const AttentionParams& p = params.p;
-    const int warp = warp_index() % 4, row0 = m_start + 64 * consumer + 16 * warp + lane_index() / 4;
-    const Scores<Element, General> scores(p, sequence, batch, head);
-    OnlineSoftmax<d_blocks> softmax;
+    const WorkTile work = WorkTile::load(work_tile(query_stage));
+    const Sequence& sequence = work.sequence;
+    const SharedAddress query = query_tile(query_stage);
+    const TileRange range = visible_keys<tile_n>(p, sequence, work.m_start, tile_m);
+    const int warp = warp_index() % 4, row0 = work.m_start + 64 * consumer + 16 * warp + lane_index() / 4;
+    const Scores<Element, General> scores(p, sequence, work.batch, work.head);
+    OnlineSoftmax<d_blocks> softmax(scores.unit());
     float o[d_blocks][4], s[n_blocks][4], rescale[2];
     uint32_t probabilities[n_steps][4];
     clear(o);
-    mbarrier_wait(barrier(query_full), 0);
 
-    if (tiles > 0) {
+    if (range.begin < range.end) {
       // ---- the first S ----
-      mbarrier_wait(barrier(key_full), 0);
-      wait_for_turn(consumer, true);
-      start_scores(s, 0, consumer);
-      pass_turn(consumer, tiles == 1);
+      mbarrier_wait(barrier(key_full + count % stages), count / stages & 1);
+      wait_for_turn(consumer);
+      start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(count % stages), 0);
+      pass_turn(consumer);
       wgmma_wait<0>();
-      release(key_empty);
+      release(key_empty + count % stages);
       scores.logits(s, row0, range.begin, range.all_visible(range.begin));
       softmax.probabilities(s, rescale);
       scores.drop(s, row0, range.begin);
       to_fragments<Element>(probabilities, s);
 
       // ---- S of this tile, and O += P V of the last ----
-      for (int i = 1; i < tiles; i++) {
-        const int stage = i % stages, before = (i - 1) % stages, n = range.begin + i * tile_n;
-        mbarrier_wait(barrier(key_full + stage), i / stages & 1);
-        wait_for_turn(consumer, false);
-        start_scores(s, stage, consumer);
-        mbarrier_wait(barrier(value_full + before), (i - 1) / stages & 1);
+      for (int n = range.begin + tile_n; n < range.end; n += tile_n) {
+        const int before = count % stages, parity = count / stages & 1;
+        count++;
+        const int stage = count % stages;
+        mbarrier_wait(barrier(key_full + stage), count / stages & 1);
+        wait_for_turn(consumer);
+        start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(stage), 0);
+        mbarrier_wait(barrier(value_full + before), parity);
         start_multiply<Element, KeyTile>(o, probabilities, value_tile(before));
-        pass_turn(consumer, i + 1 == tiles);
+        pass_turn(consumer);
         wgmma_wait<1>();
         release(key_empty + stage);
         scores.logits(s, row0, n, range.all_visible(n));
@@ -244,18 +286,22 @@ struct AttentionSm90 {
       }
 
       // ---- the last O += P V ----
-      const int last = (tiles - 1) % stages;
-      mbarrier_wait(barrier(value_full + last), (tiles - 1) / stages & 1);
+      const int last = count % stages;
+      mbarrier_wait(barrier(value_full + last), count / stages & 1);
       start_multiply<Element, KeyTile>(o, probabilities, value_tile(last));
       wgmma_wait<0>();
       release(value_empty + last);
+      count++;
     }
 
-    softmax.finish(o, p, sequence, batch, head, row0);
+    const WorkTile done = WorkTile::load(work_tile(query_stage));  // read again: the loop above needs the registers
+    const int m_start = done.m_start, tile_row = 64 * consumer + 16 * warp;
+    softmax.finish(o, p, done.sequence, done.batch, done.head, m_start + tile_row + lane_index() / 4);
     sync_named(1 + consumer, group);  // the warps of this consumer have done with its rows of Q
-    store_rows<Element, QueryTile>(o, shared_start() + shared_query, 64 * consumer + 16 * warp, 0,
-                                   rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query), p.out_stride[2], m_start,
-                                   sequence.queries, p.head_dim);
+    store_rows<Element, QueryTile>(o, query, tile_row, 0, rows_of<Element>(p.out, p.out_stride, done.batch, done.head, done.sequence.first_query),
+                                   p.out_stride[2], m_start, done.sequence.queries, p.head_dim);
+    fence_proxy_async();  // the copy engine writes the next Q over these rows
+    sync_warp();
   }
 };
 

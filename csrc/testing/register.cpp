@@ -19,8 +19,8 @@ struct Row {
   const char* name;
   void (*start)(const WordParams&, const Stream&);
 };
-template <typename Kernel>
-void start(const WordParams& p, const Stream& stream) { launch<Kernel>({}, p, stream); }
+template <typename Kernel, int blocks = 1>
+void start(const WordParams& p, const Stream& stream) { launch<Kernel>({blocks}, p, stream); }
 
 const Row table[] = {
     {"ldmatrix", start<LdmatrixWord<false>>},
@@ -47,6 +47,8 @@ const Row table[] = {
     {"swizzle_64", start<SwizzleWord<64>>},
     {"swizzle_32", start<SwizzleWord<32>>},
     {"swizzle_96", start<SwizzleWord<96>>},
+    {"schedule_of_5", start<ScheduleOrder, 5>},
+    {"schedule_of_132", start<ScheduleOrder, 132>},
 #if !defined(__CUDACC__)  // a GPU would hang, or go on as if nothing were wrong
     {"missing_arrival", start<MissingArrival>},
     {"missing_barrier", start<MissingBarrier>},

@@ -11,6 +11,7 @@
 #include "arch/tma.cuh"
 #include "arch/warp.cuh"
 #include "arch/wgmma.cuh"
+#include "attention/schedule.cuh"
 
 namespace bigmodel::cuda::testing {
 
@@ -26,6 +27,37 @@ struct Shape {
 };
 
 // ---- words ----
+
+// Not a word: the order in which a grid's blocks take attention's tiles of queries. Input: batch, heads, query_length, key_length,
+// window_left, window_right, whether packed, tiles that a block has room for, then cu_seqlens_q and _k; output: for each block its tiles
+// as (batch, head, m_start).
+struct ScheduleOrder : Shape<32, 0> {
+  static constexpr int tile_m = 128, tile_n = 64;
+  static BM_DEVICE void run(const WordParams& word) {
+    const int32_t* input = reinterpret_cast<const int32_t*>(word.input);
+    AttentionParams p = {};
+    p.batch = load_global(input);
+    p.heads = load_global(input + 1);
+    p.query_length = load_global(input + 2);
+    p.key_length = load_global(input + 3);
+    p.window_left = load_global(input + 4);
+    p.window_right = load_global(input + 5);
+    if (load_global(input + 6)) {
+      p.cu_seqlens_q = input + 8;
+      p.cu_seqlens_k = input + 8 + p.batch + 1;
+    }
+    const int room = load_global(input + 7);
+    LongestFirst<tile_m, tile_n> order(p);
+    WorkTile tile;
+    for (int round = 0; round < room && order.next(round, tile); round++) {
+      if (lane_index() > 0) continue;
+      uint32_t* at = word.output + (block_x() * room + round) * 3;
+      store_global(at, uint32_t(tile.batch));
+      store_global(at + 1, uint32_t(tile.head));
+      store_global(at + 2, uint32_t(tile.m_start));
+    }
+  }
+};
 
 template <bool transposed>
 struct LdmatrixWord : Shape<32, 512> {  // input: 4 matrices of 8 x 8 halves, row by row; output: 4 registers of each lane

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from build_csrc import build_module
+from build_csrc import build_module, load
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,14 +45,15 @@ def sass(folder: Path, name: str) -> str:
     return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
-# Attention: two element types, six head_dims, short and general; of the backward two each, and sm_80's file
-# has delta for both; for decoding there is one of each.
+# Attention: two element types, six head_dims, short and general, on Hopper two short ones of the two
+# smallest; of the backward two each, and sm_80's file has delta for both; for decoding there is one of
+# each.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile.
 COUNTS = {
     "attention.decode": 12,
     "attention.sm80": 24,
     "attention.sm80_backward": 50,
-    "attention.sm90": 24,
+    "attention.sm90": 28,
     "attention.sm90_backward": 48,
     "linear.sm80": 4,
     "linear.sm90": 8,
@@ -100,3 +101,17 @@ def test_the_instructions_are_there(folder: Path, kernel: str, instructions: lis
     text = sass(folder, f"{kernel}.o")
     assert [name for name in instructions if name not in text] == []
     assert not re.search(r"\b(LDL|STL)\b", text), "local memory"
+
+
+def test_main_loops_leave_the_tensor_cores_busy(folder: Path) -> None:
+    """Counted in the SASS; a branch for each element, as a mask in the wrong place makes it, would show."""
+    cycles = load("cycles")
+    loops = {loop.kernel: loop for file in cycles.FILES for loop in cycles.loops_of(file)}
+    assert len(loops) == 8 + 12 + 4
+    forward = loops["AttentionSm90<bfloat16, 128, 0, 2>"]
+    rows, keys, head_dim = 128, 128, 128
+    assert forward.cycles()["tensor"] == 2 * rows * keys * head_dim / cycles.MULTIPLIES_PER_CYCLE
+    assert forward.cycles()["exp2"] >= rows * keys / 16
+    assert forward.in_turns() > 0.9
+    assert loops["AttentionKeyValueGradSm90<bfloat16, 128, 0>"].in_turns() > 0.9
+    assert loops["LinearSm90<bfloat16, 256, 0>"].in_turns() > 0.99

@@ -114,6 +114,26 @@ def test_fused_projection_is_read_in_place() -> None:
     check(query, key, value, is_causal=True)
 
 
+@pytest.mark.parametrize("longest", [60, 190])
+@pytest.mark.parametrize("causal", [False, True])
+def test_short_sequences_of_a_fused_projection(longest: int, causal: bool) -> None:
+    """(tokens, 3, heads, head_dim) read in place, more sequences than a warp has lanes, in one launch. On
+    Hopper by two consumer warpgroups and by three. Every block has many tiles, in any order of threads."""
+    lengths = [longest, 0, *torch.randint(1, 40, (34,)).tolist()]
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    query, key, value = torch.randn(int(cu[-1]), 3, 2, 64).bfloat16().unbind(1)
+    call: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "is_causal": causal}
+    check(query, key, value, **call)
+    first, _ = emulated(query, key, value, **call)
+    assert torch.equal(first, emulated(query, key, value, seed=1, **call)[0])
+
+
+def test_scales_that_are_not_positive() -> None:
+    """The short inner loop takes a row's maximum before it scales."""
+    for scale in (0.0, -0.3):
+        check(*make(1, 2, 1, 40, 70, 64, torch.float16), softmax_scale=scale, is_causal=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_drops_what_the_reference_drops(dtype: torch.dtype) -> None:
     tensors = make(2, 2, 2, 40, 150, 32, dtype)

@@ -58,6 +58,7 @@ fi
 step doctor 60 --help "$python" -m bigmodel_kernels.cli doctor
 step kernels 240 --collect-only "$python" -m pytest -q tests/gpu
 step tests 180 --collect-only "$python" -m pytest -q tests/ops/test_*_triton.py
+step linear 120 --help "$python" -m bigmodel_kernels.ops.linear.cuda_choice
 step verify 150 --help "$python" -m bigmodel_kernels.cli verify --device cuda --json build/verify-gpu.json
 step bench 240 --help "$python" -m bigmodel_kernels.cli bench --device cuda --budget 0.5 --save
 if [ ${#failed[@]} -gt 0 ]; then

@@ -79,6 +79,11 @@ class Implementation:
             return self._load_error
         return None if supports is None else supports(*args, **kwargs)
 
+    def detail(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """What the implementation has to say about how it would run the call; most have nothing."""
+        say = getattr(importlib.import_module(self.module), "detail" + self.suffix, None)
+        return "" if say is None else f": {say(*args, **kwargs)}"
+
 
 #: (folder, suffix) of the operators that have CUDA C++ kernels
 _CUDA = {("attention", s) for s in ("", "_backward", "_decode")} | {("linear", s) for s in ("", "_training")}
@@ -278,10 +283,12 @@ def explain_call(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping
     reasons = {}
     for implementation in row:
         if implementation.name == chosen:
-            reasons[implementation.name] = "runs this call"
+            reasons[implementation.name] = "runs this call" + implementation.detail(args, kwargs)
         else:
-            reason = implementation.only_when_forced or implementation.why_not(args, kwargs)
-            reasons[implementation.name] = reason or "can run it, but comes later in the order of preference"
+            cannot = implementation.only_when_forced
+            if cannot is None or device_type == "cuda":  # the CPU's interpreter is not loaded to be asked
+                cannot = "; ".join(filter(None, (implementation.why_not(args, kwargs), cannot)))
+            reasons[implementation.name] = cannot or "can run it, but comes later in the order of preference"
     return Explanation(op, device_type, chosen, reasons, error)
 
 

@@ -463,10 +463,12 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
-// (out, and the pre-activation where it is wanted: otherwise empty).
-std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
-                                  OptionalTensor dropout_seed, std::string weight_layout, std::string activation, double dropout_p,
-                                  bool keep_preactivation) {
+// (out, and the pre-activation where it is wanted, and the norm of out where there is one: otherwise empty). `counters` are zeros, and
+// zeros again when the kernel has run: with a norm, one for each 64 rows.
+std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
+                                          OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
+                                          OptionalTensor counters, std::string weight_layout, std::string activation, double norm_eps,
+                                          std::string norm_kind, double dropout_p, bool keep_preactivation) {
   Call call(x);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -522,6 +524,25 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
   p.out = call.use(out, "out", true);
   if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
+  Tensor normalised = torch::stable::new_empty(x, {norm_weight ? p.rows : 0, p.out_stride});
+  STD_TORCH_CHECK(norm_kind == "layer_norm" || norm_kind == "rms_norm", "norm_kind: '", norm_kind, "' is unknown");
+  STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: must be None without norm_weight");
+  if (norm_weight) {
+    const auto vector = [&](const Tensor& t, const char* name) {
+      STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == p.out_stride && t.is_contiguous(), name, ": shape ", shape_of(t), " must be (", p.out_stride,
+                      ",), contiguous");
+      return call.use(t, name, false);
+    };
+    p.norm_weight = vector(*norm_weight, "norm_weight");
+    if (norm_bias) p.norm_bias = vector(*norm_bias, "norm_bias");
+    p.norm_is_rms = norm_kind == "rms_norm";
+    p.norm_eps = float(norm_eps);
+    p.normalised = call.use(normalised, "normalised", true);
+    const int64_t panels = (int64_t(p.rows) + panel_rows - 1) / panel_rows;
+    STD_TORCH_CHECK(counters && require(*counters, "counters", ScalarType::Int, 1).is_contiguous() && counters->numel() >= panels,
+                    "counters: must be given with norm_weight, contiguous, and hold ", panels, " or more");
+    p.counters = static_cast<uint32_t*>(call.use(*counters, "counters", true));
+  }
   if (p.rows > 0 && p.out_stride > 0) {
     STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
     const bool is_bfloat16 = dtype == ScalarType::BFloat16;
@@ -530,7 +551,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
     else
       linear_sm80(p, is_bfloat16, call.stream());
   }
-  return {out, preactivation};
+  return {out, preactivation, normalised};
 }
 
 const std::string optional_and_options =
@@ -565,8 +586,9 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
   m.def("cuda_attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor(a!) counters, "
         "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, float softmax_scale, bool is_causal=True, "
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
-  m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
-        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
+  m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? norm_weight=None, Tensor? norm_bias=None, "
+        "Tensor? dropout_seed=None, Tensor(a!)? counters=None, *, str weight_layout=\"linear\", str activation=\"none\", float norm_eps=1e-5, "
+        "str norm_kind=\"layer_norm\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor, Tensor)");
 }
 
 #if defined(__CUDACC__)

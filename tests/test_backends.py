@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -142,6 +143,25 @@ def test_explain_names_reasons_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
         refused = bk.explain("attention", double, double, double)
     assert refused.chosen is None and refused.error is not None and "no backend" in str(refused)
     assert bk.explain("layer_norm", QUERY, None, None).op == "layer_norm"
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_decode", "linear"])
+def test_float32_on_a_gpu_is_triton_s(op: str) -> None:
+    """The CUDA library has no float32: it says who has, and forcing it is an error."""
+    calls = {
+        "attention": (QUERY, QUERY, QUERY),
+        "attention_decode": (QUERY, QUERY, QUERY, torch.ones(QUERY.shape[0], dtype=torch.int32)),
+        "linear": (torch.zeros(4, 16), torch.zeros(8, 16)),
+    }
+    module = importlib.import_module(f"bigmodel_kernels.ops.{'attention.decode' if op.endswith('e') else op}")
+    args, options = module.prepare(*calls[op])
+    assert [row.name for row in backends.TABLE[op, "cuda"]] == ["triton", "native", "reference"]
+    reason = (
+        "it has no torch.float32, for its tensor cores take bfloat16 and float16; Triton's kernels take it"
+    )
+    assert backends.explain_call(op, "cuda", args, options).reasons["native"].startswith(reason)
+    with backends.use("native"), pytest.raises(backends.BackendError, match=reason):
+        backends.select(op, "cuda", args, options)
 
 
 def test_forced_native_refuses_what_it_cannot_run() -> None:

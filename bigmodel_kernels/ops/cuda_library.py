@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,33 @@ _DTYPES = (torch.bfloat16, torch.float16)
 def lacking(tensor: Tensor) -> str | None:
     """Why the library cannot run on tensors of this dtype and device, or None where it can."""
     if tensor.dtype not in _DTYPES:
-        return f"it has no {tensor.dtype}; its tensor cores take bfloat16 and float16"
+        instead = "; Triton's kernels take it" if tensor.dtype == torch.float32 else ""
+        return f"it has no {tensor.dtype}, for its tensor cores take bfloat16 and float16{instead}"
+    if reason := _native.cuda_reason():
+        return reason
     if torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return f"{torch.cuda.get_device_name(tensor.device)} is older than sm_80"
-    return _native.cuda_reason()
+    return None
 
 
 def readable(tensor: Tensor) -> bool:
     """Rows are copied 16 bytes at a time."""
     strides = [s for s, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
     return tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """Zeros that a kernel counts its blocks in, and leaves as zeros.
+
+    Calls on one stream run one after the other and share them. A CUDA graph may be replayed on any stream,
+    beside other work, and gets its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    size = max(1024, 1 << (count - 1).bit_length())
+    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream, size)
+
+
+@functools.cache
+def _kept_counters(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -106,6 +106,14 @@ BM_DEVICE float log2_approx(float x) {
 #endif
 }
 
+BM_DEVICE float reciprocal_root(float x) {
+#if defined(__CUDACC__)
+  return rsqrtf(x);
+#else
+  return 1 / std::sqrt(x);
+#endif
+}
+
 BM_DEVICE float tanh_exact(float x) {
 #if defined(__CUDACC__)
   return tanhf(x);

@@ -119,11 +119,15 @@ BM_DEVICE TilePlace place_of(const LinearParams& p, int tile) {
   const int first = tile / (band * tiles_n) * band, height = tiles_m - first < band ? tiles_m - first : band, rest = tile % (band * tiles_n);
   return {weight, (first + rest % height) * tile_m, rest / height * tile_n, out_column};
 }
-template <int tile_m, int tile_n>
-constexpr int tile_count(const LinearParams& p) {
+template <int tile_n>
+constexpr int tiles_across(const LinearParams& p) {
   int count = 0;
   for (int i = 0; i < p.weights; i++) count += (p.out_features[i] + tile_n - 1) / tile_n;
-  return count * ((p.rows + tile_m - 1) / tile_m);
+  return count;
+}
+template <int tile_m, int tile_n>
+constexpr int tile_count(const LinearParams& p) {
+  return tiles_across<tile_n>(p) * ((p.rows + tile_m - 1) / tile_m);
 }
 
 }  // namespace bigmodel::cuda

@@ -11,6 +11,7 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "linear/epilogue.cuh"
+#include "linear/norm.cuh"
 
 namespace bigmodel::cuda {
 
@@ -28,7 +29,8 @@ struct LinearSm90 {
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
-  static constexpr int shared_barriers = stages * stage_bytes, shared_bytes = shared_barriers + 2 * stages * mbarrier_bytes;
+  static constexpr int shared_barriers = stages * stage_bytes, shared_arrival = shared_barriers + 2 * stages * mbarrier_bytes;
+  static constexpr int shared_bytes = shared_arrival + 4 * consumers;
   static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
 
   static BM_DEVICE SharedAddress full(int stage) { return shared_start() + shared_barriers + stage * mbarrier_bytes; }
@@ -102,8 +104,12 @@ struct LinearSm90 {
       wgmma_wait<0>();
       if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty((count - 1) % stages));
       const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
-      finish_tile<Element>(c, p, at.row + 64 * consumer + 16 * (warp_index() % 4), at.out_column + at.column,
-                           at.out_column + p.out_features[at.weight], bias != nullptr ? bias + at.column : nullptr);
+      const int row = at.row + 64 * consumer, warp = warp_index() % 4;
+      finish_tile<Element>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
+                           bias != nullptr ? bias + at.column : nullptr);
+      if (row < p.rows)
+        normalise_if_last<Element, 4>(p, row / 64, row, row + 64 < p.rows ? row + 64 : p.rows, tiles_across<tile_n>(p), warp,
+                                      shared_start() + shared_arrival + 4 * consumer, [&] { sync_named(1 + consumer, group); });
     }
   }
 };

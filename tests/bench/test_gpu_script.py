@@ -27,7 +27,7 @@ def dry_run(python: str) -> subprocess.CompletedProcess[str]:
 def test_every_step_is_in_order() -> None:
     done = dry_run(sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
-    for step in ("doctor", "kernels", "tests", "verify", "bench"):
+    for step in ("doctor", "kernels", "tests", "linear", "verify", "bench"):
         assert f"\n{step}, at most" in done.stdout
 
 

@@ -93,8 +93,8 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
         ("attention.sm80_backward", SM80),
         ("attention.sm90", SM90),
         ("attention.sm90_backward", [*SM90, "HGMMA.64x256x16.F32.BF16", "STSM.16.M88.4"]),
-        ("linear.sm80", SM80),
-        ("linear.sm90", SM90),
+        ("linear.sm80", [*SM80, "ATOMG.E.INC.STRONG.GPU"]),
+        ("linear.sm90", [*SM90, "ATOMG.E.INC.STRONG.GPU"]),
     ],
 )
 def test_the_instructions_are_there(folder: Path, kernel: str, instructions: list[str]) -> None:

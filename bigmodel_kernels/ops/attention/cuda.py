@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention.native import bias_gradient
-from bigmodel_kernels.ops.cuda_library import lacking, readable
+from bigmodel_kernels.ops.cuda_library import counters, lacking, readable
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> str | None:
@@ -111,25 +110,8 @@ def run_decode(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.contiguous()
     out, logsumexp = torch.ops.bigmodel.cuda_attention_decode.default(
-        *(query, key_cache, value_cache, cache_seqlens, _counters(query.device, tiles)),
+        *(query, key_cache, value_cache, cache_seqlens, counters(query.device, tiles)),
         *(block_table, alibi_slopes, sinks),
         **options,
     )
     return out, logsumexp
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros that the kernel counts its splits in, and leaves as zeros.
-
-    Calls on one stream run one after the other and share them. A CUDA graph may be replayed on any stream,
-    beside other work, and gets its own.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    size = max(1024, 1 << (count - 1).bit_length())
-    return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream, size)
-
-
-@functools.cache
-def _kept_counters(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)

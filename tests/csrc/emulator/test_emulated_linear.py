@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import backends
-from bigmodel_kernels.ops.linear import cuda, prepare, reference
+from bigmodel_kernels.ops.linear import cuda, cuda_choice, prepare, reference
 from bigmodel_kernels.ops.philox import keep_elements
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
@@ -38,6 +42,13 @@ def compute(
     return (y if residual is None else y + residual), z
 
 
+def normalise(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """LayerNorm with a bias, RMSNorm without."""
+    if bias is None:
+        return F.rms_norm(y, y.shape[-1:], weight, 1e-5)
+    return F.layer_norm(y, y.shape[-1:], weight, bias, 1e-5)
+
+
 def check(
     rows: int,
     features: int,
@@ -50,6 +61,8 @@ def check(
     residual: bool = False,
     dropout_p: float = 0.0,
     keep_preactivation: bool = False,
+    norm: str | None = None,
+    schedule: int = 0,
 ) -> None:
     x = torch.randn(rows, features).to(dtype)
     weights = [
@@ -61,14 +74,22 @@ def check(
     keep = None
     if seed is not None:
         keep = keep_elements(seed, dropout_p, rows, sum(outs), torch.float32, torch.device("cpu"))
-    out, z = torch.ops.bigmodel_emulator.cuda_linear(
-        x, weights, biases, extra, seed, weight_layout=layout, activation=activation, dropout_p=dropout_p,
-        keep_preactivation=keep_preactivation,
+    weight = torch.randn(sum(outs)).to(dtype) if norm else None
+    shift = torch.randn(sum(outs)).to(dtype) if norm == "layer_norm" else None
+    counters = torch.zeros(-(-rows // 64), dtype=torch.int32)
+    torch.ops.bigmodel_emulator.set_seed(schedule)
+    out, z, normalised = torch.ops.bigmodel_emulator.cuda_linear(
+        x, weights, biases, extra, weight, shift, seed, counters, weight_layout=layout, activation=activation,
+        norm_kind=norm or "layer_norm", dropout_p=dropout_p, keep_preactivation=keep_preactivation,
     )  # fmt: skip
+    assert (counters == 0).all()
     wide: Any = [x.double(), [w.double() for w in weights], [b.double() for b in biases]]
     ref, ref_z = compute(*wide, None if extra is None else extra.double(), keep, layout, activation)
     eager, eager_z = compute(x, weights, biases, extra, keep, layout, activation)
     pairs = [(out, ref, eager)] + ([(z, ref_z, eager_z)] if keep_preactivation else [])
+    if weight is not None:
+        vectors = (weight.double(), None if shift is None else shift.double())
+        pairs.append((normalised, normalise(ref, *vectors), normalise(eager, weight, shift)))
     for mine, exact, usual in pairs:
         assert mine.shape == exact.shape
         error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
@@ -105,6 +126,27 @@ def test_dropout_and_residual() -> None:
     check(40, 64, [200], torch.float16, residual=True, dropout_p=0.3, activation="gelu")
 
 
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize(
+    ("rows", "outs", "dtype"),
+    [
+        (1, [8], torch.float16),
+        (65, [264], torch.bfloat16),
+        (200, [64, 136, 264], torch.bfloat16),
+        (130, [1032], torch.float16),
+    ],
+)
+def test_the_last_tile_of_a_panel_normalises_it(
+    rows: int, outs: list[int], dtype: torch.dtype, norm: str
+) -> None:
+    check(rows, 40, outs, dtype, residual=True, norm=norm)
+
+
+def test_any_order_of_tiles_normalises_whole_rows() -> None:
+    for schedule in (1, 2, 3):
+        check(150, 72, [392], torch.bfloat16, residual=True, norm="layer_norm", schedule=schedule)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -113,6 +155,9 @@ def test_dropout_and_residual() -> None:
         ({"weights": []}, "1 to 4 are allowed"),
         ({"biases": [torch.zeros(8)]}, r"must be \(16,\)"),
         ({"residual": torch.zeros(4, 8)}, r"must be \(4, 16\)"),
+        ({"norm_weight": torch.zeros(8)}, r"norm_weight: shape \(8,\) must be \(16,\)"),
+        ({"norm_weight": torch.zeros(16)}, "counters: must be given with norm_weight"),
+        ({"norm_bias": torch.zeros(16)}, "norm_bias: must be None without norm_weight"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
@@ -124,7 +169,7 @@ def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
         for k, v in call.items()
     }
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.bigmodel_emulator.cuda_linear(*half.values())
+        torch.ops.bigmodel_emulator.cuda_linear(**half)
 
 
 @pytest.fixture
@@ -134,6 +179,8 @@ def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.bigmodel, "cuda_linear", operator, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "lacking", lambda x: None)
+    monkeypatch.setattr(cuda, "_name", lambda device: "a GPU")
+    monkeypatch.setattr(cuda, "counters", lambda device, n: torch.zeros(n, dtype=torch.int32, device=device))
 
 
 ROW_CALLS: dict[str, dict[str, Any]] = {
@@ -159,6 +206,58 @@ def test_the_row_of_the_table(call: dict[str, Any], layout: str) -> None:
     for mine, exact in zip((cuda.run(*args, **options), *got), (expected[0], *expected), strict=True):
         assert mine.shape == exact.shape and mine.dtype == exact.dtype
         assert torch.allclose(mine.double(), exact.double(), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "faster", "runs"),
+    [
+        (128, cuda_choice.TORCH, cuda_choice.TORCH),
+        (50, cuda_choice.OWN, cuda_choice.OWN),
+        (2000, cuda_choice.TORCH, cuda_choice.OWN),  # too many rows to speak for 100
+    ],
+)
+@pytest.mark.usefixtures("row")
+def test_a_measurement_decides_which_product_runs(
+    rows: int, faster: str, runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_choice, "FILE", tmp_path / "cuda_choice.json")
+    monkeypatch.setattr(cuda_choice, "measurements", cuda_choice.measurements.__wrapped__)
+    x, weight, bias, residual = (torch.randn(n).half() for n in ((100, 16), (24, 16), (24,), (100, 24)))
+    args, options = prepare(x, weight, bias, activation="gelu", residual=residual)
+
+    def said() -> str:
+        with backends.use("native"):
+            return backends.explain_call("linear", "cuda", args, options).reasons["native"]
+
+    assert said() == "runs this call: the library's kernel, not measured for this device and shape"
+    case = cuda.case_of(*args, **options)
+    assert case == cuda_choice.Case("float16", 16, 24, "linear", "gelu + residual", 100)
+    functions: dict[str, Any] = {name: partial(str, name) for name in (cuda_choice.OWN, cuda_choice.TORCH)}
+    entries = cuda_choice.measure(
+        iter([(replace(case, rows=rows), functions)]), lambda call: 0.1 if call() == faster else 0.2
+    )
+    cuda_choice.FILE.write_text(json.dumps({"a GPU": entries, "another": []}))
+    assert said().startswith(f"runs this call: {runs}")
+    assert ("0.100 ms against 0.200 of" in said()) == (rows != 2000)
+    # The other one is not called.
+    monkeypatch.setattr(cuda, "_run" if runs == cuda_choice.TORCH else "_run_torch", None)
+    assert torch.allclose(cuda.run(*args, **options), reference.run(*args, **options), atol=2e-2)
+
+
+@pytest.mark.usefixtures("row")
+def test_torch_and_the_library_agree() -> None:
+    """In all that the two products give, for training too."""
+    for call in (
+        {"norm_kind": "rms_norm"},
+        {"norm_bias": torch.randn(24).half()},
+        {"weight_layout": "conv1d"},
+    ):
+        weight = torch.randn((16, 24) if "weight_layout" in call else (24, 16)).half()
+        more = {"norm_weight": torch.randn(24).half(), "activation": "silu", **call}
+        args, options = prepare(torch.randn(9, 16).half(), weight, torch.randn(24).half(), **more)
+        both = [cuda.run_training(*args, **options, product=p) for p in (cuda_choice.OWN, cuda_choice.TORCH)]
+        for mine, theirs in zip(*both, strict=True):
+            assert torch.allclose(mine, theirs, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.usefixtures("row")

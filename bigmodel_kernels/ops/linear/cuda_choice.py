@@ -1,0 +1,160 @@
+"""Which product the CUDA row of linear runs: the library's kernel, or torch's (cuBLAS), as measured.
+
+The library's kernel adds bias, activation, residual and norm in one launch; torch's product may be faster by
+itself, and leaves the rest to launches of their own. Which is sooner depends on device and shape, and only a
+GPU can say. Until one has, every call takes the library's kernel, and `explain` says "not measured".
+
+    python -m bigmodel_kernels.ops.linear.cuda_choice       for BERT's and GPT-2's layers on this GPU
+
+writes cuda_choice.json beside this file: the milliseconds of both for each device and case. A call takes the
+case that is like it but for the number of rows, of those the nearest, at most four times as many or as few.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = Path(__file__).with_name("cuda_choice.json")
+OWN, TORCH = "the library's kernel", "torch's product"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the time depends on."""
+
+    dtype: str
+    features: int
+    out: int
+    layout: str
+    finish: str  #: what comes after the product, such as "gelu" or "none + residual + layer_norm"
+    rows: int
+
+    def alike(self, other: Case) -> bool:
+        """But for the number of rows."""
+        return asdict(self) | {"rows": 0} == asdict(other) | {"rows": 0}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The product that runs a call, and why."""
+
+    product: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.product}, {self.why}"
+
+
+@functools.cache
+def measurements() -> dict[str, list[tuple[Case, dict[str, float]]]]:
+    """Device name -> cases, with the milliseconds of both products."""
+    if not FILE.exists():
+        return {}
+    return {
+        device: [(Case(**entry["case"]), entry["milliseconds"]) for entry in entries]
+        for device, entries in json.loads(FILE.read_text()).items()
+    }
+
+
+def choose(device: str, case: Case) -> Choice:
+    """The faster product of the nearest case, or the library's kernel where there is none."""
+    near = [
+        (abs(math.log2(case.rows / other.rows)), other, times)
+        for other, times in measurements().get(device, [])
+        if case.rows and other.alike(case)
+    ]
+    distance, other, times = min(near, key=lambda entry: entry[0], default=(math.inf, case, {}))
+    if distance > 2:
+        return Choice(OWN, "not measured for this device and shape")
+    best = min((OWN, TORCH), key=times.__getitem__)
+    slower = TORCH if best == OWN else OWN
+    return Choice(
+        best, f"{times[best]:.3f} ms against {times[slower]:.3f} of {slower} at {other.rows} rows, measured"
+    )
+
+
+def measure(
+    cases: Iterator[tuple[Case, dict[str, Callable[[], Any]]]], clock: Callable[[Callable[[], Any]], float]
+) -> list[dict[str, Any]]:
+    """Times the functions of both products, in turn, 20 times each; `clock` says how long one call takes."""
+    entries = []
+    for case, functions in cases:
+        times: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(20):
+            for name, function in functions.items():
+                times[name].append(clock(function))
+        medians = {name: round(statistics.median(all_), 5) for name, all_ in times.items()}
+        entries.append({"case": asdict(case), "milliseconds": medians})
+    return entries
+
+
+def models_cases(device: torch.device) -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
+    """The layers of BERT and GPT-2, base and large, for 128 to 32768 tokens."""
+    from bigmodel_kernels.ops.linear import cuda, prepare
+
+    for hidden in (384, 768, 1024):
+        for features, out, extra in (
+            (hidden, hidden, {"residual": True, "norm": True}),
+            (hidden, 4 * hidden, {"activation": "gelu"}),
+            (4 * hidden, hidden, {"residual": True, "norm": True}),
+            (hidden, 4 * hidden, {"activation": "gelu_tanh", "weight_layout": "conv1d"}),
+            (4 * hidden, hidden, {"residual": True, "weight_layout": "conv1d"}),
+        ):
+            for rows in (128, 512, 2048, 8192, 32768):
+                options: dict[str, Any] = dict(extra)
+                make = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+                if options.pop("residual", False):
+                    options["residual"] = make(rows, out)
+                if options.pop("norm", False):
+                    options |= {"norm_weight": make(out), "norm_bias": make(out)}
+                conv1d = options.get("weight_layout") == "conv1d"
+                weight = make((features, out) if conv1d else (out, features))
+                args, kwargs = prepare(make(rows, features), weight, make(out), **options)
+                yield (
+                    cuda.case_of(*args, **kwargs),
+                    {
+                        name: functools.partial(cuda.run, *args, **kwargs, product=name)
+                        for name in (OWN, TORCH)
+                    },
+                )
+
+
+def gpu_clock(function: Callable[[], Any]) -> float:
+    """Milliseconds of ten calls, by the device's own clock, over ten."""
+    function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 10
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        print(__doc__)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("no GPU is here to measure")
+    device = torch.device("cuda", torch.cuda.current_device())
+    entries = measure(models_cases(device), gpu_clock)
+    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found[torch.cuda.get_device_name(device)] = entries
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    for entry in entries:
+        print(entry["case"], entry["milliseconds"])
+
+
+if __name__ == "__main__":
+    main()

@@ -54,11 +54,6 @@ struct CrossEntropy {
       const int64_t first = c * chunk, rows = smaller(chunk, args.rows - first);
       const Gathered<T> gathered = {static_cast<const T*>(args.x), k, args.row + first};
       const Rows x = as_rows(gathered);
-      float* x_panels = nullptr;
-      if (args.weight_grad) {
-        x_panels = static_cast<float*>(runtime.scratch(scratch_packed_out, size_t(rows * round_up(k, panel)) * sizeof(float)));
-        pack_panels(runtime, {x, false}, rows, k, x_panels, rows);
-      }
       for (int64_t r = 0; r < rows; r++) running[r] = {-__builtin_inff(), 0.0f, 0.0f, 0.0f};
       for (int64_t block = 0; block < blocks; block++) {
         float* part = logits + (keeps_chunk ? block * class_block : 0);
@@ -66,7 +61,7 @@ struct CrossEntropy {
         if (args.loss) take_in(first, rows, block, part, running);
         if (args.given_logsumexp) {
           to_gradient(first, rows, block, part, nullptr);
-          add_gradients(x_panels, c, rows, block, part, x_sum, weight_sum, bias_sum);
+          add_gradients(x, c, rows, block, part, x_sum, weight_sum, bias_sum);
         }
       }
       if (args.loss) finish_loss(first, rows, running);
@@ -74,7 +69,7 @@ struct CrossEntropy {
         for (int64_t block = 0; block < blocks; block++) {
           float* part = logits + block * class_block;
           to_gradient(first, rows, block, part, running);
-          add_gradients(x_panels, c, rows, block, part, x_sum, weight_sum, bias_sum);
+          add_gradients(x, c, rows, block, part, x_sum, weight_sum, bias_sum);
         }
       if (args.x_grad)
         parallel_rows(rows, [&](int64_t r) { round_to(x_sum + r * k, k, static_cast<T*>(args.x_grad) + args.row[first + r] * k); });
@@ -105,10 +100,8 @@ struct CrossEntropy {
   void block_logits(const Rows& x, int64_t rows, int64_t block, float* part) const {
     const int64_t begin = block * class_block, size = block_size(block);
     const Stored<T> stored = {weight + begin * k, k};
-    float* panels = panel_memory(runtime, k, size);
-    pack_panels(runtime, {as_rows(stored), true}, k, size, panels, k);
-    product(runtime, {x, false}, rows, size, k, panels, part, stride,
-            [&](int64_t, int64_t, int64_t here, int64_t column, int64_t count, float* c, int64_t c_stride) {
+    product(runtime, {x, false}, rows, {as_rows(stored), true}, size, k, part, stride,
+            [&](int64_t, int64_t here, int64_t column, int64_t count, float* c, int64_t c_stride) {
               if (!bias) return;
               for (int64_t r = 0; r < here; r++) add_to_row(bias + begin + column, count, c + r * c_stride);
             });
@@ -171,7 +164,7 @@ struct CrossEntropy {
     });
   }
 
-  void add_gradients(const float* x_panels, int64_t c, int64_t rows, int64_t block, const float* part, float* x_sum,
+  void add_gradients(const Rows& x, int64_t c, int64_t rows, int64_t block, const float* part, float* x_sum,
                      float* weight_sum, float* bias_sum) const {
     const int64_t begin = block * class_block, size = block_size(block);
     const Stored<float> d = {part, stride};
@@ -199,16 +192,14 @@ struct CrossEntropy {
     };
     if (x_sum) {
       const Stored<T> stored = {weight + begin * k, k};
-      float* panels = panel_memory(runtime, size, k);
-      pack_panels(runtime, {as_rows(stored), false}, size, k, panels, size);
-      product(runtime, {as_rows(d), false}, rows, k, size, panels, nullptr, 0,
-              [&](int64_t, int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
+      product(runtime, {as_rows(d), false}, rows, {as_rows(stored), false}, k, size, nullptr, 0,
+              [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
                 put(c_part, c_stride, here, count, x_sum + row * k + column, k, block > 0);
               });
     }
     if (weight_sum)
-      product(runtime, {as_rows(d), true}, size, k, rows, x_panels, nullptr, 0,
-              [&](int64_t, int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
+      product(runtime, {as_rows(d), true}, size, {x, false}, k, rows, nullptr, 0,
+              [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
                 put(c_part, c_stride, here, count, weight_sum + (begin + row) * k + column, k, c > 0);
               });
   }

@@ -113,14 +113,13 @@ struct FeedForwardBackward {
     // 2
     float* dz = nullptr;
     if (wants_inner) {
-      float* panels = panel_memory(runtime, columns, inner);
-      pack_transposed_weight<T>(runtime, args.w_out, args.layout, inner, columns, panels, columns, 0);
+      const TransposedWeights<T> w_out = {&args.w_out, &columns, 1, inner, args.layout};
       dz = static_cast<float*>(runtime.scratch(scratch_grad_hidden, size_t(rows * inner_stride) * sizeof(float)));
-      const int64_t parts = Grid(rows, ceil_div(inner, panel), runtime.threads).row_blocks;
+      const int64_t parts = ceil_div(rows, row_block);
       float* sums = static_cast<float*>(runtime.scratch(scratch_sums, size_t(parts * inner_stride) * sizeof(float)));
-      product(runtime, {tail_grad, false}, rows, inner, columns, panels, nullptr, 0,
-              [&](int64_t block, int64_t row, int64_t here, int64_t column, int64_t count, const float* c, int64_t c_stride) {
-                hidden_gradient(row, here, column, count, c, c_stride, dz, sums + block * inner_stride);
+      product(runtime, {tail_grad, false}, rows, w_out.operand(), inner, columns, nullptr, 0,
+              [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c, int64_t c_stride) {
+                hidden_gradient(row, here, column, count, c, c_stride, dz, sums + row / row_block * inner_stride);
               });
       if (args.b_in_grad) add_parts(sums, parts, inner_stride, inner, out(args.b_in_grad));
       if (args.b_gate_grad) add_parts(sums + inner, parts, inner_stride, inner, out(args.b_gate_grad));
@@ -133,15 +132,15 @@ struct FeedForwardBackward {
     // 4
     if (args.x_grad || (pre && (args.norm_weight_grad || args.norm_bias_grad))) {
       const Stored<float> operand = {dz, inner_stride};
-      float* panels = panel_memory(runtime, inner_stride, hidden);
-      pack_transposed_weight<T>(runtime, args.w_in, args.layout, hidden, inner, panels, inner_stride, 0);
-      if (gated) pack_transposed_weight<T>(runtime, args.w_gate, args.layout, hidden, inner, panels, inner_stride, inner);
+      const void* const both[] = {args.w_in, args.w_gate};
+      const int64_t inner_of[] = {inner, inner};
+      const TransposedWeights<T> weights = {both, inner_of, gated ? 2 : 1, hidden, args.layout};
       if (pre) {
         float* normed_grad = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * hidden) * sizeof(float)));
-        product_into(runtime, {as_rows(operand), false}, rows, hidden, inner_stride, panels, normed_grad);
+        product_into(runtime, {as_rows(operand), false}, rows, weights.operand(), hidden, inner_stride, normed_grad);
         norm_before(normed_grad);
       } else {
-        product_into(runtime, {as_rows(operand), false}, rows, hidden, inner_stride, panels, out(args.x_grad));
+        product_into(runtime, {as_rows(operand), false}, rows, weights.operand(), hidden, inner_stride, out(args.x_grad));
       }
     }
     // 5

@@ -25,7 +25,7 @@ struct Runtime {
 // One slot per use that may be alive at the same time on one thread.
 enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
                          scratch_scores, scratch_output, scratch_statistics, scratch_keep,
-                         scratch_gate, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias, scratch_logits,
+                         scratch_gate, scratch_right, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias, scratch_logits,
                          scratch_slots };
 
 // A packed weight: this header, then panels of `panel` columns, each [k][panel] (see gemm/gemm.h).
@@ -75,11 +75,21 @@ struct NormArgs {          // over the last dimension; weight and bias may be nu
   float weight_offset;     // added to the weight (Gemma: 1)
 };
 
+// A weight (k, n) that is packed, or, with packed == null, lies as it is in some parts beside each other.
+struct WeightArgs {
+  int64_t k, n;              // n over all parts
+  const void* packed;
+  WeightLayout layout;       // the rest is read without packed only
+  int64_t count;
+  const void* const* parts;
+  const int64_t* part_n;     // out_features of each
+};
+
 struct LinearArgs {
   Dtype dtype;             // of x, bias, residual, norm and out
   int64_t rows;
   const void* x;           // (rows, k), contiguous
-  const void* packed;
+  WeightArgs weight;
   const void* bias;        // (n,) or null
   Activation activation;
   const void* residual;    // (rows, n) or null
@@ -95,16 +105,16 @@ struct FeedForwardArgs {
   Dtype dtype;
   int64_t rows;
   const void* x;           // (rows, hidden)
-  const void* packed_in;
+  WeightArgs w_in;
   const void* bias_in;     // (inner,) or null
-  const void* packed_out;
+  WeightArgs w_out;
   const void* bias_out;    // (hidden,) or null
   Activation activation;
   const void* residual;    // (rows, hidden) or null
   NormPosition norm_position;
   NormArgs norm;
   void* out;
-  const void* packed_gate; // or null: not gated
+  const WeightArgs* w_gate; // or null: not gated
   const void* bias_gate;   // (inner,) or null
   Dropout dropout;
   void* preactivation;     // (rows, inner) or null, as in LinearArgs

@@ -315,7 +315,7 @@ Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string acti
   const int64_t rows = rows_of(x, header.k), n = header.n;
   Tensor out = empty_rows_like(x, n);
   if (rows == 0 || n == 0) return out;
-  const LinearArgs args = {header.dtype, rows, x.const_data_ptr(), &header, data_of(bias, "bias", dtype, n), activation_of(activation),
+  const LinearArgs args = {header.dtype, rows, x.const_data_ptr(), packed_weight(header), data_of(bias, "bias", dtype, n), activation_of(activation),
                            data_of(residual, "residual", dtype, rows * n), norm_weight.has_value(),
                            norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
                            dropout_of(dropout_seed, dropout_p), nullptr, nullptr};
@@ -338,10 +338,11 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
   const int64_t rows = rows_of(x, in.k), n = second.n;
   Tensor out = empty_rows_like(x, n);
   if (rows == 0 || n == 0) return out;
-  const FeedForwardArgs args = {in.dtype, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, in.n), &second,
+  const WeightArgs w_gate = gate ? packed_weight(*gate) : WeightArgs{};
+  const FeedForwardArgs args = {in.dtype, rows, x.const_data_ptr(), packed_weight(in), data_of(b_in, "b_in", dtype, in.n), packed_weight(second),
                                 data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
                                 position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
-                                out.mutable_data_ptr(), gate, data_of(b_gate, "b_gate", dtype, in.n), dropout_of(dropout_seed, dropout_p),
+                                out.mutable_data_ptr(), gate ? &w_gate : nullptr, data_of(b_gate, "b_gate", dtype, in.n), dropout_of(dropout_seed, dropout_p),
                                 nullptr, nullptr, nullptr};
   kernels().feed_forward(runtime(), args);
   return out;

@@ -31,33 +31,41 @@ LayerShape weight_shape(const Tensor& weight, WeightLayout layout, ScalarType dt
   return {weight.size(1 - out), weight.size(out)};
 }
 
-// The weights, packed: as they came, or into this thread's scratch memory.
-const PackedHeader& packed_of(const std::vector<Tensor>& weights, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
-  STD_TORCH_CHECK(!weights.empty(), name, ": is empty");
-  if (weights.size() == 1 && weights[0].scalar_type() == ScalarType::Byte) {
-    const PackedHeader& header = check_packed(weights[0], name);
-    STD_TORCH_CHECK(header.dtype == dtype, name, ": dtype differs from the input's");
-    return header;
+// A weight as the products take it: packed as it came, or in parts as they lie. Parts that the CPU multiplies as pairs are packed into this
+// thread's scratch memory. Holds what `args` points at.
+struct GivenWeight {
+  std::vector<const void*> parts;
+  std::vector<int64_t> part_n;
+  WeightArgs args = {};
+  GivenWeight(const std::vector<Tensor>& weights, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
+    STD_TORCH_CHECK(!weights.empty(), name, ": is empty");
+    if (weights.size() == 1 && weights[0].scalar_type() == ScalarType::Byte) {
+      const PackedHeader& header = check_packed(weights[0], name);
+      STD_TORCH_CHECK(header.dtype == dtype, name, ": dtype differs from the input's");
+      args = packed_weight(header);
+      return;
+    }
+    int64_t k = 0, n = 0;
+    for (const Tensor& weight : weights) {
+      const LayerShape shape = weight_shape(weight, layout, scalar, name);
+      STD_TORCH_CHECK(n == 0 || shape.k == k, name, ": shape ", shape_of(weight), " must have in_features ", k);
+      k = shape.k;
+      n += shape.n;
+      parts.push_back(weight.const_data_ptr());
+      part_n.push_back(shape.n);
+    }
+    args = {k, n, nullptr, layout, int64_t(parts.size()), parts.data(), part_n.data()};
+    const KernelTable& table = kernels();
+    if (dtype != Dtype::bfloat16 || !table.bf16_pairs) return;
+    const Runtime lent = runtime();
+    auto& header = *static_cast<PackedHeader*>(lent.scratch(slot, packed_size(k, n, dtype, table)));
+    header = {packed_magic, k, n, dtype, table.panel, true, {}};
+    int64_t column = 0;
+    for (size_t i = 0; i < parts.size(); column += part_n[i++]) table.pack(lent, {parts[i], layout, dtype, k, part_n[i], column, &header});
+    args.packed = &header;
   }
-  int64_t k = 0, n = 0;
-  for (const Tensor& weight : weights) {
-    const LayerShape shape = weight_shape(weight, layout, scalar, name);
-    STD_TORCH_CHECK(n == 0 || shape.k == k, name, ": shape ", shape_of(weight), " must have in_features ", k);
-    k = shape.k;
-    n += shape.n;
-  }
-  const KernelTable& table = kernels();
-  const Runtime lent = runtime();
-  auto& header = *static_cast<PackedHeader*>(lent.scratch(slot, packed_size(k, n, dtype, table)));
-  header = {packed_magic, k, n, dtype, table.panel, dtype == Dtype::bfloat16 && table.bf16_pairs, {}};
-  int64_t column = 0;
-  for (const Tensor& weight : weights) {
-    const int64_t here = weight_shape(weight, layout, scalar, name).n;
-    table.pack(lent, {weight.const_data_ptr(), layout, dtype, k, here, column, &header});
-    column += here;
-  }
-  return header;
-}
+  GivenWeight(const GivenWeight&) = delete;
+};
 
 // Several biases as one row; null when there are none.
 const void* joined(const std::vector<Tensor>& biases, ScalarType dtype, int64_t n, const char* name) {
@@ -118,13 +126,13 @@ std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Ten
   const ScalarType dtype = x.scalar_type();
   const Dtype type = dtype_of(x, "x");
   const Activation act = activation_of(activation);
-  const PackedHeader& packed = packed_of(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
-  const int64_t rows = rows_of(x, packed.k), n = packed.n;
+  const GivenWeight weight(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
+  const int64_t rows = rows_of(x, weight.args.k), n = weight.args.n;
   const bool has_norm = norm_weight.has_value();
   Tensor out = empty_rows_like(x, n);
   Tensor preactivation = act == Activation::none ? nothing(dtype) : empty_rows_like(x, n);
   Tensor prenorm = has_norm ? empty_rows_like(x, n) : nothing(dtype);
-  const LinearArgs args = {type, rows, x.const_data_ptr(), &packed, joined(biases, dtype, n, "biases"), act,
+  const LinearArgs args = {type, rows, x.const_data_ptr(), weight.args, joined(biases, dtype, n, "biases"), act,
                            data_of(residual, "residual", dtype, rows * n), has_norm,
                            norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
                            dropout_of(dropout_seed, dropout_p), act == Activation::none ? nullptr : preactivation.mutable_data_ptr(),
@@ -179,8 +187,8 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
   Tensor made[2] = {nothing(dtype), nothing(dtype)};
   if (wants_preactivation || wants_prenorm) {
     for (Tensor& t : made) t = empty_result({rows, n}, dtype);
-    const PackedHeader& packed = packed_of(weights, args.layout, args.dtype, dtype, scratch_packed, "weights");
-    const LinearArgs again = {args.dtype, rows, args.x, &packed, joined(biases, dtype, n, "biases"), args.activation, addend, false, {},
+    const GivenWeight given(weights, args.layout, args.dtype, dtype, scratch_packed, "weights");
+    const LinearArgs again = {args.dtype, rows, args.x, given.args, joined(biases, dtype, n, "biases"), args.activation, addend, false, {},
                               made[1].mutable_data_ptr(), args.dropout, args.activation == Activation::none ? nullptr : made[0].mutable_data_ptr(), nullptr};
     kernels().linear(runtime(), again);
     if (wants_preactivation) args.preactivation = made[0].const_data_ptr();
@@ -205,9 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
   const Dtype type = dtype_of(x, "x");
   const WeightLayout layout = layout_of(weight_layout);
   const NormPosition position = position_of(norm_position);
-  const PackedHeader& in = packed_of({w_in}, layout, type, dtype, scratch_packed, "w_in");
-  const PackedHeader& second = packed_of({w_out}, layout, type, dtype, scratch_packed_out, "w_out");
-  const PackedHeader* gate = w_gate ? &packed_of({*w_gate}, layout, type, dtype, scratch_packed_gate, "w_gate") : nullptr;
+  const GivenWeight given_in({w_in}, layout, type, dtype, scratch_packed, "w_in"), given_out({w_out}, layout, type, dtype, scratch_packed_out, "w_out");
+  std::optional<GivenWeight> given_gate;
+  if (w_gate) given_gate.emplace(std::vector<Tensor>{*w_gate}, layout, type, dtype, scratch_packed_gate, "w_gate");
+  const WeightArgs &in = given_in.args, &second = given_out.args, *gate = given_gate ? &given_gate->args : nullptr;
   STD_TORCH_CHECK(in.n == second.k, "w_out: in_features ", second.k, " must be w_in's out_features ", in.n);
   STD_TORCH_CHECK(!gate || (gate->k == in.k && gate->n == in.n), "w_gate: shape must be w_in's");
   const int64_t rows = rows_of(x, in.k), n = second.n, inner = in.n;
@@ -216,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
   Tensor gate_preactivation = recompute || !gate ? nothing(dtype) : empty_rows_like(x, inner);
   Tensor prenorm = position == NormPosition::post ? empty_rows_like(x, n) : nothing(dtype);  // costs no more than residual, which it stands for
   auto data = [](Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; };
-  const FeedForwardArgs args = {type, rows, x.const_data_ptr(), &in, data_of(b_in, "b_in", dtype, inner), &second,
+  const FeedForwardArgs args = {type, rows, x.const_data_ptr(), in, data_of(b_in, "b_in", dtype, inner), second,
                                 data_of(b_out, "b_out", dtype, n), activation_of(activation), data_of(residual, "residual", dtype, rows * n),
                                 position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
                                 out.mutable_data_ptr(), gate, data_of(b_gate, "b_gate", dtype, inner), dropout_of(dropout_seed, dropout_p),
@@ -279,13 +288,13 @@ std::vector<Tensor> cpu_feed_forward_backward(
     made[0] = empty_result({rows, inner}, dtype);
     if (w_gate) made[1] = empty_result({rows, inner}, dtype);
     made[2] = empty_result({rows, n}, dtype);
-    const PackedHeader& packed_in = packed_of({w_in}, args.layout, args.dtype, dtype, scratch_packed, "w_in");
-    const PackedHeader& packed_out = packed_of({w_out}, args.layout, args.dtype, dtype, scratch_packed_out, "w_out");
-    const PackedHeader* packed_gate = w_gate ? &packed_of({*w_gate}, args.layout, args.dtype, dtype, scratch_packed_gate, "w_gate") : nullptr;
+    const GivenWeight in({w_in}, args.layout, args.dtype, dtype, scratch_packed, "w_in"), out({w_out}, args.layout, args.dtype, dtype, scratch_packed_out, "w_out");
+    std::optional<GivenWeight> gate;
+    if (w_gate) gate.emplace(std::vector<Tensor>{*w_gate}, args.layout, args.dtype, dtype, scratch_packed_gate, "w_gate");
     // Without the norm after: what is asked for is its input.
-    const FeedForwardArgs again = {args.dtype, rows, args.x, &packed_in, bias_in, &packed_out, bias_out, args.activation, addend,
+    const FeedForwardArgs again = {args.dtype, rows, args.x, in.args, bias_in, out.args, bias_out, args.activation, addend,
                                    pre ? NormPosition::pre : NormPosition::none, pre ? args.norm : NormArgs{}, made[2].mutable_data_ptr(),
-                                   packed_gate, bias_gate, args.dropout, made[0].mutable_data_ptr(),
+                                   gate ? &gate->args : nullptr, bias_gate, args.dropout, made[0].mutable_data_ptr(),
                                    w_gate ? made[1].mutable_data_ptr() : nullptr, nullptr};
     kernels().feed_forward(runtime(), again);
     if (!args.preactivation) args.preactivation = made[0].const_data_ptr();

@@ -37,6 +37,7 @@ Activation activation_of(const std::string& name);
 WeightLayout layout_of(const std::string& name);
 NormPosition position_of(const std::string& name);
 const PackedHeader& check_packed(const Tensor& packed, const char* name);
+inline WeightArgs packed_weight(const PackedHeader& header) { return {.k = header.k, .n = header.n, .packed = &header}; }
 int64_t rows_of(const Tensor& x, int64_t columns);
 NormKind norm_kind_of(const std::string& name);
 NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n,

@@ -113,11 +113,11 @@ struct FeedForwardBackward {
     // 2
     float* dz = nullptr;
     if (wants_inner) {
-      const TransposedWeights<T> w_out = {&args.w_out, &columns, 1, inner, args.layout};
+      const Weights<T> w_out = {&args.w_out, &columns, 1, inner, args.layout};
       dz = static_cast<float*>(runtime.scratch(scratch_grad_hidden, size_t(rows * inner_stride) * sizeof(float)));
       const int64_t parts = ceil_div(rows, row_block);
       float* sums = static_cast<float*>(runtime.scratch(scratch_sums, size_t(parts * inner_stride) * sizeof(float)));
-      product(runtime, {tail_grad, false}, rows, w_out.operand(), inner, columns, nullptr, 0,
+      product(runtime, {tail_grad, false}, rows, w_out.transpose(), inner, columns, nullptr, 0,
               [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c, int64_t c_stride) {
                 hidden_gradient(row, here, column, count, c, c_stride, dz, sums + row / row_block * inner_stride);
               });
@@ -134,13 +134,13 @@ struct FeedForwardBackward {
       const Stored<float> operand = {dz, inner_stride};
       const void* const both[] = {args.w_in, args.w_gate};
       const int64_t inner_of[] = {inner, inner};
-      const TransposedWeights<T> weights = {both, inner_of, gated ? 2 : 1, hidden, args.layout};
+      const Weights<T> weights = {both, inner_of, gated ? 2 : 1, hidden, args.layout};
       if (pre) {
         float* normed_grad = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * hidden) * sizeof(float)));
-        product_into(runtime, {as_rows(operand), false}, rows, weights.operand(), hidden, inner_stride, normed_grad);
+        product_into(runtime, {as_rows(operand), false}, rows, weights.transpose(), hidden, inner_stride, normed_grad);
         norm_before(normed_grad);
       } else {
-        product_into(runtime, {as_rows(operand), false}, rows, weights.operand(), hidden, inner_stride, out(args.x_grad));
+        product_into(runtime, {as_rows(operand), false}, rows, weights.transpose(), hidden, inner_stride, out(args.x_grad));
       }
     }
     // 5

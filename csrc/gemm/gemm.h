@@ -177,41 +177,6 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
 }
 #endif
 
-// ---- a row block against a range of panels ----
-
-// C (rows x panels, row stride c_stride) = A * panels[first_panel, last_panel). `finish(column, columns, c)` is called for each
-// group of panels once its columns of C are complete and still in cache: the epilogue.
-template <class Step, class Finish>
-static void multiply_block(const typename Step::A* a, int64_t rows, int64_t steps, const typename Step::B* panels, int64_t first_panel,
-                           int64_t last_panel, float* c, int64_t c_stride, const Finish& finish) {
-  const int64_t tiles = ceil_div(rows, tile_rows);
-  auto one = [&](int64_t begin, int64_t p) {
-    const int64_t depth = smaller(depth_block, steps - begin);
-    const typename Step::B* b = panels + (p * steps + begin) * panel;
-    float* c_panel = c + (p - first_panel) * panel;
-    // The next panel's block comes from L3 or memory: each tile asks for its share of it while it computes.
-    const char* next = reinterpret_cast<const char*>(b + steps * panel);
-    const int64_t next_bytes = p + 1 < last_panel && tiles > 1 ? depth * panel * int64_t(sizeof(*b)) : 0;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const int64_t row = tile * tile_rows;
-      for (int64_t at = next_bytes * tile / tiles / 64 * 64; at < next_bytes * (tile + 1) / tiles; at += 64) __builtin_prefetch(next + at, 0, 2);
-      multiply_rows<Step>(smaller(tile_rows, rows - row), depth, PackedTile<Step>{a + row * steps + begin * tile_rows}, b,
-                          c_panel + row * c_stride, c_stride, begin > 0);
-    }
-  };
-  for (int64_t group = first_panel; group < last_panel; group += panel_group) {
-    const int64_t end = smaller(last_panel, group + panel_group);
-    if (tiles > 1) {
-      for (int64_t begin = 0; begin < steps; begin += depth_block)
-        for (int64_t p = group; p < end; p++) one(begin, p);
-    } else {  // a single tile reuses no panel: the weight is read once, straight through
-      for (int64_t p = group; p < end; p++)
-        for (int64_t begin = 0; begin < steps; begin += depth_block) one(begin, p);
-    }
-    finish(group * panel, (end - group) * panel, c + (group - first_panel) * panel);
-  }
-}
-
 // ---- threads ----
 
 template <class Body>

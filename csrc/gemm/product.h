@@ -1,20 +1,23 @@
-// Products that are cut by columns: what training needs, where neither side is packed beforehand as weights change with every step.
+// A matrix product cut by columns, by all threads.
 //
-//   dX = dY W^T          a: rows of dY             b: rows (or columns) of W
-//   dW = dY^T X          a: columns of dY          b: rows of X              contraction over the tokens
-//
-//              b: each task packs its own columns, one depth block at a time, and goes over all of a with it in L2
+//              b: read from memory once; packed beforehand, or by each task for the columns it owns, a depth block at a time
 //             +-----+-----+---+--+
-//   depth  -> |  .  |     |   |  |     chunks of columns get shorter towards the end, so that threads finish together
+//   depth  -> |  .  |     |   |  |     chunks of columns get shorter towards the end (cut.h)
 //             +-----+-----+---+--+
-//   a: packed |  C  |     |   |  |     a is packed once, by all threads, and read by all of them, row block by row block;
-//   once      |     |     |   |  |     b is read from memory once
+//   a: packed |  C  |     |   |  |     a is packed once, by all threads, and read by all of them, row block by row block, with
+//   once      |     |     |   |  |     one depth block of the chunk in L2 and one of its panels in L1
 //             +-----+-----+---+--+
 //
-// Both are asked for as float32 rows, as they lie or made on the fly: a hidden layer is recomputed from its preactivation, a normalised
-// row from its input, while they are packed, and neither is ever stored.
+// What training multiplies changes with every step, so neither side is packed beforehand:
+//
+//   y  = x W             a: rows of x              b: W as it lies
+//   dx = dy W^T          a: rows of dy             b: W as it lies
+//   dW = dy^T x          a: columns of dy          b: rows of x              contraction over the tokens
+//
+// Both sides are asked for as float32 rows, as they lie or made on the fly: a hidden layer is recomputed from its preactivation, a
+// normalised row from its input, while they are packed, and neither is ever stored.
 #pragma once
-#include "grid.h"
+#include "cut.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -53,53 +56,66 @@ struct Operand {
   bool transposed;         // the operand is rows' transpose
 };
 
-// Eight rows' n floats each, transposed: out[k * out_stride + r]. Rows past `count` give zeros. For k + 1 == n exactly `count_out`
-// values are written; before that eight, of which what is too much is overwritten by the next k.
-BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int count, int64_t n, int count_out, float* out, int64_t out_stride) {
+// Eight rows' n floats each, transposed: out[k * out_stride + r]. For k + 1 == n exactly `count_out` values are written; before that eight,
+// of which what is too much is overwritten by the next k.
+BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int64_t n, int count_out, float* out, int64_t out_stride) {
   int64_t k = 0;
 #if BIGMODEL_SIMD >= 256
-  for (; k + 8 < n; k += 8) {
+  auto block = [&](float* to, int64_t stride) __attribute__((always_inline)) {
     __m256 r[8];
-    for (int i = 0; i < 8; i++) r[i] = i < count ? _mm256_loadu_ps(rows[i] + k) : _mm256_setzero_ps();
-    transpose8x8(r, out + k * out_stride, out_stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + k);
+    transpose8x8(r, to, stride);
+  };
+  for (; k + 8 < n; k += 8) block(out + k * out_stride, out_stride);
+  if (k + 8 == n) {
+    alignas(32) float last[64];
+    block(last, 8);
+    for (int i = 0; i < 7; i++) _mm256_storeu_ps(out + (k + i) * out_stride, _mm256_load_ps(last + 8 * i));
+    for (int i = 0; i < count_out; i++) out[(k + 7) * out_stride + i] = last[56 + i];
+    return;
   }
 #endif
   for (; k < n; k++)
-    for (int i = 0; i < count_out; i++) out[k * out_stride + i] = i < count ? rows[i][k] : 0.0f;
+    for (int i = 0; i < count_out; i++) out[k * out_stride + i] = rows[i][k];
 }
 
-// ---- packing ----
+// ---- the left side ----
 
-// a (m x k) packed for all tasks: [depth block][tile][step][tile_rows].
+// a (m x steps) packed for all tasks: [depth block][tile][step][tile_rows].
+template <class A>
 struct Left {
-  const float* packed;
-  int64_t tiles;
-  const float* at(int64_t begin, int64_t depth, int64_t tile) const { return packed + (begin * tiles + tile * depth) * tile_rows; }
+  A* packed;
+  int64_t m, steps;
+  Left(A* packed, int64_t m, int64_t steps) : packed(packed), m(m), steps(steps) {}
+  // In the calling thread's scratch.
+  Left(const Runtime& runtime, int slot, int64_t m, int64_t steps)
+      : Left(static_cast<A*>(runtime.scratch(slot, size_t(round_up(m, tile_rows) * steps + F32::width) * sizeof(A))), m, steps) {}
+  int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
+  A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * tile_rows; }
 };
 
-inline constexpr int64_t tiles_together = row_block / tile_rows;   // of one task of packing, and of one row block
-
-// Rows [row, row + rows) of a, as many as one tile has or fewer, steps [begin, begin + depth).
-static inline void pack_tile(const Operand& a, int64_t row, int64_t rows, int64_t begin, int64_t depth, float* out) {
-  alignas(64) float buffer[8 * depth_block];
+// A tile of `rows` rows, which source(row) points at, `depth` steps of each.
+template <class Source>
+static void pack_tile(const Source& source, int64_t rows, int64_t depth, float* out) {
   // Groups of eight rows from last to first: an eight-wide store of a group may run into the next step, never into another group.
   for (int64_t group = (rows - 1) / 8 * 8; group >= 0; group -= 8) {
     const int count = int(smaller(8, rows - group));
-    const float* sources[8] = {};
-    for (int i = 0; i < count; i++) sources[i] = a.rows.get(a.rows.of, row + group + i, begin, depth, buffer + i * depth_block);
-    transpose_rows(sources, count, depth, count, out + group, tile_rows);
+    const float* sources[8];
+    for (int i = 0; i < 8; i++) sources[i] = i < count ? source(group + i) : sources[0];
+    transpose_rows(sources, depth, count, out + group, tile_rows);
   }
 }
 
-// The same of an operand that is its rows' transpose, and of `rows` up to a row block: tiles lie depth * tile_rows apart.
-static inline void pack_tiles_transposed(const Operand& a, int64_t row, int64_t rows, int64_t begin, int64_t depth, float* out) {
+// Rows [row, row + rows), up to a row block, of an operand that is its rows' transpose: tiles lie depth * tile_rows apart.
+static inline void pack_tiles_transposed(const Rows& source, int64_t row, int64_t rows, int64_t begin, int64_t depth, float* out) {
   // Eight steps at a time: a tile's lines are then written whole, and no more rows are open than a cache set has ways.
   constexpr int64_t together = 8;
   alignas(64) float buffer[together][row_block];
   for (int64_t step = 0; step < depth; step += together) {
     const int count = int(smaller(together, depth - step));
     const float* sources[together];
-    for (int i = 0; i < count; i++) sources[i] = a.rows.get(a.rows.of, begin + step + i, row, rows, buffer[i]);
+    for (int i = 0; i < count; i++) sources[i] = source.get(source.of, begin + step + i, row, rows, buffer[i]);
     for (int64_t r = 0; r < rows; r += tile_rows) {
       float* target = out + r * depth + step * tile_rows;
       // A whole vector is stored per step, and what it writes too far is overwritten by the next step; the last one is exact.
@@ -113,94 +129,174 @@ static inline void pack_tiles_transposed(const Operand& a, int64_t row, int64_t 
   }
 }
 
-// Rows [first, first + m) of a, by all threads, in the calling thread's scratch.
-static inline Left pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t m, int64_t k) {
-  const int64_t tiles = ceil_div(m, tile_rows), blocks = ceil_div(tiles, tiles_together), depths = ceil_div(k, depth_block);
-  float* packed = static_cast<float*>(runtime.scratch(scratch_a, size_t(tiles * tile_rows * k + F32::width) * sizeof(float)));
-  const Left left = {packed, tiles};
-  parallel(runtime, blocks * depths, [&](int64_t task) {
-    // Neighbouring tasks read on along the rows.
-    const int64_t block = a.transposed ? task % blocks : task / depths, begin = (a.transposed ? task / blocks : task % depths) * depth_block;
-    const int64_t depth = smaller(depth_block, k - begin), tile = block * tiles_together, row = tile * tile_rows, rows = smaller(row_block, m - row);
-    float* target = packed + (begin * tiles + tile * depth) * tile_rows;
-    if (a.transposed) return pack_tiles_transposed(a, first + row, rows, begin, depth, target);
-    for (int64_t r = 0; r < rows; r += tile_rows) pack_tile(a, first + row + r, smaller(tile_rows, rows - r), begin, depth, target + r * depth);
-  });
-  return left;
+// pack(row, rows, begin, depth, target) for every row block and depth block; neighbouring tasks follow each other along the rows, or down
+// them. What is too little to share stays with the calling thread.
+template <class A, class Pack>
+static void pack_blocks(const Runtime& runtime, const Left<A>& left, bool down, const Pack& pack) {
+  const int64_t blocks = ceil_div(left.m, row_block), depths = ceil_div(left.steps, depth_block);
+  auto one = [&](int64_t task) {
+    const int64_t block = down ? task % blocks : task / depths, begin = (down ? task / blocks : task % depths) * depth_block;
+    const int64_t row = block * row_block;
+    pack(row, smaller(row_block, left.m - row), begin, left.depth(begin), left.at(begin, row / tile_rows));
+  };
+  if (left.m * left.steps > 16384) return parallel(runtime, blocks * depths, one);
+  for (int64_t task = 0; task < blocks * depths; task++) one(task);
 }
 
-// Steps [begin, begin + depth) of b's columns [column, column + columns) into panels; columns that a last panel lacks are zero.
-static inline void pack_right(const Operand& b, int64_t column, int64_t columns, int64_t begin, int64_t depth, float* panels) {
-  alignas(64) float buffer[8 * depth_block];
-  static_assert(panel_group * panel <= 8 * depth_block, "a row of a chunk fits into the buffer");
-  if (b.transposed) {
-    for (int64_t at = 0; at < round_up(columns, panel); at += 8) {
-      const int count = int(larger(0, smaller(8, columns - at)));
-      const float* rows[8] = {};
-      for (int i = 0; i < count; i++) rows[i] = b.rows.get(b.rows.of, column + at + i, begin, depth, buffer + i * depth_block);
-      transpose_rows(rows, count, depth, 8, panels + at / panel * (depth * panel) + at % panel, panel);
+// Rows [first, first + left.m) of a.
+static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t first, const Left<float>& left) {
+  pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, float* target) {
+    if (a.transposed) return pack_tiles_transposed(a.rows, first + row, rows, begin, depth, target);
+    alignas(64) float buffer[8 * depth_block];
+    for (int64_t r = 0; r < rows; r += tile_rows)
+      pack_tile([&](int64_t i) { return a.rows.get(a.rows.of, first + row + r + i, begin, depth, buffer + i % 8 * depth_block); },
+                smaller(tile_rows, rows - r), depth, target + r * depth);
+  });
+}
+
+// Columns [column, column + columns) of `rows` rows of float32, as they come out of a product, for the next one's left side; `row` is a
+// multiple of tile_rows, `column` of a step's elements.
+template <class Step>
+static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* x, int64_t x_stride) {
+  for (int64_t done = 0; done < columns;) {
+    const int64_t step = (column + done) / Step::k_per_step, begin = step / depth_block * depth_block, depth = left.depth(begin);
+    const int64_t here = smaller(columns - done, (begin + depth - step) * Step::k_per_step);
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      const float* source = x + r * x_stride + done;
+      auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * tile_rows;
+      if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
+      else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
     }
-    return;
-  }
-  for (int64_t step = 0; step < depth; step++) {
-    const float* source = b.rows.get(b.rows.of, begin + step, column, columns, buffer);
-    float* target = panels + step * panel;
-    int64_t at = 0;
-    for (; at + panel <= columns; at += panel, target += depth * panel)
-#pragma GCC unroll 4
-      for (int v = 0; v < panel_vectors; v++) F32::load(source + at + v * F32::width).store(target + v * F32::width);
-    if (at < columns)
-      for (int64_t i = 0; i < panel; i++) target[i] = at + i < columns ? source[at + i] : 0.0f;
+    done += here;
   }
 }
+
+// ---- the right side: what a task takes of it ----
+
+template <class B>
+struct Panels {
+  const B* first;
+  int64_t stride;   // from panel to panel
+};
+
+// A packed weight: panels `steps` deep.
+template <class Step>
+struct PackedRight {
+  static constexpr bool packed = true;
+  static constexpr int64_t most_units = 4;   // row blocks of a part, see Cut
+  const typename Step::B* panels;
+  int64_t steps;
+  Panels<typename Step::B> chunk(const Runtime&, int64_t panel_index, int64_t, int64_t begin, int64_t) const {
+    return {panels + (panel_index * steps + begin) * panel, steps * panel};
+  }
+};
+
+// Rows, packed by each task for its own chunk of the n columns; those that a last panel lacks are zero.
+struct RowsRight {
+  static constexpr bool packed = false;
+  static constexpr int64_t most_units = 8;
+  const Operand& b;
+  int64_t n;
+  Panels<float> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
+    float* panels = static_cast<float*>(runtime.scratch(scratch_right, size_t(count * panel * depth_block) * sizeof(float)));
+    const int64_t column = panel_index * panel, columns = smaller(n - column, count * panel);
+    b.transposed ? columns_as_rows(column, columns, begin, depth, panels) : rows_as_rows(column, columns, begin, depth, panels);
+    return {panels, depth * panel};
+  }
+
+ private:
+  void columns_as_rows(int64_t column, int64_t columns, int64_t begin, int64_t depth, float* panels) const {
+    alignas(64) static constexpr float zeros[depth_block] = {};
+    alignas(64) float buffer[8 * depth_block];
+    for (int64_t at = 0; at < round_up(columns, panel); at += 8) {
+      const float* rows[8];
+      for (int i = 0; i < 8; i++) rows[i] = at + i < columns ? b.rows.get(b.rows.of, column + at + i, begin, depth, buffer + i * depth_block) : zeros;
+      transpose_rows(rows, depth, 8, panels + at / panel * (depth * panel) + at % panel, panel);
+    }
+  }
+  void rows_as_rows(int64_t column, int64_t columns, int64_t begin, int64_t depth, float* panels) const {
+    alignas(64) float buffer[Cut::widest * panel];
+    for (int64_t step = 0; step < depth; step++) {
+      const float* source = b.rows.get(b.rows.of, begin + step, column, columns, buffer);
+      float* target = panels + step * panel;
+      int64_t at = 0;
+      for (; at + panel <= columns; at += panel, target += depth * panel)
+#pragma GCC unroll 4
+        for (int v = 0; v < panel_vectors; v++) F32::load(source + at + v * F32::width).store(target + v * F32::width);
+      if (at < columns)
+        for (int64_t i = 0; i < panel; i++) target[i] = at + i < columns ? source[at + i] : 0.0f;
+    }
+  }
+};
 
 // ---- the product ----
 
-// Rows [first, first + m) of C, of which `direct` is the first.
-template <class Finish>
-static void product_rows(const Runtime& runtime, const Operand& a, int64_t first, int64_t m, const Operand& b, int64_t n, int64_t k, float* direct,
-                         int64_t direct_stride, const Finish& finish) {
-  const Left left = pack_left(runtime, a, first, m, k);
-  const Cut cut(m, ceil_div(n, panel), runtime.threads);
+// C (m x n) = left right. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel; or null: C is
+// the task's own. finish(row, rows, column, columns, c, c_stride) follows when these elements are complete: `row` is a multiple of row_block,
+// `rows` at most that, `columns` at most panel_group * panel.
+template <class Step, class Right, class Finish>
+static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
+                             int64_t direct_stride, const Finish& finish) {
+  const int64_t m = left.m, steps = left.steps;
+  const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
   parallel(runtime, cut.tasks(), [&](int64_t task) {
     const Cut::Piece piece = cut.piece(task);
     const int64_t panels = piece.last_panel - piece.first_panel, column = piece.first_panel * panel, columns = smaller(n - column, panels * panel);
-    const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows;
-    float* right = static_cast<float*>(runtime.scratch(scratch_packed, size_t(panels * panel * depth_block) * sizeof(float)));
+    const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows, tiles = piece.last_tile - piece.first_tile;
     const int64_t c_stride = direct ? direct_stride : panels * panel;
     float* c = direct ? direct + piece.first_tile * tile_rows * direct_stride + column
                       : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
+    // Depth block `begin` of a panel against some tiles. A weight's next panel comes from L3 or memory: each tile asks for its share of it.
+    auto one = [&](int64_t begin, const typename Step::B* b, int64_t tile, int64_t last, float* c_panel, const void* next) {
+      const int64_t depth = left.depth(begin), next_bytes = next ? depth * panel * int64_t(sizeof(*b)) : 0, count = last - tile;
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t at = next_bytes * i / count / 64 * 64; at < next_bytes * (i + 1) / count; at += 64)
+          __builtin_prefetch(static_cast<const char*>(next) + at, 0, 2);
+        multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), depth, PackedTile<Step>{left.at(begin, tile + i)}, b,
+                            c_panel + i * tile_rows * c_stride, c_stride, begin > 0);
+      }
+    };
+    if (Right::packed && tiles == 1) {  // a single tile reuses no panel: the weight is read once, straight through
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t begin = 0; begin < larger(1, steps); begin += depth_block)
+          one(begin, right.chunk(runtime, piece.first_panel + p, 1, begin, left.depth(begin)).first, piece.first_tile, piece.last_tile, c + p * panel, nullptr);
+      return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
+    }
     int64_t begin = 0;
     do {  // once at least: a product of no depth is zero
-      const int64_t depth = smaller(depth_block, k - begin);
-      pack_right(b, column, columns, begin, depth, right);
-      for (int64_t block = piece.first_tile; block < piece.last_tile; block += tiles_together) {
-        const int64_t end = smaller(piece.last_tile, block + tiles_together);
-        float* c_block = c + (block - piece.first_tile) * tile_rows * c_stride;
-        for (int64_t p = 0; p < panels; p++)
-          for (int64_t tile = block; tile < end; tile++)
-            multiply_rows<Widen<float>>(smaller(tile_rows, m - tile * tile_rows), depth, PackedTile<Widen<float>>{left.at(begin, depth, tile)},
-                                        right + p * depth * panel, c_block + (tile - block) * tile_rows * c_stride + p * panel, c_stride, begin > 0);
-        if (begin + depth < k) continue;
-        const int64_t row = block * tile_rows;
-        finish(first + row, smaller(m, end * tile_rows) - row, column, columns, c_block, c_stride);
+      const auto chunk = right.chunk(runtime, piece.first_panel, panels, begin, left.depth(begin));
+      for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
+        const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
+        float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
+        for (int64_t p = 0; p < panels; p++) {
+          const auto* b = chunk.first + p * chunk.stride;
+          one(begin, b, tile, last, c_block + p * panel, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
+        }
+        if (begin + depth_block < steps) continue;
+        const int64_t row = tile * tile_rows;
+        finish(row, smaller(m, last * tile_rows) - row, column, columns, c_block, c_stride);
       }
       begin += depth_block;
-    } while (begin < k);
+    } while (begin < steps);
   });
 }
 
-// C (m x n) = a b, k deep. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel; or null: C is
-// the task's own. finish(row, rows, column, columns, c, c_stride) follows when these elements are complete: `row` is a multiple of row_block
-// and `rows` at most that, `columns` at most panel_group * panel.
+// Rows that a long product takes at a time, so that the packed ones take 16 MB or little more.
+static inline int64_t rows_together(int64_t steps) { return larger(2, (4 << 20) / larger(1, steps) / row_block) * row_block; }
+
+// C (m x n) = a b, k deep, neither of them packed; `row` of `finish` counts from a's first.
 template <class Finish>
 static void product(const Runtime& runtime, const Operand& a, int64_t m, const Operand& b, int64_t n, int64_t k, float* direct, int64_t direct_stride,
                     const Finish& finish) {
-  // A long product goes part by part, so that the packed rows take 16 MB or little more.
-  constexpr int64_t most = 4 << 20;
-  const int64_t together = larger(2, most / larger(1, k) / row_block) * row_block;
-  for (int64_t first = 0; first < m; first += together)
-    product_rows(runtime, a, first, smaller(together, m - first), b, n, k, direct ? direct + first * direct_stride : nullptr, direct_stride, finish);
+  const int64_t together = rows_together(k);
+  for (int64_t first = 0; first < m; first += together) {
+    const Left<float> left(runtime, scratch_a, smaller(together, m - first), k);
+    pack_left(runtime, a, first, left);
+    multiply_columns<Widen<float>>(runtime, left, RowsRight{b, n}, n, direct ? direct + first * direct_stride : nullptr, direct_stride,
+                                   [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
+                                     finish(first + row, rows, column, columns, c, c_stride);
+                                   });
+  }
 }
 
 // C to memory, rounded once: direct where it can lie as it is.

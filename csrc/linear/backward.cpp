@@ -37,8 +37,8 @@ void linear_backward(const Runtime& runtime, const LinearBackwardArgs& args) {
     const Stored<T> given = {grad, n};
 
     if (args.x_grad) {
-      const TransposedWeights<T> weight = {args.weight, args.weight_n, args.weights, k, args.layout};
-      product_into(runtime, {dz ? as_rows(made) : as_rows(given), false}, rows, weight.operand(), k, n, static_cast<T*>(args.x_grad));
+      const Weights<T> weight = {args.weight, args.weight_n, args.weights, k, args.layout};
+      product_into(runtime, {dz ? as_rows(made) : as_rows(given), false}, rows, weight.transpose(), k, n, static_cast<T*>(args.x_grad));
     }
     const Stored<T> x = {static_cast<const T*>(args.x), k};
     for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++]) {

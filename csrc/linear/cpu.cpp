@@ -1,5 +1,4 @@
 // pack: a weight into panels, once. linear: out = LN(act(x W^T + b) + residual), everything after the product in its epilogue.
-#include "../gemm/product.h"
 #include "linear.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -31,7 +30,7 @@ void pack(const Runtime& runtime, const PackArgs& args) {
           if (stride_k == 1) {
             const float* sources[8] = {};
             for (int64_t i = 0; i < count; i++) sources[i] = weight + (n + i) * stride_n;
-            if (width == 8) transpose_rows(sources, int(count), args.k, 8, target, panel);
+            if (count == 8) transpose_rows(sources, args.k, 8, target, panel);
             else
               for (int64_t k = 0; k < rows; k++)
                 for (int64_t i = 0; i < width; i++) target[k * panel + i] = i < count ? sources[i][k] : 0.0f;
@@ -48,37 +47,27 @@ void pack(const Runtime& runtime, const PackArgs& args) {
 }
 
 void linear(const Runtime& runtime, const LinearArgs& args) {
-  const Packed weight(args.packed);
-  const int64_t k = weight.k(), n = weight.n(), n_padded = weight.panel_count() * panel;
-  const Grid grid(args.rows, weight.panel_count(), runtime.threads);
-  const bool norm_apart = args.has_norm && grid.column_blocks > 1;
-  float* shared = norm_apart ? static_cast<float*>(runtime.scratch(scratch_shared, size_t(args.rows * n_padded) * sizeof(float))) : nullptr;
-
+  const int64_t k = args.weight.k, n = args.weight.n, n_padded = round_up(n, panel);
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(args.out);
-    using Step = typename StepOf<T>::Type;
-    parallel(runtime, grid.tasks(), [&](int64_t task) {
-      const int64_t block = task / grid.column_blocks, column_block = task % grid.column_blocks;
-      const int64_t row = grid.first_row(block), rows = grid.first_row(block + 1) - row;
-      const int64_t first = grid.first_panel(column_block), last = grid.first_panel(column_block + 1);
-      if (rows == 0 || first == last) return;
-      const auto* a = pack_a<Step>(runtime, static_cast<const T*>(args.x) + row * k, k, rows, k);
-
-      const int64_t c_stride = norm_apart ? n_padded : (last - first) * panel;
-      float* c = norm_apart ? shared + row * n_padded + first * panel
-                            : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
-      const Epilogue<T> epilogue = {.bias = static_cast<const T*>(args.bias), .activation = args.activation,
-                                    .preactivation = offset<T>(args.preactivation, row * n),
-                                    .dropout = args.dropout.enabled ? &args.dropout : nullptr, .first_row = row,
-                                    .residual = offset<T>(args.residual, row * n), .prenorm = offset<T>(args.prenorm, row * n),
-                                    .out = args.has_norm ? nullptr : out + row * n, .columns = n};
-      multiply_block<Step>(a, rows, weight.steps(), static_cast<const typename Step::B*>(weight.panels), first, last, c, c_stride,
-                           [&](int64_t column, int64_t count, float* c_group) { finish_columns(epilogue, rows, column, count, c_group, c_stride); });
-      if (args.has_norm && !norm_apart)
-        for (int64_t r = 0; r < rows; r++) norm_row<T>(c + r * c_stride, n, args.norm, out + (row + r) * n);
-    });
-    if (norm_apart) norm_rows(runtime, shared, n_padded, args.rows, n, args.norm, out);
+    const int64_t steps = steps_of<T>(k), together = rows_together(steps);
+    for (int64_t first = 0; first < args.rows; first += together) {
+      const LeftOf<T> left(runtime, scratch_a, smaller(together, args.rows - first), steps);
+      pack_rows_left<T>(runtime, static_cast<const T*>(args.x) + first * k, k, left);
+      // The norm needs whole rows, which no task has: it follows as a pass of its own.
+      float* sums = args.has_norm ? static_cast<float*>(runtime.scratch(scratch_shared, size_t(left.m * n_padded) * sizeof(float))) : nullptr;
+      multiply_weight<T>(runtime, left, args.weight, sums, n_padded, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
+        const int64_t at = first + row;
+        const Epilogue<T> epilogue = {.bias = static_cast<const T*>(args.bias), .activation = args.activation,
+                                      .preactivation = offset<T>(args.preactivation, at * n),
+                                      .dropout = args.dropout.enabled ? &args.dropout : nullptr, .first_row = at,
+                                      .residual = offset<T>(args.residual, at * n), .prenorm = offset<T>(args.prenorm, at * n),
+                                      .out = args.has_norm ? nullptr : out + at * n, .columns = n};
+        finish_columns(epilogue, rows, column, columns, c, c_stride);
+      });
+      if (args.has_norm) norm_rows(runtime, sums, n_padded, left.m, n, args.norm, out + first * n);
+    }
   });
 }
 

@@ -1,10 +1,10 @@
-// What linear and feed_forward share: choosing the step for a packed weight, packing A for it, and the epilogue of a panel.
+// What linear and feed_forward share: the product with a weight, packed or as it lies, and its epilogue.
 #pragma once
 #include "../activations/activations.h"
 #include "../arch/philox.h"
 #include "../dispatch.h"
-#include "../gemm/grid.h"
 #include "../norm/norm.h"
+#include "weights.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -63,17 +63,7 @@ static void finish_columns(const Epilogue<T>& e, int64_t rows, int64_t column, i
   }
 }
 
-// ---- a packed weight ----
-
-struct Packed {
-  const PackedHeader& header;
-  const void* panels;
-  explicit Packed(const void* packed) : header(*static_cast<const PackedHeader*>(packed)), panels(static_cast<const PackedHeader*>(packed) + 1) {}
-  int64_t k() const { return header.k; }
-  int64_t n() const { return header.n; }
-  int64_t steps() const { return header.pairs ? ceil_div(header.k, 2) : header.k; }
-  int64_t panel_count() const { return ceil_div(header.n, panel); }
-};
+// ---- the product with a weight ----
 
 // How weights of storage type T multiply: the packing (cpu.cpp's `pack`) and the product agree on this.
 template <class T>
@@ -83,19 +73,37 @@ template <>
 struct StepOf<bf16> { using Type = Pairs; };
 #endif
 
-// A's rows packed for `Step` into the calling thread's scratch.
-template <class Step, class T>
-static const typename Step::A* pack_a(const Runtime& runtime, const T* x, int64_t x_stride, int64_t rows, int64_t k) {
-  const int64_t steps = ceil_div(k, Step::k_per_step), tiles = ceil_div(rows, tile_rows);
-  void* memory = runtime.scratch(scratch_a, size_t(tiles * tile_rows * steps + 8) * sizeof(typename Step::A));
-#if BIGMODEL_BF16_DOT
-  if constexpr (Step::k_per_step == 2) {
-    pack_rows_pairs(x, x_stride, rows, k, static_cast<uint32_t*>(memory));
-    return static_cast<const typename Step::A*>(memory);
+template <class T>
+static int64_t steps_of(int64_t k) { return ceil_div(k, StepOf<T>::Type::k_per_step); }
+
+template <class T>
+using LeftOf = Left<typename StepOf<T>::Type::A>;
+
+// left.m rows of x, k columns of type T or float32.
+template <class T, class X>
+static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const LeftOf<T>& left) {
+  if constexpr (StepOf<T>::Type::k_per_step == 1) {
+    const Stored<X> rows = {x, k};
+    pack_left(runtime, {as_rows(rows), false}, 0, left);
+  } else {
+    pack_blocks(runtime, left, false, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, uint32_t* target) {
+      pack_rows_pairs(x + row * k + 2 * begin, k, rows, smaller(2 * depth, k - 2 * begin), target);
+    });
   }
-#endif
-  pack_rows(x, x_stride, rows, k, static_cast<float*>(memory));
-  return static_cast<const typename Step::A*>(memory);
+}
+
+// left times the weight, see multiply_columns.
+template <class T, class Finish>
+static void multiply_weight(const Runtime& runtime, const LeftOf<T>& left, const WeightArgs& weight, float* direct, int64_t direct_stride, const Finish& finish) {
+  using Step = typename StepOf<T>::Type;
+  if (weight.packed) {
+    const auto* panels = reinterpret_cast<const typename Step::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
+    multiply_columns<Step>(runtime, left, PackedRight<Step>{panels, left.steps}, weight.n, direct, direct_stride, finish);
+  } else if constexpr (Step::k_per_step == 1) {
+    const Weights<T> rows = {weight.parts, weight.part_n, weight.count, weight.k, weight.layout};
+    const Operand right = rows.operand();
+    multiply_columns<Widen<float>>(runtime, left, RowsRight{right, weight.n}, weight.n, direct, direct_stride, finish);
+  }
 }
 
 // The norm of float32 rows into out, as a pass of its own (the products were cut by columns).

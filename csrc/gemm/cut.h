@@ -1,0 +1,41 @@
+// How a product is cut into tasks.
+#pragma once
+#include "gemm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// A task owns a chunk of columns of all rows of a part, so that a weight is read once a part however many threads there are. A part has at
+// most `most_units` row blocks, whose chunk of C stays in the caches; more parts are made where columns alone would not go round among the
+// threads. Chunks get ever shorter towards the end, so that threads finish together even when one of them is held up (guided
+// self-scheduling, Polychronopoulos & Kuck, 1987).
+struct Cut {
+  static constexpr int64_t widest = panel_group / 2, narrowest = 2;   // chunks, in panels
+  static constexpr int64_t part_unit = row_block / tile_rows;
+  struct Piece { int64_t first_tile, last_tile, first_panel, last_panel; };
+  int64_t tiles, panels, threads, parts;
+  Cut(int64_t rows, int64_t panels, int64_t threads, int64_t most_units) : tiles(ceil_div(rows, tile_rows)), panels(panels), threads(threads) {
+    const int64_t units = ceil_div(tiles, part_unit), turns = 4;       // chunks per thread that even out what each was given
+    parts = larger(ceil_div(units, most_units), threads > 1 ? ceil_div(turns * threads * narrowest, larger(1, panels)) : 1);
+    parts = larger(1, smaller(parts, units));
+  }
+  int64_t tasks() const {
+    int64_t count = 0;
+    if (tiles > 0)
+      for (int64_t at = 0; at < parts * panels; at += length(at)) count++;
+    return count;
+  }
+  Piece piece(int64_t task) const {
+    int64_t at = 0;
+    for (; task > 0; task--) at += length(at);
+    const int64_t part = at / panels, first = at % panels, units = ceil_div(tiles, part_unit);
+    return {units * part / parts * part_unit, smaller(tiles, units * (part + 1) / parts * part_unit), first, first + length(at)};
+  }
+
+ private:
+  int64_t length(int64_t at) const {
+    const int64_t left = parts * panels - at, here = panels - at % panels;
+    return smaller(here, threads == 1 ? widest : larger(narrowest, smaller(widest, left / (2 * threads))));
+  }
+};
+
+}  // namespace bigmodel::BIGMODEL_ISA

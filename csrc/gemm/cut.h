@@ -7,7 +7,8 @@ namespace bigmodel::BIGMODEL_ISA {
 // A task owns a chunk of columns of all rows of a part, so that a weight is read once a part however many threads there are. A part has at
 // most `most_units` row blocks, whose chunk of C stays in the caches; more parts are made where columns alone would not go round among the
 // threads. Chunks get ever shorter towards the end, so that threads finish together even when one of them is held up (guided
-// self-scheduling, Polychronopoulos & Kuck, 1987).
+// self-scheduling, Polychronopoulos & Kuck, 1987). With one or two tiles of rows the time is that of reading the weight, which goes fastest
+// in one run per thread.
 struct Cut {
   static constexpr int64_t widest = panel_group / 2, narrowest = 2;   // chunks, in panels
   static constexpr int64_t part_unit = row_block / tile_rows;
@@ -34,6 +35,7 @@ struct Cut {
  private:
   int64_t length(int64_t at) const {
     const int64_t left = parts * panels - at, here = panels - at % panels;
+    if (tiles <= 2) return smaller(here, ceil_div(panels, threads));
     return smaller(here, threads == 1 ? widest : larger(narrowest, smaller(widest, left / (2 * threads))));
   }
 };

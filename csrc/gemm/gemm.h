@@ -76,8 +76,18 @@ struct RowMajorTile {        // rows as they lie in memory: attention's probabil
   BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + row * stride + k; }
 };
 
-template <int ROWS, class Step, class Tile>
-BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate) {
+// What is asked of memory meanwhile, a little at every k step: asked for at once, it would wait for the few lines that can be under way.
+struct Nothing {
+  BIGMODEL_INLINE void operator()(int64_t) const {}
+};
+struct Ahead {
+  const void* from;
+  int64_t bytes;             // per k step
+  BIGMODEL_INLINE void operator()(int64_t k) const { __builtin_prefetch(static_cast<const char*>(from) + k * bytes, 0, 2); }
+};
+
+template <int ROWS, class Step, class Tile, class Next>
+BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate, const Next next) {
   // Few rows leave registers free: k is then dealt to several chains, which hides the latency of each and shortens its sum.
   constexpr int chains = ROWS == 1 ? 4 : ROWS <= tile_rows / 2 ? 2 : 1;
   F32 acc[chains][ROWS][panel_vectors];
@@ -88,6 +98,7 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 #pragma GCC unroll 4
       for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = F32::zero();
   auto step = [&](int64_t k, int i) __attribute__((always_inline)) {
+    next(k);
     F32 row[panel_vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < panel_vectors; v++) row[v] = Step::panel_row(b + k * panel + v * F32::width);
@@ -118,10 +129,11 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 }
 
 // `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others.
-template <class Step, class Tile, int ROWS = tile_rows>
-static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate) {
-  if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate);
-  if constexpr (ROWS > 1) multiply_rows<Step, Tile, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate);
+template <class Step, class Tile, class Next = Nothing, int ROWS = tile_rows>
+static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
+                          const Next next = {}) {
+  if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate, next);
+  if constexpr (ROWS > 1) multiply_rows<Step, Tile, Next, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate, next);
 }
 
 // ---- packing A ----

@@ -231,46 +231,52 @@ struct RowsRight {
 
 // ---- the product ----
 
+// How far ahead of the product with a single tile its weight is asked for, in bytes: beyond the hardware's own prefetch, which stops at each
+// page. (A single row of float32 has so little to do for a line that asking only delays it.)
+inline constexpr int64_t stream_ahead = 4096;
+
 // C (m x n) = left right. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel; or null: C is
 // the task's own. finish(row, rows, column, columns, c, c_stride) follows when these elements are complete: `row` is a multiple of row_block,
-// `rows` at most that, `columns` at most panel_group * panel.
+// `rows` at most that, `columns` at most Cut::widest * panel.
 template <class Step, class Right, class Finish>
 static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
                              int64_t direct_stride, const Finish& finish) {
+  using B = typename Step::B;
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
-  parallel(runtime, cut.tasks(), [&](int64_t task) {
-    const Cut::Piece piece = cut.piece(task);
-    const int64_t panels = piece.last_panel - piece.first_panel, column = piece.first_panel * panel, columns = smaller(n - column, panels * panel);
-    const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows, tiles = piece.last_tile - piece.first_tile;
+  // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
+  auto one = [&](int64_t begin, const B* b, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
+    const int64_t depth = left.depth(begin), count = last - tile, row_bytes = panel * int64_t(sizeof(B)), bytes = next ? ceil_div(row_bytes, count) : 0;
+    for (int64_t i = 0; i < count; i++) {
+      const Ahead ahead = {next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b), bytes};
+      multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), depth, PackedTile<Step>{left.at(begin, tile + i)}, b,
+                          c + i * tile_rows * c_stride, c_stride, begin > 0, ahead);
+    }
+  };
+  auto chunk_of = [&](const Cut::Piece& piece, int64_t first_panel, int64_t panels) {
+    const int64_t column = first_panel * panel, columns = smaller(n - column, panels * panel);
+    const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows;
     const int64_t c_stride = direct ? direct_stride : panels * panel;
     float* c = direct ? direct + piece.first_tile * tile_rows * direct_stride + column
                       : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
-    // Depth block `begin` of a panel against some tiles. A weight's next panel comes from L3 or memory: each tile asks for its share of it.
-    auto one = [&](int64_t begin, const typename Step::B* b, int64_t tile, int64_t last, float* c_panel, const void* next) {
-      const int64_t depth = left.depth(begin), next_bytes = next ? depth * panel * int64_t(sizeof(*b)) : 0, count = last - tile;
-      for (int64_t i = 0; i < count; i++) {
-        for (int64_t at = next_bytes * i / count / 64 * 64; at < next_bytes * (i + 1) / count; at += 64)
-          __builtin_prefetch(static_cast<const char*>(next) + at, 0, 2);
-        multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), depth, PackedTile<Step>{left.at(begin, tile + i)}, b,
-                            c_panel + i * tile_rows * c_stride, c_stride, begin > 0);
-      }
-    };
-    if (Right::packed && tiles == 1) {  // a single tile reuses no panel: the weight is read once, straight through
+    if (Right::packed && piece.last_tile - piece.first_tile == 1) {  // a single tile reuses no panel: the weight is read once, straight through
       for (int64_t p = 0; p < panels; p++)
-        for (int64_t begin = 0; begin < larger(1, steps); begin += depth_block)
-          one(begin, right.chunk(runtime, piece.first_panel + p, 1, begin, left.depth(begin)).first, piece.first_tile, piece.last_tile, c + p * panel, nullptr);
+        for (int64_t begin = 0; begin < larger(1, steps); begin += depth_block) {
+          const B* b = right.chunk(runtime, first_panel + p, 1, begin, left.depth(begin)).first;
+          const bool ask = rows > 1 || sizeof(B) < sizeof(float);
+          one(begin, b, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + stream_ahead / sizeof(B) : nullptr);
+        }
       return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
     }
     int64_t begin = 0;
     do {  // once at least: a product of no depth is zero
-      const auto chunk = right.chunk(runtime, piece.first_panel, panels, begin, left.depth(begin));
+      const auto chunk = right.chunk(runtime, first_panel, panels, begin, left.depth(begin));
       for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
         const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
         for (int64_t p = 0; p < panels; p++) {
-          const auto* b = chunk.first + p * chunk.stride;
-          one(begin, b, tile, last, c_block + p * panel, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
+          const B* b = chunk.first + p * chunk.stride;
+          one(begin, b, tile, last, c_block + p * panel, c_stride, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
         }
         if (begin + depth_block < steps) continue;
         const int64_t row = tile * tile_rows;
@@ -278,6 +284,11 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       }
       begin += depth_block;
     } while (begin < steps);
+  };
+  parallel(runtime, cut.tasks(), [&](int64_t task) {
+    const Cut::Piece piece = cut.piece(task);
+    for (int64_t first = piece.first_panel; first < piece.last_panel; first += Cut::widest)
+      chunk_of(piece, first, smaller(Cut::widest, piece.last_panel - first));
   });
 }
 

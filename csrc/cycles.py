@@ -2,6 +2,7 @@
 
     python csrc/build.py cuda && python csrc/cycles.py            a table of the Hopper kernels, in Markdown
     python csrc/cycles.py attention.sm90 linear.sm90              of these files of build/cuda
+    python csrc/cycles.py resources                               registers, shared memory, spills of all
 
 Needs no GPU. The main loop of a kernel is its innermost loop with the most products of the tensor cores; of
 its paths the shortest is counted, which is that of a tile without a hidden pair. (The general loops are
@@ -24,6 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent.resolve() / "build" / "cuda"
+# File -> where the emulator's tests of its kernels are.
+KERNELS = {
+    "attention.sm90": "test_emulated_attention",
+    "attention.sm90_backward": "test_emulated_attention_backward",
+    "attention.sm80": "test_emulated_attention",
+    "attention.sm80_backward": "test_emulated_attention_backward",
+    "attention.decode": "test_emulated_decode",
+    "linear.sm90": "test_emulated_linear",
+    "linear.sm80": "test_emulated_linear",
+}
 FILES = ("attention.sm90", "attention.sm90_backward", "linear.sm90")
 
 # Cycles that one instruction of a warp keeps its pipe busy, of the four that a multiprocessor has: 128
@@ -87,11 +98,17 @@ def cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def functions(sass: str) -> dict[str, list[Instruction]]:
+def sass(file: str) -> str:
+    """Of build/cuda/<file>.o."""
+    command = [cuobjdump(), "-sass", str(FOLDER / f"{file}.o")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def functions(text: str) -> dict[str, list[Instruction]]:
     """Kernel -> its instructions."""
     found: dict[str, list[Instruction]] = {}
-    for text in sass.split("Function : ")[1:]:
-        name, body = text.split(None, 1)
+    for function in text.split("Function : ")[1:]:
+        name, body = function.split(None, 1)
         found[name] = []
         for address, predicate, opcode, rest in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z]\S*)([^;]*);", body
@@ -156,18 +173,29 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
     return [code[i] for i in reversed(path)]
 
 
-def pretty(mangled: str) -> tuple[str, list[str]]:
-    """AttentionSm90, ['bfloat16', '128', '0', '2'] of the kernel that `enter` is made for."""
-    name = re.search(r"enterINS0_\d+([A-Z][A-Za-z0-9]*?)I(.*?)EEEvNT_", mangled)
-    if name is None:
-        return mangled, []
-    values = re.findall(r"\d+(bfloat16|float16)|L[ib](\d+)E", name[2])
-    return name[1], [a or b for a, b in values]
+@dataclass(frozen=True)
+class Kernel:
+    """What its mangled name says: `enter<AttentionSm90<bfloat16, 128, false, 2>, bytes of shared memory>`."""
 
+    name: str
+    arguments: tuple[str, ...]
+    shared: int
 
-def is_general(kernel: str, values: list[str]) -> bool:
-    """Of attention's kernels: element type, head_dim, whether general."""
-    return kernel.startswith("Attention") and values[2] == "1"
+    @classmethod
+    def of(cls, mangled: str) -> Kernel:
+        found = re.search(r"enterINS0_(\d+)(.*)EELi(\d+)EEEvNT_", mangled)
+        if found is None:
+            raise ValueError(f"{mangled} is no kernel of arch/launch.cuh")
+        length = int(found[1])
+        arguments = re.findall(r"\d+(bfloat16|float16)|L[ib](\d+)E", found[2][length:] + "E")
+        return cls(found[2][:length], tuple(a or b for a, b in arguments), int(found[3]))
+
+    def is_general(self) -> bool:
+        """Of attention's kernels: element type, head_dim, whether general."""
+        return self.name.startswith("Attention") and self.arguments[2:3] == ("1",)
+
+    def __str__(self) -> str:
+        return f"{self.name}<{', '.join(self.arguments)}>"
 
 
 def measure(name: str, code: list[Instruction]) -> Loop:
@@ -178,22 +206,19 @@ def measure(name: str, code: list[Instruction]) -> Loop:
             if re.match(pattern, instruction.opcode):
                 pipes[pipe.split(",")[0]] += cycles
                 break
-    kernel, values = pretty(name)
+    kernel = Kernel.of(name)
     # The producer's warpgroup runs another loop. Three consumers where the kernel says so, else two.
-    consumers = 3 if kernel == "AttentionSm90" and values[-1:] == ["3"] else 2
+    consumers = 3 if kernel.name == "AttentionSm90" and kernel.arguments[-1] == "3" else 2
     tensor = sum(map(products, path)) / MULTIPLIES_PER_CYCLE
-    return Loop(f"{kernel}<{', '.join(values)}>", consumers, len(path), tensor, dict(pipes))
+    return Loop(str(kernel), consumers, len(path), tensor, dict(pipes))
 
 
 def loops_of(file: str) -> list[Loop]:
     """Of the bfloat16 kernels of build/cuda/<file>.o with a short loop."""
-    text = subprocess.run(
-        [cuobjdump(), "-sass", FOLDER / f"{file}.o"], capture_output=True, text=True, check=True
-    ).stdout
     found = [
         measure(name, code)
-        for name, code in functions(text).items()
-        if any(map(products, code)) and "bfloat16" in name and not is_general(*pretty(name))
+        for name, code in functions(sass(file)).items()
+        if any(map(products, code)) and "bfloat16" in name and not Kernel.of(name).is_general()
     ]
     return sorted(found, key=lambda loop: loop.kernel)
 
@@ -212,5 +237,54 @@ def table(files: list[str]) -> str:
     return "\n".join(lines)
 
 
+def spilled(log: str) -> dict[str, tuple[int, int]]:
+    """Kernel -> registers that it is launched with, and bytes spilled, from what ptxas -v says."""
+    found = {}
+    for name, text in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", log, re.S):
+        numbers = re.search(
+            r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+            text,
+            re.S,
+        )
+        assert numbers is not None, name
+        found[name] = (int(numbers[3]), int(numbers[1]) + int(numbers[2]))
+    return found
+
+
+def used(text: str) -> dict[str, int]:
+    """Kernel -> the most registers in its instructions, where warpgroups give each other registers."""
+    found = {}
+    for function in text.split("Function : ")[1:]:
+        name, body = function.split(None, 1)
+        if "USETMAXREG" in body:
+            found[name] = 1 + max(int(r) for r in re.findall(r"\bR(\d+)\b", body))
+    return found
+
+
+def resources(files: list[str]) -> str:
+    """A table of the bfloat16 kernels; those that differ by the first number alone share a line, N."""
+    lines = [
+        "| kernel | N | emulated in | registers of a thread | shared memory of a block, bytes | spilled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in files:
+        rows: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
+        most = used(sass(file))
+        for name, (registers, bytes_) in spilled((FOLDER / f"{file}.o.log").read_text()).items():
+            kernel = Kernel.of(name)
+            element, *more = kernel.arguments
+            if element == "bfloat16":
+                label = f"{kernel.name}<{', '.join([element, *['N'] * bool(more), *more[1:]])}>"
+                size = int(more[0]) if more else 0
+                rows[label].append((size, most.get(name, registers), kernel.shared, bytes_))
+        for label, entries in sorted(rows.items()):
+            sizes, *rest = [" / ".join(map(str, column)) for column in zip(*sorted(entries), strict=True)]
+            lines.append(f"| {' | '.join([label, sizes, f'`{KERNELS[file]}`', *rest])} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1:] or list(FILES)))
+    if sys.argv[1:2] == ["resources"]:
+        print(resources(sys.argv[2:] or list(KERNELS)))
+    else:
+        print(table(sys.argv[1:] or list(FILES)))

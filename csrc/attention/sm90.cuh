@@ -3,7 +3,7 @@
 // A block is one producer warpgroup, of which a warp has the copy engine bring tiles and another says which, and two or three consumer warpgroups, which multiply. It
 // stays for many tiles of queries, the longest first (schedule.cuh): while one leaves, the next one's Q, K and V arrive.
 //
-//   producer   Q | K0 | V0 | K1 | V1 | ... | the next Q | K0 | ...    into two stages of each, as they become empty
+//   producer   Q | K0 | V0 | K1 | V1 | ... | the next Q | K0 | ...    into stages of each, two or more, as they become empty
 //   consumer   S0 = Q K0^T, softmax -> P0
 //              S1 = Q K1^T  and  O += P0 V0   run at once on the tensor cores; softmax of S1 as soon as it is there
 //              S2 = Q K2^T  and  O += P1 V1   ...
@@ -100,7 +100,8 @@ struct AttentionSm90 {
                                         : (consumers == 3 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
-  static constexpr int stages = 2, query_stages = HeadDim <= 128 ? 2 : 1;  // of larger ones a second Q does not fit
+  // As many as fit: short sequences have one or two tiles of keys, and the next ones' arrive meanwhile.
+  static constexpr int stages = HeadDim <= 64 ? 4 : 2, query_stages = HeadDim <= 128 ? 2 : 1;
   static constexpr bool ping_pong = HeadDim <= 128 && !General;  // with longer products, or a longer softmax, turns have less to give
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
   static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;

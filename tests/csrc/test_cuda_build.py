@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,6 @@ def entries(log: Path) -> dict[str, tuple[int, int, int]]:
         registers = int(re.findall(r"Used (\d+) registers", rest)[0])
         found[name] = (registers, stack, stores + loads)
     return found
-
-
-def sass(folder: Path, name: str) -> str:
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, "-sass", folder / name], capture_output=True, text=True, check=True).stdout
 
 
 # Attention: two element types, six head_dims, short and general, on Hopper two short ones of the two
@@ -98,9 +91,21 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
     ],
 )
 def test_the_instructions_are_there(folder: Path, kernel: str, instructions: list[str]) -> None:
-    text = sass(folder, f"{kernel}.o")
+    text = load("cycles").sass(kernel)
     assert [name for name in instructions if name not in text] == []
     assert not re.search(r"\b(LDL|STL)\b", text), "local memory"
+
+
+def test_the_documented_resources_are_those_of_the_build(folder: Path) -> None:
+    """The table of docs/cuda.md, line by line, as `python csrc/cycles.py resources` prints it."""
+    cycles = load("cycles")
+    assert set(cycles.KERNELS) == set(COUNTS)
+    lines = cycles.resources(list(cycles.KERNELS)).splitlines()
+    documented = (folder.parents[1] / "docs" / "cuda.md").read_text().splitlines()
+    assert [line for line in lines if line not in documented] == []
+    assert len(lines) > 20
+    tests = {path.stem for path in (Path(__file__).parent / "emulator").glob("test_*.py")}
+    assert set(cycles.KERNELS.values()) <= tests
 
 
 def test_main_loops_leave_the_tensor_cores_busy(folder: Path) -> None:

@@ -7,7 +7,7 @@ from build_csrc import load
 # Two products before the loop, then a loop around a loop: the inner one has the most, and a way around its
 # masking. The last jump is out of line.
 SASS = """
-\t\tFunction : _ZN8bigmodel4cuda5enterINS0_13AttentionSm90INS0_8bfloat16ELi64ELb0ELi3EEEEEvNT_6ParamsE
+\t\tFunction : _ZN8bigmodel4cuda5enterINS0_13AttentionSm90INS0_8bfloat16ELi64ELb0ELi3EEELi98488EEEvNT_6ParamsE
         /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT ;
         /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;
         /*0020*/                   MUFU.EX2 R3, R3 ;

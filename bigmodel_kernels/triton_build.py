@@ -4,12 +4,12 @@
     python -m bigmodel_kernels.triton_build --target sm_90 --case attention --json
 
 Triton carries its own assemblers, so a kernel compiles for NVIDIA and AMD devices on any machine. Each case
-below calls an operation's own launcher; the launch is recorded instead of run and compiled with exactly the
-tile, types and specialisations that it would have had on the device. The table shows registers per thread,
-shared memory, bytes of spilled registers (which should be 0) and the matrix instruction that the assembly
-holds. Cases are compiled by several processes (``--jobs``); the last line says how long all took.
+of ``triton_cases`` calls an operation's own launcher; the launch is recorded instead of run and compiled with
+exactly the tile, types and specialisations that it would have had on the device. The table shows registers
+per thread, shared memory, bytes of spilled registers (which should be 0) and the matrix instruction that the
+assembly holds. Cases are compiled by several processes (``--jobs``); the last line says how long all took.
 
-Exits with status 1 if a case fails to compile or spills.
+Exits with status 1 if a case fails to compile, spills, or needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +36,8 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bigmodel_kernels import triton_cases, triton_runtime
-from bigmodel_kernels.ops.attention import triton as attention
+from bigmodel_kernels import triton_runtime
+from bigmodel_kernels.triton_cases import CASES
 
 TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
     "sm_80": (GPUTarget("cuda", 80, 32), triton_runtime.AMPERE),
@@ -45,64 +45,6 @@ TARGETS: dict[str, tuple[GPUTarget, triton_runtime.Target]] = {
     "sm_100": (GPUTarget("cuda", 100, 32), triton_runtime.BLACKWELL),
     "gfx942": (GPUTarget("hip", "gfx942", 64), triton_runtime.MI300),
 }
-
-
-# ---- cases -------------------------------------------------------------------------------------------------
-
-
-def _attention(
-    dtype: torch.dtype, rows: int, head_dim: int, heads: int = 16, kv_heads: int = 16, **options: Any
-) -> None:
-    batch = 8
-    query = torch.empty(batch, heads, rows, head_dim, dtype=dtype)
-    keys = max(rows, 512)
-    key, value = torch.empty(2, batch, kv_heads, keys, head_dim, dtype=dtype)
-    if options.pop("padding", False):
-        options["key_padding_mask"] = torch.empty(batch, keys, dtype=torch.bool)
-    if options.pop("with_bias", False):
-        options["bias"] = torch.empty(1, heads, rows, keys, dtype=dtype)
-    if options.get("dropout_p"):
-        options["dropout_seed"] = torch.tensor(0)
-    attention.run(query, key, value, softmax_scale=head_dim**-0.5, **options)
-
-
-def _packed_attention(dtype: torch.dtype, head_dim: int) -> None:
-    query = torch.empty(4096, 3, 12, head_dim, dtype=dtype)
-    ends = torch.tensor([0, 4096], dtype=torch.int32)
-    q, k, v = query.unbind(1)
-    lengths: dict[str, Any] = {
-        "cu_seqlens_q": ends,
-        "cu_seqlens_k": ends,
-        "max_seqlen_q": 512,
-        "max_seqlen_k": 512,
-    }
-    attention.run(q, k, v, softmax_scale=0.1, **lengths)
-
-
-_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-
-CASES: dict[str, Callable[[], None]] = {
-    "attention bf16 d32": lambda: _attention(_BF16, 512, 32),
-    "attention bf16 d64": lambda: _attention(_BF16, 512, 64),
-    "attention bf16 d64 causal": lambda: _attention(_BF16, 1024, 64, is_causal=True),
-    "attention bf16 d64 padding": lambda: _attention(_BF16, 512, 64, padding=True),
-    "attention bf16 d64 bias": lambda: _attention(_BF16, 512, 64, with_bias=True),
-    "attention bf16 d64 dropout": lambda: _attention(_BF16, 512, 64, dropout_p=0.1),
-    "attention bf16 d64 packed": lambda: _packed_attention(_BF16, 64),
-    "attention fp16 d64 causal": lambda: _attention(_FP16, 1024, 64, is_causal=True),
-    "attention bf16 d96 causal": lambda: _attention(_BF16, 1024, 96, is_causal=True),
-    "attention bf16 d128": lambda: _attention(_BF16, 1024, 128),
-    "attention bf16 d128 causal gqa": lambda: _attention(_BF16, 1024, 128, kv_heads=4, is_causal=True),
-    "attention bf16 d128 window softcap": lambda: _attention(
-        _BF16, 1024, 128, is_causal=True, window_left=256, softcap=50.0
-    ),
-    "attention bf16 d256 causal": lambda: _attention(_BF16, 1024, 256, is_causal=True),
-    "attention bf16 d128 decode": lambda: _attention(_BF16, 1, 128, kv_heads=4, is_causal=True),
-    "attention fp32 d64": lambda: _attention(_FP32, 512, 64),
-    "attention fp32 d128 causal": lambda: _attention(_FP32, 512, 128, is_causal=True),
-    "attention fp32 d256": lambda: _attention(_FP32, 512, 256),
-    **triton_cases.CASES,
-}  # fmt: skip
 
 
 # ---- recording a launch ------------------------------------------------------------------------------------
@@ -301,11 +243,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{len(results)} kernels in {seconds:.0f} s ({work:.0f} s of compiling, {chosen.jobs} processes)"
         )
-    failures += [
-        f"{r.kernel} of {r.case} on {r.target}: spills {r.spilled_bytes} bytes"
-        for r in results
-        if r.spilled_bytes
-    ]
+    for r in results:
+        what = f"{r.kernel} of {r.case} on {r.target}"
+        if r.spilled_bytes:
+            failures.append(f"{what}: spills {r.spilled_bytes} bytes")
+        if r.shared_bytes > (most := TARGETS[r.target][1].shared_memory):
+            failures.append(
+                f"{what}: needs {r.shared_bytes} bytes of shared memory, of which there are {most}"
+            )
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,16 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bigmodel_kernels import triton_build
+from triton.runtime.jit import JITFunction
+
+import bigmodel_kernels.ops
+from bigmodel_kernels import triton_build, triton_runtime
 
 ROOT = Path(__file__).parents[2]
+WITH_PRODUCTS = (
+    "linear_kernel", "hidden_backward_kernel", "attention_kernel", "attention_decode_kernel",
+    "attention_backward_keys_kernel", "attention_backward_rows_kernel", "attention_backward_bias_kernel",
+)  # fmt: skip
 
 
 def _build(*arguments: str, timeout: int = 120) -> list[dict[str, Any]]:
@@ -39,22 +48,67 @@ def test_matrix_instructions(case: str) -> None:
         assert 0 < result["shared_bytes"] <= (232_448 if result is sm_90 else 65_536)
 
 
+def test_the_gradient_of_attention() -> None:
+    """Its three kernels of this case; ``test_every_target_uses_its_matrix_unit`` has more, and Blackwell."""
+    wanted = {"sm_80": "mma.m16n8k16", "sm_90": "wgmma", "gfx942": "v_mfma"}
+    targets = [argument for target in wanted for argument in ("--target", target)]
+    results = _build(*targets, "--case", "attention backward bf16 d32")
+    names = ["delta", "backward_rows", "backward_keys"] * 3
+    assert [r["kernel"] for r in results] == [f"attention_{name}_kernel" for name in names]
+    for result in results:
+        assert result["spilled_bytes"] == 0
+        if result["kernel"] in WITH_PRODUCTS:
+            assert wanted[result["target"]] in result["mma"], result
+
+
+def _kernels() -> set[str]:
+    """Names of the package's kernels: what a launch can name, by this package's convention."""
+    names: set[str] = set()
+    for module in pkgutil.walk_packages(bigmodel_kernels.ops.__path__, "bigmodel_kernels.ops."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                names.add(name)
+    return names
+
+
+def test_every_kernel_is_in_a_case() -> None:
+    """Recorded, not compiled: ``make triton-build`` leaves no kernel out."""
+    launched: set[str] = set()
+    with triton_build.recorded() as launches, triton_runtime.pretend(triton_runtime.HOPPER):
+        for run in triton_build.CASES.values():
+            run()
+            launched.update(launch.kernel.__name__ for launch in launches)
+            launches.clear()
+    assert launched == _kernels()
+
+
+# The instructions that the devices are bought for. A decoding step has fewer rows than the 64 of a
+# warpgroup's product: there NVIDIA's warps multiply each for itself.
+_OWN = {"sm_80": "mma.m16n8k16", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+_OF_A_WARP = {**_OWN, "sm_90": "mma.m16n8k16", "sm_100": "mma.m16n8k16"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
+    ("case", "wanted"),
     [
-        "linear bf16 4096x768x3072 training",
-        "feed_forward backward bf16 768x3072 gelu",
-        "cross_entropy bf16 768x50257",
+        ("linear bf16 4096x768x3072 training", _OWN),
+        ("feed_forward backward bf16 768x3072 gelu", _OWN),
+        ("cross_entropy bf16 768x50257", _OWN),
+        ("attention bf16 d64 causal", _OWN),
+        ("attention bf16 d128 causal gqa", _OWN),
+        ("attention backward bf16 d64 bias", _OWN),
+        ("attention backward fp16 d64 causal", _OWN),
+        ("attention backward bf16 d128 causal gqa", _OWN),
+        ("decode bf16 d128 gqa paged", _OF_A_WARP),
     ],
 )
-def test_every_target_uses_its_matrix_unit(case: str) -> None:
+def test_every_target_uses_its_matrix_unit(case: str, wanted: dict[str, str]) -> None:
     """Tensor descriptors on Hopper and Blackwell included: the wanted instruction, and no spill."""
-    wanted = {"sm_80": "mma.m16n8k16", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
     results = _build("--case", case, "--jobs", "2", timeout=600)
     assert {r["target"] for r in results} == set(wanted)
     for result in results:
-        if result["kernel"] in ("linear_kernel", "hidden_backward_kernel"):
+        if result["kernel"] in WITH_PRODUCTS:
             assert wanted[result["target"]] in result["mma"], result
 
 
@@ -72,15 +126,18 @@ def test_a_spill_and_a_failure_are_errors(
         if case == "broken":
             raise ValueError("no such instruction")
         spilled = 8 if case == "spilling" else 0
-        return [triton_build.Result(case, "kernel", target, 32, 0, spilled, "-", 0.1)]
+        shared = 232_449 if case == "sharing" else 232_448
+        return [triton_build.Result(case, "kernel", target, 32, shared, spilled, "-", 0.1)]
 
     monkeypatch.setattr(triton_build, "build", build)
-    monkeypatch.setattr(triton_build, "CASES", dict.fromkeys(("fine", "spilling", "broken")))
+    monkeypatch.setattr(triton_build, "CASES", dict.fromkeys(("fine", "spilling", "sharing", "broken")))
     options = ["--target", "sm_90", "--jobs", "1"]
     assert triton_build.main([*options, "--case", "fine"]) == 0
     assert "1 kernels in" in capsys.readouterr().out
     assert triton_build.main([*options, "--case", "spilling"]) == 1
     assert "spills 8 bytes" in capsys.readouterr().err
+    assert triton_build.main([*options, "--case", "sharing"]) == 1
+    assert "needs 232449 bytes of shared memory" in capsys.readouterr().err
     assert triton_build.main([*options, "--case", "broken"]) == 1
     assert "broken on sm_90: ValueError: no such instruction" in capsys.readouterr().err
 
@@ -92,7 +149,7 @@ def test_every_case_on_every_target() -> None:
     assert {r["target"] for r in results} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     for result in results:
         half = " fp32 " not in result["case"]
-        if half and result["kernel"] in ("attention_kernel", "linear_kernel", "hidden_backward_kernel"):
+        if half and result["kernel"] in WITH_PRODUCTS:
             assert result["mma"] != "-", result
 
 

@@ -45,6 +45,7 @@ from ...triton_runtime import Target, on_device, target_of
 from ..philox import threshold
 from ..philox_triton import keep_attention
 from .triton_logits import (
+    MAX_HEAD_DIM,
     keys_seen,
     load_tile,
     logits_of,
@@ -98,42 +99,99 @@ def attention_delta_kernel(
 
 
 @triton.jit
+def _tiles_of(low, full_low, full_high, high, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Tiles at the left edge of a range, and those that a loop takes: at both edges, or only between them."""
+    left = tl.cdiv(tl.maximum(tl.minimum(full_low, high) - low, 0), TILE)
+    if MASKED:
+        return left, left + tl.cdiv(tl.maximum(high - full_high, 0), TILE)
+    else:
+        return left, (full_high - full_low) // TILE
+
+
+@triton.jit
+def _start_of(number, left, low, full_low, full_high, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Where a tile of :func:`_tiles_of` starts."""
+    if MASKED:
+        start = tl.where(number < left, low + number * TILE, full_high + (number - left) * TILE)
+    else:
+        start = full_low + number * TILE
+    return tl.multiple_of(start, TILE)
+
+
+@triton.jit
+def _long_product(
+    a_rows, b_rows, in_a, in_b, head_dim,
+    TILE_A: tl.constexpr, TILE_B: tl.constexpr, TILE_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``a b^T`` of two tiles in memory, CHUNK of their columns at a time.
+
+    In float32 on NVIDIA each thread holds whole rows of both operands: a large head_dim would spill.
+    """
+    local_dims = tl.arange(0, CHUNK)
+    product = tl.zeros((TILE_A, TILE_B), dtype=tl.float32)
+    for start in range(0, TILE_D, CHUNK):
+        start = tl.multiple_of(start, CHUNK)
+        in_dims = (start + local_dims) < head_dim
+        a = load_tile(a_rows[:, None] + (start + local_dims)[None, :], in_a, in_dims, True, False)
+        b = load_tile(b_rows[:, None] + (start + local_dims)[None, :], in_b, in_dims, True, False)
+        product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def _over_rows(
-    dk, dv, k, v,
-    query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, shown,
-    stride_qm, stride_gm, stride_bm,
-    key, dims, begin, end, queries, keys, offset, head_dim,
-    slope, scale, softcap, window_left, window_right,
-    seed, least, keep_scale, first_key, head, sequence,
+    dk, dv, k, v, k_rows, v_rows,
+    query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+    stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
+    key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
+    scale, softcap, window_left, window_right,
+    seed, least, keep_scale, first_key, first_head, group, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The loop of the kernel for keys, over the tiles of rows from ``begin`` to ``end``."""
+    """The loop of the kernel for keys: over tiles of rows that see all the keys, or, MASKED, the others.
+
+    The query heads that read these keys are in the same loop: with a loop of their own around it, what that
+    keeps in registers spilled.
+    """
     local_rows = tl.arange(0, TILE_M)
     in_dims = dims < head_dim
-    for start in range(begin, end, TILE_M):
+    left, tiles = _tiles_of(low, full_low, full_high, high, MASKED, TILE_M)
+    for number in range(0, group * tiles):
+        start = _start_of(number % tiles, left, low, full_low, full_high, MASKED, TILE_M)
+        head = first_head + number // tiles
+        head_64 = tl.cast(head, tl.int64)
         start_m = tl.cast(start, tl.int64)  # start * stride may pass 2^31
         row = start + local_rows
         in_range = row < queries
-        q_tile = query_ptr + start_m * stride_qm + local_rows[:, None] * stride_qm + dims[None, :]
-        q = load_tile(q_tile, in_range, in_dims, MASKED, EVEN_D)
+        q_rows = query_ptr + (head_64 * stride_qh + start_m * stride_qm) + local_rows * stride_qm
+        if CHUNK == TILE_D:
+            q = load_tile(q_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
+        statistics = head_64 * stride_lh + row
         # Rows past the end: 2^(S - inf) = 0, so nothing of theirs counts.
         if MASKED:
-            lse2 = tl.load(lse2_ptr + row, mask=in_range, other=float("inf"))
-            delta = tl.load(delta_ptr + row, mask=in_range, other=0.0)
+            lse2 = tl.load(lse2_ptr + statistics, mask=in_range, other=float("inf"))
         else:
-            lse2 = tl.load(lse2_ptr + row)
-            delta = tl.load(delta_ptr + row)
+            lse2 = tl.load(lse2_ptr + statistics)
         bias = 0.0
         if HAS_BIAS:
-            b_tile = bias_ptr + start_m * stride_bm + local_rows[None, :] * stride_bm
+            b_tile = bias_ptr + (head_64 * stride_bh + start_m * stride_bm)
             in_tile = (key < keys)[:, None]
             if MASKED:
                 in_tile = in_tile & in_range[None, :]
-            bias = tl.load(b_tile, mask=in_tile, other=0.0)
+            bias = tl.load(b_tile + local_rows[None, :] * stride_bm, mask=in_tile, other=0.0)
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(alibi_ptr + head_64 * stride_ah) * 1.4426950408889634
 
-        products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if CHUNK == TILE_D:
+            products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        else:
+            products = _long_product(
+                k_rows, q_rows, key < keys, in_range, head_dim, TILE_N, TILE_M, TILE_D, CHUNK
+            )
         logits, bounded = logits_of(
             products, row[None, :], key[:, None], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
@@ -141,19 +199,31 @@ def _over_rows(
         )  # fmt: skip
         p = tl.exp2(logits - lse2[None, :])
         if RENORM:
-            p *= tl.load(inverse_ptr + row, mask=in_range, other=0.0)[None, :]
-        g_tile = grad_ptr + start_m * stride_gm + local_rows[:, None] * stride_gm + dims[None, :]
-        grad = load_tile(g_tile, in_range, in_dims, MASKED, EVEN_D)
-        dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
+            p *= tl.load(inverse_ptr + statistics, mask=in_range, other=0.0)[None, :]
+        grad_rows = grad_ptr + (head_64 * stride_gh + start_m * stride_gm) + local_rows * stride_gm
+        if CHUNK == TILE_D:
+            grad = load_tile(grad_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
+            dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        else:
+            dp = _long_product(
+                v_rows, grad_rows, key < keys, in_range, head_dim, TILE_N, TILE_M, TILE_D, CHUNK
+            )
+            grad = load_tile(grad_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
         if HAS_DROPOUT:  # dv is multiplied by keep_scale at the end
             kept = keep_attention(seed, least, start, first_key, head, sequence, TILE_M, TILE_N, True)
             dv = tl.dot(tl.where(kept, p, 0.0).to(grad.dtype), grad, dv, input_precision="ieee")
             dp = tl.where(kept, dp * keep_scale, 0.0)
         else:
             dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        if MASKED:
+            delta = tl.load(delta_ptr + statistics, mask=in_range, other=0.0)
+        else:
+            delta = tl.load(delta_ptr + statistics)
         ds = p * (dp - delta[None, :])
         if HAS_SOFTCAP:
             ds *= 1.0 - bounded * bounded
+        if CHUNK != TILE_D:
+            q = load_tile(q_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -170,7 +240,7 @@ def attention_backward_keys_kernel(
     softmax_scale, scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, EVEN_D: tl.constexpr,
+    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which keys of which head. Under a causal mask the first keys are seen by the most rows and start first.
@@ -198,8 +268,12 @@ def attention_backward_keys_kernel(
     key_ptr += batch * stride_kb + kv_64 * stride_kh + (first_k + key_64) * stride_kn
     value_ptr += batch * stride_vb + kv_64 * stride_vh + (first_k + key_64) * stride_vn
     # Keys past the end are zero. What they give is never stored, and mixes with no other key.
-    k = load_tile(key_ptr + local_keys[:, None] * stride_kn + dims[None, :], in_keys, in_dims, True, EVEN_D)
-    v = load_tile(value_ptr + local_keys[:, None] * stride_vn + dims[None, :], in_keys, in_dims, True, EVEN_D)
+    k_rows = key_ptr + local_keys * stride_kn
+    v_rows = value_ptr + local_keys * stride_vn
+    k, v = 0, 0
+    if CHUNK == TILE_D:
+        k = load_tile(k_rows[:, None] + dims[None, :], in_keys, in_dims, True, EVEN_D)
+        v = load_tile(v_rows[:, None] + dims[None, :], in_keys, in_dims, True, EVEN_D)
     shown = in_keys[:, None]
     if HAS_PADDING:
         padding = padding_ptr + batch * stride_pb + key_64 * stride_pn + local_keys * stride_pn
@@ -213,50 +287,39 @@ def attention_backward_keys_kernel(
         HAS_LEFT, HAS_RIGHT, TILE_M,
     )  # fmt: skip
 
+    query_ptr += batch * stride_qb + first_q * stride_qm
+    grad_ptr += batch * stride_gb + first_q * stride_gm
+    lse2_ptr += batch * stride_lb + first_q
+    delta_ptr += batch * stride_lb + first_q
+    if RENORM:
+        inverse_ptr += batch * stride_lb + first_q
+    if HAS_BIAS:
+        bias_ptr += batch * stride_bb + key_64 * stride_bn
+        bias_ptr = bias_ptr + local_keys[:, None].to(tl.int64) * stride_bn
+    if HAS_ALIBI:
+        alibi_ptr += batch * stride_ab
     dk = tl.zeros((TILE_N, TILE_D), dtype=tl.float32)
     dv = tl.zeros((TILE_N, TILE_D), dtype=tl.float32)
-    for member in range(0, group):  # the query heads that read these keys
-        head = kv_head * group + member
-        head_64 = head.to(tl.int64)
-        head_query = query_ptr + batch * stride_qb + head_64 * stride_qh + first_q * stride_qm
-        head_grad = grad_ptr + batch * stride_gb + head_64 * stride_gh + first_q * stride_gm
-        head_lse2 = lse2_ptr + batch * stride_lb + head_64 * stride_lh + first_q
-        head_delta = delta_ptr + batch * stride_lb + head_64 * stride_lh + first_q
-        head_inverse = inverse_ptr
-        if RENORM:
-            head_inverse = inverse_ptr + batch * stride_lb + head_64 * stride_lh + first_q
-        head_bias = bias_ptr
-        if HAS_BIAS:
-            head_bias = bias_ptr + batch * stride_bb + head_64 * stride_bh
-            head_bias = head_bias + key_64 * stride_bn + local_keys[:, None].to(tl.int64) * stride_bn
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah) * 1.4426950408889634
-        if HAS_RIGHT:  # rows that see some of the keys
-            dk, dv = _over_rows(
-                dk, dv, k, v, head_query, head_grad, head_lse2, head_delta, head_inverse, head_bias, shown,
-                stride_qm, stride_gm, stride_bm, key, dims, low, tl.minimum(full_low, high), queries, keys,
-                offset, head_dim, slope, scale, softcap, window_left, window_right,
-                seed, least, keep_scale, first_key, head, sequence,
-                True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-                RENORM, EVEN_D, TILE_M, TILE_N,
-            )  # fmt: skip
-        dk, dv = _over_rows(  # whole tiles of rows that see all of them
-            dk, dv, k, v, head_query, head_grad, head_lse2, head_delta, head_inverse, head_bias, shown,
-            stride_qm, stride_gm, stride_bm, key, dims, full_low, full_high, queries, keys,
-            offset, head_dim, slope, scale, softcap, window_left, window_right,
-            seed, least, keep_scale, first_key, head, sequence,
-            False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-            RENORM, EVEN_D, TILE_M, TILE_N,
-        )  # fmt: skip
-        dk, dv = _over_rows(  # the end of the rows, or of the window
-            dk, dv, k, v, head_query, head_grad, head_lse2, head_delta, head_inverse, head_bias, shown,
-            stride_qm, stride_gm, stride_bm, key, dims, full_high, high, queries, keys,
-            offset, head_dim, slope, scale, softcap, window_left, window_right,
-            seed, least, keep_scale, first_key, head, sequence,
-            True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-            RENORM, EVEN_D, TILE_M, TILE_N,
-        )  # fmt: skip
+    dk, dv = _over_rows(  # at the edges of the window and the end of the rows
+        dk, dv, k, v, k_rows, v_rows,
+        query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+        stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
+        key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
+        scale, softcap, window_left, window_right,
+        seed, least, keep_scale, first_key, kv_head * group, group, sequence,
+        True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
+        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+    )  # fmt: skip
+    dk, dv = _over_rows(  # whole tiles of rows that see all of the keys
+        dk, dv, k, v, k_rows, v_rows,
+        query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+        stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
+        key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
+        scale, softcap, window_left, window_right,
+        seed, least, keep_scale, first_key, kv_head * group, group, sequence,
+        False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
+        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+    )  # fmt: skip
 
     dk = dk * softmax_scale
     if HAS_DROPOUT:
@@ -272,25 +335,29 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def _over_keys(
-    dq, total, q, grad, lse2, delta,
+    dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
     key_ptr, value_ptr, padding_ptr, bias_ptr,
     stride_kn, stride_vn, stride_pn, stride_bn,
-    row, dims, begin, end, keys, offset, head_dim,
+    row, dims, low, full_low, full_high, high, keys, offset, head_dim,
     slope, scale, softcap, window_left, window_right,
     seed, least, keep_scale, first_row, head, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """The loop of the kernel for rows, over the tiles of keys from ``begin`` to ``end``."""
+    """The loop of the kernel for rows: over tiles of keys that all the rows see, or, MASKED, the others."""
     local_keys = tl.arange(0, TILE_N)
     in_dims = dims < head_dim
-    for start in range(begin, end, TILE_N):
+    left, tiles = _tiles_of(low, full_low, full_high, high, MASKED, TILE_N)
+    for number in range(0, tiles):
+        start = _start_of(number, left, low, full_low, full_high, MASKED, TILE_N)
         start_n = tl.cast(start, tl.int64)  # start * stride may pass 2^31
         key = start + local_keys
         in_range = key < keys
-        k_tile = key_ptr + start_n * stride_kn + local_keys[:, None] * stride_kn + dims[None, :]
-        k = load_tile(k_tile, in_range, in_dims, MASKED, EVEN_D)
+        k_rows = key_ptr + start_n * stride_kn + local_keys * stride_kn
+        if CHUNK == TILE_D:
+            k = load_tile(k_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
         bias = 0.0
         if HAS_BIAS:
             b_tile = bias_ptr + start_n * stride_bn + local_keys[None, :] * stride_bn
@@ -303,7 +370,12 @@ def _over_keys(
             padding = padding_ptr + start_n * stride_pn + local_keys * stride_pn
             shown = (tl.load(padding, mask=in_range, other=0) != 0)[None, :]
 
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CHUNK == TILE_D:
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            products = _long_product(
+                q_rows, k_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK
+            )
         logits, bounded = logits_of(
             products, row[:, None], key[None, :], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
@@ -312,15 +384,20 @@ def _over_keys(
         p = tl.exp2(logits - lse2[:, None])
         if RENORM:
             total += tl.sum(p, axis=1)
-        v_tile = value_ptr + start_n * stride_vn + local_keys[:, None] * stride_vn + dims[None, :]
-        v = load_tile(v_tile, in_range, in_dims, MASKED, EVEN_D)
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        v_rows = value_ptr + start_n * stride_vn + local_keys * stride_vn
+        if CHUNK == TILE_D:
+            v = load_tile(v_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
+            dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        else:
+            dp = _long_product(grad_rows, v_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK)
         if HAS_DROPOUT:
             kept = keep_attention(seed, least, first_row, start, head, sequence, TILE_M, TILE_N, False)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         if HAS_SOFTCAP:
             ds *= 1.0 - bounded * bounded
+        if CHUNK != TILE_D:
+            k = load_tile(k_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq, total
 
@@ -336,7 +413,7 @@ def attention_backward_rows_kernel(
     softmax_scale, scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_SINKS: tl.constexpr, RENORM: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr, RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which head, in the forward's order: under a causal mask the last rows start first.
@@ -367,10 +444,12 @@ def attention_backward_rows_kernel(
     grad_ptr += batch * stride_gb + head_64 * stride_gh + (first_q + row_64) * stride_gm
     key_ptr += batch * stride_kb + kv_64 * stride_kh + first_k * stride_kn
     value_ptr += batch * stride_vb + kv_64 * stride_vh + first_k * stride_vn
-    q = load_tile(query_ptr + local_rows[:, None] * stride_qm + dims[None, :], in_rows, in_dims, True, EVEN_D)
-    grad = load_tile(
-        grad_ptr + local_rows[:, None] * stride_gm + dims[None, :], in_rows, in_dims, True, EVEN_D
-    )
+    q_rows = query_ptr + local_rows * stride_qm
+    grad_rows = grad_ptr + local_rows * stride_gm
+    q, grad = 0, 0
+    if CHUNK == TILE_D:
+        q = load_tile(q_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
+        grad = load_tile(grad_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
     statistics = batch * stride_lb + head_64 * stride_lh + first_q + row
     lse2 = tl.load(lse2_ptr + statistics, mask=in_rows, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)
@@ -396,30 +475,23 @@ def attention_backward_rows_kernel(
     if RENORM and HAS_SINKS:
         sink = tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32) * 1.4426950408889634
         total += tl.exp2(sink - lse2)
-    if HAS_LEFT:  # left edge of the window
-        dq, total = _over_keys(
-            dq, total, q, grad, lse2, delta, key_ptr, value_ptr, padding_ptr, bias_ptr,
-            stride_kn, stride_vn, stride_pn, stride_bn, row, dims, low, tl.minimum(full_low, high), keys,
-            offset, head_dim, slope, scale, softcap, window_left, window_right,
-            seed, least, keep_scale, first_row, head, sequence,
-            True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-            RENORM, EVEN_D, TILE_M, TILE_N,
-        )  # fmt: skip
     dq, total = _over_keys(  # whole tiles that every row sees
-        dq, total, q, grad, lse2, delta, key_ptr, value_ptr, padding_ptr, bias_ptr,
-        stride_kn, stride_vn, stride_pn, stride_bn, row, dims, full_low, full_high, keys,
+        dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
+        key_ptr, value_ptr, padding_ptr, bias_ptr,
+        stride_kn, stride_vn, stride_pn, stride_bn, row, dims, low, full_low, full_high, high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_row, head, sequence,
         False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, EVEN_D, TILE_M, TILE_N,
+        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
-    dq, total = _over_keys(  # right edge of the window, or of the sequence
-        dq, total, q, grad, lse2, delta, key_ptr, value_ptr, padding_ptr, bias_ptr,
-        stride_kn, stride_vn, stride_pn, stride_bn, row, dims, full_high, high, keys,
+    dq, total = _over_keys(  # at the edges of the window and the end of the keys
+        dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
+        key_ptr, value_ptr, padding_ptr, bias_ptr,
+        stride_kn, stride_vn, stride_pn, stride_bn, row, dims, low, full_low, full_high, high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_row, head, sequence,
         True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, EVEN_D, TILE_M, TILE_N,
+        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
 
     dq = dq * softmax_scale
@@ -556,11 +628,55 @@ class BackwardTiles(NamedTuple):
     keys: BackwardTile
     rows: BackwardTile
     bias: BackwardTile
+    chunk: int = MAX_HEAD_DIM
+    """Columns that a product over head_dim takes at a time, in the kernels for keys and rows."""
+
+
+# Rows, keys, warps and stages, by what multiplies (a device's family and the operands) and head_dim up to.
+# Heavy are logits that go through more than a scale and a mask. Chosen with ``triton_build``, which needs no
+# device. The larger the tile that stays in the core (of keys in the kernel for keys, of rows in the kernel
+# for rows), the fewer passes over memory: the largest whose shared memory fits, and from which no case spills
+# on any device of the family; among the heavy ones are cases with every feature at once. Ampere's need no
+# more than the 99 KiB of its smaller descendants (sm_86, sm_89, sm_120). None has been timed on a device.
+_TILES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
+    # for keys: plain, heavy; for rows: plain, heavy; for the bias
+    ("ampere", 64): ((64, 128, 8, 2), (32, 32, 4, 2), (128, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 1)),
+    ("ampere", 128): ((64, 64, 8, 2), (32, 64, 8, 1), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    ("ampere", 256): ((16, 64, 8, 2), (16, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (16, 32, 4, 1)),
+    ("hopper", 64): ((64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 1)),
+    ("hopper", 128): ((32, 128, 8, 2), (16, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+    # Tiles of a warpgroup's 64 keys spill here: products of single warps.
+    ("hopper", 256): ((32, 32, 8, 2), (32, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 1)),
+    ("blackwell", 64): ((64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+    ("blackwell", 128): ((64, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+    ("blackwell", 256): ((32, 64, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)),
+    ("mi300", 64): ((64, 64, 4, 2), (32, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 1)),
+    ("mi300", 128): ((32, 64, 4, 2), (32, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 1)),
+    ("mi300", 256): ((16, 64, 8, 1), (16, 64, 8, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 64, 4, 1)),
+    # Full-precision float32 products: NVIDIA's ordinary arithmetic units, whatever the generation.
+    ("float32", 64): ((32, 64, 8, 1), (32, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    ("float32", 128): ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
+    ("float32", 256): ((16, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("mi300 float32", 64): ((32, 64, 8, 1), (16, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    ("mi300 float32", 128): ((16, 32, 8, 1), (16, 16, 4, 1), (32, 16, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
+    ("mi300 float32", 256): ((16, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+}  # fmt: skip
+_CHUNK = {"float32": 32, "mi300 float32": 64}
 
 
 def backward_tiles(head_dim: int, itemsize: int, target: Target, heavy: bool) -> BackwardTiles:
-    """Tiles of the backward kernels."""
-    return BackwardTiles(BackwardTile(64, 64, 4, 2), BackwardTile(64, 64, 4, 2), BackwardTile(64, 64, 4, 1))
+    """Tiles of the backward kernels; ``heavy``: logits go through more than a scale and a mask."""
+    if target.warp == 64:
+        family = "mi300 float32" if itemsize == 4 else "mi300"
+    elif itemsize == 4:
+        family = "float32"
+    elif target.tensor_memory:
+        family = "blackwell"
+    else:
+        family = "hopper" if target.warpgroups else "ampere"
+    tiles = [BackwardTile(*tile) for tile in _TILES[family, max(64, tile_width(head_dim))]]
+    keys, rows = tiles[0:2], tiles[2:4]
+    return BackwardTiles(keys[heavy], rows[heavy], tiles[4], chunk=_CHUNK.get(family, MAX_HEAD_DIM))
 
 
 def run_backward(
@@ -629,7 +745,8 @@ def run_backward(
     renorm = query.dtype == torch.float32
     lse2, delta = query.new_empty((2, batches, heads, length), dtype=torch.float32)
     inverse = torch.empty_like(delta) if renorm else None
-    tile_m, tile_d = 64, tile_width(head_dim)
+    tile_d = tile_width(head_dim)
+    tile_m = min(64, max(16, 2048 // tile_d))  # of the kernel for delta: few registers for any width
     tiles = triton.cdiv(length, tile_m)
     parts = query.new_empty((batches, heads, tiles) if sinks_require_grad else 0, dtype=torch.float32)
     sum_strides, grad_sum_strides = (
@@ -653,7 +770,9 @@ def run_backward(
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.view(torch.uint8)
         heavy = any(t is not None for t in (bias, alibi_slopes, dropout_seed)) or softcap > 0
-        choice = backward_tiles(head_dim, query.element_size(), target_of(query), heavy)
+        target = target_of(query)
+        choice = backward_tiles(head_dim, query.element_size(), target, heavy)
+        chunk = min(tile_d, choice.chunk)
         inputs = (query, key, value, grad_out, lse2, delta, inverse, key_padding_mask, full_bias)
         lengths = (cu_seqlens_q, cu_seqlens_k)
         input_strides = (
@@ -677,23 +796,28 @@ def run_backward(
             "TILE_D": tile_d,
         }
 
+        # Float32 products need many registers. With no limit set, NVIDIA's assembler spills a few bytes of
+        # some cases in order to fit two programs on a processor; with one, of heavy cases of the kernel for
+        # keys. ``triton_build`` tells.
+        limit = {"maxnreg": 255} if renorm and target.warp == 32 else {}
         tile = choice.rows
         attention_backward_rows_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
             *inputs, *lengths, dropout_seed, alibi_slopes, sinks, dq,
             *input_strides, *strides_of(sinks, 1), *strides["dq"], *statistics,
             *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
-            HAS_SINKS=sinks is not None, **features,
+            HAS_SINKS=sinks is not None, CHUNK=chunk, **features,
             TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **limit,
         )  # fmt: skip
         tile = choice.keys
         if keys:
             attention_backward_keys_kernel[(triton.cdiv(keys, tile.tile_n) * kv_heads * sequences,)](
                 *inputs, *lengths, dropout_seed, alibi_slopes, dk, dv,
                 *input_strides, *strides["dk"], *strides["dv"], *statistics,
-                *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None, **features,
+                *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
+                CHUNK=chunk, **features,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                enable_fp_fusion=True,
+                enable_fp_fusion=True, **({} if heavy else limit),
             )  # fmt: skip
         if bias is not None and bias_requires_grad and not keys:
             dbias.zero_()
@@ -702,12 +826,12 @@ def run_backward(
             tiles_m, tiles_n = triton.cdiv(rows, tile.tile_m), triton.cdiv(keys, tile.tile_n)
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             sum_rows, sum_keys = shape[2] == 1 and rows > 1, shape[3] == 1 and keys > 1
-            target = dbias.view(shape)
+            result = dbias.view(shape)
             if sum_rows or sum_keys:
                 size = (*shape[:2], tiles_m if sum_rows else rows, tiles_n if sum_keys else keys)
-                target = query.new_empty(size, dtype=torch.float32)
+                result = query.new_empty(size, dtype=torch.float32)
             attention_backward_bias_kernel[(tiles_m * tiles_n * shape[1] * shape[0],)](
-                *inputs, dropout_seed, alibi_slopes, target, *input_strides, *target.stride(), *statistics,
+                *inputs, dropout_seed, alibi_slopes, result, *input_strides, *result.stride(), *statistics,
                 sequences, heads, shape[1], heads // kv_heads, rows, keys, head_dim, *scales, **features,
                 ALL_BATCHES=shape[0] == 1, ALL_HEADS=shape[1] == 1, SUM_ROWS=sum_rows, SUM_KEYS=sum_keys,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -715,5 +839,5 @@ def run_backward(
             )  # fmt: skip
             if sum_rows or sum_keys:
                 summed = [dim for dim, broadcast in ((2, sum_rows), (3, sum_keys)) if broadcast]
-                dbias = target.sum(summed).view(bias.shape).to(bias.dtype)
+                dbias = result.sum(summed).view(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias, dsinks

@@ -567,6 +567,9 @@ def matmul(
         if tile.splits > 1:
             k_split = triton.cdiv(triton.cdiv(K, tile.splits), tile.tile_k) * tile.tile_k
             parts = torch.empty(triton.cdiv(K, k_split), M, N, dtype=torch.float32, device=x.device)
+        # With no limit set, the assembler for Blackwell spills a few bytes of some kernels, in order to fit
+        # more programs on a processor.
+        limit = {"maxnreg": min(255, 2048 // tile.num_warps)} if target.tensor_memory else {}
         late_scale = scale if parts is not out else None
         with on_device(x):
             linear_kernel[(_programs(tile, M, N, target), triton.cdiv(max(K, 1), max(k_split, 1)))](
@@ -583,6 +586,7 @@ def matmul(
                 SAVE=saved is not None, **how, EVEN_K=K % tile.tile_k == 0,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_K=tile.tile_k, GROUP_ROWS=GROUP_ROWS,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+                **limit,
             )  # fmt: skip
         if parts is not out:
             sum_parts(parts, out, late_scale)

@@ -102,10 +102,16 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _mend_interpreter() -> None:
-    """Give the interpreter correct bfloat16.
+    """Give the interpreter correct bfloat16, and products that do not depend on the tile.
 
     Triton 3.9's interpreter keeps bfloat16 as uint16 bit patterns, multiplies those patterns as integers in
-    ``tl.dot`` and truncates where the hardware rounds to nearest even. Only the interpreter is touched.
+    ``tl.dot`` and truncates where the hardware rounds to nearest even.
+
+    NumPy adds up a product's terms in an order that goes with the shapes of the operands, so that one logit
+    comes out differently in kernels of different tiles. On a device each element of a float32 product is one
+    chain of fused multiply-adds along K in any tile, and kernels that make a probability again count on it:
+    where it is nearly 1, two roundings of a large logit would be most of its error. Sums in float64, rounded
+    at the end, do not depend on the order either. Only the interpreter is touched.
     """
     import numpy as np
     import triton.language as tl
@@ -130,10 +136,13 @@ def _mend_interpreter() -> None:
             return interpreter.TensorHandle(narrow(source.data), tl.bfloat16)
         return original_cast(self, source, target)
 
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = (interpreter.TensorHandle(widen(operand.data), tl.float32) for operand in (a, b))
-        return original_dot(self, a, b, *rest)
+        if d.dtype.scalar != tl.float32:
+            return original_dot(self, a, b, d, *rest)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, tl.float32)
 
     builder.cast_impl, builder.create_dot = cast, dot
 

@@ -17,15 +17,15 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
 
 from attention_eager import eager_attention
+from triton_dtypes import DTYPES, QUICK_DTYPES
 
 from bigmodel_kernels.ops.attention import triton as kernel
 from bigmodel_kernels.ops.attention import triton_backward
-from bigmodel_kernels.ops.attention.triton_backward import BackwardTile, BackwardTiles
-from bigmodel_kernels.triton_runtime import INTERPRETED
+from bigmodel_kernels.ops.attention.triton_backward import BackwardTile, BackwardTiles, backward_tiles
+from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRETED, MI300
 from bigmodel_kernels.verify import compare, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("query", "key", "value", "bias", "sinks")
 
 
@@ -41,7 +41,11 @@ def _poisoned() -> Iterator[None]:
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small and unequal tiles: every kind of edge at sizes that the interpreter runs quickly."""
     tiles = BackwardTiles(BackwardTile(16, 32, 1, 1), BackwardTile(32, 16, 1, 1), BackwardTile(16, 16, 1, 1))
-    monkeypatch.setattr(triton_backward, "backward_tiles", lambda *_: tiles)
+
+    def choose(head_dim: int, itemsize: int, *_: Any) -> BackwardTiles:
+        return tiles._replace(chunk=32 if itemsize == 4 else 256)  # as on NVIDIA
+
+    monkeypatch.setattr(triton_backward, "backward_tiles", choose)
     monkeypatch.setattr(kernel, "attention_tile", lambda *_: kernel.AttentionTile(32, 32, 1, 1))
 
 
@@ -110,17 +114,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> dict[
                 torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-5, atol=2e-6)
                 continue
             verdict = compare(found[name], eager[name], exact[name], "gradient")
-            # Short of the rule: in float32 the probabilities, made again from a rounded logsumexp, are up to
-            # a quarter further off than it allows in two of these cases.
-            slack = 1.25 if query.dtype == torch.float32 else 1.0
-            within = verdict.max_error <= slack * verdict.max_limit
-            assert within and verdict.mean_error <= slack * verdict.mean_limit, (name, verdict)
+            assert verdict.ok, (name, verdict)
         else:
             assert found[name].shape == (0,)
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 17, 32, 80])
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     _check(*_dense(20, 37, dim, dtype))
@@ -159,7 +159,7 @@ def test_windows(window: tuple[int, int], is_causal: bool) -> None:
         _check(q, k, v, is_causal=is_causal, window_left=left, window_right=right)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_key_padding(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 77, dtype=dtype, batch=4, heads=1)
     padding = torch.ones(4, 77, dtype=torch.bool, device=DEVICE)
@@ -172,13 +172,15 @@ def test_key_padding(dtype: torch.dtype) -> None:
     assert (found["value"][1, :, :70] == 0).all()
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize(
+    "kv_heads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_grouped_heads(kv_heads: int) -> None:
     for dtype in (torch.float32, torch.float16):
         _check(*_dense(19, 35, 16, dtype, heads=6, kv_heads=kv_heads), is_causal=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_softcap_and_scales(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 37, dtype=dtype)
     _check(q, k, v, softcap=50.0)
@@ -187,20 +189,7 @@ def test_softcap_and_scales(dtype: torch.dtype) -> None:
         _check(q, k, v, softmax_scale=scale)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(
-            torch.float32,
-            marks=pytest.mark.xfail(
-                reason="a logsumexp of 100 is rounded to 4e-6, and with it every probability"
-            ),
-        ),
-        torch.bfloat16,
-        torch.float16,
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_large_logits(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 37, dtype=dtype)
     _check(q, k, v, softmax_scale=5.0)
@@ -208,7 +197,14 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 2, 20, 37), (1, 2, 20, 37), (2, 1, 20, 37), (2, 1, 1, 37), (1, 2, 20, 1), (20, 37), (37,), ()],
+    [
+        (1, 2, 20, 37),
+        (2, 1, 1, 37),
+        (1, 2, 20, 1),
+        (),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 20, 37), (2, 1, 20, 37), (20, 37), (37,))),
+    ],
+    ids=str,
 )
 def test_bias(shape: tuple[int, ...]) -> None:
     q, k, v = _dense(20, 37, batch=2, kv_heads=1)
@@ -230,7 +226,7 @@ def test_bias_of_minus_infinity() -> None:
     assert (found["query"][:, :, 7] == 0).all() and (found["bias"][bias == -torch.inf] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_alibi(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 37, 16, dtype, batch=2, kv_heads=1)
     slopes = torch.tensor([0.5, 0.0625], device=DEVICE)
@@ -239,7 +235,7 @@ def test_alibi(dtype: torch.dtype) -> None:
     _check(q, k, v, alibi_slopes=twice, softcap=5.0, bias=_tensor(20, 37, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_sinks(dtype: torch.dtype) -> None:
     q, k, v = _dense(25, 20, 16, dtype, heads=4, kv_heads=2)
     sinks = torch.tensor([-torch.inf, -3.0, 2.0, 6.0], device=DEVICE)
@@ -248,7 +244,7 @@ def test_sinks(dtype: torch.dtype) -> None:
     _check(q, k, v, sinks=_tensor(4, dtype=dtype), softcap=3.0, window_left=5, with_sums=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_dropout(dtype: torch.dtype) -> None:
     """The elements that fell in the forward."""
     seed = torch.tensor(2**61 + 12345, device=DEVICE)
@@ -280,9 +276,18 @@ def _packed(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, pytest.param({"is_causal": True, "window_left": 20}, marks=pytest.mark.slow)], ids=str
+    ("options", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        *(
+            pytest.param(options, dtype, marks=pytest.mark.slow)
+            for options in ({}, {"is_causal": True, "window_left": 20})
+            for dtype in DTYPES
+            if options or dtype != torch.bfloat16
+        ),
+    ],
+    ids=str,
 )
 def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
     """Sequences without queries, without keys and without both; with every feature that a packed call has."""
@@ -351,3 +356,22 @@ def test_twice_the_same_bits() -> None:
         for deterministic in (True, False)
     )  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "target", [AMPERE, HOPPER, BLACKWELL, MI300], ids=["sm_80", "sm_90", "sm_100", "gfx942"]
+)
+def test_tiles(target: Any) -> None:
+    """Every head_dim has tiles, whose accumulators take no more than half of a thread's registers."""
+    registers = 512 if target.warp == 64 else 255
+    for dim in (1, 16, 32, 64, 80, 128, 192, 256):
+        width = max(16, 1 << (dim - 1).bit_length())
+        for itemsize in (2, 4):
+            for heavy in (False, True):
+                keys, rows, bias, chunk = backward_tiles(dim, itemsize, target, heavy)
+                assert chunk >= 16 and (chunk >= width or width % chunk == 0)
+                for tile in (keys, rows, bias):
+                    assert tile.tile_m >= 16 and tile.tile_n >= 16 and tile.num_warps in (4, 8)
+                kept = (2 * keys.tile_n * width / keys.num_warps, rows.tile_m * width / rows.num_warps)
+                # Blackwell's accumulators are in a memory of their own.
+                assert target.tensor_memory or max(kept) / target.warp <= registers / 2 + 1

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
 
 from attention_eager import eager_attention
+from triton_dtypes import DTYPES, QUICK_DTYPES
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.ops.attention import triton as kernel
@@ -25,7 +26,6 @@ from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRET
 from bigmodel_kernels.verify import compare, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,23 @@ def _check(
     return out, logsumexp
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "heads", "kv_heads", "dim"), [(1, 4, 4, 32), (3, 8, 2, 17), (5, 6, 1, 128)])
+SHAPES = ((1, 4, 4, 32), (3, 8, 2, 17), (5, 6, 1, 128))
+QUICK = ((*SHAPES[0], torch.float16), (*SHAPES[1], torch.float32), (*SHAPES[2], torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "dim", "dtype"),
+    [
+        *QUICK,
+        *(
+            pytest.param(*shape, dtype, marks=pytest.mark.slow)
+            for shape in SHAPES
+            for dtype in DTYPES
+            if (*shape, dtype) not in QUICK
+        ),
+    ],
+    ids=str,
+)
 def test_shapes(rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, splits: int) -> None:
     """Lengths from none to all; fewer keys than queries; several tiles of rows."""
     query = _tensor(4, heads, rows, dim, dtype=dtype)
@@ -118,7 +133,7 @@ def _pages_in_order(cache: Tensor, size: int) -> Tensor:
     return padded.view(batch, heads, blocks, size, dim).transpose(1, 2).flatten(0, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_features(dtype: torch.dtype, splits: int) -> None:
     query = _tensor(2, 4, 3, 32, dtype=dtype)
     key, value = (_tensor(2, 2, 50, 32, dtype=dtype) for _ in range(2))

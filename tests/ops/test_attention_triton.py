@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("run by test_interpreted_triton.py, in a process of its own", allow_module_level=True)
 
 from attention_eager import eager_attention
+from triton_dtypes import DTYPES, QUICK_DTYPES
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.ops.attention import reference
@@ -25,7 +26,6 @@ from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRET
 from bigmodel_kernels.verify import compare, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_any_mask(
     _check(q, k, v, is_causal=is_causal, window_left=left, window_right=right, key_padding_mask=padding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_key_padding(dtype: torch.dtype) -> None:
     """Padding on either side, holes, and a sequence without any visible key."""
     q, k, v = _dense(35, 77, dtype=dtype, batch=4)
@@ -201,7 +201,7 @@ def test_bias_in_any_layout_and_with_minus_infinity() -> None:
     assert (out[:, :, 7] == 0).all() and (logsumexp[:, :, 7] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_softcap(dtype: torch.dtype) -> None:
     q, k, v = _dense(33, 70, dtype=dtype)
     _check(q, k, v, softcap=50.0)  # nearly linear: the logits are small beside the cap
@@ -209,7 +209,7 @@ def test_softcap(dtype: torch.dtype) -> None:
     _check(q, k, v, softcap=5.0, bias=_tensor(33, 70, dtype=dtype), window_left=40)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_scales(dtype: torch.dtype) -> None:
     """T5 and OPT scale by 1; a negative scale reverses the order; 0 is the mean; 30 is nearly one-hot."""
     q, k, v = _dense(20, 40, dtype=dtype)
@@ -247,7 +247,7 @@ def _packed(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"window_left": 9, "window_right": 4}, {"is_causal": True, "window_left": 20}],
@@ -271,7 +271,7 @@ def test_packed(options: dict[str, Any], dtype: torch.dtype) -> None:
         torch.testing.assert_close(logsumexp[:, row].double(), exact_lse[0], rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_alibi(dtype: torch.dtype) -> None:
     """Slopes of a head, of a head of a sequence, beside a window and more queries than keys."""
     q, k, v = _dense(33, 70, 16, dtype, batch=2, heads=4, kv_heads=2)
@@ -281,7 +281,7 @@ def test_alibi(dtype: torch.dtype) -> None:
     _check(*_dense(40, 20, 16, dtype, heads=4), alibi_slopes=slopes, window_left=9, window_right=30)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_sinks(dtype: torch.dtype) -> None:
     """A row that sees no key has the sink alone: zeros, and the sink as logsumexp."""
     q, k, v = _dense(40, 20, 16, dtype, heads=4, kv_heads=2)

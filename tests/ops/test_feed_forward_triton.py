@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradient_checks import check_against_formula
 from torch import Tensor
+from triton_dtypes import QUICK_DTYPES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -57,7 +58,7 @@ def _check(arguments: list[Tensor | None], **options: Any) -> None:
     assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("position", ["none", "pre", "post"])
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_block(layout: str, position: str, dtype: torch.dtype) -> None:
@@ -141,7 +142,7 @@ def _tensors(dtype: torch.dtype, layout: str, gated: bool, norm: str | None) -> 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("layout", "position", "norm_kind", "gated", "recompute"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gradient_checks import check_against_formula
 from torch import Tensor
+from triton_dtypes import DTYPES, QUICK_DTYPES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -24,7 +25,6 @@ from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRET
 from bigmodel_kernels.verify import compare, linear_formula, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def _check(x: Tensor, weights: list[Tensor], biases: list[Tensor], **options: An
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
     for layout in ("linear", "conv1d"):
@@ -217,7 +217,7 @@ def _check_both_ways(
     check_against_formula(formula, tensors, upstream, {"out": out, **dict(zip(tensors, grads, strict=True))})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
 def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
     for layout in ("linear", "conv1d"):
@@ -230,7 +230,7 @@ def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm_kind", ["layer_norm", "rms_norm"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_gradients_of_all_that_follows(dtype: torch.dtype, norm_kind: str) -> None:
     layout = "linear" if norm_kind == "layer_norm" else "conv1d"
     x, weights = _tensor(2, 5, 24, dtype=dtype), _weights(24, 32, 32, 9, dtype=dtype, layout=layout)
@@ -273,7 +273,7 @@ def test_gradients_without_tokens() -> None:
     assert grads[0].shape == (0, 24) and (grads[4] == 0).all() and (grads[5] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
 def test_split_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """K in parts that are whole steps, the last one shorter; with a scale; the same bits every time."""
     x, weight = _tensor(150, 37, dtype=dtype).t(), _tensor(150, 41, dtype=dtype)

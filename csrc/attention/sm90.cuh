@@ -1,15 +1,16 @@
 // Attention forward for Hopper (sm_90a): FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), algorithm 2.
 //
-// A block is one producer warpgroup, of which a warp has the copy engine bring tiles and another says which, and two or three consumer warpgroups, which multiply. It
-// stays for many tiles of queries, the longest first (schedule.cuh): while one leaves, the next one's Q, K and V arrive.
+// A block is one producer warpgroup, of which a warp has the copy engine bring tiles and another says which, and two or three consumer
+// warpgroups, which multiply. It stays for many tiles of queries, the longest first (schedule.cuh): while one leaves, the next one's
+// Q, K and V arrive.
 //
 //   producer   Q | K0 | V0 | K1 | V1 | ... | the next Q | K0 | ...    into stages of each, two or more, as they become empty
 //   consumer   S0 = Q K0^T, softmax -> P0
 //              S1 = Q K1^T  and  O += P0 V0   run at once on the tensor cores; softmax of S1 as soon as it is there
 //              S2 = Q K2^T  and  O += P1 V1   ...
 //
-// In the short loop consumers take turns at the tensor cores (ping-pong): one starts its products when the one before has started its own,
-// and so comes to its softmax while the other's products run.
+// That is the short loop, without softcap, key padding, bias, ALiBi and dropout. In it consumers take turns at the tensor cores
+// (ping-pong): one starts its products when the one before has started its own, and so comes to its softmax while the other's run.
 //
 //   consumer 0   | S, O |  softmax    | S, O |  softmax    |
 //   consumer 1          | S, O |  softmax    | S, O |  softmax ...
@@ -93,11 +94,10 @@ struct AttentionSm90Params {
 template <typename Element, int HeadDim, bool General, int consumers_ = 2>
 struct AttentionSm90 {
   using Params = AttentionSm90Params;
-  // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs, which in
-  // the general one is much (addresses, random words). Compiled so, none spills.
+  // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs. In the general
+  // loop the instruction cache does: with 64 keys a kernel's code takes about 100 KB. Compiled so, none spills.
   static constexpr int consumers = consumers_;
-  static constexpr int tile_n = General ? (HeadDim == 32 ? 128 : HeadDim <= 96 ? 96 : HeadDim == 128 ? 64 : 32)
-                                        : (consumers == 3 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64);
+  static constexpr int tile_n = General ? 64 : consumers == 3 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64;
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
   // As many as fit: short sequences have one or two tiles of keys, and the next ones' arrive meanwhile.
@@ -251,7 +251,26 @@ struct AttentionSm90 {
     uint32_t probabilities[n_steps][4];
     clear(o);
 
-    if (range.begin < range.end) {
+    if constexpr (General) {
+      // One after the other: next to such a softmax the products are short, other consumers' run beside it, and once in the code it
+      // stays in the instruction cache.
+      for (int n = range.begin; n < range.end; n += tile_n, count++) {
+        const int stage = count % stages, parity = count / stages & 1;
+        mbarrier_wait(barrier(key_full + stage), parity);
+        start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(stage), 0);
+        wgmma_wait<0>();
+        release(key_empty + stage);
+        scores.logits(s, row0, n, range.all_visible(n));
+        softmax.probabilities(s, rescale);
+        softmax.scale(o, rescale);
+        scores.drop(s, row0, n);
+        to_fragments<Element>(probabilities, s);
+        mbarrier_wait(barrier(value_full + stage), parity);
+        start_multiply<Element, KeyTile>(o, probabilities, value_tile(stage));
+        wgmma_wait<0>();
+        release(value_empty + stage);
+      }
+    } else if (range.begin < range.end) {
       // ---- the first S ----
       mbarrier_wait(barrier(key_full + count % stages), count / stages & 1);
       wait_for_turn(consumer);
@@ -261,7 +280,6 @@ struct AttentionSm90 {
       release(key_empty + count % stages);
       scores.logits(s, row0, range.begin, range.all_visible(range.begin));
       softmax.probabilities(s, rescale);
-      scores.drop(s, row0, range.begin);
       to_fragments<Element>(probabilities, s);
 
       // ---- S of this tile, and O += P V of the last ----
@@ -282,7 +300,6 @@ struct AttentionSm90 {
         wgmma_wait<0>();
         release(value_empty + before);
         softmax.scale(o, rescale);
-        scores.drop(s, row0, n);
         to_fragments<Element>(probabilities, s);
       }
 

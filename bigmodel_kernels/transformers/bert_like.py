@@ -1,0 +1,634 @@
+"""The layers of BERT, for it and for every model whose code is copied from it (RoBERTa, ELECTRA, ...).
+
+transformers gives each of these models classes of its own with the same code inside. A family names them in a
+`Kin`, and puts the forms below in front of them:
+
+    KIN = Kin.of(hf, "Roberta")
+
+    class BigmodelRobertaLayer(bert_like.Layer, hf.RobertaLayer, kin=KIN): ...
+
+Per layer: one product for Q, K and V, attention that reads it in place, one call for projection + dropout +
+residual + LayerNorm, one for the feed-forward block; the same in training, under autocast and under gradient
+checkpointing. A padded batch runs without its padding, forward and backward: the encoder packs the real
+tokens once, runs all layers on them and unpacks once. The result at real tokens is that of the padded run; at
+padding it is zero (a head that mixes positions, such as question answering, whose loss looks at padded ones
+too, keeps the padding). It packs when it may look at the mask (not under torch.compile) and each sequence
+starts with a real token: with padding on the left the pooler reads a padded position, which then has to hold
+what eager puts there.
+
+A projection that peft has given a LoRA adapter is called as it is, between our other calls. A call takes the
+original code of a layer, and is as right, when attention probabilities are asked for, with a cache, and where
+a hook or a replaced submodule stands in the way. Attention probabilities are then computed in plain PyTorch
+from the same Q and K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from bigmodel_kernels.ops.registration import call, draw_seed
+from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
+from bigmodel_kernels.transformers.families import ChildRule, Rule
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The classes of one model, and the patched form of each that has one."""
+
+    embeddings: type[nn.Module]
+    self_attention: type[nn.Module]
+    cross_attention: type[nn.Module]
+    self_output: type[nn.Module]
+    attention: type[nn.Module]
+    intermediate: type[nn.Module]
+    output: type[nn.Module]
+    layer: type[nn.Module]
+    encoder: type[nn.Module]
+    pooler: type[nn.Module] | None
+    forms: dict[type, type] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: Any, prefix: str) -> Kin:
+        """The classes of transformers' `module`, whose names begin with `prefix`."""
+        names = {
+            "embeddings": "Embeddings",
+            "self_attention": "SelfAttention",
+            "cross_attention": "CrossAttention",
+            "self_output": "SelfOutput",
+            "attention": "Attention",
+            "intermediate": "Intermediate",
+            "output": "Output",
+            "layer": "Layer",
+            "encoder": "Encoder",
+        }
+        found = {role: getattr(module, prefix + name) for role, name in names.items()}
+        return cls(**found, pooler=getattr(module, prefix + "Pooler", None))
+
+
+class Form(nn.Module):
+    """A patched form; goes before the class that it stands for, which is that of `super()`."""
+
+    kin: ClassVar[Kin]
+
+    def __init_subclass__(cls, kin: Kin | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kin is not None:
+            cls.kin = kin
+            kin.forms[cls.__bases__[1]] = cls
+
+    if TYPE_CHECKING:  # attributes are those of the class that it stands for
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class Embeddings(Form):
+    """Word + position + type + LayerNorm in one pass."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        held = None if input_ids is None else self._held()
+        if held is None or inputs_embeds is not None:
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
+        if position_ids is None:
+            # The number of cached tokens, under the name of the version of transformers.
+            position_ids = self._positions(input_ids, next(iter((*args, *kwargs.values())), 0))
+        if token_type_ids is None:
+            types = self.token_type_ids.expand(position_ids.shape[0], -1)
+            token_type_ids = torch.gather(types, dim=1, index=position_ids)
+        word, position, kind, norm = held
+        p, padding_idx = checks.dropout_p(self.dropout), self.word_embeddings.padding_idx
+        out: Tensor = call(
+            "embedding",
+            input_ids,
+            word[0],
+            position_ids,
+            position[0],
+            token_type_ids,
+            kind[0],
+            *norm,
+            self.LayerNorm.eps,
+            draw_seed(p, input_ids.device),
+            dropout_p=p,
+            padding_idx=-1 if padding_idx is None else padding_idx,
+        )
+        if (
+            torch.is_grad_enabled()
+            and not out.requires_grad
+            and checks.marks_its_output(self.word_embeddings)
+        ):
+            out.requires_grad_(True)
+        return out
+
+    def _positions(self, input_ids: Tensor, start: int) -> Tensor:
+        return self.position_ids[:, start : start + input_ids.shape[1]]  # type: ignore[no-any-return]
+
+    def _held(self) -> tuple[Any, ...] | None:
+        dtype = self.word_embeddings.weight.dtype
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        # The operator has a padding_idx for words, whose row gets no gradient, and none for the other tables.
+        learns = [torch.is_grad_enabled() and table.weight.requires_grad for table in tables]
+        if any(
+            learn and table.padding_idx is not None
+            for learn, table in zip(learns[1:], tables[1:], strict=True)
+        ):
+            return None
+        if not checks.plain_dropout(self.dropout) or checks.watched_globally():
+            return None
+        held = (
+            *(checks.parameters(table, nn.Embedding, dtype) for table in tables),
+            checks.parameters(self.LayerNorm, nn.LayerNorm, dtype),
+        )
+        return None if None in held else held
+
+
+class CountedEmbeddings(Embeddings):
+    """RoBERTa's: positions count the real tokens, from padding_idx + 1; padding is at padding_idx."""
+
+    def _positions(self, input_ids: Tensor, start: int) -> Tensor:
+        return self.create_position_ids_from_input_ids(input_ids, self.padding_idx, start)  # type: ignore[no-any-return]
+
+
+#: What a report says of them: their table of positions has a row that gets no gradient.
+COUNTED_NOTE = "by its own code where the table of positions is trained"
+
+
+class SelfAttention(Form):
+    """One product for Q, K and V."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        cached = args or any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        if (
+            cached
+            or not attention_interface.readable(attention_mask)
+            or not _readable(self)
+            or checks.watched_globally()
+        ):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        qkv = _qkv(self, checks.dtype_of(hidden_states))
+        query, key, value = blocks.heads(hidden_states, qkv, "linear", self.attention_head_size)
+        out, weights = attention_interface.attention_forward(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask if self.is_causal else _bidirectional(attention_mask),
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")},
+        )
+        return out.flatten(2), weights
+
+
+class SelfOutput(Form):
+    """Projection, dropout, residual and LayerNorm in one call."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not checks.plain_dropout(self.dropout) or checks.watched_globally():
+            return super().forward(hidden_states, input_tensor)
+        dtype = checks.dtype_of(hidden_states)
+        return blocks.output(
+            hidden_states,
+            blocks.part(self.dense, nn.Linear, dtype),
+            "linear",
+            input_tensor,
+            checks.dropout_p(self.dropout),
+            blocks.part(self.LayerNorm, nn.LayerNorm, dtype),
+            self.LayerNorm.eps,
+        )
+
+
+class Layer(Form):
+    """The whole layer in four calls.
+
+    The encoder passes `bigmodel_run` when it knows how all layers run: the layer's modules, and the attention
+    on rows that may be packed. Going through the call of the module, gradient checkpointing, sharded
+    parameters and captured hidden states are what they are for the original.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        bigmodel_run: tuple[_Modules, Attend] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if (
+            bigmodel_run is None
+            and _plain_call(args, kwargs)
+            and attention_interface.readable(attention_mask)
+        ):
+            modules = None if self.is_decoder or checks.watched_globally() else _modules(self, self.kin)
+            if modules is not None:
+                bigmodel_run = (
+                    modules,
+                    _dense(_seen(hidden_states, attention_mask), modules.attention.scaling),
+                )
+        if bigmodel_run is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
+        modules, attend = bigmodel_run
+        return blocks.post_norm_layer(
+            hidden_states, _layer_parts(modules, checks.dtype_of(hidden_states)), attend
+        )
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        modules = None if checks.watched_globally() else _feed_forward_modules(self)
+        dtype = checks.dtype_of(attention_output)
+        ffn = None if modules is None else _ffn(*modules, dtype, checks.recomputes(self))
+        norm = None if modules is None else blocks.part(modules[1].LayerNorm, nn.LayerNorm, dtype)
+        if ffn is None or modules is None or not isinstance(norm, Affine):
+            return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return]
+        return blocks.feed_forward(
+            attention_output,
+            ffn,
+            "linear",
+            attention_output,
+            "post",
+            norm,
+            modules[1].LayerNorm.eps,
+            checks.dropout_p(modules[1].dropout),
+        )
+
+
+class Encoder(Form):
+    """All layers on packed tokens, or densely where the mask may not be looked at."""
+
+    #: False for a head that mixes positions: question answering takes a softmax over all positions of a
+    #: sequence, padded ones included, so those have to hold what eager puts there.
+    packs: ClassVar[bool] = True
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
+        layers = None
+        if plain and _plain_call(args, kwargs) and attention_interface.readable(attention_mask):
+            layers = self._layers()
+        if not layers:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        scale = layers[0].attention.scaling
+        seen = _seen(hidden_states, attention_mask)
+        packing = None
+        # Whether to pack is a question about values.
+        padding = seen.padding if self.packs else None
+        if padding is not None and not attention_interface.is_tracing(padding) and bool(padding[:, 0].all()):
+            packing = blocks.Packing(padding)
+        if packing is not None:
+            x, attend = packing.pack(hidden_states), packing.attend(scale)
+        else:
+            x, attend = hidden_states, _dense(seen, scale)
+        for layer, modules in zip(self.layer, layers, strict=True):
+            x = layer(x, bigmodel_run=(modules, attend))
+        if packing is not None:
+            x = packing.unpack(x)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
+
+    def _layers(self) -> list[_Modules] | None:
+        """The modules of all layers, if every layer can run fused."""
+        if self.config.is_decoder or attention_interface.collected() or checks.watched_globally():
+            return None
+        layers = [_modules(layer, self.kin) for layer in self.layer]
+        return None if None in layers else layers  # type: ignore[return-value]
+
+
+class Pooler(Form):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dense = checks.parameters(self.dense, nn.Linear, checks.dtype_of(hidden_states))
+        if dense is None or checks.watched_globally():
+            return super().forward(hidden_states)
+        return self.activation(blocks.linear(hidden_states[:, 0], (Affine(*dense),), "linear"))  # type: ignore[no-any-return]
+
+
+class LMHead(Form):
+    """RoBERTa's: projection, GELU and LayerNorm in one call, then the product with the vocabulary."""
+
+    def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
+        states = transform(features, self.dense, "gelu", self.layer_norm)
+        if states is None:
+            return super().forward(features, **kwargs)  # type: ignore[no-any-return]
+        return self.decoder(states)  # type: ignore[no-any-return]
+
+
+def transform(x: Tensor, dense: Any, activation: str | None, norm: Any) -> Tensor | None:
+    """norm(activation(dense(x))) before a language-model head, in one call; None where it cannot be fused."""
+    dtype = checks.dtype_of(x)
+    w, n = checks.parameters(dense, nn.Linear, dtype), checks.parameters(norm, nn.LayerNorm, dtype)
+    if w is None or n is None or activation is None or checks.watched_globally():
+        return None
+    if blocks.lowered(x):  # torch's rule: the product in the autocast type, the norm in float32
+        return blocks.layer_norm(blocks.linear(x, (Affine(*w),), "linear", activation), Affine(*n), norm.eps)
+    return blocks.linear(x, (Affine(*w),), "linear", activation, norm=Affine(*n), eps=norm.eps)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# weights, gathered at each call
+
+
+def _bidirectional(mask: Any) -> Any:
+    """A plain 2D padding mask, as flash attention's mask function gives it, in the shape that means just
+    padding.
+    """
+    return mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
+
+
+def _plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer or the encoder is asked for plain self-attention and for its result only."""
+    given = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
+    return (
+        all(arg is None for arg in args)
+        and all(kwargs.get(name) is None for name in given)
+        and not attention_interface.wants_attentions(kwargs)
+    )
+
+
+def _seen(x: Tensor, mask: Any) -> attention_interface.Visibility:
+    """Which of its own positions x (B, S, hidden) sees."""
+    return attention_interface.visibility(x[:, None], x.shape[1], _bidirectional(mask), is_causal=False)
+
+
+def _dense(seen: attention_interface.Visibility, scale: float) -> Attend:
+    """Attention of (B, S, H, D) with whatever mask there is."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return (
+            attention_interface.run(query, key, value, seen, scale, dropout_p=dropout_p)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+
+    return attend
+
+
+class _Modules(NamedTuple):
+    """The modules of a layer that is as known, all of them without hooks."""
+
+    attention: Any
+    attention_output: Any
+    intermediate: Any
+    output: Any
+    recompute: bool
+
+
+def _modules(layer: Any, kin: Kin) -> _Modules | None:
+    """The modules of a layer of these kin that can run fused, on packed rows too; else None."""
+    if not checks.callable_as(layer, kin.forms[kin.layer]):
+        return None
+    attention = layer.__dict__["_modules"]["attention"]
+    if not checks.intact(attention, kin.attention):
+        return None
+    inner = attention.__dict__["_modules"]
+    self_attention, output, feed_forward = inner["self"], inner["output"], _feed_forward_modules(layer)
+    if (
+        feed_forward is None
+        or not checks.intact(self_attention, kin.forms[kin.self_attention])
+        or not checks.intact(output, kin.forms[kin.self_output])
+        or not _readable(self_attention)
+        or not _row_wise(output, "dense")
+    ):
+        return None
+    return _Modules(self_attention, output, *feed_forward, checks.recomputes(layer))
+
+
+def _feed_forward_modules(layer: Any) -> tuple[Any, Any] | None:
+    modules = layer.__dict__["_modules"]
+    intermediate, output = modules["intermediate"], modules["output"]
+    if (
+        not checks.intact(intermediate, layer.kin.intermediate)
+        or not checks.intact(output, layer.kin.output)
+        or not checks.row_wise(intermediate.__dict__["_modules"]["dense"], nn.Linear)
+        or checks.activation(intermediate.intermediate_act_fn) is None
+        or not _row_wise(output, "dense")
+    ):
+        return None
+    return intermediate, output
+
+
+def _readable(attention: Any) -> bool:
+    modules = attention.__dict__["_modules"]
+    return checks.plain_dropout(modules["dropout"]) and all(
+        checks.row_wise(modules[name], nn.Linear) for name in ("query", "key", "value")
+    )
+
+
+def _row_wise(output: Any, name: str) -> bool:
+    """A projection, a dropout and a norm."""
+    modules = output.__dict__["_modules"]
+    return (
+        checks.row_wise(modules[name], nn.Linear)
+        and checks.plain_dropout(modules["dropout"])
+        and checks.callable_as(modules["LayerNorm"], nn.LayerNorm)
+    )
+
+
+def _qkv(attention: Any, dtype: torch.dtype | None) -> tuple[Part, Part, Part]:
+    modules = attention.__dict__["_modules"]
+    return (
+        blocks.part(modules["query"], nn.Linear, dtype),
+        blocks.part(modules["key"], nn.Linear, dtype),
+        blocks.part(modules["value"], nn.Linear, dtype),
+    )
+
+
+def _ffn(intermediate: Any, output: Any, dtype: torch.dtype | None, recompute: bool) -> FeedForward | None:
+    w_in = checks.parameters(intermediate.__dict__["_modules"]["dense"], nn.Linear, dtype)
+    w_out = checks.parameters(output.__dict__["_modules"]["dense"], nn.Linear, dtype)
+    activation = checks.activation(intermediate.intermediate_act_fn)
+    if w_in is None or w_out is None or activation is None:
+        return None
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation, recompute)
+
+
+def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
+    attention, attention_output, intermediate, output, recompute = modules
+    return LayerParts(
+        qkv=_qkv(attention, dtype),
+        head_dim=attention.attention_head_size,
+        attention_out=blocks.part(attention_output.dense, nn.Linear, dtype),
+        attention_norm=blocks.part(attention_output.LayerNorm, nn.LayerNorm, dtype),
+        attention_eps=attention_output.LayerNorm.eps,
+        attention_p=attention.dropout.p if attention.training else 0.0,
+        context_p=checks.dropout_p(attention_output.dropout),
+        ffn=_ffn(intermediate, output, dtype, recompute),
+        ffn_norm=blocks.part(output.LayerNorm, nn.LayerNorm, dtype),
+        ffn_eps=output.LayerNorm.eps,
+        ffn_p=checks.dropout_p(output.dropout),
+        unfused=lambda x: output(intermediate(x), x),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what can be patched
+
+
+def _check_embeddings(module: Any) -> str | None:
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    parts: dict[str, type] = dict.fromkeys(tables, nn.Embedding)
+    why = checks.reason_for_parts(module, {**parts, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout})
+    if why is None and getattr(module, "position_embedding_type", "absolute") != "absolute":
+        why = f"position_embedding_type={module.position_embedding_type!r}; only 'absolute' is known"
+    for name in tables if why is None else ():
+        table = module.get_submodule(name)
+        if table.max_norm is not None or table.scale_grad_by_freq or table.sparse:
+            why = f"{name} has max_norm, scale_grad_by_freq or sparse"
+    return why
+
+
+def _check_self_attention(module: Any) -> str | None:
+    parts: dict[str, type] = dict.fromkeys(("query", "key", "value"), nn.Linear)
+    why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout}, lora=True)
+    if why is not None:
+        return why
+    kind = getattr(module, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        return f"position_embedding_type={kind!r} enters the scores; only 'absolute' is known"
+    if getattr(module, "pruned_heads", None):
+        return "it has pruned heads"
+    expected = module.num_attention_heads * module.attention_head_size
+    for name in parts:
+        features = module.get_submodule(name).out_features
+        if features != expected:
+            return f"{name} gives {features} features, not heads x head size, {expected}"
+    if module.attention_head_size > 256:
+        return f"head size {module.attention_head_size}; allowed are 1 to 256"
+    return None
+
+
+def _check_self_output(module: Any) -> str | None:
+    return checks.reason_for_parts(
+        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}, lora=True
+    )
+
+
+def _check_layer(kin: Kin, module: Any) -> str | None:
+    return checks.reason_for_parts(
+        module,
+        {
+            "intermediate": kin.intermediate,
+            "intermediate.dense": nn.Linear,
+            "output": kin.output,
+            "output.dense": nn.Linear,
+            "output.LayerNorm": nn.LayerNorm,
+            "output.dropout": nn.Dropout,
+        },
+        lora=True,
+    ) or check_activation(module.intermediate.intermediate_act_fn)
+
+
+def check_activation(function: Any) -> str | None:
+    if checks.activation(function) is not None:
+        return None
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return f"activation {name} has no kernel; known are {', '.join(sorted(set(checks.ACTIVATIONS.values())))}"
+
+
+def _check_encoder(kin: Kin, module: Any) -> str | None:
+    if module.config.is_decoder:
+        return "is_decoder=True: causal layers with a cache run one by one"
+    for name, part in module.named_modules():
+        if isinstance(part, kin.layer):
+            is_ours = type(part) is kin.forms[kin.layer]
+            why = None if is_ours else checks.reason_for_class(part, kin.layer)
+            why = why or _whole_layer(kin, part)
+            if why is not None:
+                return f"not all of its layers can be fused, so they run one by one ({name}: {why})"
+    return None
+
+
+def _whole_layer(kin: Kin, layer: Any) -> str | None:
+    """Why a layer as a whole cannot run fused."""
+    attention = layer.attention
+    return (
+        checks.reason_for_hooks(layer)
+        or _prefixed("attention", checks.reason(attention, kin.attention))
+        or _inside(
+            attention.self,
+            "attention.self",
+            kin.self_attention,
+            kin.forms[kin.self_attention],
+            _check_self_attention,
+        )
+        or _inside(
+            attention.output,
+            "attention.output",
+            kin.self_output,
+            kin.forms[kin.self_output],
+            _check_self_output,
+        )
+        or _check_layer(kin, layer)
+    )
+
+
+def _inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
+    why = None if type(part) is patched else checks.reason_for_class(part, cls)
+    return _prefixed(name, why or checks.reason_for_hooks(part) or check(part))
+
+
+def _prefixed(name: str, why: str | None) -> str | None:
+    return None if why is None else f"{name}: {why}"
+
+
+def _check_pooler(module: Any) -> str | None:
+    return checks.reason_for_parts(module, {"dense": nn.Linear, "activation": nn.Tanh})
+
+
+def check_lm_head(module: Any) -> str | None:
+    return checks.reason_for_parts(module, {"dense": nn.Linear, "layer_norm": nn.LayerNorm})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a family says
+
+
+def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
+    """The rules of these kin, for all of them that have a form; `embeddings` is the note on those."""
+    table: list[tuple[type[nn.Module] | None, tuple[str, ...], Any, str, tuple[str, ...]]] = [
+        (kin.embeddings, ("embedding",), _check_embeddings, embeddings, ()),
+        (kin.encoder, (), partial(_check_encoder, kin), "runs its layers without padding", ()),
+        (
+            kin.layer,
+            ("feed_forward",),
+            partial(_check_layer, kin),
+            "",
+            ("intermediate.dense", "output.dense"),
+        ),
+        (kin.self_attention, ("linear", "attention"), _check_self_attention, "", ("query", "key", "value")),
+        (kin.self_output, ("linear",), _check_self_output, "", ("dense",)),
+        (kin.pooler, ("linear",), _check_pooler, "", ()),
+    ]
+    return tuple(
+        Rule(original, kin.forms[original], ops, check, note, projections)
+        for original, ops, check, note, projections in table
+        if original in kin.forms
+    )
+
+
+def keeps_padding(kin: Kin, model: type[nn.Module], attribute: str, patched: type[nn.Module]) -> ChildRule:
+    """For a head that mixes positions: the encoder at `attribute` becomes a form whose `packs` is False."""
+    note = "runs its layers with the padding in: the head's result depends on all positions"
+    return ChildRule(model, attribute, kin.encoder, patched, (), partial(_check_encoder, kin), note)
+
+
+def mask_path(kin: Kin) -> tuple[type[nn.Module], ...]:
+    """See `Family.mask_path`."""
+    return kin.encoder, kin.layer, kin.attention, kin.self_attention, kin.cross_attention
+
+
+def left(kin: Kin) -> dict[type, str]:
+    """See `Family.left`."""
+    return {kin.cross_attention: "cross-attention keeps its projections; only its attention function changes"}

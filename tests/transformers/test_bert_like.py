@@ -1,0 +1,230 @@
+"""RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA: what differs from BERT, and that the forms fit each."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import (
+    VOCABULARY,
+    assert_all_near,
+    assert_as_near,
+    assert_gradients,
+    build,
+    eager_of,
+    float64_of,
+    gradients,
+    left_padding,
+    right_padding,
+    runs,
+    token_ids,
+)
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.transformers import blocks
+
+#: Prefix of the class names, module, and what the config of the model has beside the common sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Roberta": ("roberta", {"type_vocab_size": 2}),
+    "XLMRoberta": ("xlm_roberta", {"type_vocab_size": 1}),
+    "Camembert": ("camembert", {"type_vocab_size": 1}),
+    "Electra": ("electra", {"embedding_size": 32}),
+}
+ROBERTAS = [prefix for prefix in FAMILIES if prefix != "Electra"]
+HEADS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Model": {},
+    "ForMaskedLM": {"labels": (3, 17)},
+    "ForSequenceClassification": {"labels": (3,)},
+    "ForTokenClassification": {"labels": (3, 17)},
+    "ForQuestionAnswering": {"start_positions": (3,), "end_positions": (3,)},
+}
+PAD = 1
+
+
+def model_of(prefix: str, head: str = "Model", **changes: Any) -> Any:
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "pad_token_id": PAD,
+        "attn_implementation": "sdpa",
+        **FAMILIES[prefix][1],
+        **changes,
+    }
+    return build(getattr(transformers, prefix + head), getattr(transformers, prefix + "Config")(**options))
+
+
+def ids_of(mask: torch.Tensor | None) -> torch.Tensor:
+    """Padding is what the tokenizer puts there: positions count from it."""
+    ids = token_ids()
+    return ids if mask is None else ids.masked_fill(mask == 0, PAD)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_every_head(prefix: str, head: str, padded: bool) -> None:
+    model = model_of(prefix, head, num_labels=2)
+    mask = right_padding() if padded else None
+    labels = {name: torch.randint(0, 2, shape) for name, shape in HEADS[head].items()}
+    if padded and "labels" in labels and labels["labels"].dim() == 2:
+        labels["labels"][~right_padding().bool()] = -100
+    outputs = runs(model, input_ids=ids_of(mask), attention_mask=mask, **labels)
+    assert_all_near(outputs, None if mask is None else mask.bool())
+    if head == "ForQuestionAnswering":
+        assert_all_near(outputs)  # its loss looks at padded positions too
+
+
+@pytest.mark.parametrize("summary", ["first", "last", "mean"])
+def test_a_summary_of_all_positions(summary: str) -> None:
+    model = model_of("Electra", "ForMultipleChoice", summary_type=summary)
+    mask = torch.cat([right_padding(), right_padding()]).view(2, 3, 17)
+    ids = torch.randint(3, VOCABULARY, (2, 3, 17)).masked_fill(mask == 0, PAD)
+    assert_all_near(runs(model, input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2])))
+
+
+def test_the_discriminator_of_electra() -> None:
+    mask = right_padding()
+    outputs = runs(model_of("Electra", "ForPreTraining"), input_ids=ids_of(mask), attention_mask=mask)
+    assert_all_near(outputs, mask.bool())
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> None:
+    model = model_of(prefix, "ForMaskedLM")
+    report = bk.patch(model)
+    left = {row.name for row in report.rows if row.status == "left alone"}
+    heads = {"generator_predictions.LayerNorm", "generator_predictions.dense"}
+    assert left <= (heads if prefix == "Electra" else set())
+    patched = [row.module for row in report.rows if row.status == "patched"]
+    for name in ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput"))):
+        assert prefix + name in patched
+        patched.remove(prefix + name)
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, mask, shapes = model_of(prefix), right_padding(), []
+    run = blocks.post_norm_layer
+    monkeypatch.setattr(
+        blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args)
+    )
+    bk.patch(model)
+    with torch.no_grad():
+        model(ids_of(mask), attention_mask=mask)
+    assert shapes == [(int(mask.sum()), 48)] * 2
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_padding_on_the_left(prefix: str) -> None:
+    mask = left_padding()
+    outputs = runs(model_of(prefix), input_ids=ids_of(mask), attention_mask=mask)
+    assert_all_near(outputs, mask.bool())
+
+
+@pytest.mark.parametrize("prefix", ROBERTAS)
+def test_positions_count_real_tokens_wherever_padding_is(prefix: str) -> None:
+    model = model_of(prefix)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids = token_ids()
+    ids[0, :5], ids[1, 7], ids[2, 9:] = PAD, PAD, PAD
+    with torch.no_grad():
+        outputs = [m.embeddings(ids) for m in (model, eager, reference)]
+        assert_as_near(*outputs)
+        given = torch.randint(0, 64, ids.shape)
+        types = torch.zeros_like(ids)
+        assert_as_near(*(m.embeddings(ids, types, given) for m in (model, eager, reference)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_gradients(prefix: str, padded: bool) -> None:
+    """Those of the table of positions too, whose row for padding gets none."""
+    model = model_of(prefix, "ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model.train()
+    eager, reference = eager_of(model), float64_of(model).train()
+    bk.patch(model)
+    mask = right_padding() if padded else None
+    ids = ids_of(mask)
+    ours = gradients(model, ids, mask)
+    assert_gradients(ours, gradients(eager, ids, mask), gradients(reference, ids, mask))
+    name = next(name for name in ours if name.endswith("position_embeddings.weight"))
+    assert ours[name].abs().sum() > 0
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_unpatching_pickle_and_deepcopy(prefix: str) -> None:
+    model = model_of(prefix, "ForMaskedLM")
+    mask = right_padding()
+    ids = ids_of(mask)
+    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+        bk.patch(model)
+        out = model(ids, attention_mask=mask).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(ids, attention_mask=mask).logits, out)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert bk.unpatch(model) > 0
+    assert [type(m) for m in model.modules()] == classes
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_compile_fullgraph(prefix: str) -> None:
+    model, mask = model_of(prefix, "ForMaskedLM"), right_padding()
+    eager, reference, ids = eager_of(model), float64_of(model), ids_of(mask)
+    bk.patch(model)
+    with torch.no_grad():
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask).logits
+        assert_as_near(out, *(m(ids, attention_mask=mask).logits for m in (eager, reference)))
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_attentions_and_hidden_states(prefix: str) -> None:
+    model, mask = model_of(prefix), right_padding()
+    eager, reference, ids = eager_of(model), float64_of(model), ids_of(mask)
+    bk.patch(model)
+    wanted: dict[str, Any] = {"output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        got, *expected = [m(ids, attention_mask=mask, **wanted) for m in (model, eager, reference)]
+    for i in range(2):
+        assert_as_near(
+            got.attentions[i],
+            *(e.attentions[i] for e in expected),
+            where=mask.bool()[:, None].expand(-1, 4, -1),
+        )
+    for i in range(3):
+        assert_as_near(got.hidden_states[i], *(e.hidden_states[i] for e in expected), where=mask.bool())
+
+
+@pytest.mark.parametrize("prefix", ["Roberta", "Electra"])
+def test_a_decoder_generates_what_eager_does(prefix: str) -> None:
+    model = model_of(prefix, "ForCausalLM", is_decoder=True)
+    eager, ids = eager_of(model), token_ids(2, 9)
+    report = bk.patch(model)
+    assert any("is_decoder" in row.reason for row in report.rows)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_a_family_names_only_its_own_classes(prefix: str) -> None:
+    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{FAMILIES[prefix][0]}")
+    check: Callable[[type], bool] = lambda cls: cls.__name__.startswith(prefix)  # noqa: E731
+    for rule in (*family.FAMILY.rules, *(r for r in family.FAMILY.children if r.parent is not None)):
+        assert issubclass(rule.patched, rule.original)
+    for rule in family.FAMILY.rules:
+        assert check(rule.original)
+        assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there

@@ -254,7 +254,7 @@ class Layer(Form):
         ffn = None if modules is None else _ffn(*modules, dtype, checks.recomputes(self))
         norm = None if modules is None else blocks.part(modules[1].LayerNorm, nn.LayerNorm, dtype)
         if ffn is None or modules is None or not isinstance(norm, Affine):
-            return super().feed_forward_chunk(attention_output)  # type: ignore[no-any-return]
+            return super().feed_forward_chunk(attention_output)  # type: ignore[misc,no-any-return]
         return blocks.feed_forward(
             attention_output,
             ffn,

@@ -28,8 +28,8 @@ from bigmodel_kernels.transformers.report import PatchReport, Row
 def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False) -> PatchReport:
     """Lets the model's modules run our operators, in place, and says what became of each.
 
-    model: a transformers model, or any module that holds one. Known families: BERT, GPT-2. What is not
-    exactly as known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a
+    model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
+    CamemBERT, ELECTRA and GPT-2. What is not exactly as known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a
     config that the operators do not have, weights that are not loaded) is left alone, and the report says
     why. Modules that are patched already stay so. If anything fails on the way, nothing is patched.
 
@@ -147,8 +147,9 @@ class _Plan:
         notes = []
         if not self.targets:
             notes.append(
-                "nothing here is of a known family (BERT, GPT-2); attn_implementation='bigmodel' replaces "
-                "the attention of any model that calls transformers' attention interface"
+                f"nothing here is of a known family ({', '.join(families.names())}); "
+                "attn_implementation='bigmodel' replaces the attention of any model that calls transformers' "
+                "attention interface"
             )
         return PatchReport(
             model=type(self.model).__name__,

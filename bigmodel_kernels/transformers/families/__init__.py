@@ -72,11 +72,12 @@ def loaded() -> list[Family]:
     """Families whose transformers module is in the process."""
     return [
         importlib.import_module(f"{__name__}.{name}").FAMILY
-        for name in _names()
+        for name in names()
         if f"transformers.models.{name}.modeling_{name}" in sys.modules
     ]
 
 
 @functools.cache
-def _names() -> tuple[str, ...]:
+def names() -> tuple[str, ...]:
+    """Those that there are, by the names of transformers' modules."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))

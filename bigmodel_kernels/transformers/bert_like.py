@@ -1,4 +1,4 @@
-"""The layers of BERT, for it and for every model whose code is copied from it (RoBERTa, ELECTRA, ...).
+"""The layers of BERT, for it and for every model whose code is copied from it (RoBERTa, ELECTRA, ...); DistilBERT uses part of it.
 
 transformers gives each of these models classes of its own with the same code inside. A family names them in a
 `Kin`, and puts the forms below in front of them:
@@ -45,14 +45,15 @@ class Kin:
 
     embeddings: type[nn.Module]
     self_attention: type[nn.Module]
-    cross_attention: type[nn.Module]
-    self_output: type[nn.Module]
-    attention: type[nn.Module]
-    intermediate: type[nn.Module]
-    output: type[nn.Module]
     layer: type[nn.Module]
     encoder: type[nn.Module]
-    pooler: type[nn.Module] | None
+    # The parts of a layer of BERT; DistilBERT has others.
+    cross_attention: Any = None
+    self_output: Any = None
+    attention: Any = None
+    intermediate: Any = None
+    output: Any = None
+    pooler: Any = None
     forms: dict[type, type] = field(default_factory=dict)
 
     @classmethod
@@ -92,6 +93,8 @@ class Form(nn.Module):
 class Embeddings(Form):
     """Word + position + type + LayerNorm in one pass."""
 
+    tables: ClassVar[tuple[str, ...]] = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
     def forward(
         self,
         input_ids: Any = None,
@@ -110,16 +113,19 @@ class Embeddings(Form):
         if token_type_ids is None:
             types = self.token_type_ids.expand(position_ids.shape[0], -1)
             token_type_ids = torch.gather(types, dim=1, index=position_ids)
-        word, position, kind, norm = held
+        return self._embed(input_ids, position_ids, token_type_ids, held)
+
+    def _embed(self, input_ids: Tensor, positions: Tensor, types: Tensor | None, held: Any) -> Tensor:
+        word, position, *kind, norm = held
         p, padding_idx = checks.dropout_p(self.dropout), self.word_embeddings.padding_idx
         out: Tensor = call(
             "embedding",
             input_ids,
             word[0],
-            position_ids,
+            positions,
             position[0],
-            token_type_ids,
-            kind[0],
+            types,
+            kind[0][0] if kind else None,
             *norm,
             self.LayerNorm.eps,
             draw_seed(p, input_ids.device),
@@ -139,7 +145,7 @@ class Embeddings(Form):
 
     def _held(self) -> tuple[Any, ...] | None:
         dtype = self.word_embeddings.weight.dtype
-        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        tables = [getattr(self, name) for name in self.tables]
         # The operator has a padding_idx for words, whose row gets no gradient, and none for the other tables.
         learns = [torch.is_grad_enabled() and table.weight.requires_grad for table in tables]
         if any(
@@ -170,18 +176,31 @@ COUNTED_NOTE = "by its own code where the table of positions is trained"
 class SelfAttention(Form):
     """One product for Q, K and V."""
 
+    #: The projections, and the attribute that says how many heads there are.
+    names: ClassVar[tuple[str, ...]] = ("query", "key", "value")
+    heads: ClassVar[str] = "num_attention_heads"
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        context = self.context(hidden_states, attention_mask, args, kwargs)
+        return super().forward(hidden_states, attention_mask, *args, **kwargs) if context is None else context
+
+    def context(
+        self, hidden_states: Tensor, attention_mask: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The heads' results side by side, and the probabilities where they are asked for; None if the
+        original code has to do it.
+        """
         cached = args or any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if (
             cached
             or not attention_interface.readable(attention_mask)
-            or not _readable(self)
+            or not self.readable()
             or checks.watched_globally()
         ):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        qkv = _qkv(self, checks.dtype_of(hidden_states))
+            return None
+        qkv = self.projections(checks.dtype_of(hidden_states))
         query, key, value = blocks.heads(hidden_states, qkv, "linear", self.attention_head_size)
         out, weights = attention_interface.attention_forward(
             self,
@@ -194,6 +213,16 @@ class SelfAttention(Form):
             **{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")},
         )
         return out.flatten(2), weights
+
+    def readable(self) -> bool:
+        modules = self.__dict__["_modules"]
+        return checks.plain_dropout(modules["dropout"]) and all(
+            checks.row_wise(modules[name], nn.Linear) for name in self.names
+        )
+
+    def projections(self, dtype: torch.dtype | None) -> tuple[Part, ...]:
+        modules = self.__dict__["_modules"]
+        return tuple(blocks.part(modules[name], nn.Linear, dtype) for name in self.names)
 
 
 class SelfOutput(Form):
@@ -227,7 +256,7 @@ class Layer(Form):
         hidden_states: Tensor,
         attention_mask: Any = None,
         *args: Any,
-        bigmodel_run: tuple[_Modules, Attend] | None = None,
+        bigmodel_run: tuple[Any, Attend] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if (
@@ -235,7 +264,8 @@ class Layer(Form):
             and _plain_call(args, kwargs)
             and attention_interface.readable(attention_mask)
         ):
-            modules = None if self.is_decoder or checks.watched_globally() else _modules(self, self.kin)
+            decodes = getattr(self, "is_decoder", False)
+            modules = None if decodes or checks.watched_globally() else _gathered(self, self.kin)
             if modules is not None:
                 bigmodel_run = (
                     modules,
@@ -245,8 +275,15 @@ class Layer(Form):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
         modules, attend = bigmodel_run
         return blocks.post_norm_layer(
-            hidden_states, _layer_parts(modules, checks.dtype_of(hidden_states)), attend
+            hidden_states, self.parts(modules, checks.dtype_of(hidden_states)), attend
         )
+
+    def gather(self) -> Any:
+        """The modules of the layer if it can run fused, on packed rows too, else None; `attention` is one."""
+        return _modules(self, self.kin)
+
+    def parts(self, modules: Any, dtype: torch.dtype | None) -> LayerParts:
+        return _layer_parts(modules, dtype)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         modules = None if checks.watched_globally() else _feed_forward_modules(self)
@@ -273,6 +310,8 @@ class Encoder(Form):
     #: False for a head that mixes positions: question answering takes a softmax over all positions of a
     #: sequence, padded ones included, so those have to hold what eager puts there.
     packs: ClassVar[bool] = True
+    #: What it returns.
+    output: ClassVar[type] = BaseModelOutputWithPastAndCrossAttentions
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
@@ -296,14 +335,17 @@ class Encoder(Form):
             x = layer(x, bigmodel_run=(modules, attend))
         if packing is not None:
             x = packing.unpack(x)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x)
+        return self.output(last_hidden_state=x)
 
-    def _layers(self) -> list[_Modules] | None:
+    def _layers(self) -> list[Any] | None:
         """The modules of all layers, if every layer can run fused."""
-        if self.config.is_decoder or attention_interface.collected() or checks.watched_globally():
+        if self._decodes() or attention_interface.collected() or checks.watched_globally():
             return None
-        layers = [_modules(layer, self.kin) for layer in self.layer]
-        return None if None in layers else layers  # type: ignore[return-value]
+        layers = [_gathered(layer, self.kin) for layer in self.layer]
+        return None if None in layers else layers
+
+    def _decodes(self) -> bool:
+        return bool(self.config.is_decoder)
 
 
 class Pooler(Form):
@@ -385,10 +427,13 @@ class _Modules(NamedTuple):
     recompute: bool
 
 
+def _gathered(layer: Any, kin: Kin) -> Any:
+    """What a layer of these kin gathers; None too for one that is not as known or has hooks."""
+    return layer.gather() if checks.callable_as(layer, kin.forms[kin.layer]) else None
+
+
 def _modules(layer: Any, kin: Kin) -> _Modules | None:
-    """The modules of a layer of these kin that can run fused, on packed rows too; else None."""
-    if not checks.callable_as(layer, kin.forms[kin.layer]):
-        return None
+    """Those of BERT's layer."""
     attention = layer.__dict__["_modules"]["attention"]
     if not checks.intact(attention, kin.attention):
         return None
@@ -398,7 +443,7 @@ def _modules(layer: Any, kin: Kin) -> _Modules | None:
         feed_forward is None
         or not checks.intact(self_attention, kin.forms[kin.self_attention])
         or not checks.intact(output, kin.forms[kin.self_output])
-        or not _readable(self_attention)
+        or not self_attention.readable()
         or not _row_wise(output, "dense")
     ):
         return None
@@ -419,13 +464,6 @@ def _feed_forward_modules(layer: Any) -> tuple[Any, Any] | None:
     return intermediate, output
 
 
-def _readable(attention: Any) -> bool:
-    modules = attention.__dict__["_modules"]
-    return checks.plain_dropout(modules["dropout"]) and all(
-        checks.row_wise(modules[name], nn.Linear) for name in ("query", "key", "value")
-    )
-
-
 def _row_wise(output: Any, name: str) -> bool:
     """A projection, a dropout and a norm."""
     modules = output.__dict__["_modules"]
@@ -433,15 +471,6 @@ def _row_wise(output: Any, name: str) -> bool:
         checks.row_wise(modules[name], nn.Linear)
         and checks.plain_dropout(modules["dropout"])
         and checks.callable_as(modules["LayerNorm"], nn.LayerNorm)
-    )
-
-
-def _qkv(attention: Any, dtype: torch.dtype | None) -> tuple[Part, Part, Part]:
-    modules = attention.__dict__["_modules"]
-    return (
-        blocks.part(modules["query"], nn.Linear, dtype),
-        blocks.part(modules["key"], nn.Linear, dtype),
-        blocks.part(modules["value"], nn.Linear, dtype),
     )
 
 
@@ -457,7 +486,7 @@ def _ffn(intermediate: Any, output: Any, dtype: torch.dtype | None, recompute: b
 def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
     attention, attention_output, intermediate, output, recompute = modules
     return LayerParts(
-        qkv=_qkv(attention, dtype),
+        qkv=attention.projections(dtype),
         head_dim=attention.attention_head_size,
         attention_out=blocks.part(attention_output.dense, nn.Linear, dtype),
         attention_norm=blocks.part(attention_output.LayerNorm, nn.LayerNorm, dtype),
@@ -476,8 +505,9 @@ def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
 # what can be patched
 
 
-def _check_embeddings(module: Any) -> str | None:
-    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+def check_embeddings(form: Any, module: Any) -> str | None:
+    """For an `Embeddings` form and the module that may get it."""
+    tables = form.tables
     parts: dict[str, type] = dict.fromkeys(tables, nn.Embedding)
     why = checks.reason_for_parts(module, {**parts, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout})
     if why is None and getattr(module, "position_embedding_type", "absolute") != "absolute":
@@ -489,8 +519,9 @@ def _check_embeddings(module: Any) -> str | None:
     return why
 
 
-def _check_self_attention(module: Any) -> str | None:
-    parts: dict[str, type] = dict.fromkeys(("query", "key", "value"), nn.Linear)
+def check_self_attention(form: Any, module: Any) -> str | None:
+    """For a `SelfAttention` form and the module that may get it."""
+    parts: dict[str, type] = dict.fromkeys(form.names, nn.Linear)
     why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout}, lora=True)
     if why is not None:
         return why
@@ -499,7 +530,7 @@ def _check_self_attention(module: Any) -> str | None:
         return f"position_embedding_type={kind!r} enters the scores; only 'absolute' is known"
     if getattr(module, "pruned_heads", None):
         return "it has pruned heads"
-    expected = module.num_attention_heads * module.attention_head_size
+    expected = getattr(module, form.heads) * module.attention_head_size
     for name in parts:
         features = module.get_submodule(name).out_features
         if features != expected:
@@ -537,33 +568,34 @@ def check_activation(function: Any) -> str | None:
     return f"activation {name} has no kernel; known are {', '.join(sorted(set(checks.ACTIVATIONS.values())))}"
 
 
-def _check_encoder(kin: Kin, module: Any) -> str | None:
-    if module.config.is_decoder:
+def check_encoder(kin: Kin, whole_layer: Callable[[Kin, Any], str | None], module: Any) -> str | None:
+    """`whole_layer` says why a layer as a whole cannot run fused."""
+    if getattr(getattr(module, "config", None), "is_decoder", False):
         return "is_decoder=True: causal layers with a cache run one by one"
     for name, part in module.named_modules():
         if isinstance(part, kin.layer):
             is_ours = type(part) is kin.forms[kin.layer]
             why = None if is_ours else checks.reason_for_class(part, kin.layer)
-            why = why or _whole_layer(kin, part)
+            why = why or whole_layer(kin, part)
             if why is not None:
                 return f"not all of its layers can be fused, so they run one by one ({name}: {why})"
     return None
 
 
-def _whole_layer(kin: Kin, layer: Any) -> str | None:
+def _whole_bert_layer(kin: Kin, layer: Any) -> str | None:
     """Why a layer as a whole cannot run fused."""
     attention = layer.attention
     return (
         checks.reason_for_hooks(layer)
-        or _prefixed("attention", checks.reason(attention, kin.attention))
-        or _inside(
+        or prefixed("attention", checks.reason(attention, kin.attention))
+        or inside(
             attention.self,
             "attention.self",
             kin.self_attention,
             kin.forms[kin.self_attention],
-            _check_self_attention,
+            partial(check_self_attention, kin.forms[kin.self_attention]),
         )
-        or _inside(
+        or inside(
             attention.output,
             "attention.output",
             kin.self_output,
@@ -574,12 +606,12 @@ def _whole_layer(kin: Kin, layer: Any) -> str | None:
     )
 
 
-def _inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
+def inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
     why = None if type(part) is patched else checks.reason_for_class(part, cls)
-    return _prefixed(name, why or checks.reason_for_hooks(part) or check(part))
+    return prefixed(name, why or checks.reason_for_hooks(part) or check(part))
 
 
-def _prefixed(name: str, why: str | None) -> str | None:
+def prefixed(name: str, why: str | None) -> str | None:
     return None if why is None else f"{name}: {why}"
 
 
@@ -598,8 +630,20 @@ def check_lm_head(module: Any) -> str | None:
 def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
     """The rules of these kin, for all of them that have a form; `embeddings` is the note on those."""
     table: list[tuple[type[nn.Module] | None, tuple[str, ...], Any, str, tuple[str, ...]]] = [
-        (kin.embeddings, ("embedding",), _check_embeddings, embeddings, ()),
-        (kin.encoder, (), partial(_check_encoder, kin), "runs its layers without padding", ()),
+        (
+            kin.embeddings,
+            ("embedding",),
+            partial(check_embeddings, kin.forms[kin.embeddings]),
+            embeddings,
+            (),
+        ),
+        (
+            kin.encoder,
+            (),
+            partial(check_encoder, kin, _whole_bert_layer),
+            "runs its layers without padding",
+            (),
+        ),
         (
             kin.layer,
             ("feed_forward",),
@@ -607,7 +651,13 @@ def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
             "",
             ("intermediate.dense", "output.dense"),
         ),
-        (kin.self_attention, ("linear", "attention"), _check_self_attention, "", ("query", "key", "value")),
+        (
+            kin.self_attention,
+            ("linear", "attention"),
+            partial(check_self_attention, kin.forms[kin.self_attention]),
+            "",
+            ("query", "key", "value"),
+        ),
         (kin.self_output, ("linear",), _check_self_output, "", ("dense",)),
         (kin.pooler, ("linear",), _check_pooler, "", ()),
     ]
@@ -621,7 +671,9 @@ def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
 def keeps_padding(kin: Kin, model: type[nn.Module], attribute: str, patched: type[nn.Module]) -> ChildRule:
     """For a head that mixes positions: the encoder at `attribute` becomes a form whose `packs` is False."""
     note = "runs its layers with the padding in: the head's result depends on all positions"
-    return ChildRule(model, attribute, kin.encoder, patched, (), partial(_check_encoder, kin), note)
+    return ChildRule(
+        model, attribute, kin.encoder, patched, (), partial(check_encoder, kin, _whole_bert_layer), note
+    )
 
 
 def mask_path(kin: Kin) -> tuple[type[nn.Module], ...]:

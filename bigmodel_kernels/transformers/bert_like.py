@@ -1,4 +1,5 @@
-"""The layers of BERT, for it and for every model whose code is copied from it (RoBERTa, ELECTRA, ...); DistilBERT uses part of it.
+"""The layers of BERT, for it and for every model whose code is copied from it (RoBERTa, ELECTRA, ...);
+DistilBERT uses part of it.
 
 transformers gives each of these models classes of its own with the same code inside. A family names them in a
 `Kin`, and puts the forms below in front of them:

@@ -29,10 +29,10 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     """Lets the model's modules run our operators, in place, and says what became of each.
 
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT and GPT-2. What is not exactly as known (a subclass, a hook, a replaced, quantised or
-    parametrized projection, an activation or a config that the operators do not have, weights that are not
-    loaded) is left alone, and the report says why. Modules that are patched already stay so. If anything
-    fails on the way, nothing is patched.
+    CamemBERT, ELECTRA, DistilBERT and GPT-2. What is not exactly as known (a subclass, a hook, a replaced,
+    quantised or parametrized projection, an activation or a config that the operators do not have, weights
+    that are not loaded) is left alone, and the report says why. Modules that are patched already stay so. If
+    anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to

@@ -27,6 +27,8 @@ from bigmodel_kernels.verify import compare, poisoned
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = ("query", "key", "value", "bias", "sinks")
+#: For features whose arithmetic is the same in both.
+ONE_DTYPE = [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +128,7 @@ def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     _check(*_dense(20, 37, dim, dtype))
 
 
-@pytest.mark.parametrize("dim", [128, 192, 256])
+@pytest.mark.parametrize("dim", [128, pytest.param(192, marks=pytest.mark.slow), 256])
 def test_large_head_dims(dim: int) -> None:
     for dtype in DTYPES:
         _check(*_dense(17, 40, dim, dtype, heads=1), is_causal=True)
@@ -159,7 +161,7 @@ def test_windows(window: tuple[int, int], is_causal: bool) -> None:
         _check(q, k, v, is_causal=is_causal, window_left=left, window_right=right)
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_DTYPE, ids=str)
 def test_key_padding(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 77, dtype=dtype, batch=4, heads=1)
     padding = torch.ones(4, 77, dtype=torch.bool, device=DEVICE)
@@ -180,7 +182,7 @@ def test_grouped_heads(kv_heads: int) -> None:
         _check(*_dense(19, 35, 16, dtype, heads=6, kv_heads=kv_heads), is_causal=True)
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_DTYPE, ids=str)
 def test_softcap_and_scales(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 37, dtype=dtype)
     _check(q, k, v, softcap=50.0)
@@ -226,7 +228,7 @@ def test_bias_of_minus_infinity() -> None:
     assert (found["query"][:, :, 7] == 0).all() and (found["bias"][bias == -torch.inf] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_DTYPE, ids=str)
 def test_alibi(dtype: torch.dtype) -> None:
     q, k, v = _dense(20, 37, 16, dtype, batch=2, kv_heads=1)
     slopes = torch.tensor([0.5, 0.0625], device=DEVICE)
@@ -244,7 +246,7 @@ def test_sinks(dtype: torch.dtype) -> None:
     _check(q, k, v, sinks=_tensor(4, dtype=dtype), softcap=3.0, window_left=5, with_sums=False)
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONE_DTYPE, ids=str)
 def test_dropout(dtype: torch.dtype) -> None:
     """The elements that fell in the forward."""
     seed = torch.tensor(2**61 + 12345, device=DEVICE)

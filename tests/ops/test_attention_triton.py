@@ -122,7 +122,13 @@ def test_no_keys_and_no_queries() -> None:
     assert out.shape == (0, 2, 3, 32)
 
 
-@pytest.mark.parametrize("window", [(0, 0), (5, -1), (-1, 7), (20, 3), (40, 40), (1000, 1000)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        *((5, -1), (-1, 7), (20, 3)),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ((0, 0), (40, 40), (1000, 1000))),
+    ],
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_windows(window: tuple[int, int], is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _small_tiles(monkeypatch)
@@ -180,7 +186,10 @@ def test_key_padding(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 4, 33, 70), (1, 4, 33, 70), (2, 1, 33, 70), (2, 1, 1, 70), (1, 4, 33, 1), (33, 70), (70,), ()],
+    [
+        *((2, 4, 33, 70), (2, 1, 1, 70), (1, 4, 33, 1), ()),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 4, 33, 70), (2, 1, 33, 70), (33, 70), (70,))),
+    ],
 )
 def test_bias(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.float16):

@@ -37,7 +37,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
-from bigmodel_kernels.transformers.families import ChildRule, Rule
+from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ class Layer(Form):
 
     def gather(self) -> Any:
         """The modules of the layer if it can run fused, on packed rows too, else None; `attention` is one."""
-        return _modules(self, self.kin)
+        return _modules(self)
 
     def parts(self, modules: Any, dtype: torch.dtype | None) -> LayerParts:
         return _layer_parts(modules, dtype)
@@ -433,8 +434,9 @@ def _gathered(layer: Any, kin: Kin) -> Any:
     return layer.gather() if checks.callable_as(layer, kin.forms[kin.layer]) else None
 
 
-def _modules(layer: Any, kin: Kin) -> _Modules | None:
+def _modules(layer: Any) -> _Modules | None:
     """Those of BERT's layer."""
+    kin = layer.kin
     attention = layer.__dict__["_modules"]["attention"]
     if not checks.intact(attention, kin.attention):
         return None
@@ -569,7 +571,7 @@ def check_activation(function: Any) -> str | None:
     return f"activation {name} has no kernel; known are {', '.join(sorted(set(checks.ACTIVATIONS.values())))}"
 
 
-def check_encoder(kin: Kin, whole_layer: Callable[[Kin, Any], str | None], module: Any) -> str | None:
+def check_encoder(kin: Kin, whole_layer: WholeLayer, module: Any) -> str | None:
     """`whole_layer` says why a layer as a whole cannot run fused."""
     if getattr(getattr(module, "config", None), "is_decoder", False):
         return "is_decoder=True: causal layers with a cache run one by one"
@@ -620,7 +622,7 @@ def _check_pooler(module: Any) -> str | None:
     return checks.reason_for_parts(module, {"dense": nn.Linear, "activation": nn.Tanh})
 
 
-def check_lm_head(module: Any) -> str | None:
+def _check_lm_head(module: Any) -> str | None:
     return checks.reason_for_parts(module, {"dense": nn.Linear, "layer_norm": nn.LayerNorm})
 
 
@@ -628,52 +630,88 @@ def check_lm_head(module: Any) -> str | None:
 # what a family says
 
 
+#: Why a layer of these kin as a whole cannot run fused.
+WholeLayer = Callable[[Kin, Any], str | None]
+
+
 def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
-    """The rules of these kin, for all of them that have a form; `embeddings` is the note on those."""
-    table: list[tuple[type[nn.Module] | None, tuple[str, ...], Any, str, tuple[str, ...]]] = [
-        (
-            kin.embeddings,
-            ("embedding",),
-            partial(check_embeddings, kin.forms[kin.embeddings]),
-            embeddings,
-            (),
-        ),
-        (
-            kin.encoder,
-            (),
-            partial(check_encoder, kin, _whole_bert_layer),
-            "runs its layers without padding",
-            (),
-        ),
-        (
+    """The rules of BERT's own layers; `embeddings` is the note on the embeddings."""
+    attention = kin.forms[kin.self_attention]
+    layers = (
+        embeddings_rule(kin, embeddings),
+        encoder_rule(kin),
+        Rule(
             kin.layer,
+            kin.forms[kin.layer],
             ("feed_forward",),
             partial(_check_layer, kin),
-            "",
-            ("intermediate.dense", "output.dense"),
+            projections=("intermediate.dense", "output.dense"),
         ),
-        (
+        Rule(
             kin.self_attention,
+            attention,
             ("linear", "attention"),
-            partial(check_self_attention, kin.forms[kin.self_attention]),
-            "",
-            ("query", "key", "value"),
+            partial(check_self_attention, attention),
+            projections=("query", "key", "value"),
         ),
-        (kin.self_output, ("linear",), _check_self_output, "", ("dense",)),
-        (kin.pooler, ("linear",), _check_pooler, "", ()),
-    ]
-    return tuple(
-        Rule(original, kin.forms[original], ops, check, note, projections)
-        for original, ops, check, note, projections in table
-        if original in kin.forms
+        Rule(
+            kin.self_output,
+            kin.forms[kin.self_output],
+            ("linear",),
+            _check_self_output,
+            projections=("dense",),
+        ),
     )
+    if kin.pooler is None:
+        return layers
+    return (*layers, Rule(kin.pooler, kin.forms[kin.pooler], ("linear",), _check_pooler))
 
 
-def keeps_padding(kin: Kin, model: type[nn.Module], attribute: str, patched: type[nn.Module]) -> ChildRule:
+def embeddings_rule(kin: Kin, note: str = "") -> Rule:
+    form = kin.forms[kin.embeddings]
+    return Rule(kin.embeddings, form, ("embedding",), partial(check_embeddings, form), note)
+
+
+def encoder_rule(kin: Kin, whole_layer: WholeLayer = _whole_bert_layer) -> Rule:
+    check = partial(check_encoder, kin, whole_layer)
+    return Rule(kin.encoder, kin.forms[kin.encoder], (), check, "runs its layers without padding")
+
+
+def keeps_padding(
+    kin: Kin,
+    model: type[nn.Module],
+    attribute: str,
+    patched: type[nn.Module],
+    whole_layer: WholeLayer = _whole_bert_layer,
+) -> ChildRule:
     """For a head that mixes positions: the encoder at `attribute` becomes a form whose `packs` is False."""
     note = "runs its layers with the padding in: the head's result depends on all positions"
-    return ChildRule(
-        model, attribute, kin.encoder, patched, (), partial(check_encoder, kin, _whole_bert_layer), note
+    check = partial(check_encoder, kin, whole_layer)
+    return ChildRule(model, attribute, kin.encoder, patched, (), check, note)
+
+
+def roberta_family(
+    name: str,
+    kin: Kin,
+    model: type[nn.Module],
+    lm_head: type[nn.Module],
+    question_answering: type[nn.Module],
+    padded_encoder: type[nn.Module],
+) -> Family:
+    """The family of a model that is RoBERTa under other names."""
+    return Family(
+        name=name,
+        rules=(
+            *rules(kin, embeddings=COUNTED_NOTE),
+            Rule(lm_head, kin.forms[lm_head], ("linear",), _check_lm_head),
+        ),
+        children=(
+            ChildRule(lm_head, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
+            keeps_padding(kin, question_answering, "roberta.encoder", padded_encoder),
+        ),
+        models=(model,),
+        mask_path=mask_path(kin),
+        left=left(kin),
     )
 
 

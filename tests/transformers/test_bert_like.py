@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import (
+    SIZES,
     VOCABULARY,
     assert_all_near,
     assert_as_near,
@@ -61,14 +62,8 @@ PAD = 1
 
 def model_of(prefix: str, head: str = "Model", **changes: Any) -> Any:
     options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 72,
-        "max_position_embeddings": 64,
+        **SIZES,
         "pad_token_id": PAD,
-        "attn_implementation": "sdpa",
         **FAMILIES[prefix][1],
         **changes,
     }

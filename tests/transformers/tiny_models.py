@@ -18,19 +18,20 @@ import bigmodel_kernels as bk
 
 VOCABULARY = 101
 
+#: Of BERT, and of every model whose config has the same names.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+}
+
 
 def bert_config(**changes: Any) -> BertConfig:
-    options = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 72,
-        "max_position_embeddings": 64,
-        "attn_implementation": "sdpa",
-        **changes,
-    }
-    return BertConfig(**options)
+    return BertConfig(**{**SIZES, **changes})
 
 
 def gpt2_config(**changes: Any) -> GPT2Config:

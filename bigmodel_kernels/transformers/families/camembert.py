@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers.models.camembert import modeling_camembert as hf
 
 from bigmodel_kernels.transformers import bert_like
 from bigmodel_kernels.transformers.bert_like import Kin
-from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 KIN = Kin.of(hf, "Camembert")
 
@@ -45,19 +42,11 @@ class BigmodelCamembertLMHead(bert_like.LMHead, hf.CamembertLMHead, kin=KIN):
     pass
 
 
-FAMILY = Family(
-    name="camembert",
-    rules=(
-        *bert_like.rules(KIN, embeddings=bert_like.COUNTED_NOTE),
-        Rule(hf.CamembertLMHead, BigmodelCamembertLMHead, ("linear",), bert_like.check_lm_head),
-    ),
-    children=(
-        ChildRule(hf.CamembertLMHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
-        bert_like.keeps_padding(
-            KIN, hf.CamembertForQuestionAnswering, "roberta.encoder", BigmodelCamembertPaddedEncoder
-        ),
-    ),
-    models=(hf.CamembertModel,),
-    mask_path=bert_like.mask_path(KIN),
-    left=bert_like.left(KIN),
+FAMILY = bert_like.roberta_family(
+    "camembert",
+    KIN,
+    hf.CamembertModel,
+    hf.CamembertLMHead,
+    hf.CamembertForQuestionAnswering,
+    BigmodelCamembertPaddedEncoder,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -156,24 +155,11 @@ def _whole_block(kin: Kin, block: Any) -> str | None:
     )
 
 
-_check_encoder = partial(bert_like.check_encoder, KIN, _whole_block)
-
 FAMILY = Family(
     name="distilbert",
     rules=(
-        Rule(
-            hf.Embeddings,
-            BigmodelDistilBertEmbeddings,
-            ("embedding",),
-            partial(bert_like.check_embeddings, BigmodelDistilBertEmbeddings),
-        ),
-        Rule(
-            hf.Transformer,
-            BigmodelDistilBertTransformer,
-            (),
-            _check_encoder,
-            note="runs its layers without padding",
-        ),
+        bert_like.embeddings_rule(KIN),
+        bert_like.encoder_rule(KIN, _whole_block),
         Rule(
             hf.TransformerBlock,
             BigmodelDistilBertBlock,
@@ -192,14 +178,12 @@ FAMILY = Family(
     children=(
         ChildRule(hf.DistilBertForMaskedLM, "vocab_transform", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.DistilBertForMaskedLM, "vocab_projector", nn.Linear, BigmodelLinear, ("linear",)),
-        ChildRule(
+        bert_like.keeps_padding(
+            KIN,
             hf.DistilBertForQuestionAnswering,
             "distilbert.transformer",
-            hf.Transformer,
             BigmodelDistilBertPaddedTransformer,
-            (),
-            _check_encoder,
-            note="runs its layers with the padding in: the head's result depends on all positions",
+            _whole_block,
         ),
     ),
     models=(hf.DistilBertModel,),

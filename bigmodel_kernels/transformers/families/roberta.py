@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers.models.roberta import modeling_roberta as hf
 
 from bigmodel_kernels.transformers import bert_like
 from bigmodel_kernels.transformers.bert_like import Kin
-from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 KIN = Kin.of(hf, "Roberta")
 
@@ -45,19 +42,11 @@ class BigmodelRobertaLMHead(bert_like.LMHead, hf.RobertaLMHead, kin=KIN):
     pass
 
 
-FAMILY = Family(
-    name="roberta",
-    rules=(
-        *bert_like.rules(KIN, embeddings=bert_like.COUNTED_NOTE),
-        Rule(hf.RobertaLMHead, BigmodelRobertaLMHead, ("linear",), bert_like.check_lm_head),
-    ),
-    children=(
-        ChildRule(hf.RobertaLMHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
-        bert_like.keeps_padding(
-            KIN, hf.RobertaForQuestionAnswering, "roberta.encoder", BigmodelRobertaPaddedEncoder
-        ),
-    ),
-    models=(hf.RobertaModel,),
-    mask_path=bert_like.mask_path(KIN),
-    left=bert_like.left(KIN),
+FAMILY = bert_like.roberta_family(
+    "roberta",
+    KIN,
+    hf.RobertaModel,
+    hf.RobertaLMHead,
+    hf.RobertaForQuestionAnswering,
+    BigmodelRobertaPaddedEncoder,
 )

@@ -120,6 +120,9 @@ int32_t narrow(int64_t value, const char* name) {
   return int32_t(value);
 }
 
+// What a kernel reads 16 bytes at a time.
+bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) % 16 == 0; }
+
 uint32_t dropout_threshold(double p) {  // a word below it drops
   const double threshold = std::nearbyint(p * 4294967296.0);
   return threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
@@ -130,7 +133,7 @@ void check_rows(const Tensor& tensor, const char* name) {
   const int64_t rank = tensor.dim();
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.stride(rank - 1) == 1, name, ": the last dimension must be contiguous");
   STD_TORCH_CHECK(tensor.size(rank - 1) % 8 == 0, name, ": head_dim ", tensor.size(rank - 1), " must be a multiple of 8");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) % 16 == 0, name, ": must start at a multiple of 16 bytes");
+  STD_TORCH_CHECK(aligned(tensor), name, ": must start at a multiple of 16 bytes");
   for (int64_t i = 0; i + 1 < rank; i++)
     STD_TORCH_CHECK(tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0, name, ": stride ", tensor.stride(i), " of dimension ", i, " must be a multiple of 8");
 }
@@ -438,8 +441,8 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   p.logsumexp_stride[1] = p.query_length;
   if (query.numel() == 0) return {out, logsumexp};
   const int64_t tiles = decode_tiles(p.batch, p.kv_heads, group, p.query_length);
-  STD_TORCH_CHECK(splits >= 0 && splits <= 1024, "splits: ", splits, " must be 0 (from the shapes) to 1024");
-  p.splits = splits ? int32_t(splits) : decode_splits(tiles, capacity, multiprocessors(call.device()));
+  STD_TORCH_CHECK(splits >= 0 && splits <= most_splits, "splits: ", splits, " must be 0 (from the shapes) to ", most_splits);
+  p.splits = splits ? int32_t(splits) : decode_splits(tiles, capacity, int64_t(decode_resident(architecture(call.device()))) * multiprocessors(call.device()));
   narrow(tiles / p.batch / p.kv_heads * p.splits, "splits");
   STD_TORCH_CHECK(require(counters, "counters", ScalarType::Int, 1).is_contiguous() && counters.numel() >= tiles, "counters: shape ", shape_of(counters),
                   " must be (", tiles, ",) or more, contiguous");
@@ -503,7 +506,8 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights,
     p.out_features[i] = narrow(out, "weights");
     p.out_stride += out;
     if (biases.empty()) continue;
-    STD_TORCH_CHECK(require(biases[i], "biases", dtype, 1).size(0) == out && biases[i].is_contiguous(), "biases: shape ", shape_of(biases[i]), " must be (", out, ",), contiguous");
+    STD_TORCH_CHECK(require(biases[i], "biases", dtype, 1).size(0) == out && biases[i].is_contiguous() && aligned(biases[i]), "biases: shape ",
+                    shape_of(biases[i]), " must be (", out, ",), contiguous, from a multiple of 16 bytes");
     p.bias[i] = call.use(biases[i], "biases", false);
   }
   if (residual) {
@@ -529,8 +533,8 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights,
   STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: must be None without norm_weight");
   if (norm_weight) {
     const auto vector = [&](const Tensor& t, const char* name) {
-      STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == p.out_stride && t.is_contiguous(), name, ": shape ", shape_of(t), " must be (", p.out_stride,
-                      ",), contiguous");
+      STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == p.out_stride && t.is_contiguous() && aligned(t), name, ": shape ", shape_of(t), " must be (",
+                      p.out_stride, ",), contiguous, from a multiple of 16 bytes");
       return call.use(t, name, false);
     };
     p.norm_weight = vector(*norm_weight, "norm_weight");

@@ -71,12 +71,23 @@ inline constexpr int decode_rows = 16;
 inline int64_t decode_tiles(int64_t batch, int64_t kv_heads, int64_t group, int64_t query_length) {
   return batch * kv_heads * ((group * query_length + decode_rows - 1) / decode_rows);
 }
-// Enough blocks for two on each multiprocessor, but no part of a full cache shorter than 256 keys. Shapes alone decide, so that
-// nothing is read from the device and a captured graph stays right while the sequences grow.
-inline int32_t decode_splits(int64_t tiles, int64_t capacity, int multiprocessors) {
-  const int64_t wanted = (2 * multiprocessors + tiles - 1) / tiles, most = (capacity + 255) / 256;
-  const int64_t splits = wanted < most ? wanted : most;
-  return int32_t(splits < 1 ? 1 : splits > 128 ? 128 : splits);
+// Blocks run at once, of which a multiprocessor holds `resident`: the last ones should leave few of these places empty, and a part of a full
+// cache should not be shorter than 256 keys. So, of the numbers of splits, the least that fills the places nearly as well as any
+// (flash-attention's num_splits_heuristic has the same rule). Shapes alone decide, so that nothing is read from the device and a captured
+// graph stays right while the sequences grow.
+inline constexpr int64_t most_splits = 128;
+inline constexpr int decode_resident(int architecture) { return architecture == 90 ? 3 : 2; }  // by the shared memory that decode.cuh takes
+inline int32_t decode_splits(int64_t tiles, int64_t capacity, int64_t places) {
+  const int64_t longest = (capacity + 255) / 256, most = longest < 1 ? 1 : longest > most_splits ? most_splits : longest;
+  const auto filled = [&](int64_t splits) {
+    const int64_t blocks = tiles * splits;
+    return double(blocks) / double((blocks + places - 1) / places * places);
+  };
+  double best = 0;
+  for (int64_t splits = 1; splits <= most; splits++) best = filled(splits) > best ? filled(splits) : best;
+  int64_t splits = 1;
+  while (splits < most && filled(splits) < 0.9 * best) splits++;
+  return int32_t(splits);
 }
 
 // Whether anything is there that the short inner loop has no code for. It looks for a row's maximum before it scales.

@@ -33,6 +33,7 @@ BM_DEVICE float add_parts(float (&sum)[8], int parts, float sink, Logsumexp logs
   float total = exp2_approx(sink - safe);
   BM_UNROLL
   for (int i = 0; i < 8; i++) sum[i] = 0;
+  BM_UNROLL_BY(4)
   for (int part = 0; part < parts; part++) {
     const float weight = exp2_approx(logsumexp(part) - safe);
     const Floats<8> values = piece(part);
@@ -64,6 +65,7 @@ struct AttentionDecode {
   static constexpr int shared_logsumexp = shared_rings + warps * ring_bytes;  // of the warps' rows
   static constexpr int shared_arrival = shared_logsumexp + warps * decode_rows * 4;
   static constexpr int shared_bytes = shared_arrival + 16;
+  static_assert(most_splits * decode_rows * 4 <= warps * ring_bytes, "and so do all splits' logsumexps");
   static_assert(decode_rows * part_row_bytes <= ring_bytes, "a warp's part fits where its ring was");
   static_assert(shared_bytes <= 99 << 10, "what a block may have on every GPU since sm_80");
 
@@ -76,15 +78,29 @@ struct AttentionDecode {
     return {page < p.pages ? page : -1, key % p.page_size};
   }
 
-  // A tile by one warp, whose lane i knows where key i lies.
-  static BM_DEVICE void load_keys(SharedAddress tile, const Element* cache, const int64_t (&stride)[3], Place mine, int head_dim) {
-    BM_UNROLL_BY(2)  // all at once, their addresses would leave too few registers
-    for (int i = lane_index(); i < KeyTile::rows * KeyTile::row_chunks; i += warp_size) {
-      const int row = i / KeyTile::row_chunks, chunk = i % KeyTile::row_chunks;
-      const int page = shuffle(mine.page, row), slot = shuffle(mine.slot, row);
-      const bool valid = page >= 0 && chunk * 8 < head_dim;
-      copy_async_16(tile + KeyTile::offset(row, chunk), valid ? cache + page * stride[0] + slot * stride[2] + chunk * 8 : cache, valid);
+  // The tile of keys from `first` by one warp, whose lane i knows where key i lies. Most tiles lie in one piece.
+  static BM_DEVICE void load_keys(SharedAddress tile, const DecodeParams& p, const Element* cache, const int64_t (&stride)[3], Place mine, int first, int end) {
+    const int first_page = shuffle(mine.page, 0), first_slot = shuffle(mine.slot, 0);
+    if (p.block_table == nullptr || first_slot + tile_n <= p.page_size) {
+      const int count = first_page >= 0 ? end - first : 0;
+      const Element* piece = cache + (count > 0 ? first_page * stride[0] + first_slot * stride[2] : 0);
+      for_each_piece<8>([&](int row, int chunk, SharedAddress at) {
+        const bool valid = row < count && chunk * 8 < p.head_dim;
+        copy_async_16(tile + at, valid ? piece + row * stride[2] + chunk * 8 : piece, valid);
+      });
+    } else {
+      for_each_piece<2>([&](int row, int chunk, SharedAddress at) {  // all at once, their addresses would leave too few registers
+        const int page = shuffle(mine.page, row), slot = shuffle(mine.slot, row);
+        const bool valid = page >= 0 && chunk * 8 < p.head_dim;
+        copy_async_16(tile + at, valid ? cache + page * stride[0] + slot * stride[2] + chunk * 8 : cache, valid);
+      });
     }
+  }
+  template <int at_once, typename Each>
+  static BM_DEVICE void for_each_piece(Each each) {
+    BM_UNROLL_BY(at_once)
+    for (int i = lane_index(); i < KeyTile::rows * KeyTile::row_chunks; i += warp_size)
+      each(i / KeyTile::row_chunks, i % KeyTile::row_chunks, KeyTile::offset(i / KeyTile::row_chunks, i % KeyTile::row_chunks));
   }
 
   static BM_DEVICE void run(const DecodeParams& p) {
@@ -140,9 +156,9 @@ struct AttentionDecode {
     for (int step = 0; step < stages; step++) {
       const Place place = place_at(step);
       const bool more = first_key(step) < end;
-      if (more) load_keys(slot_of(step), key, p.key_stride, place, p.head_dim);
+      if (more) load_keys(slot_of(step), p, key, p.key_stride, place, first_key(step), end);
       copy_async_commit();
-      if (more) load_keys(slot_of(step) + KeyTile::bytes, value, p.value_stride, place, p.head_dim);
+      if (more) load_keys(slot_of(step) + KeyTile::bytes, p, value, p.value_stride, place, first_key(step), end);
       copy_async_commit();
     }
     Place next = place_at(stages);  // a step ahead, so that nothing waits for the block table
@@ -162,7 +178,7 @@ struct AttentionDecode {
       clear(s);
       multiply_transposed<Element, QueryTile, KeyTile>(s, shared + shared_query, 0, key_tile);
       sync_warp();  // and nobody reads it any more
-      if (more) load_keys(key_tile, key, p.key_stride, next, p.head_dim);
+      if (more) load_keys(key_tile, p, key, p.key_stride, next, first_key(step + stages), end);
       copy_async_commit();
 
       // ---- P = exp(S - m) ----
@@ -186,7 +202,7 @@ struct AttentionDecode {
       sync_warp();  // this V has arrived
       multiply<Element, KeyTile>(o, s, value_tile, 0);
       sync_warp();
-      if (more) load_keys(value_tile, value, p.value_stride, next, p.head_dim);
+      if (more) load_keys(value_tile, p, value, p.value_stride, next, first_key(step + stages), end);
       copy_async_commit();
       next = place_at(step + stages + 1);
     }
@@ -250,11 +266,14 @@ struct AttentionDecode {
     if (thread_index() == 0) store_shared(shared + shared_arrival, count_global(p.counters + unit, uint32_t(p.splits - 1)));
     sync_block();
     if (load_shared<uint32_t>(shared + shared_arrival) != uint32_t(p.splits - 1)) return;
+    // All logsumexps at once, where the rings were, and then from there: one after the other from L2 they would take longer than the rest.
+    for (int i = thread_index(); i < p.splits * part_rows; i += threads) store_shared(shared + shared_rings + 4 * i, load_global(part_logsumexp + i));
+    sync_block();
     for (int i = thread_index(); i < rows * chunks; i += threads) {
       const int row = i / chunks, chunk = i % chunks;
       float sum[8];
       const float all = add_parts(
-          sum, p.splits, sink_of(row), [&](int s) { return load_global(part_logsumexp + s * part_rows + row); },
+          sum, p.splits, sink_of(row), [&](int s) { return load_shared<float>(shared + shared_rings + 4 * (s * part_rows + row)); },
           [&](int s) {
             const Floats<4>* part = reinterpret_cast<const Floats<4>*>(parts + (int64_t(s) * part_rows + row) * p.head_dim + chunk * 8);
             const auto a = load_global(part), b = load_global(part + 1);

@@ -100,16 +100,18 @@ class Scores {
   template <int blocks>
   BM_DEVICE void logits(float (&x)[blocks][4], int row0, int column0, bool all_visible) const {
     if (!General && all_visible) return;  // most tiles: the unit is left to the exponential, which multiplies and subtracts at once
+    const Spans spans = spans_of(row0, column0);
     BM_UNROLL
     for (int j = 0; j < blocks; j++)
       BM_UNROLL
       for (int e = 0; e < 4; e++) {
-        const Place at = place(row0, column0, j, e);
-        float slope_of_cap;
-        if constexpr (General)
-          x[j][e] = visible(at, all_visible) ? logit(x[j][e], at, slope_of_cap) : -infinity;
-        else
-          x[j][e] = visible(at, false) ? x[j][e] : -infinity;
+        if constexpr (General) {
+          const Place at = place(row0, column0, j, e);
+          float slope_of_cap;
+          x[j][e] = visible(spans, j, e, at) ? logit(x[j][e], at, slope_of_cap) : -infinity;
+        } else {
+          x[j][e] = spans.has(j, e) ? x[j][e] : -infinity;
+        }
       }
   }
   BM_DEVICE float unit() const { return General ? 1 : p_.softmax_scale * log2_e; }
@@ -128,13 +130,15 @@ class Scores {
   BM_DEVICE void probabilities(float (&x)[blocks][4], int row0, int column0, bool all_visible, Statistics statistics) const {
     if constexpr (General) return;
     const auto each = [&](auto masked) {
+      Spans spans;
+      if (masked.value) spans = spans_of(row0, column0);
       BM_UNROLL
       for (int j = 0; j < blocks; j++) {
         const RowPair pair = statistics(j);
         BM_UNROLL
         for (int e = 0; e < 4; e++) {
-          const bool is = !masked.value || visible(place(row0, column0, j, e), false);
-          x[j][e] = is ? exp2_approx(x[j][e] * (p_.softmax_scale * log2_e) - of_pair(pair, e).logsumexp) : 0;
+          const float probability = exp2_approx(x[j][e] * (p_.softmax_scale * log2_e) - of_pair(pair, e).logsumexp);
+          x[j][e] = !masked.value || spans.has(j, e) ? probability : 0;
         }
       }
     };
@@ -145,6 +149,8 @@ class Scores {
   BM_DEVICE void gradients(float (&x)[blocks][4], float (&g)[blocks][4], int row0, int column0, bool all_visible,
                            Statistics statistics, AddToBias add_to_bias) const {
     for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { g[j][e] *= keep; });
+    Spans spans;
+    if constexpr (General) spans = spans_of(row0, column0);
     BM_UNROLL
     for (int j = 0; j < blocks; j++) {
       const RowPair pair = statistics(j);
@@ -153,7 +159,7 @@ class Scores {
         const RowStatistics row = of_pair(pair, e);
         if constexpr (General) {
           const Place at = place(row0, column0, j, e);
-          if (!visible(at, all_visible)) {
+          if (!visible(spans, j, e, at)) {
             x[j][e] = g[j][e] = 0;
             continue;
           }
@@ -164,7 +170,8 @@ class Scores {
           g[j][e] = ds * slope_of_cap;
         } else {
           // Of a hidden pair g may be anything, and not 0 times anything.
-          g[j][e] = all_visible || x[j][e] != 0 ? x[j][e] * (g[j][e] - row.delta) : 0;
+          const float ds = x[j][e] * (g[j][e] - row.delta);
+          g[j][e] = all_visible | (x[j][e] != 0) ? ds : 0;
         }
       }
     }
@@ -179,13 +186,35 @@ class Scores {
     const int row = row0 + e / 2 * 8, column = column0 + 8 * j + 2 * (lane_index() % 4) + e % 2;
     return transposed ? Place{column, row} : Place{row, column};
   }
-  BM_DEVICE bool visible(Place at, bool all_visible) const {
-    const int place = at.query + s_.offset();
-    bool is = all_visible || (at.key < s_.keys && (p_.window_right < 0 || at.key <= place + p_.window_right) &&
-                              (p_.window_left < 0 || at.key >= place - p_.window_left));
-    if constexpr (General || transposed) is = is && at.query < s_.queries;
-    if constexpr (General)
-      if (is && p_.key_padding_mask != nullptr) is = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + at.key) != 0;
+  // The columns that each of this thread's two rows sees, counted from the thread's own first: a comparison with two numbers for each
+  // element, and no branch, of which a tile on the diagonal would have thousands.
+  struct Spans {
+    int begin[2], end[2];
+    BM_DEVICE bool has(int j, int e) const {
+      const int column = 8 * j + e % 2;
+      return (column >= begin[e / 2]) & (column < end[e / 2]);
+    }
+  };
+  BM_DEVICE Spans spans_of(int row0, int column0) const {
+    const int columns = transposed ? s_.queries : s_.keys, rows = transposed ? s_.keys : s_.queries;
+    const int before = transposed ? p_.window_right : p_.window_left, after = transposed ? p_.window_left : p_.window_right;
+    const int own = column0 + 2 * (lane_index() % 4);
+    Spans spans;
+    BM_UNROLL
+    for (int r = 0; r < 2; r++) {
+      const int row = row0 + 8 * r, place = row + (transposed ? -s_.offset() : s_.offset());
+      int begin = 0, end = columns;
+      if (before >= 0 && place - before > begin) begin = place - before;
+      if (after >= 0 && place + after + 1 < end) end = place + after + 1;
+      if ((General || transposed) && row >= rows) end = 0;
+      spans.begin[r] = begin - own;
+      spans.end[r] = end - own;
+    }
+    return spans;
+  }
+  BM_DEVICE bool visible(const Spans& spans, int j, int e, Place at) const {
+    bool is = spans.has(j, e);
+    if (is && p_.key_padding_mask != nullptr) is = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + at.key) != 0;
     return is;
   }
   BM_DEVICE float logit(float product, Place at, float& slope_of_cap) const {

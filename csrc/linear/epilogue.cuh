@@ -1,9 +1,11 @@
 // What happens to a tile of x W^T on its way out of the accumulators: + bias, (kept for the backward), activation, dropout, + residual.
 //
-// A thread has two rows and, of each block of eight columns, two neighbours. Before they leave, the four lanes of a row exchange
-// blocks, so that each writes the 16 bytes of a whole block and the four of them 64 in a row:
+// A warp has 16 rows of it, and takes them 64 columns at a time through shared memory of its own:
 //
-//   lane 0..3 hold columns 2t, 2t+1 of blocks j .. j+3   ->   lane t holds all eight columns of block j + t
+//   accumulators, two columns of a row to a lane   ->   float32 in shared memory   ->   eight neighbours of a row to a lane
+//
+// so that all that is read and written beside lies in pieces of 16 bytes, 128 in a row, and the code is there once and not once for every
+// column: a tile's own would not stay in the instruction cache.
 #pragma once
 #include "arch/number.cuh"
 #include "arch/philox.cuh"
@@ -12,93 +14,125 @@
 
 namespace bigmodel::cuda {
 
-BM_DEVICE float activate(float x, Activation activation) {
+BM_DEVICE float gelu(float x) { return 0.5f * x * (1 + erf_exact(x * 0.7071067811865476f)); }
+BM_DEVICE float gelu_tanh(float x) { return 0.5f * x * (1 + tanh_exact(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
+BM_DEVICE float quick_gelu(float x) { return x / (1 + exp2_approx(-1.702f * log2_e * x)); }
+BM_DEVICE float silu(float x) { return x / (1 + exp2_approx(-log2_e * x)); }
+
+BM_DEVICE void activate(float (&x)[8], Activation activation) {
+  const auto all = [&](auto function) {
+    BM_UNROLL
+    for (float& value : x) value = function(value);
+  };
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::gelu: return 0.5f * x * (1 + erf_exact(x * 0.7071067811865476f));
-    case Activation::gelu_tanh: return 0.5f * x * (1 + tanh_exact(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    case Activation::quick_gelu: return x / (1 + exp2_approx(-1.702f * log2_e * x));
-    case Activation::relu: return maximum(x, 0);
-    case Activation::silu: return x / (1 + exp2_approx(-log2_e * x));
+    case Activation::none: return;
+    case Activation::gelu: return all([](float v) { return gelu(v); });
+    case Activation::gelu_tanh: return all([](float v) { return gelu_tanh(v); });
+    case Activation::quick_gelu: return all([](float v) { return quick_gelu(v); });
+    case Activation::relu: return all([](float v) { return maximum(v, 0); });
+    case Activation::silu: return all([](float v) { return silu(v); });
   }
-  return x;
 }
 
-// Of 4 words of each of 4 neighbouring lanes, lane t gets word t of all: a transposition.
-BM_DEVICE void transpose_quad(uint32_t (&x)[4]) {
-  const int t = lane_index() % 4;
+template <typename Element>
+BM_DEVICE void unpack(float (&x)[8], const Word<16>& word) {
   BM_UNROLL
-  for (int mask = 1; mask <= 2; mask *= 2)  // exchange word i of the lower lane with word i ^ mask of the upper
-    BM_UNROLL
-    for (int i = 0; i < 4; i++) {
-      if (i & mask) continue;
-      const uint32_t send = t & mask ? x[i] : x[i | mask], got = shuffle_xor(send, mask);
-      if (t & mask)
-        x[i] = got;
-      else
-        x[i | mask] = got;
-    }
+  for (int i = 0; i < 8; i++) x[i] = to_float(Element{uint16_t(word.value[i / 2] >> (16 * (i % 2)))});
+}
+template <typename Element>
+BM_DEVICE Word<16> pack(const float (&x)[8]) {
+  return {{pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7])}};
 }
 
-// row: the warp's first of 16; column: of the first block, in the whole output; end: past the last column of this weight.
+// 16 rows of 64 float32 columns, in chunks of four. Rows that are written, or read, together lie in different banks.
+struct StagingTile {
+  static constexpr int rows = 16, columns = 64, bytes = rows * columns * 4;
+  static BM_DEVICE uint32_t offset(int row, int chunk) { return uint32_t(row * columns * 4 + (chunk ^ 2 * (row % 4)) * 16); }
+};
+
+// Dropout of eight columns from `column`, a multiple of 8. A call of the generator serves the columns that differ in bits 3 and 4
+// (ops/philox.py): four lanes, which have 32 columns of a row between them, make two calls each and exchange the answers. With dropout
+// there is one weight, and its tiles start at multiples of 32. All lanes together.
+BM_DEVICE void drop(float (&x)[8], const LinearParams& p, int row, int column, uint64_t seed) {
+  const int own = column / 8 % 4;
+  uint32_t kept = 0;  // bit 8 b + i: column i of block b
+  BM_UNROLL
+  for (int e = 0; e < 2; e++) {
+    const int i = 2 * own + e;
+    const PhiloxWords random = philox(uint32_t(column >> 5 << 3 | i), uint32_t(row), 0, 0, seed);
+    BM_UNROLL
+    for (int b = 0; b < 4; b++) kept |= uint32_t(random.word[b] >= p.dropout_threshold) << (8 * b + i);
+  }
+  kept |= shuffle_xor(kept, 1);
+  kept |= shuffle_xor(kept, 2);
+  BM_UNROLL
+  for (int i = 0; i < 8; i++) x[i] = kept >> (8 * own + i) & 1 ? x[i] * p.dropout_scale : 0;
+}
+
+// By one warp. row: its first of 16; column: of the first block, in the whole output; end: past the last column of this weight.
+// staging: a StagingTile that no other warp uses.
 template <typename Element, int blocks>
-BM_DEVICE void finish_tile(float (&c)[blocks][4], const LinearParams& p, int row, int column, int end, const Element* bias) {
-  static_assert(blocks % 4 == 0, "four lanes exchange four blocks");
-  const int lane = lane_index(), g = lane / 4, t = lane % 4;
+BM_DEVICE void finish_tile(const float (&c)[blocks][4], const LinearParams& p, int row, int column, int end, const Element* bias, SharedAddress staging) {
+  constexpr int piece = StagingTile::columns / 8, rows_at_once = warp_size / piece, turns = StagingTile::rows / rows_at_once;
+  static_assert(blocks % piece == 0, "whole pieces");
+  const int lane = lane_index(), own_row = lane / piece, own_chunk = lane % piece;
   const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
-  BM_UNROLL
-  for (int j = 0; j < blocks; j += 4)
-    BM_UNROLL
-    for (int r = 0; r < 2; r++) {
-      const int at_row = row + g + 8 * r;
-      float x[4][2];
+  const auto at = [](auto* matrix, int64_t offset) { return reinterpret_cast<Word<16>*>(static_cast<Element*>(const_cast<void*>(matrix)) + offset); };
+  BM_UNROLL_BY(1)
+  for (int n = 0; n < blocks / piece; n++) {
+    const int first = column + StagingTile::columns * n + 8 * own_chunk;  // of this lane's eight columns
+    if (first - 8 * own_chunk >= end) break;
+    const auto writes = [&](int turn) { return first < end && row + turn * rows_at_once + own_row < p.rows; };
+    const auto offset = [&](int turn) { return int64_t(row + turn * rows_at_once + own_row) * p.out_stride + first; };
+    // ---- what is added, on its way while the accumulators move ----
+    Word<16> residual[turns] = {}, bias_word = {};
+    if (p.residual != nullptr) {
       BM_UNROLL
-      for (int b = 0; b < 4; b++)
-        BM_UNROLL
-        for (int e = 0; e < 2; e++) {
-          const int at = column + 8 * (j + b) + 2 * t + e;
-          x[b][e] = c[j + b][2 * r + e] + (bias != nullptr && at < end ? to_float(load_global(bias + (at - column))) : 0);
-        }
-      const int first = column + 8 * (j + t);  // of the block that this lane writes
-      const bool mine = at_row < p.rows && first < end;
-      uint32_t words[4];
-      if (p.preactivation != nullptr) {
-        BM_UNROLL
-        for (int b = 0; b < 4; b++) words[b] = pack<Element>(x[b][0], x[b][1]);
-        transpose_quad(words);
-        if (mine) store_global(reinterpret_cast<Word<16>*>(static_cast<Element*>(p.preactivation) + at_row * p.out_stride + first), Word<16>{{words[0], words[1], words[2], words[3]}});
-      }
-      BM_UNROLL
-      for (int b = 0; b < 4; b++)
-        BM_UNROLL
-        for (int e = 0; e < 2; e++) x[b][e] = activate(x[b][e], p.activation);
-      if (p.dropout_seed != nullptr) {
-        // One call of the generator serves the columns that differ in bits 3 and 4 (ops/philox.py), which are the four blocks: with
-        // dropout there is one weight, and its tiles start at multiples of 32.
-        BM_UNROLL
-        for (int e = 0; e < 2; e++) {
-          const int at = column + 8 * j + 2 * t + e;
-          const PhiloxWords random = philox(uint32_t(at >> 5 << 3 | (at & 7)), uint32_t(at_row), 0, 0, seed);
-          BM_UNROLL
-          for (int b = 0; b < 4; b++) x[b][e] = random.word[b] >= p.dropout_threshold ? x[b][e] * p.dropout_scale : 0;
-        }
-      }
-      if (p.residual != nullptr) {
-        BM_UNROLL
-        for (int b = 0; b < 4; b++) {
-          const int at = column + 8 * (j + b) + 2 * t;
-          if (at_row < p.rows && at < end) {
-            const uint32_t pair = load_global(reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p.residual) + at_row * p.out_stride + at));
-            x[b][0] += to_float(Element{uint16_t(pair)});
-            x[b][1] += to_float(Element{uint16_t(pair >> 16)});
-          }
-        }
-      }
-      BM_UNROLL
-      for (int b = 0; b < 4; b++) words[b] = pack<Element>(x[b][0], x[b][1]);
-      transpose_quad(words);
-      if (mine) store_global(reinterpret_cast<Word<16>*>(static_cast<Element*>(p.out) + at_row * p.out_stride + first), Word<16>{{words[0], words[1], words[2], words[3]}});
+      for (int turn = 0; turn < turns; turn++)
+        if (writes(turn)) residual[turn] = load_global(at(p.residual, offset(turn)));
     }
+    if (bias != nullptr && first < end) bias_word = load_global(reinterpret_cast<const Word<16>*>(bias + (first - column)));
+    // ---- accumulators to shared memory ----
+    sync_warp();  // nobody reads the piece before any more
+    BM_UNROLL
+    for (int m = 0; m < blocks / piece; m++) {
+      if (m != n) continue;  // registers have no index that changes
+      BM_UNROLL
+      for (int j = 0; j < piece; j++)
+        BM_UNROLL
+        for (int r = 0; r < 2; r++) {
+          const float pair[2] = {c[piece * m + j][2 * r], c[piece * m + j][2 * r + 1]};
+          Word<8> word;
+          memcpy(&word, pair, 8);
+          store_shared(staging + StagingTile::offset(lane / 4 + 8 * r, 2 * j + lane % 4 / 2) + 8 * (lane % 2), word);
+        }
+    }
+    sync_warp();
+    // ---- and on ----
+    float added[8];
+    unpack<Element>(added, bias_word);
+    BM_UNROLL
+    for (int turn = 0; turn < turns; turn++) {
+      float x[8];
+      BM_UNROLL
+      for (int half = 0; half < 2; half++) {
+        const Word<16> word = load_shared<Word<16>>(staging + StagingTile::offset(turn * rows_at_once + own_row, 2 * own_chunk + half));
+        memcpy(x + 4 * half, &word, 16);
+      }
+      BM_UNROLL
+      for (int i = 0; i < 8; i++) x[i] += added[i];
+      if (p.preactivation != nullptr && writes(turn)) store_global(at(p.preactivation, offset(turn)), pack<Element>(x));
+      activate(x, p.activation);
+      if (p.dropout_seed != nullptr) drop(x, p, row + turn * rows_at_once + own_row, first, seed);
+      if (p.residual != nullptr) {
+        float more[8];
+        unpack<Element>(more, residual[turn]);
+        BM_UNROLL
+        for (int i = 0; i < 8; i++) x[i] += more[i];
+      }
+      if (writes(turn)) store_global(at(p.out, offset(turn)), pack<Element>(x));
+    }
+  }
 }
 
 // Which tile of the output, of all weights: tiles of one weight after the other, and within a weight eight rows of tiles before the

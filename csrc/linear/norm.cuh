@@ -9,6 +9,7 @@
 #include "arch/number.cuh"
 #include "arch/warp.cuh"
 #include "linear/cuda.h"
+#include "linear/epilogue.cuh"
 
 namespace bigmodel::cuda {
 
@@ -21,28 +22,37 @@ BM_DEVICE void add_lanes(float (&x)[count]) {
 }
 
 // By one warp: `rows_at_once` rows from `row`, of those before `end`, so that the loads of one hide those of the others. The mean, then
-// the variance around it (two passes, so that a large mean costs no digits), then the result.
-template <typename Element, int rows_at_once>
+// the variance around it (so that a large mean costs no digits), then the result. Rows of up to 256 * `held` columns are read once and stay
+// in registers; the columns of longer ones past that are read again each time.
+template <typename Element, int rows_at_once, int held>
 BM_DEVICE void normalise_rows(const LinearParams& p, int row, int end) {
   const int columns = int(p.out_stride), chunks = columns / 8;
   const float over = 1 / float(columns);
   float mean[rows_at_once] = {}, scale[rows_at_once] = {};
+  Word<16> word[rows_at_once][held];
+  const auto load = [&](int r, int chunk) {
+    if (row + r >= end || chunk >= chunks) return Word<16>{};
+    return load_global(reinterpret_cast<const Word<16>*>(static_cast<const Element*>(p.out) + (row + r) * p.out_stride + chunk * 8));
+  };
+  BM_UNROLL
+  for (int h = 0; h < held; h++)
+    BM_UNROLL
+    for (int r = 0; r < rows_at_once; r++) word[r][h] = load(r, lane_index() + warp_size * h);
   // each(row of the few, chunk, its eight elements)
   const auto for_each = [&](auto each) {
-    for (int chunk = lane_index(); chunk < chunks; chunk += warp_size) {
-      Word<16> word[rows_at_once];
-      BM_UNROLL
-      for (int r = 0; r < rows_at_once; r++)
-        if (row + r < end) word[r] = load_global(reinterpret_cast<const Word<16>*>(static_cast<const Element*>(p.out) + (row + r) * p.out_stride + chunk * 8));
-      BM_UNROLL
-      for (int r = 0; r < rows_at_once; r++) {
-        if (row + r >= end) continue;
-        float x[8];
+    const auto unpacked = [&](int r, int chunk, const Word<16>& from) {
+      float x[8];
+      unpack<Element>(x, from);
+      each(r, chunk, x);
+    };
+    BM_UNROLL
+    for (int h = 0; h < held; h++)
+      if (lane_index() + warp_size * h < chunks) {
         BM_UNROLL
-        for (int i = 0; i < 8; i++) x[i] = to_float(Element{uint16_t(word[r].value[i / 2] >> (16 * (i % 2)))});
-        each(r, chunk, x);
+        for (int r = 0; r < rows_at_once; r++) unpacked(r, lane_index() + warp_size * h, word[r][h]);
       }
-    }
+    for (int chunk = lane_index() + warp_size * held; chunk < chunks; chunk += warp_size)
+      for (int r = 0; r < rows_at_once; r++) unpacked(r, chunk, load(r, chunk));
   };
   if (!p.norm_is_rms) {
     for_each([&](int r, int, const float (&x)[8]) {
@@ -59,13 +69,13 @@ BM_DEVICE void normalise_rows(const LinearParams& p, int row, int end) {
   add_lanes(scale);
   for (float& s : scale) s = reciprocal_root(s * over + p.norm_eps);
   for_each([&](int r, int chunk, const float (&x)[8]) {
-    const Element *weight = static_cast<const Element*>(p.norm_weight) + chunk * 8, *bias = static_cast<const Element*>(p.norm_bias) + chunk * 8;
-    float y[8];
+    if (row + r >= end) return;
+    float weight[8], bias[8] = {}, y[8];
+    unpack<Element>(weight, load_global(static_cast<const Word<16>*>(p.norm_weight) + chunk));
+    if (p.norm_bias != nullptr) unpack<Element>(bias, load_global(static_cast<const Word<16>*>(p.norm_bias) + chunk));
     BM_UNROLL
-    for (int i = 0; i < 8; i++)
-      y[i] = (x[i] - mean[r]) * scale[r] * to_float(load_global(weight + i)) + (p.norm_bias != nullptr ? to_float(load_global(bias + i)) : 0);
-    store_global(reinterpret_cast<Word<16>*>(static_cast<Element*>(p.normalised) + (row + r) * p.out_stride + chunk * 8),
-                 Word<16>{{pack<Element>(y[0], y[1]), pack<Element>(y[2], y[3]), pack<Element>(y[4], y[5]), pack<Element>(y[6], y[7])}});
+    for (int i = 0; i < 8; i++) y[i] = (x[i] - mean[r]) * scale[r] * weight[i] + bias[i];
+    store_global(reinterpret_cast<Word<16>*>(static_cast<Element*>(p.normalised) + (row + r) * p.out_stride + chunk * 8), pack<Element>(y));
   });
 }
 
@@ -78,8 +88,9 @@ BM_DEVICE void normalise_if_last(const LinearParams& p, int panel, int row, int 
   if (warp == 0 && lane_index() == 0) store_shared(arrival, count_global(p.counters + panel, uint32_t(tiles - 1)));
   wait();
   if (load_shared<uint32_t>(arrival) != uint32_t(tiles - 1)) return;
-  constexpr int rows_at_once = 2;
-  for (int r = row + rows_at_once * warp; r < end; r += rows_at_once * warps) normalise_rows<Element, rows_at_once>(p, r, end);
+  constexpr int rows_at_once = 4, held = 4;
+  BM_UNROLL_BY(1)
+  for (int r = row + rows_at_once * warp; r < end; r += rows_at_once * warps) normalise_rows<Element, rows_at_once, held>(p, r, end);
 }
 
 }  // namespace bigmodel::cuda

@@ -26,6 +26,7 @@ struct LinearSm80 {
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes, shared_arrival = stages * stage_bytes;
   static constexpr int shared_bytes = shared_arrival + 16;
+  static_assert(warps * StagingTile::bytes <= stages * stage_bytes, "the results on their way out fit where the stages were");
 
   // Zeros past the matrix's end.
   template <typename Tile>
@@ -92,10 +93,12 @@ struct LinearSm80 {
       }
     }
     const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
+    copy_async_wait<0>();
+    sync_block();  // nobody reads a stage any more: there the results are put in order
     BM_UNROLL
     for (int i = 0; i < 2; i++)
       finish_tile<Element>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
-                           bias != nullptr ? bias + at.column + warp_column : nullptr);
+                           bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
     normalise_if_last<Element, warps>(p, at.row / tile_m, at.row, at.row + tile_m < p.rows ? at.row + tile_m : p.rows, tiles_across<tile_n>(p), warp,
                                       shared + shared_arrival, [] { sync_block(); });
   }

@@ -29,7 +29,8 @@ struct LinearSm90 {
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
-  static constexpr int shared_barriers = stages * stage_bytes, shared_arrival = shared_barriers + 2 * stages * mbarrier_bytes;
+  static constexpr int shared_staging = stages * stage_bytes, shared_barriers = shared_staging + 4 * consumers * StagingTile::bytes;
+  static constexpr int shared_arrival = shared_barriers + 2 * stages * mbarrier_bytes;
   static constexpr int shared_bytes = shared_arrival + 4 * consumers;
   static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
 
@@ -106,7 +107,7 @@ struct LinearSm90 {
       const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
       const int row = at.row + 64 * consumer, warp = warp_index() % 4;
       finish_tile<Element>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
-                           bias != nullptr ? bias + at.column : nullptr);
+                           bias != nullptr ? bias + at.column : nullptr, shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes);
       if (row < p.rows)
         normalise_if_last<Element, 4>(p, row / 64, row, row + 64 < p.rows ? row + 64 : p.rows, tiles_across<tile_n>(p), warp,
                                       shared_start() + shared_arrival + 4 * consumer, [&] { sync_named(1 + consumer, group); });

@@ -115,12 +115,12 @@ def _run(
     out, preactivation, normalised = torch.ops.bigmodel.cuda_linear.default(
         _aligned(rows),
         [_aligned(w.contiguous()) for w in weights],
-        [b.contiguous() for b in biases],
+        [_aligned(b) for b in biases],
         None
         if residual is None
         else _aligned(residual.reshape(rows.shape[0], residual.shape[-1]).contiguous()),
-        None if norm_weight is None else norm_weight.contiguous(),
-        None if norm_bias is None else norm_bias.contiguous(),
+        None if norm_weight is None else _aligned(norm_weight),
+        None if norm_bias is None else _aligned(norm_bias),
         dropout_seed,
         None if norm_weight is None else counters(x.device, -(-rows.shape[0] // _PANEL) or 1),
         weight_layout=weight_layout,

@@ -59,4 +59,17 @@ BM_DEVICE void mbarrier_wait(SharedAddress barrier, int parity) {
 #endif
 }
 
+// Which of a ring of `stages` is next, and the parity in which its barrier completes; kept by addition, as a division for each step of a
+// loop would keep the instruction unit from the products.
+template <int stages>
+struct Ring {
+  int stage = 0, parity = 0;
+  BM_DEVICE void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 }  // namespace bigmodel::cuda

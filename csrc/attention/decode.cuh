@@ -84,7 +84,7 @@ struct AttentionDecode {
     if (p.block_table == nullptr || first_slot + tile_n <= p.page_size) {
       const int count = first_page >= 0 ? end - first : 0;
       const Element* piece = cache + (count > 0 ? first_page * stride[0] + first_slot * stride[2] : 0);
-      for_each_piece<8>([&](int row, int chunk, SharedAddress at) {
+      for_each_piece<HeadDim <= 128 ? 8 : 4>([&](int row, int chunk, SharedAddress at) {
         const bool valid = row < count && chunk * 8 < p.head_dim;
         copy_async_16(tile + at, valid ? piece + row * stride[2] + chunk * 8 : piece, valid);
       });
@@ -101,6 +101,13 @@ struct AttentionDecode {
     BM_UNROLL_BY(at_once)
     for (int i = lane_index(); i < KeyTile::rows * KeyTile::row_chunks; i += warp_size)
       each(i / KeyTile::row_chunks, i % KeyTile::row_chunks, KeyTile::offset(i / KeyTile::row_chunks, i % KeyTile::row_chunks));
+  }
+
+  // softcap * tanh(s / softcap), as tanh(x) = 1 - 2 / (1 + exp(2x)).
+  static BM_DEVICE void cap(float (&s)[n_blocks][4], float softcap) {
+    float* element = &s[0][0];
+    BM_UNROLL
+    for (int i = 0; i < 4 * n_blocks; i++) element[i] = softcap * (1 - 2 * reciprocal(1 + exp2_approx(2 * log2_e * element[i] / softcap)));
   }
 
   static BM_DEVICE void run(const DecodeParams& p) {
@@ -185,10 +192,14 @@ struct AttentionDecode {
       BM_UNROLL
       for (int j = 0; j < n_blocks; j++)
         BM_UNROLL
+        for (int e = 0; e < 4; e++) s[j][e] *= p.softmax_scale;
+      if (p.softcap != 0) cap(s, p.softcap);
+      BM_UNROLL
+      for (int j = 0; j < n_blocks; j++)
+        BM_UNROLL
         for (int e = 0; e < 4; e++) {
           const int at = first_key(step) + 8 * j + 2 * (lane % 4) + e % 2, r = e / 2;
-          float x = s[j][e] * p.softmax_scale;
-          if (p.softcap != 0) x = p.softcap * tanh_exact(x / p.softcap);
+          float x = s[j][e];
           const int distance = standing[r] - at;
           x -= slope[r] * float(distance < 0 ? -distance : distance);
           s[j][e] = at >= visible_begin[r] && at < visible_end[r] ? x * log2_e : -infinity;

@@ -81,14 +81,14 @@ BM_DEVICE void normalise_rows(const LinearParams& p, int row, int end) {
 
 // By `warps` warps that have written a tile together; `wait` is their barrier, `arrival` four bytes of shared memory of theirs, and
 // `warp` this one among them. The panel has rows from `row` to `end`, and `tiles` tiles.
-template <typename Element, int warps, typename Wait>
+template <typename Element, int warps, int rows_at_once, typename Wait>
 BM_DEVICE void normalise_if_last(const LinearParams& p, int panel, int row, int end, int tiles, int warp, SharedAddress arrival, Wait wait) {
   if (p.norm_weight == nullptr) return;
   wait();  // so that the count below speaks for all of them
   if (warp == 0 && lane_index() == 0) store_shared(arrival, count_global(p.counters + panel, uint32_t(tiles - 1)));
   wait();
   if (load_shared<uint32_t>(arrival) != uint32_t(tiles - 1)) return;
-  constexpr int rows_at_once = 4, held = 4;
+  constexpr int held = 4;
   BM_UNROLL_BY(1)
   for (int r = row + rows_at_once * warp; r < end; r += rows_at_once * warps) normalise_rows<Element, rows_at_once, held>(p, r, end);
 }

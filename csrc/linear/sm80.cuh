@@ -99,7 +99,7 @@ struct LinearSm80 {
     for (int i = 0; i < 2; i++)
       finish_tile<Element>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
                            bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
-    normalise_if_last<Element, warps>(p, at.row / tile_m, at.row, at.row + tile_m < p.rows ? at.row + tile_m : p.rows, tiles_across<tile_n>(p), warp,
+    normalise_if_last<Element, warps, 4>(p, at.row / tile_m, at.row, at.row + tile_m < p.rows ? at.row + tile_m : p.rows, tiles_across<tile_n>(p), warp,
                                       shared + shared_arrival, [] { sync_block(); });
   }
 };

@@ -2,6 +2,7 @@
 #include "linear/sm90.cuh"
 
 #include <algorithm>
+#include <iterator>
 
 #include "arch/launch.cuh"
 #include "linear/launch.h"
@@ -25,23 +26,31 @@ void start(const LinearParams& p, int multiprocessors, const Stream& stream) {
   launch<Kernel>({std::min(tiles, multiprocessors)}, params, stream);
 }
 
-template <typename Element, int tile_n, bool conv1d>
-constexpr auto entry = start<LinearSm90<Element, tile_n, conv1d>, conv1d>;
-constexpr void (*table[2][2][2])(const LinearParams&, int, const Stream&) = {  // [float16, bfloat16][128, 256][linear, conv1d]
-    {{entry<float16, 128, false>, entry<float16, 128, true>}, {entry<float16, 256, false>, entry<float16, 256, true>}},
-    {{entry<bfloat16, 128, false>, entry<bfloat16, 128, true>}, {entry<bfloat16, 256, false>, entry<bfloat16, 256, true>}}};
-
-// How long the multiprocessors are busy, in units of a tile of 128 columns: a wide tile takes 1.8 of it, because it reads x once.
-double waves(const LinearParams& p, int multiprocessors, bool wide) {
-  const int tiles = wide ? tile_count<128, 256>(p) : tile_count<128, 128>(p);
-  return (tiles + multiprocessors - 1) / multiprocessors * (wide ? 1.8 : 1.0);
+template <typename Element, int tile_n>
+void start_layout(const LinearParams& p, int multiprocessors, const Stream& stream) {
+  (p.conv1d ? start<LinearSm90<Element, tile_n, true>, true> : start<LinearSm90<Element, tile_n, false>, false>)(p, multiprocessors, stream);
 }
+
+using Start = void (*)(const LinearParams&, int, const Stream&);
+struct Row {
+  int (*tiles)(const LinearParams&);
+  double time;      // of a tile, in units of one of 128 columns: a wide one reads x once for more columns, a small one does little at a time
+  Start start[2];   // [float16, bfloat16]
+};
+template <int tile_n>
+constexpr Row row(double time) {
+  return {[](const LinearParams& p) { return tile_count<LinearSm90<bfloat16, tile_n, false>::tile_m, tile_n>(p); }, time,
+          {start_layout<float16, tile_n>, start_layout<bfloat16, tile_n>}};
+}
+constexpr Row table[] = {row<256>(1.8), row<192>(1.4), row<128>(1), row<64>(0.45)};
 
 }  // namespace
 
+// The tile with which the multiprocessors are busy for the shortest time.
 void linear_sm90(const LinearParams& p, bool is_bfloat16, int multiprocessors, const Stream& stream) {
-  const bool wide = waves(p, multiprocessors, true) <= waves(p, multiprocessors, false);
-  table[is_bfloat16][wide][p.conv1d](p, multiprocessors, stream);
+  const auto waves = [&](const Row& r) { return double((r.tiles(p) + multiprocessors - 1) / multiprocessors) * r.time; };
+  const Row& best = *std::min_element(std::begin(table), std::end(table), [&](const Row& a, const Row& b) { return waves(a) < waves(b); });
+  best.start[is_bfloat16](p, multiprocessors, stream);
 }
 
 }  // namespace bigmodel::cuda

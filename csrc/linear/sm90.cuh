@@ -24,8 +24,10 @@ struct LinearSm90Params {
 template <typename Element, int tile_n_, bool conv1d>
 struct LinearSm90 {
   using Params = LinearSm90Params;
-  static constexpr int consumers = 2, group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
-  static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n == 256 ? 4 : 6, blocks = tile_n / 8;
+  // A small tile, of one consumer, is for few rows: there are more of them then, on more multiprocessors.
+  static constexpr int consumers = tile_n_ == 64 ? 1 : 2, group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
+  static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n == 256 ? 4 : tile_n == 192 ? 4 : tile_n == 128 ? 6 : 8;
+  static constexpr int blocks = tile_n / 8;
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
@@ -60,14 +62,14 @@ struct LinearSm90 {
     }
   }
 
-  // One thread. `count` numbers the stages filled since the start, over all tiles.
+  // One thread. The ring goes on over all tiles.
   static BM_DEVICE void produce(const Params& params, int tiles, int steps) {
-    int count = 0;
+    Ring<stages> ring;
     for (int tile = block_x(); tile < tiles; tile += grid_x()) {
       const TilePlace at = place_of<tile_m, tile_n>(params.p, tile);
-      for (int step = 0; step < steps; step++, count++) {
-        const int stage = count % stages;
-        mbarrier_wait(empty(stage), (count / stages & 1) ^ 1);
+      for (int step = 0; step < steps; step++, ring.advance()) {
+        const int stage = ring.stage;
+        mbarrier_wait(empty(stage), ring.parity ^ 1);
         mbarrier_arrive_expect(full(stage), stage_bytes);
         tma_load(input_tile(stage), params.x, full(stage), step * tile_k, at.row, 0, 0);
         BM_UNROLL
@@ -80,13 +82,14 @@ struct LinearSm90 {
 
   static BM_DEVICE void consume(const Params& params, int tiles, int steps, int consumer) {
     const LinearParams& p = params.p;
-    int count = 0;
+    Ring<stages> ring;
+    int before = 0;  // the stage of the step before
     for (int tile = block_x(); tile < tiles; tile += grid_x()) {
       const TilePlace at = place_of<tile_m, tile_n>(p, tile);
       float c[blocks][4];
-      for (int step = 0; step < steps; step++, count++) {
-        const int stage = count % stages;
-        mbarrier_wait(full(stage), count / stages & 1);
+      for (int step = 0; step < steps; step++, ring.advance()) {
+        const int stage = ring.stage;
+        mbarrier_wait(full(stage), ring.parity);
         wgmma_fence();
         BM_UNROLL
         for (int k = 0; k < tile_k / 16; k++) {
@@ -100,16 +103,17 @@ struct LinearSm90 {
         wgmma_commit();
         // The tensor cores go on with this stage while the one before is given back.
         wgmma_wait<1>();
-        if (step > 0 && lane_index() == 0) mbarrier_arrive(empty((count - 1) % stages));
+        if (step > 0 && lane_index() == 0) mbarrier_arrive(empty(before));
+        before = stage;
       }
       wgmma_wait<0>();
-      if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty((count - 1) % stages));
+      if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty(before));
       const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
       const int row = at.row + 64 * consumer, warp = warp_index() % 4;
       finish_tile<Element>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
                            bias != nullptr ? bias + at.column : nullptr, shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes);
       if (row < p.rows)
-        normalise_if_last<Element, 4>(p, row / 64, row, row + 64 < p.rows ? row + 64 : p.rows, tiles_across<tile_n>(p), warp,
+        normalise_if_last<Element, 4, tile_n <= 128 ? 4 : 2>(p, row / 64, row, row + 64 < p.rows ? row + 64 : p.rows, tiles_across<tile_n>(p), warp,
                                       shared_start() + shared_arrival + 4 * consumer, [&] { sync_named(1 + consumer, group); });
     }
   }

@@ -2,9 +2,10 @@
 
 The order of a row is the order of preference. An implementation is a module with a function `run` that takes
 the operator's own arguments, and a function `supports` that takes the same and returns None, or the reason
-why it cannot run this call. Modules are imported on first use, so that importing the package compiles and
-loads nothing. An operator's training form and its gradient are rows of their own, of the same modules:
-`run_training` and `run_backward` with `supports_training` and `supports_backward`.
+why it cannot run this call. A function `only_when_forced`, where there is one, likewise says why a call that
+it can run is better left to the next. Modules are imported on first use, so that importing the package
+compiles and loads nothing. An operator's training form and its gradient are rows of their own, of the same
+modules: `run_training` and `run_backward` with `supports_training` and `supports_backward`.
 
 `BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an
 error.
@@ -79,6 +80,13 @@ class Implementation:
             return self._load_error
         return None if supports is None else supports(*args, **kwargs)
 
+    def not_unasked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Why the implementation, which can run the call, does so only when forced, or None."""
+        if self.only_when_forced is not None or self.name == "reference":
+            return self.only_when_forced
+        say = getattr(importlib.import_module(self.module), "only_when_forced" + self.suffix, None)
+        return None if say is None else say(*args, **kwargs)  # type: ignore[no-any-return]
+
     def detail(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What the implementation has to say about how it would run the call; most have nothing."""
         say = getattr(importlib.import_module(self.module), "detail" + self.suffix, None)
@@ -86,8 +94,8 @@ class Implementation:
 
 
 #: (folder, suffix) of the operators that have CUDA C++ kernels
-_CUDA = {("attention", s) for s in ("", "_backward", "_decode")} | {("linear", s) for s in ("", "_training")}
-_UNPROVEN = "its kernels are verified in the emulator and not yet measured on a GPU; BIGMODEL_BACKEND=native"
+_CUDA = {("attention", s) for s in ("", "_backward", "_decode")}
+_CUDA |= {(folder, s) for folder in ("linear", "feed_forward") for s in ("", "_training")}
 
 
 def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementation, ...]:
@@ -97,8 +105,8 @@ def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementat
         return Implementation(name, f"bigmodel_kernels.ops.{folder}.{file or name}", suffix, only_when_forced)
 
     if device == "cuda":
-        native = (one("native", _UNPROVEN, "cuda"),) if (folder, suffix) in _CUDA else ()
-        return one("triton"), *native, one("reference")
+        native = (one("native", file="cuda"),) if (folder, suffix) in _CUDA else ()
+        return *native, one("triton"), one("reference")
     interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"
     return one("native"), one("triton", interpreted), one("reference")
 
@@ -207,7 +215,9 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
         )
     reasons: list[str] = []
     for implementation in row:
+        # The interpreter, on the CPU, is not loaded to be asked; other modules say so themselves.
         reason = implementation.only_when_forced or implementation.why_not(args, kwargs)
+        reason = reason or implementation.not_unasked(args, kwargs)
         if reason is None:
             if reasons and implementation.name == "reference" and device_type != "cpu":
                 _warn_once(
@@ -285,9 +295,9 @@ def explain_call(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping
         if implementation.name == chosen:
             reasons[implementation.name] = "runs this call" + implementation.detail(args, kwargs)
         else:
-            cannot = implementation.only_when_forced
-            if cannot is None or device_type == "cuda":  # the CPU's interpreter is not loaded to be asked
-                cannot = "; ".join(filter(None, (implementation.why_not(args, kwargs), cannot)))
+            cannot = implementation.only_when_forced  # the CPU's interpreter is not loaded to be asked
+            if cannot is None:
+                cannot = implementation.why_not(args, kwargs) or implementation.not_unasked(args, kwargs)
             reasons[implementation.name] = cannot or "can run it, but comes later in the order of preference"
     return Explanation(op, device_type, chosen, reasons, error)
 

@@ -101,8 +101,8 @@ def cuda(archs: list[str]) -> Path:
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
     flags = f"{flags} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d"
-    # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that one, though the
-    # torch that we link against, which may have no CUDA, resolves nothing by it.
+    # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that one,
+    # though the torch that we link against, which may have no CUDA, resolves nothing by it.
     libraries = f"-Xlinker --no-as-needed {libraries}"
     rules = {"link": f"{nvcc} -shared -cudart static -o $out $in {libraries}"}
     targets = []

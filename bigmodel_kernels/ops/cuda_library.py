@@ -24,6 +24,21 @@ def lacking(tensor: Tensor) -> str | None:
     return None
 
 
+#: Compute capabilities on which the library has been measured to be faster than Triton's kernels.
+_MEASURED = ((9, 0),)
+
+
+def unmeasured(tensor: Tensor) -> str | None:
+    """Why Triton's kernels come before the library's on this device, or None where they do not."""
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability in _MEASURED:
+        return None
+    return (
+        "its kernels are verified in the emulator and not yet measured on "
+        f"sm_{capability[0]}{capability[1]}; BIGMODEL_BACKEND=native"
+    )
+
+
 def readable(tensor: Tensor) -> bool:
     """Rows are copied 16 bytes at a time."""
     strides = [s for s, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]

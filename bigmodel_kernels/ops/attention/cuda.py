@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention.native import bias_gradient
-from bigmodel_kernels.ops.cuda_library import counters, lacking, readable
+from bigmodel_kernels.ops.cuda_library import counters, lacking, readable, unmeasured
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> str | None:
     """None, or the reason why the library cannot run this call."""
     return _lacking(query=query, key=key, value=value)
+
+
+def only_when_forced(query: Tensor, *args: Any, **options: Any) -> str | None:
+    """Why the library does not run the call unasked, or None."""
+    return unmeasured(query)
+
+
+only_when_forced_backward = only_when_forced_decode = only_when_forced
 
 
 def _lacking(**tensors: Tensor) -> str | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.ops.activations import activate
-from bigmodel_kernels.ops.cuda_library import counters, lacking, readable
+from bigmodel_kernels.ops.cuda_library import counters, lacking, readable, unmeasured
 from bigmodel_kernels.ops.linear.cuda_choice import OWN, TORCH, Case, Choice, choose
 
 _WEIGHTS = 4  # side by side in one product
@@ -52,6 +52,14 @@ def supports(
 
 
 supports_training = supports
+
+
+def only_when_forced(x: Tensor, *args: Any, **options: Any) -> str | None:
+    """Why the library does not run the call unasked, or None."""
+    return unmeasured(x)
+
+
+only_when_forced_training = only_when_forced
 
 
 def case_of(
@@ -160,13 +168,15 @@ def _run_torch(
     preactivation = F.linear(x, weight, biases[0] if biases else None)
     out = activate(preactivation, activation)
     out = out if residual is None else out + residual
-    if norm_weight is None:
-        normalised = empty
-    elif norm_kind == "rms_norm":
-        normalised = F.rms_norm(out, out.shape[-1:], norm_weight, norm_eps)
-    else:
-        normalised = F.layer_norm(out, out.shape[-1:], norm_weight, norm_bias, norm_eps)
+    normalised = empty if norm_weight is None else normalise(out, norm_weight, norm_bias, norm_eps, norm_kind)
     return out, preactivation if keep_preactivation else empty, normalised
+
+
+def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    """The norm of this kind, by torch."""
+    if kind == "rms_norm":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _aligned(matrix: Tensor) -> Tensor:

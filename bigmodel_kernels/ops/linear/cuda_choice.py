@@ -2,7 +2,7 @@
 
 The library's kernel adds bias, activation, residual and norm in one launch; torch's product may be faster by
 itself, and leaves the rest to launches of their own. Which is sooner depends on device and shape, and only a
-GPU can say. Until one has, every call takes the library's kernel, and `explain` says "not measured".
+GPU can say. Where none has, a call takes the library's kernel, and `explain` says "not measured".
 
     python -m bigmodel_kernels.ops.linear.cuda_choice       for BERT's and GPT-2's layers on this GPU
 
@@ -84,15 +84,17 @@ def choose(device: str, case: Case) -> Choice:
 
 
 def measure(
-    cases: Iterator[tuple[Case, dict[str, Callable[[], Any]]]], clock: Callable[[Callable[[], Any]], float]
+    cases: Iterator[tuple[Case, dict[str, Callable[[], Any]]]],
+    clock: Callable[[Callable[[], Any]], Callable[[], float]],
 ) -> list[dict[str, Any]]:
-    """Times the functions of both products, in turn, 20 times each; `clock` says how long one call takes."""
+    """Times the functions of both products, in turn, 20 times each; `clock` makes of one its clock."""
     entries = []
     for case, functions in cases:
         times: dict[str, list[float]] = {name: [] for name in functions}
+        clocks = {name: clock(function) for name, function in functions.items()}
         for _ in range(20):
-            for name, function in functions.items():
-                times[name].append(clock(function))
+            for name, sample in clocks.items():
+                times[name].append(sample())
         medians = {name: round(statistics.median(all_), 5) for name, all_ in times.items()}
         entries.append({"case": asdict(case), "milliseconds": medians})
     return entries
@@ -100,8 +102,11 @@ def measure(
 
 def models_cases(device: torch.device) -> Iterator[tuple[Case, dict[str, Callable[[], Any]]]]:
     """The layers of BERT and GPT-2, base and large, for 128 to 32768 tokens."""
+    from bigmodel_kernels import _native
     from bigmodel_kernels.ops.linear import cuda, prepare
 
+    if reason := _native.cuda_reason():
+        sys.exit(reason)
     for hidden in (384, 768, 1024):
         for features, out, extra in (
             (hidden, hidden, {"residual": True, "norm": True}),
@@ -129,16 +134,28 @@ def models_cases(device: torch.device) -> Iterator[tuple[Case, dict[str, Callabl
                 )
 
 
-def gpu_clock(function: Callable[[], Any]) -> float:
-    """Milliseconds of ten calls, by the device's own clock, over ten."""
-    function()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(10):
+def gpu_clock(function: Callable[[], Any]) -> Callable[[], float]:
+    """Milliseconds of ten calls over ten, in a CUDA graph: what Python takes is not in them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 10
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            function()
+    graph.replay()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 10
+
+    return sample
 
 
 def main() -> None:

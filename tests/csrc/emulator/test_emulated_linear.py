@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import backends
+from bigmodel_kernels.ops import feed_forward
+from bigmodel_kernels.ops.feed_forward import cuda as feed_forward_cuda
+from bigmodel_kernels.ops.feed_forward import reference as feed_forward_reference
 from bigmodel_kernels.ops.linear import cuda, cuda_choice, prepare, reference
 from bigmodel_kernels.ops.philox import keep_elements
 
@@ -234,7 +237,7 @@ def test_a_measurement_decides_which_product_runs(
     assert case == cuda_choice.Case("float16", 16, 24, "linear", "gelu + residual", 100)
     functions: dict[str, Any] = {name: partial(str, name) for name in (cuda_choice.OWN, cuda_choice.TORCH)}
     entries = cuda_choice.measure(
-        iter([(replace(case, rows=rows), functions)]), lambda call: 0.1 if call() == faster else 0.2
+        iter([(replace(case, rows=rows), functions)]), lambda call: lambda: 0.1 if call() == faster else 0.2
     )
     cuda_choice.FILE.write_text(json.dumps({"a GPU": entries, "another": []}))
     assert said().startswith(f"runs this call: {runs}")
@@ -284,6 +287,45 @@ def test_the_row_says_what_it_cannot(
     args, options = prepare(torch.zeros(x).half(), [torch.zeros(w).half() for w in weights], **call)
     with backends.use("native"), pytest.raises(backends.BackendError, match=reason):
         backends.select("linear", "cuda", args, options)
-    assert (
-        "BIGMODEL_BACKEND=native" in backends.explain_call("linear", "cuda", args, options).reasons["native"]
+    assert reason in backends.explain_call("linear", "cuda", args, options).reasons["native"]
+
+
+@pytest.mark.usefixtures("row")
+def test_a_gpu_that_nobody_has_measured_runs_triton_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    args, options = prepare(torch.zeros(4, 16).half(), torch.zeros(24, 16).half())
+    said = backends.explain_call("linear", "cuda", args, options).reasons["native"]
+    assert "not yet measured on sm_86; BIGMODEL_BACKEND=native" in said
+    with backends.use("native"):
+        assert backends.select("linear", "cuda", args, options).name == "native"
+
+
+@pytest.mark.parametrize("position", ["none", "pre", "post"])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("row")
+def test_feed_forward_of_two_launches(position: str, layout: str, recompute: bool) -> None:
+    """Result and what training keeps, against the reference."""
+    x, w_in, w_out = (torch.randn(n).half() for n in ((2, 5, 16), (32, 16), (24, 32)))
+    if layout == "conv1d":
+        w_in, w_out = w_in.t().contiguous(), w_out.t().contiguous()
+    width = 16 if position == "pre" else 24
+    norm = {"norm_weight": torch.randn(width).half(), "norm_bias": torch.randn(width).half()}
+    args, options = feed_forward.prepare(
+        *(x, w_in, torch.randn(32).half(), w_out, torch.randn(24).half()),
+        residual=torch.randn(2, 5, 24).half(),
+        activation="gelu",
+        weight_layout=layout,
+        norm_position=position,
+        **(norm if position != "none" else {}),
     )
+    assert backends.select("feed_forward", "cuda", args, options).load()[0] is feed_forward_cuda.run
+    got = feed_forward_cuda.run_training(*args, **options, recompute=recompute)
+    expected = feed_forward_reference.run_training(*args, **options, recompute=recompute)
+    for mine, exact in zip(got, expected, strict=True):
+        assert mine.shape == exact.shape and mine.dtype == exact.dtype
+        assert torch.allclose(mine.double(), exact.double(), atol=4e-2, rtol=2e-2)
+    assert torch.equal(feed_forward_cuda.run(*args, **options), got[0])
+    gate = {"w_gate": w_in, "b_gate": None}
+    gated, more = feed_forward.prepare(*args[:5], activation="gelu", weight_layout=layout, **gate)
+    assert "gate" in str(feed_forward_cuda.supports(*gated, **more))

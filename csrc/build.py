@@ -26,6 +26,7 @@ KERNELS = {
     "attention/sm90_backward.cu": "90a",
     "linear/sm80.cu": "80",
     "linear/sm90.cu": "90a",
+    "norm/rows.cu": "80",
 }
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
@@ -101,7 +102,7 @@ def cuda(archs: list[str]) -> Path:
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
     flags = f"{flags} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d"
-    # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that one,
+    # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that,
     # though the torch that we link against, which may have no CUDA, resolves nothing by it.
     libraries = f"-Xlinker --no-as-needed {libraries}"
     rules = {"link": f"{nvcc} -shared -cudart static -o $out $in {libraries}"}

@@ -22,6 +22,7 @@
 #include "arch/launch.cuh"
 #include "attention/launch.h"
 #include "linear/launch.h"
+#include "norm/launch.h"
 
 namespace bigmodel::cuda {
 namespace {
@@ -466,12 +467,10 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
-// (out, and the pre-activation where it is wanted, and the norm of out where there is one: otherwise empty). `counters` are zeros, and
-// zeros again when the kernel has run: with a norm, one for each 64 rows.
-std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
-                                          OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
-                                          OptionalTensor counters, std::string weight_layout, std::string activation, double norm_eps,
-                                          std::string norm_kind, double dropout_p, bool keep_preactivation) {
+// (out, and the pre-activation where it is wanted: otherwise empty).
+std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
+                                  OptionalTensor dropout_seed, std::string weight_layout, std::string activation, double dropout_p,
+                                  bool keep_preactivation) {
   Call call(x);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -528,25 +527,6 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights,
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
   p.out = call.use(out, "out", true);
   if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
-  Tensor normalised = torch::stable::new_empty(x, {norm_weight ? p.rows : 0, p.out_stride});
-  STD_TORCH_CHECK(norm_kind == "layer_norm" || norm_kind == "rms_norm", "norm_kind: '", norm_kind, "' is unknown");
-  STD_TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: must be None without norm_weight");
-  if (norm_weight) {
-    const auto vector = [&](const Tensor& t, const char* name) {
-      STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == p.out_stride && t.is_contiguous() && aligned(t), name, ": shape ", shape_of(t), " must be (",
-                      p.out_stride, ",), contiguous, from a multiple of 16 bytes");
-      return call.use(t, name, false);
-    };
-    p.norm_weight = vector(*norm_weight, "norm_weight");
-    if (norm_bias) p.norm_bias = vector(*norm_bias, "norm_bias");
-    p.norm_is_rms = norm_kind == "rms_norm";
-    p.norm_eps = float(norm_eps);
-    p.normalised = call.use(normalised, "normalised", true);
-    const int64_t panels = (int64_t(p.rows) + panel_rows - 1) / panel_rows;
-    STD_TORCH_CHECK(counters && require(*counters, "counters", ScalarType::Int, 1).is_contiguous() && counters->numel() >= panels,
-                    "counters: must be given with norm_weight, contiguous, and hold ", panels, " or more");
-    p.counters = static_cast<uint32_t*>(call.use(*counters, "counters", true));
-  }
   if (p.rows > 0 && p.out_stride > 0) {
     STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
     const bool is_bfloat16 = dtype == ScalarType::BFloat16;
@@ -555,7 +535,43 @@ std::tuple<Tensor, Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights,
     else
       linear_sm80(p, is_bfloat16, call.stream());
   }
-  return {out, preactivation, normalised};
+  return {out, preactivation};
+}
+
+// norm(x + residual) of rows, and x + residual where it is wanted: otherwise empty.
+std::tuple<Tensor, Tensor> norm(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, std::string kind, bool keep_sum) {
+  Call call(x);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: dtype must be float16 or bfloat16");
+  NormParams p = {};
+  const auto matrix = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(require(t, name, dtype, 2).is_contiguous() && aligned(t) && t.size(0) == x.size(0) && t.size(1) == x.size(1), name, ": shape ",
+                    shape_of(t), " must be ", shape_of(x), ", contiguous, from a multiple of 16 bytes");
+    return call.use(t, name, false);
+  };
+  const auto vector = [&](const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == x.size(1) && t.is_contiguous() && aligned(t), name, ": shape ", shape_of(t), " must be (",
+                    x.size(1), ",), contiguous, from a multiple of 16 bytes");
+    return call.use(t, name, false);
+  };
+  p.x = matrix(x, "x");
+  STD_TORCH_CHECK(x.size(1) % 8 == 0, "x: shape ", shape_of(x), " has ", x.size(1), " columns, which must be a multiple of 8");
+  p.rows = narrow(x.size(0), "x");
+  p.columns = narrow(x.size(1), "x");
+  if (residual) p.residual = matrix(*residual, "residual");
+  p.weight = vector(weight, "weight");
+  if (bias) p.bias = vector(*bias, "bias");
+  STD_TORCH_CHECK(kind == "layer_norm" || kind == "rms_norm", "kind: '", kind, "' is unknown");
+  p.is_rms = kind == "rms_norm";
+  p.eps = float(eps);
+  Tensor out = torch::stable::new_empty(x, {p.rows, p.columns}), sum = torch::stable::new_empty(x, {keep_sum ? p.rows : 0, p.columns});
+  p.out = call.use(out, "out", true);
+  if (keep_sum) p.sum = call.use(sum, "sum", true);
+  norm_rows(p, dtype == ScalarType::BFloat16, call.stream());
+  return {out, sum};
 }
 
 const std::string optional_and_options =
@@ -590,9 +606,10 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
   m.def("cuda_attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor(a!) counters, "
         "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, float softmax_scale, bool is_causal=True, "
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
-  m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? norm_weight=None, Tensor? norm_bias=None, "
-        "Tensor? dropout_seed=None, Tensor(a!)? counters=None, *, str weight_layout=\"linear\", str activation=\"none\", float norm_eps=1e-5, "
-        "str norm_kind=\"layer_norm\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
+        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
+  m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
+        "bool keep_sum=False) -> (Tensor, Tensor)");
 }
 
 #if defined(__CUDACC__)
@@ -608,4 +625,5 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
   m.impl("cuda_attention_decode", TORCH_BOX(&bigmodel::cuda::decode));
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
+  m.impl("cuda_norm", TORCH_BOX(&bigmodel::cuda::norm));
 }

@@ -87,6 +87,17 @@ BM_DEVICE uint32_t pack(float low, float high) {
 #endif
 }
 
+// Eight values in 16 bytes.
+template <typename Element>
+BM_DEVICE void unpack(float (&x)[8], const Word<16>& word) {
+  BM_UNROLL
+  for (int i = 0; i < 8; i++) x[i] = to_float(Element{uint16_t(word.value[i / 2] >> (16 * (i % 2)))});
+}
+template <typename Element>
+BM_DEVICE Word<16> pack(const float (&x)[8]) {
+  return {{pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7])}};
+}
+
 // 2^x by the special function unit: relative error 2^-22 (ex2.approx.ftz.f32), exp2(-inf) = 0.
 BM_DEVICE float exp2_approx(float x) {
 #if defined(__CUDACC__)

@@ -45,11 +45,13 @@ struct AddToBias {
   float* start;
   BM_DEVICE AddToBias(const AttentionBackwardParams& b, int batch, int head)
       : params(b), start(b.dbias == nullptr ? nullptr : b.dbias + batch * b.dbias_stride[0] + head * b.dbias_stride[1]) {}
+  BM_DEVICE bool wanted() const { return start != nullptr; }
   BM_DEVICE void operator()(int query, int key, float ds) const {
-    if (start != nullptr) add_global(start + query * params.dbias_stride[2] + key * params.dbias_stride[3], ds);
+    add_global(start + query * params.dbias_stride[2] + key * params.dbias_stride[3], ds);
   }
 };
 struct NoBias {
+  BM_DEVICE bool wanted() const { return false; }
   BM_DEVICE void operator()(int, int, float) const {}
 };
 

@@ -99,20 +99,13 @@ class Scores {
   // Products become logits; `unit()` times that is in units of log 2. row0: this thread's upper row; column0: the tile's first column.
   template <int blocks>
   BM_DEVICE void logits(float (&x)[blocks][4], int row0, int column0, bool all_visible) const {
-    if (!General && all_visible) return;  // most tiles: the unit is left to the exponential, which multiplies and subtracts at once
-    const Spans spans = spans_of(row0, column0);
-    BM_UNROLL
-    for (int j = 0; j < blocks; j++)
-      BM_UNROLL
-      for (int e = 0; e < 4; e++) {
-        if constexpr (General) {
-          const Place at = place(row0, column0, j, e);
-          float slope_of_cap;
-          x[j][e] = visible(spans, j, e, at) ? logit(x[j][e], at, slope_of_cap) : -infinity;
-        } else {
-          x[j][e] = spans.has(j, e) ? x[j][e] : -infinity;
-        }
-      }
+    if constexpr (General) {
+      NoSlope none;
+      general_logits(x, none, row0, column0);
+    } else if (all_visible) {
+      return;  // most tiles: the unit is left to the exponential, which multiplies and subtracts at once
+    }
+    hide(x, row0, column0);
   }
   BM_DEVICE float unit() const { return General ? 1 : p_.softmax_scale * log2_e; }
 
@@ -125,7 +118,7 @@ class Scores {
   // The backward, in two steps, since products x = Q K^T are there before g = dO V^T. statistics(j) is the RowPair of block j.
   //   probabilities:  x becomes P before dropout. The general one has to keep x, for the slope of the softcap, and does nothing yet.
   //   gradients:      x becomes P after dropout, and g becomes dS = P (g - delta) before the scale. add_to_bias(query, key, value)
-  //                   gets the gradient of the logits.
+  //                   gets the gradient of the logits where it is not 0, if it is wanted().
   template <int blocks, typename Statistics>
   BM_DEVICE void probabilities(float (&x)[blocks][4], int row0, int column0, bool all_visible, Statistics statistics) const {
     if constexpr (General) return;
@@ -149,28 +142,22 @@ class Scores {
   BM_DEVICE void gradients(float (&x)[blocks][4], float (&g)[blocks][4], int row0, int column0, bool all_visible,
                            Statistics statistics, AddToBias add_to_bias) const {
     for_each_kept<blocks>(row0, column0, [&](int j, int e, float keep) { g[j][e] *= keep; });
-    Spans spans;
-    if constexpr (General) spans = spans_of(row0, column0);
-    BM_UNROLL
-    for (int j = 0; j < blocks; j++) {
-      const RowPair pair = statistics(j);
+    if constexpr (General) {
+      if (p_.softcap != 0) {
+        CapSlope<blocks> slope;
+        general_gradients(x, g, slope, row0, column0, statistics, add_to_bias);
+      } else {
+        NoSlope none;
+        general_gradients(x, g, none, row0, column0, statistics, add_to_bias);
+      }
+    } else {
       BM_UNROLL
-      for (int e = 0; e < 4; e++) {
-        const RowStatistics row = of_pair(pair, e);
-        if constexpr (General) {
-          const Place at = place(row0, column0, j, e);
-          if (!visible(spans, j, e, at)) {
-            x[j][e] = g[j][e] = 0;
-            continue;
-          }
-          float slope_of_cap;
-          x[j][e] = exp2_approx(logit(x[j][e], at, slope_of_cap) - row.logsumexp);
-          const float ds = x[j][e] * (g[j][e] - row.delta);
-          add_to_bias(at.query, at.key, ds);
-          g[j][e] = ds * slope_of_cap;
-        } else {
+      for (int j = 0; j < blocks; j++) {
+        const RowPair pair = statistics(j);
+        BM_UNROLL
+        for (int e = 0; e < 4; e++) {
           // Of a hidden pair g may be anything, and not 0 times anything.
-          const float ds = x[j][e] * (g[j][e] - row.delta);
+          const float ds = x[j][e] * (g[j][e] - of_pair(pair, e).delta);
           g[j][e] = all_visible | (x[j][e] != 0) ? ds : 0;
         }
       }
@@ -212,28 +199,125 @@ class Scores {
     }
     return spans;
   }
-  BM_DEVICE bool visible(const Spans& spans, int j, int e, Place at) const {
-    bool is = spans.has(j, e);
-    if (is && p_.key_padding_mask != nullptr) is = load_global(p_.key_padding_mask + batch_ * p_.mask_stride + at.key) != 0;
-    return is;
+  // What is hidden becomes -infinity.
+  template <int blocks>
+  BM_DEVICE void hide(float (&x)[blocks][4], int row0, int column0) const {
+    const Spans spans = spans_of(row0, column0);
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) x[j][e] = spans.has(j, e) ? x[j][e] : -infinity;
+    if constexpr (General) {
+      if (p_.key_padding_mask != nullptr) {
+        // A key is a column of two rows, or (transposed) a row of many columns: it is looked up once.
+        const auto seen = [&](int key) { return load_global(p_.key_padding_mask + batch_ * p_.mask_stride + (key < s_.keys ? key : 0)) != 0; };
+        if constexpr (transposed) {
+          const bool is[2] = {seen(row0), seen(row0 + 8)};
+          BM_UNROLL
+          for (int j = 0; j < blocks; j++)
+            BM_UNROLL
+            for (int e = 0; e < 4; e++) x[j][e] = is[e / 2] ? x[j][e] : -infinity;
+        } else {
+          BM_UNROLL
+          for (int j = 0; j < blocks; j++)
+            BM_UNROLL
+            for (int e = 0; e < 2; e++) {
+              const bool is = seen(place(row0, column0, j, e).key);
+              x[j][e] = is ? x[j][e] : -infinity;
+              x[j][e + 2] = is ? x[j][e + 2] : -infinity;
+            }
+        }
+      }
+    }
   }
-  BM_DEVICE float logit(float product, Place at, float& slope_of_cap) const {
-    if constexpr (!General) return product * (p_.softmax_scale * log2_e);
-    float x = product * p_.softmax_scale;
-    slope_of_cap = 1;
+
+  // The slope of the softcap at each element, for the backward; a forward or a call without one has none.
+  template <int blocks> struct CapSlope {
+    float x[blocks][4];
+    BM_DEVICE void set(int j, int e, float value) { x[j][e] = value; }
+    BM_DEVICE float of(int j, int e) const { return x[j][e]; }
+  };
+  struct NoSlope {
+    BM_DEVICE void set(int, int, float) {}
+    BM_DEVICE float of(int, int) const { return 1; }
+  };
+
+  // Feature after feature, each over the whole tile: whether it is there is asked once, and elements that lie outside, which are hidden
+  // later, take what lies at the edge instead of a branch.
+  template <int blocks, typename Slope>
+  BM_DEVICE void general_logits(float (&x)[blocks][4], Slope& slope, int row0, int column0) const {
+    const auto for_each = [&](auto change) {
+      BM_UNROLL
+      for (int j = 0; j < blocks; j++)
+        BM_UNROLL
+        for (int e = 0; e < 4; e++) change(x[j][e], j, e);
+    };
     if (p_.softcap != 0) {
-      const float t = tanh_exact(x / p_.softcap);
-      x = p_.softcap * t;
-      slope_of_cap = 1 - t * t;
+      // tanh(x) = 1 - 2 / (1 + exp(2x))
+      const float inner = 2 * log2_e * p_.softmax_scale / p_.softcap;
+      for_each([&](float& v, int j, int e) {
+        const float t = 1 - 2 * reciprocal(1 + exp2_approx(inner * v));
+        slope.set(j, e, 1 - t * t);
+        v = p_.softcap * log2_e * t;
+      });
+    } else {
+      const float scale = p_.softmax_scale * log2_e;
+      for_each([&](float& v, int, int) { v *= scale; });
     }
     if (p_.bias != nullptr) {
-      const int64_t i = batch_ * p_.bias_stride[0] + head_ * p_.bias_stride[1] + at.query * p_.bias_stride[2] + at.key * p_.bias_stride[3];
-      x += p_.bias_is_float ? load_global(static_cast<const float*>(p_.bias) + i)
-                            : to_float(load_global(static_cast<const Element*>(p_.bias) + i));
+      if (p_.bias_is_float) add_bias<float>(x, row0, column0); else add_bias<Element>(x, row0, column0);
     }
-    const int distance = at.query + s_.offset() - at.key;
-    if (p_.alibi_slopes != nullptr) x -= slope_ * float(distance < 0 ? -distance : distance);
-    return x * log2_e;
+    if (p_.alibi_slopes != nullptr) {
+      const float slope_2 = slope_ * log2_e;
+      for_each([&](float& v, int j, int e) {
+        const Place at = place(row0, column0, j, e);
+        const int distance = at.query + s_.offset() - at.key;
+        v -= slope_2 * float(distance < 0 ? -distance : distance);
+      });
+    }
+  }
+  template <typename Bias, int blocks>
+  BM_DEVICE void add_bias(float (&x)[blocks][4], int row0, int column0) const {
+    const Bias* bias = static_cast<const Bias*>(p_.bias) + batch_ * p_.bias_stride[0] + head_ * p_.bias_stride[1];
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) {
+        const Place at = place(row0, column0, j, e);
+        const int query = at.query < s_.queries ? at.query : s_.queries - 1, key = at.key < s_.keys ? at.key : s_.keys - 1;
+        x[j][e] += log2_e * to_float(load_global(bias + query * p_.bias_stride[2] + key * p_.bias_stride[3]));
+      }
+  }
+  template <int blocks, typename Slope, typename Statistics, typename AddToBias>
+  BM_DEVICE void general_gradients(float (&x)[blocks][4], float (&g)[blocks][4], Slope& slope, int row0, int column0, Statistics statistics,
+                                   AddToBias add_to_bias) const {
+    general_logits(x, slope, row0, column0);
+    hide(x, row0, column0);
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++) {
+      const RowPair pair = statistics(j);
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) {
+        const RowStatistics row = of_pair(pair, e);
+        const bool seen = x[j][e] != -infinity;
+        const float probability = exp2_approx(x[j][e] - row.logsumexp), ds = probability * (g[j][e] - row.delta);
+        x[j][e] = seen ? probability : 0;
+        g[j][e] = seen ? ds : 0;
+      }
+    }
+    if (add_to_bias.wanted()) {
+      BM_UNROLL
+      for (int j = 0; j < blocks; j++)
+        BM_UNROLL
+        for (int e = 0; e < 4; e++) {
+          const Place at = place(row0, column0, j, e);
+          if (g[j][e] != 0) add_to_bias(at.query, at.key, g[j][e]);  // so that nothing is added outside
+        }
+    }
+    BM_UNROLL
+    for (int j = 0; j < blocks; j++)
+      BM_UNROLL
+      for (int e = 0; e < 4; e++) g[j][e] *= slope.of(j, e);
   }
   // each(j, e, 0 or 1 / (1 - p)): one call of the generator serves four elements of this thread.
   template <int blocks, typename Each>

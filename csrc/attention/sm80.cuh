@@ -79,7 +79,7 @@ struct AttentionSm80 {
   static constexpr int warps = HeadDim <= 128 ? 8 : 4;
   static constexpr int threads = warps * warp_size, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 16 * warps;
-  static constexpr int tile_n = HeadDim <= 64 ? 128 : HeadDim <= 128 ? 64 : 32;
+  static constexpr int tile_n = HeadDim <= 64 ? (General ? 64 : 128) : HeadDim <= 128 ? 64 : 32;
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
   using KeyTile = SwizzledTile<tile_n, HeadDim>;

@@ -25,7 +25,7 @@ struct AttentionKeyValueGradSm80 {
   using Params = AttentionBackwardParams;
   static constexpr int warps = 8, threads = warps * warp_size, blocks_per_multiprocessor = 1;
   static constexpr int parts = HeadDim > 128 ? 2 : 1;  // warps that share a key's head_dim
-  static constexpr int tile_n = 16 * warps / parts, tile_m = HeadDim <= 64 ? 64 : 32;
+  static constexpr int tile_n = 16 * warps / parts, tile_m = (HeadDim <= 64 ? 64 : 32) / (General ? 2 : 1);  // registers decide
   static constexpr int m_blocks = tile_m / 8, d_blocks = HeadDim / 8 / parts;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
   using KeyTile = SwizzledTile<tile_n, HeadDim>;
@@ -109,7 +109,7 @@ template <typename Element, int HeadDim, bool General>
 struct AttentionQueryGradSm80 {
   using Params = AttentionBackwardParams;
   static constexpr int warps = HeadDim <= 128 ? 8 : 4, threads = warps * warp_size, blocks_per_multiprocessor = 1;
-  static constexpr int tile_m = 16 * warps, tile_n = HeadDim <= 64 ? 64 : 32;
+  static constexpr int tile_m = 16 * warps, tile_n = (HeadDim <= 64 ? 64 : 32) / (General ? 2 : 1);
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
   using KeyTile = SwizzledTile<tile_n, HeadDim>;

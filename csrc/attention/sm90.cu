@@ -27,7 +27,7 @@ void start(const AttentionParams& p, int multiprocessors, const Stream& stream) 
   if constexpr (D <= 64 && !General) {
     using Three = AttentionSm90<Element, D, General, 3>;
     const auto rows = [&p](int tile_m) { return (p.query_length + tile_m - 1) / tile_m * tile_m; };
-    if (rows(Three::tile_m) * 5 < rows(Two::tile_m) * 6) return start_with<Three>(p, multiprocessors, stream);
+    if (rows(Three::tile_m) * 9 < rows(Two::tile_m) * 10) return start_with<Three>(p, multiprocessors, stream);
   }
   start_with<Two>(p, multiprocessors, stream);
 }

@@ -178,7 +178,7 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
 // head_dim up to 128: each consumer has 64 keys.
 // Registers decide: a thread holds tile_m / 2 of S and of dP each, then as much of P and dS together, and HeadDim / 2 of dK and of dV.
 template <int HeadDim, bool General>
-inline constexpr int key_grad_tile_m = General ? (HeadDim <= 96 ? 64 : 32) : HeadDim <= 64 ? 128 : 64;
+inline constexpr int key_grad_tile_m = General ? (HeadDim <= 64 ? 64 : 32) : HeadDim <= 64 ? 128 : 64;
 template <int HeadDim, bool General>
 using KeyGradTiles = KeyValueGradTiles<HeadDim, key_grad_tile_m<HeadDim, General>, 128, 0>;
 
@@ -324,7 +324,7 @@ struct AttentionWideKeyValueGradSm90 : WideKeyGradTiles<HeadDim> {
 // Registers decide up to 128, where a thread holds tile_n / 2 of S and of dP each, then tile_n / 4 of dS, and HeadDim / 2 of dQ; above
 // it is shared memory. The general loop is written out for each element, and has to stay small enough for the instruction cache.
 template <int HeadDim, bool General>
-inline constexpr int query_grad_tile_n = HeadDim > 192 ? 32 : HeadDim > 128 || General ? 64 : 128;
+inline constexpr int query_grad_tile_n = HeadDim > 192 || (General && HeadDim > 128) ? 32 : HeadDim > 128 || General ? 64 : 128;
 template <int HeadDim, bool General>
 using QueryGradTiles = BackwardTiles<HeadDim, 128, query_grad_tile_n<HeadDim, General>, 0, 0>;
 

@@ -1,4 +1,4 @@
-// What the host gives the CUDA kernels of the linear layer: y = dropout(activation(x W^T + b)) + residual, and then a norm of y's rows.
+// What the host gives the CUDA kernels of the linear layer: y = dropout(activation(x W^T + b)) + residual.
 #pragma once
 #include <cstdint>
 
@@ -7,8 +7,6 @@ namespace bigmodel::cuda {
 enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu };
 
 inline constexpr int max_weights = 4;  // side by side in one product, as for Q, K and V
-
-inline constexpr int panel_rows = 64;    // at least so many does a kernel normalise together
 
 struct LinearParams {
   int32_t rows, features;                 // x is (rows, features), contiguous rows, features a multiple of 8
@@ -27,11 +25,6 @@ struct LinearParams {
   void* preactivation;                    // the same, to be written, or null
   void* out;                              // the same
   int64_t out_stride;                     // of a row of the three
-  const void *norm_weight, *norm_bias;    // (sum of out,); both null: no norm, and the bias alone where it has none
-  int32_t norm_is_rms;
-  float norm_eps;
-  void* normalised;                       // as out
-  uint32_t* counters;                     // of tiles written, for each panel of rows (panel_rows or more): 0 before and after
 };
 
 }  // namespace bigmodel::cuda

@@ -42,16 +42,6 @@ BM_DEVICE void activate(float (&x)[8], Activation activation) {
   }
 }
 
-template <typename Element>
-BM_DEVICE void unpack(float (&x)[8], const Word<16>& word) {
-  BM_UNROLL
-  for (int i = 0; i < 8; i++) x[i] = to_float(Element{uint16_t(word.value[i / 2] >> (16 * (i % 2)))});
-}
-template <typename Element>
-BM_DEVICE Word<16> pack(const float (&x)[8]) {
-  return {{pack<Element>(x[0], x[1]), pack<Element>(x[2], x[3]), pack<Element>(x[4], x[5]), pack<Element>(x[6], x[7])}};
-}
-
 // 16 rows of 64 float32 columns, in chunks of four. Rows that are written, or read, together lie in different banks.
 struct StagingTile {
   static constexpr int rows = 16, columns = 64, bytes = rows * columns * 4;

@@ -12,7 +12,6 @@
 #include "arch/mma_sync.cuh"
 #include "arch/swizzle.cuh"
 #include "linear/epilogue.cuh"
-#include "linear/norm.cuh"
 
 namespace bigmodel::cuda {
 
@@ -24,8 +23,7 @@ struct LinearSm80 {
   static constexpr int warp_n = 64, blocks = warp_n / 8;
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
-  static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes, shared_arrival = stages * stage_bytes;
-  static constexpr int shared_bytes = shared_arrival + 16;
+  static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes, shared_bytes = stages * stage_bytes;
   static_assert(warps * StagingTile::bytes <= stages * stage_bytes, "the results on their way out fit where the stages were");
 
   // Zeros past the matrix's end.
@@ -99,8 +97,6 @@ struct LinearSm80 {
     for (int i = 0; i < 2; i++)
       finish_tile<Element>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
                            bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
-    normalise_if_last<Element, warps, 4>(p, at.row / tile_m, at.row, at.row + tile_m < p.rows ? at.row + tile_m : p.rows, tiles_across<tile_n>(p), warp,
-                                      shared + shared_arrival, [] { sync_block(); });
   }
 };
 

@@ -11,7 +11,6 @@
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
 #include "linear/epilogue.cuh"
-#include "linear/norm.cuh"
 
 namespace bigmodel::cuda {
 
@@ -32,8 +31,7 @@ struct LinearSm90 {
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
   static constexpr int shared_staging = stages * stage_bytes, shared_barriers = shared_staging + 4 * consumers * StagingTile::bytes;
-  static constexpr int shared_arrival = shared_barriers + 2 * stages * mbarrier_bytes;
-  static constexpr int shared_bytes = shared_arrival + 4 * consumers;
+  static constexpr int shared_bytes = shared_barriers + 2 * stages * mbarrier_bytes;
   static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
 
   static BM_DEVICE SharedAddress full(int stage) { return shared_start() + shared_barriers + stage * mbarrier_bytes; }
@@ -112,9 +110,6 @@ struct LinearSm90 {
       const int row = at.row + 64 * consumer, warp = warp_index() % 4;
       finish_tile<Element>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
                            bias != nullptr ? bias + at.column : nullptr, shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes);
-      if (row < p.rows)
-        normalise_if_last<Element, 4, tile_n <= 128 ? 4 : 2>(p, row / 64, row, row + 64 < p.rows ? row + 64 : p.rows, tiles_across<tile_n>(p), warp,
-                                      shared_start() + shared_arrival + 4 * consumer, [&] { sync_named(1 + consumer, group); });
     }
   }
 };

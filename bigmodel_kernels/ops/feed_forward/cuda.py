@@ -1,7 +1,7 @@
 """Feed-forward block on the CUDA library's linear layer: two launches, or torch's products where faster.
 
-The first has bias and activation in it, the second bias, dropout, residual and a norm behind. A norm before
-the block is torch's. Which product runs each, cuda_choice.py decides. Blocks with a gate have no kernel here.
+The first has bias and activation in it, the second bias, dropout and residual; a norm before or behind is a
+launch of its own. Which product runs each, cuda_choice.py decides. Blocks with a gate have no kernel here.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def run_training(
     Empty (0,) where there is none, and the first if `recompute`.
     """
     normalised = x
-    if norm_position == "pre":
-        normalised = linear.normalise(x, norm_weight, norm_bias, norm_eps, norm_kind)
+    if norm_position == "pre" and norm_weight is not None:
+        normalised, _ = linear.normalise(x, norm_weight, norm_bias, norm_eps, norm_kind)
     layer = linear.run if recompute else linear.run_training
     first = layer(
         normalised, [w_in], [] if b_in is None else [b_in], weight_layout=weight_layout, activation=activation

@@ -1,8 +1,8 @@
 """Linear by the compiled CUDA library: Hopper's kernel there, elsewhere the one for sm_80 and later.
 
-One launch for all weights: product, bias, activation, dropout, residual and norm. Where torch's product has
-been measured to be faster for one weight (cuda_choice.py), that runs, and the rest after it. There is no
-gradient here; it takes the order of the table in `backends`.
+One launch for all weights, with bias, activation, dropout and residual in it, and one for a norm. Where
+torch's product has been measured to be faster for one weight (cuda_choice.py), that runs, and the residual
+goes with the norm. There is no gradient here; it takes the order of the table in `backends`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.ops.activations import activate
-from bigmodel_kernels.ops.cuda_library import counters, lacking, readable, unmeasured
-from bigmodel_kernels.ops.linear.cuda_choice import OWN, TORCH, Case, Choice, choose
+from bigmodel_kernels.ops.cuda_library import lacking, readable, unmeasured
+from bigmodel_kernels.ops.linear.cuda_choice import OWN, Case, Choice, choose
 
 _WEIGHTS = 4  # side by side in one product
-_PANEL = 64  # rows that a kernel normalises together, at least
 
 
 def supports(
@@ -102,6 +101,81 @@ def detail(*args: Any, **options: Any) -> str:
 detail_training = detail
 
 
+def _own(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    dropout_seed: Tensor | None,
+    *,
+    keep_preactivation: bool,
+    weight_layout: str,
+    activation: str,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """By the library, of rows: up to the norm, and what the activation was given, or nothing."""
+    return torch.ops.bigmodel.cuda_linear.default(  # type: ignore[no-any-return]
+        _aligned(x),
+        [_aligned(w.contiguous()) for w in weights],
+        [_aligned(b) for b in biases],
+        residual,
+        dropout_seed,
+        weight_layout=weight_layout,
+        activation=activation,
+        dropout_p=dropout_p,
+        keep_preactivation=keep_preactivation,
+    )
+
+
+def _torch(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    keep_preactivation: bool,
+    weight_layout: str,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """The same by torch, of one weight, without dropout and before the residual."""
+    weight = weights[0].t() if weight_layout == "conv1d" else weights[0]
+    preactivation = F.linear(x, weight, biases[0] if biases else None)
+    return activate(preactivation, activation), preactivation if keep_preactivation else x.new_empty(0)
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    *,
+    residual: Tensor | None = None,
+    keep_sum: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The norm of this kind of `x + residual`, and that sum (empty unless `keep_sum`); 8 n columns."""
+    rows = _rows(x)
+    out, total = torch.ops.bigmodel.cuda_norm.default(
+        rows,
+        None if residual is None else _rows(residual),
+        _aligned(weight),
+        None if bias is None else _aligned(bias),
+        eps=eps,
+        kind=kind,
+        keep_sum=keep_sum,
+    )
+    return out.view(x.shape), total.view(x.shape) if keep_sum else total
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(rows, columns), contiguous and aligned."""
+    return _aligned(x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous())
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    ready = readable(matrix) and (matrix.shape[-1] <= 1 or matrix.stride(-1) == 1)
+    return matrix if ready else matrix.clone(memory_format=torch.contiguous_format)
+
+
 def _run(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -111,96 +185,55 @@ def _run(
     norm_bias: Tensor | None = None,
     dropout_seed: Tensor | None = None,
     *,
-    keep_preactivation: bool,
+    training: bool,
+    product: str | None,
     weight_layout: str = "linear",
     activation: str = "none",
     norm_eps: float = 1e-5,
     norm_kind: str = "layer_norm",
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By the library: up to the norm, what the activation was given, and the norm; empty where not wanted."""
-    rows = x.reshape(-1, x.shape[-1])
-    out, preactivation, normalised = torch.ops.bigmodel.cuda_linear.default(
-        _aligned(rows),
-        [_aligned(w.contiguous()) for w in weights],
-        [_aligned(b) for b in biases],
-        None
-        if residual is None
-        else _aligned(residual.reshape(rows.shape[0], residual.shape[-1]).contiguous()),
-        None if norm_weight is None else _aligned(norm_weight),
-        None if norm_bias is None else _aligned(norm_bias),
-        dropout_seed,
-        None if norm_weight is None else counters(x.device, -(-rows.shape[0] // _PANEL) or 1),
-        weight_layout=weight_layout,
-        activation=activation,
-        norm_eps=norm_eps,
-        norm_kind=norm_kind,
-        dropout_p=dropout_p,
-        keep_preactivation=keep_preactivation,
-    )
+    """The result, and in `training` what activation and norm were given; empty where there is none."""
+    options: dict[str, Any] = {"weight_layout": weight_layout, "activation": activation}
+    if product is None:
+        given = (residual, norm_weight, norm_bias, dropout_seed)
+        product = _choice(
+            x, weights, biases, *given, **options, norm_kind=norm_kind, dropout_p=dropout_p
+        ).product
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    more = None if residual is None else _rows(residual)
+    keep = training and activation != "none"
+    if product == OWN:
+        out, kept = _own(
+            *(rows, weights, biases, more, dropout_seed),
+            **options,
+            dropout_p=dropout_p,
+            keep_preactivation=keep,
+        )
+        more = None
+    else:
+        out, kept = _torch(rows, weights, biases, **options, keep_preactivation=keep)
+        if more is not None and norm_weight is None:
+            out, more = out + more if out is kept else out.add_(more), None
+    before = out
+    if norm_weight is not None:
+        keep_sum = training and more is not None
+        norm = (norm_weight, norm_bias, norm_eps, norm_kind)
+        out, total = normalise(out, *norm, residual=more, keep_sum=keep_sum)
+        before = total if keep_sum else before
     size, empty = (*x.shape[:-1], out.shape[1]), x.new_empty(0)
     return (
         out.view(size),
-        preactivation.view(size) if keep_preactivation else empty,
-        empty if norm_weight is None else normalised.view(size),
+        kept.view(size) if keep else empty,
+        before.view(size) if training and norm_weight is not None else empty,
     )
-
-
-def _run_torch(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    dropout_seed: Tensor | None = None,
-    *,
-    keep_preactivation: bool,
-    weight_layout: str = "linear",
-    activation: str = "none",
-    norm_eps: float = 1e-5,
-    norm_kind: str = "layer_norm",
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by torch, of one weight and without dropout."""
-    empty = x.new_empty(0)
-    weight = weights[0].t() if weight_layout == "conv1d" else weights[0]
-    preactivation = F.linear(x, weight, biases[0] if biases else None)
-    out = activate(preactivation, activation)
-    out = out if residual is None else out + residual
-    normalised = empty if norm_weight is None else normalise(out, norm_weight, norm_bias, norm_eps, norm_kind)
-    return out, preactivation if keep_preactivation else empty, normalised
-
-
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """The norm of this kind, by torch."""
-    if kind == "rms_norm":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _aligned(matrix: Tensor) -> Tensor:
-    ready = readable(matrix) and (matrix.shape[-1] <= 1 or matrix.stride(-1) == 1)
-    return matrix if ready else matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _function(product: str | None, *args: Any, **options: Any) -> Any:
-    chosen = product or _choice(*args, **options).product
-    return _run_torch if chosen == TORCH else _run
 
 
 def run(*args: Any, product: str | None = None, **options: Any) -> Tensor:
     """See `bigmodel_kernels.linear`. `product`: this one, whatever has been measured."""
-    function = _function(product, *args, **options)
-    out, _, normalised = function(*args, keep_preactivation=False, **options)
-    return normalised if len(args) > 4 and args[4] is not None else out  # type: ignore[no-any-return]
+    return _run(*args, training=False, product=product, **options)[0]
 
 
 def run_training(*args: Any, product: str | None = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `run`, and what the activation and the norm were given, empty where there is none."""
-    keep = options.get("activation", "none") != "none"
-    function = _function(product, *args, **options)
-    out, preactivation, normalised = function(*args, keep_preactivation=keep, **options)
-    if len(args) > 4 and args[4] is not None:
-        return normalised, preactivation, out
-    return out, preactivation, normalised
+    return _run(*args, training=True, product=product, **options)

@@ -45,13 +45,6 @@ def compute(
     return (y if residual is None else y + residual), z
 
 
-def normalise(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """LayerNorm with a bias, RMSNorm without."""
-    if bias is None:
-        return F.rms_norm(y, y.shape[-1:], weight, 1e-5)
-    return F.layer_norm(y, y.shape[-1:], weight, bias, 1e-5)
-
-
 def check(
     rows: int,
     features: int,
@@ -64,8 +57,6 @@ def check(
     residual: bool = False,
     dropout_p: float = 0.0,
     keep_preactivation: bool = False,
-    norm: str | None = None,
-    schedule: int = 0,
 ) -> None:
     x = torch.randn(rows, features).to(dtype)
     weights = [
@@ -77,28 +68,24 @@ def check(
     keep = None
     if seed is not None:
         keep = keep_elements(seed, dropout_p, rows, sum(outs), torch.float32, torch.device("cpu"))
-    weight = torch.randn(sum(outs)).to(dtype) if norm else None
-    shift = torch.randn(sum(outs)).to(dtype) if norm == "layer_norm" else None
-    counters = torch.zeros(-(-rows // 64), dtype=torch.int32)
-    torch.ops.bigmodel_emulator.set_seed(schedule)
-    out, z, normalised = torch.ops.bigmodel_emulator.cuda_linear(
-        x, weights, biases, extra, weight, shift, seed, counters, weight_layout=layout, activation=activation,
-        norm_kind=norm or "layer_norm", dropout_p=dropout_p, keep_preactivation=keep_preactivation,
+    out, z = torch.ops.bigmodel_emulator.cuda_linear(
+        x, weights, biases, extra, seed, weight_layout=layout, activation=activation, dropout_p=dropout_p,
+        keep_preactivation=keep_preactivation,
     )  # fmt: skip
-    assert (counters == 0).all()
     wide: Any = [x.double(), [w.double() for w in weights], [b.double() for b in biases]]
     ref, ref_z = compute(*wide, None if extra is None else extra.double(), keep, layout, activation)
     eager, eager_z = compute(x, weights, biases, extra, keep, layout, activation)
     pairs = [(out, ref, eager)] + ([(z, ref_z, eager_z)] if keep_preactivation else [])
-    if weight is not None:
-        vectors = (weight.double(), None if shift is None else shift.double())
-        pairs.append((normalised, normalise(ref, *vectors), normalise(eager, weight, shift)))
     for mine, exact, usual in pairs:
-        assert mine.shape == exact.shape
-        error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
-        atol = 2 * ((exact + 0.3 - 0.3) - exact.to(dtype).double()).abs().max()
-        assert error.max() <= 2 * allowed.max() + atol
-        assert error.mean() <= 1.2 * allowed.mean() + 1e-6
+        judge(mine, exact, usual)
+
+
+def judge(mine: Tensor, exact: Tensor, usual: Tensor) -> None:
+    assert mine.shape == exact.shape
+    error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
+    atol = 2 * ((exact + 0.3 - 0.3) - exact.to(mine.dtype).double()).abs().max()
+    assert error.max() <= 2 * allowed.max() + atol
+    assert error.mean() <= 1.2 * allowed.mean() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,25 +116,52 @@ def test_dropout_and_residual() -> None:
     check(40, 64, [200], torch.float16, residual=True, dropout_p=0.3, activation="gelu")
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "outs", "dtype"),
+    ("rows", "columns", "dtype"),
+    [(1, 8, torch.float16), (5, 264, torch.bfloat16), (130, 1024, torch.float16), (3, 2600, torch.bfloat16)],
+)
+def test_norm(rows: int, columns: int, dtype: torch.dtype, kind: str, residual: bool) -> None:
+    """Of rows with a large mean, in registers and longer than those."""
+    x = torch.randn(rows, columns).to(dtype) + 8
+    more = torch.randn(rows, columns).to(dtype) if residual else None
+    weight = torch.randn(columns).to(dtype)
+    bias = torch.randn(columns).to(dtype) if kind == "layer_norm" else None
+    out, total = torch.ops.bigmodel_emulator.cuda_norm(x, more, weight, bias, kind=kind, keep_sum=residual)
+
+    def formula(dtype: torch.dtype) -> Tensor:
+        y = x.to(dtype) if more is None else x.to(dtype) + more.to(dtype)
+        if kind == "rms_norm":
+            return F.rms_norm(y, (columns,), weight.to(dtype), 1e-5)
+        return F.layer_norm(y, (columns,), weight.to(dtype), None if bias is None else bias.to(dtype), 1e-5)
+
+    judge(out, formula(torch.float64), formula(dtype))
+    assert total.shape == (rows if residual else 0, columns)
+    if more is not None:
+        assert torch.equal(total, (x.float() + more.float()).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
     [
-        (1, [8], torch.float16),
-        (65, [264], torch.bfloat16),
-        (200, [64, 136, 264], torch.bfloat16),
-        (130, [1032], torch.float16),
+        ({"x": torch.zeros(4, 12)}, "has 12 columns, which must be a multiple of 8"),
+        ({"x": torch.zeros(16)}, "must have 2 dimensions"),
+        ({"residual": torch.zeros(4, 8)}, r"residual: shape \(4, 8\) must be \(4, 16\)"),
+        ({"weight": torch.zeros(8)}, r"weight: shape \(8,\) must be \(16,\)"),
+        ({"bias": "not aligned"}, "from a multiple of 16 bytes"),
+        ({"kind": "batch_norm"}, "'batch_norm' is unknown"),
     ],
 )
-def test_the_last_tile_of_a_panel_normalises_it(
-    rows: int, outs: list[int], dtype: torch.dtype, norm: str
-) -> None:
-    check(rows, 40, outs, dtype, residual=True, norm=norm)
-
-
-def test_any_order_of_tiles_normalises_whole_rows() -> None:
-    for schedule in (1, 2, 3):
-        check(150, 72, [392], torch.bfloat16, residual=True, norm="layer_norm", schedule=schedule)
+def test_bad_input_of_the_norm_is_refused(change: dict[str, Any], words: str) -> None:
+    call: dict[str, Any] = {"x": torch.zeros(4, 16), "residual": None, "weight": torch.zeros(16)} | change
+    if change.get("x") is not None and change["x"].shape[-1] == 12:
+        call["weight"] = torch.zeros(12)
+    half = {k: v.half() if isinstance(v, Tensor) else v for k, v in call.items()}
+    if "bias" in half:
+        half["bias"] = torch.zeros(17).half()[1:]
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bigmodel_emulator.cuda_norm(**half)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +172,6 @@ def test_any_order_of_tiles_normalises_whole_rows() -> None:
         ({"weights": []}, "1 to 4 are allowed"),
         ({"biases": [torch.zeros(8)]}, r"must be \(16,\)"),
         ({"residual": torch.zeros(4, 8)}, r"must be \(4, 16\)"),
-        ({"norm_weight": torch.zeros(8)}, r"norm_weight: shape \(8,\) must be \(16,\)"),
-        ({"norm_weight": torch.zeros(16)}, "counters: must be given with norm_weight"),
-        ({"norm_bias": torch.zeros(16)}, "norm_bias: must be None without norm_weight"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
@@ -178,12 +189,12 @@ def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
 @pytest.fixture
 def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend's row of the table, with the emulator where the CUDA library would be."""
-    operator = torch.ops.bigmodel_emulator.cuda_linear
-    monkeypatch.setattr(torch.ops.bigmodel, "cuda_linear", operator, raising=False)
+    for name in ("cuda_linear", "cuda_norm"):
+        operator = getattr(torch.ops.bigmodel_emulator, name)
+        monkeypatch.setattr(torch.ops.bigmodel, name, operator, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "lacking", lambda x: None)
     monkeypatch.setattr(cuda, "_name", lambda device: "a GPU")
-    monkeypatch.setattr(cuda, "counters", lambda device, n: torch.zeros(n, dtype=torch.int32, device=device))
 
 
 ROW_CALLS: dict[str, dict[str, Any]] = {
@@ -243,7 +254,7 @@ def test_a_measurement_decides_which_product_runs(
     assert said().startswith(f"runs this call: {runs}")
     assert ("0.100 ms against 0.200 of" in said()) == (rows != 2000)
     # The other one is not called.
-    monkeypatch.setattr(cuda, "_run" if runs == cuda_choice.TORCH else "_run_torch", None)
+    monkeypatch.setattr(cuda, "_own" if runs == cuda_choice.TORCH else "_torch", None)
     assert torch.allclose(cuda.run(*args, **options), reference.run(*args, **options), atol=2e-2)
 
 

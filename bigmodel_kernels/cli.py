@@ -457,7 +457,7 @@ def bench(
         raise typer.BadParameter(f"budget={budget}; it must be positive")
     try:
         chosen = [suite.load(name, folder) for name in suites or suite.find(folder)]
-        steps = 2 + len(suite.select(chosen, quick, dtypes, only))  # and two calibrations
+        steps = 2 + len(suite.select(chosen, quick, dtypes, only, device))  # and two calibrations
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if threads is not None:

@@ -73,6 +73,18 @@ SUITE = Suite(
         for batch, length in ((8, 128), (4, 512), (1, 2048))
         for causal in (False, True)
     ),
+    # Of 16 thousand tokens and more, for the GPU has to be full.
+    gpu=tuple(
+        case(batch, heads, length, dim, causal, "bfloat16")
+        for heads, dim, shapes in (
+            (12, 64, ((128, 128), (64, 256), (32, 512), (8, 2048), (2, 8192))),
+            (16, 128, ((16, 512), (4, 2048), (1, 16384))),
+            (8, 256, ((4, 2048),)),
+        )
+        for batch, length in shapes
+        for causal in (False, True)
+    ),
+    kernels=True,
     quick=(
         case(1, 2, 64, 32, False, "float32"),
         case(1, 2, 65, 64, True, "float32"),

@@ -52,5 +52,6 @@ SUITE = Suite(
         for hidden in (384, 768)
         for batch, length in ((1, 16), (8, 128), (32, 256))
     ),
+    kernels=True,
     quick=(case(2, 16, 64, "float32", 100), case(2, 16, 64, "bfloat16", 100)),
 )

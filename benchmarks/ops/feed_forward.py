@@ -67,6 +67,12 @@ SUITE = Suite(
         for kind, hidden in (("bert", 768), ("gpt2", 768), ("bert", 384))
         for rows in (1, 16, 128, 1024)
     ),
+    gpu=tuple(
+        case(rows, hidden, 4 * hidden, kind, "bfloat16")
+        for kind, hidden in (("bert", 768), ("gpt2", 768), ("bert", 1024))
+        for rows in (128, 1024, 8192, 32768)
+    ),
+    kernels=True,
     quick=(
         case(8, 64, 256, "bert", "float32"),
         case(8, 64, 256, "gpt2", "float32"),

@@ -89,6 +89,18 @@ SUITE = Suite(
             case(rows, 768, 2304, dtype, layout="conv1d"),
         )
     ),
+    gpu=tuple(
+        c
+        for rows in (128, 1024, 8192, 32768)
+        for c in (
+            case(rows, 768, 2304, "bfloat16"),
+            case(rows, 768, 3072, "bfloat16", activation="gelu"),
+            case(rows, 768, 768, "bfloat16", norm=True),
+            case(rows, 3072, 768, "bfloat16", norm=True),
+            case(rows, 768, 2304, "bfloat16", layout="conv1d"),
+        )
+    ),
+    kernels=True,
     quick=(
         case(8, 64, 96, "float32", activation="gelu"),
         case(8, 64, 64, "float32", norm=True),

@@ -45,5 +45,6 @@ SUITE = Suite(
         for rows, size in ((1, 768), (1024, 768), (8192, 768), (1024, 4096))
         for residual in (False, True)
     ),
+    kernels=True,
     quick=(case(16, 96, False, "float32"), case(16, 96, True, "float32"), case(16, 96, True, "bfloat16")),
 )

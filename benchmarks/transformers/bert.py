@@ -99,6 +99,16 @@ SUITE = Suite(
             case("1x512", dtype, batch=1, length=512),
         )
     ),
+    gpu=tuple(
+        c
+        for dtype in ("bfloat16", "float32")
+        for c in (
+            case("ragged batch of 256, 8-256", dtype, batch=256, shortest=8, longest=256, seed=0),
+            case("64x128, no padding", dtype, batch=64, length=128),
+            case("32x512, no padding", dtype, batch=32, length=512),
+            case("1x16", dtype, batch=1, length=16),
+        )
+    ),
     quick=(
         case("tiny ragged", "float32", 64, 2, 2, batch=4, shortest=3, longest=24, seed=0),
         case("tiny 2x16", "float32", 64, 2, 2, batch=2, length=16),

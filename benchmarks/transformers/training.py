@@ -130,6 +130,11 @@ SUITE = Suite(
         *(case("whole step", 1, 2048, dropout, memory=True) for dropout in (0.0, 0.1)),
         case("whole step", 4, 128, 0.1, dtype="bfloat16"),
     ),
+    gpu=(
+        *(case("whole step", 64, 128, dropout, memory=True, dtype="bfloat16") for dropout in (0.0, 0.1)),
+        case("whole step", 16, 512, 0.1, memory=True, dtype="bfloat16"),
+        case("whole step", 32, 128, 0.1, memory=True),
+    ),
     quick=(
         *(case(phase, 2, 9, dropout, 32, 2, 2) for dropout in (0.0, 0.1) for phase in PHASES),
         case("whole step", 1, 40, 0.0, 32, 2, 2, memory=True),

@@ -76,7 +76,10 @@ SCHEMA: dict[str, Any] = _object(
     rows={
         "type": "array",
         "items": _object(
-            {"peak_bytes": _map(_NUMBER)},  # of a call, over what was held before it (memory.py)
+            {
+                "peak_bytes": _map(_NUMBER),  # of a call, over what was held before it (memory.py)
+                "clock": {"type": "string", "enum": ["calls", "graph"]},  # what the times are of (timing.py)
+            },
             suite=_STRING,
             case=_STRING,
             dtype={"type": "string", "enum": ["float32", "bfloat16", "float16"]},

@@ -69,7 +69,9 @@ class Prepared:
 class Suite:
     """Cases of one subject; `quick` are small ones that only show that everything works.
 
-    They run under torch.inference_mode, or, in a suite of `training`, with gradients.
+    They run under torch.inference_mode, or, in a suite of `training`, with gradients. On a GPU the cases are
+    `gpu` where there are any, and those of single `kernels` are timed in CUDA graphs, where all contenders can
+    be captured: without what Python and the launches take.
     """
 
     name: str
@@ -77,6 +79,14 @@ class Suite:
     cases: tuple[Case, ...]
     quick: tuple[Case, ...]
     training: bool = False
+    gpu: tuple[Case, ...] = ()
+    kernels: bool = False
+
+    def select(self, device: str, quick: bool) -> tuple[Case, ...]:
+        """The cases for a device."""
+        if quick:
+            return self.quick
+        return self.gpu if self.gpu and device.startswith("cuda") else self.cases
 
 
 class SuitesNotFound(ValueError):
@@ -150,7 +160,7 @@ def run_case(
     torch.manual_seed(0)
     with torch.inference_mode(not suite.training):
         prepared = suite.build(case, setting)
-        measured = measure(prepared.contenders, setting.device, budget_s)
+        measured = measure(prepared.contenders, setting.device, budget_s, graphs=suite.kernels)
         peaks = _peaks(prepared, measured, setting.device) if prepared.memory else {}
     floor_s, limited_by = floor(prepared, case.dtype, setting.device, calibration)
     timings = measured.timings
@@ -174,6 +184,7 @@ def run_case(
         else {},
         "max_difference": largest_difference(prepared, measured),
         "noisy": any(t.spread > NOISY for t in timings.values()),
+        "clock": measured.clock,
         "left_out": measured.left_out,
     }
     if peaks:
@@ -186,14 +197,18 @@ def run_case(
 
 
 def select(
-    suites: Iterable[Suite], quick: bool = False, dtypes: Iterable[str] | None = None, only: str = ""
+    suites: Iterable[Suite],
+    quick: bool = False,
+    dtypes: Iterable[str] | None = None,
+    only: str = "",
+    device: str = "cpu",
 ) -> list[tuple[Suite, Case]]:
     """The cases of these dtypes whose labels have `only` in them. Raises ValueError when there are none."""
     wanted = None if dtypes is None else set(dtypes)
     chosen = [
         (suite, case)
         for suite in suites
-        for case in (suite.quick if quick else suite.cases)
+        for case in suite.select(device, quick)
         if (wanted is None or case.dtype in wanted) and only in case.label
     ]
     if not chosen:
@@ -215,7 +230,7 @@ def run(
 
     The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one.
     """
-    work = select(suites, quick, dtypes, only)
+    work = select(suites, quick, dtypes, only, setting.device)
     names = sorted({"float32", *(case.dtype for _, case in work)}, reverse=True)
     say = progress or (lambda text: None)
     others = machine.OtherLoad()

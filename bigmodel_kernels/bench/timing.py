@@ -2,7 +2,8 @@
 
 One round runs every contender once; the order moves by one with each round. Fast contenders are called
 several times within a sample, so that the clock's own cost does not count. On a GPU the clock is a pair of
-CUDA events around the sample, and nothing else runs in between.
+CUDA events around the sample, and nothing else runs in between; on demand the calls of a sample are replayed
+from a CUDA graph, so that the time is that of the kernels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,11 +63,15 @@ class Timing:
 
 @dataclass
 class Measured:
-    """Timings by name, the first result of each, and who could not run."""
+    """Timings by name, the first result of each, and who could not run.
+
+    The clock is around "calls", or around the replay of a "graph" of them.
+    """
 
     timings: dict[str, Timing]
     results: dict[str, Any]
     left_out: dict[str, str]
+    clock: str = "calls"
 
 
 def summarize(seconds: Sequence[float], calls: int = 1) -> Timing:
@@ -109,13 +115,39 @@ def _sample(contender: Contender, device: str, calls: int = 1) -> tuple[float, A
     return total / calls, result
 
 
-def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Measured:
+def _capture(contender: Contender, calls: int) -> Callable[[], Any]:
+    """Replays a CUDA graph of so many calls; raises where a call cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        contender.run()  # what is allocated once is not allocated in the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            contender.run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _captures(turns: Sequence[Contender], calls: dict[str, int]) -> dict[str, Callable[[], Any]]:
+    """A graph for each, or none at all where one cannot be captured."""
+    try:
+        return {c.name: _capture(c, calls[c.name]) for c in turns if c.before is None}
+    except Exception as error:  # a peer's reason not to be captured is its own
+        warnings.warn(f"timed without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=3)
+        torch.cuda.synchronize()
+        return {}
+
+
+def measure(contenders: Sequence[Contender], device: str, budget_s: float, graphs: bool = False) -> Measured:
     """Times the contenders within about `budget_s` seconds, warm-up apart.
 
     The first call of each is a warm-up: it packs weights, compiles and tunes. The second one tells how long a
     call takes. A contender that needs more than the whole budget keeps that call as its only sample (or even
     the first one, where that took so long that a warm-up cannot matter); the others run interleaved, at least
-    three rounds, until the budget is used.
+    three rounds, until the budget is used. With `graphs`, on a GPU, samples are replays of CUDA graphs.
     """
     results: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -138,12 +170,17 @@ def measure(contenders: Sequence[Contender], device: str, budget_s: float) -> Me
         calls[name] = 1 if slow else max(1, round(SHORTEST_SAMPLE_S / max(seconds, 1e-7)))
         if not slow:
             turns.append(contender)
+    replays = _captures(turns, calls) if graphs and device.startswith("cuda") else {}
     start = time.perf_counter()
     for round_number in range(MOST_ROUNDS):
         if not turns or (round_number >= FEWEST_ROUNDS and time.perf_counter() - start > budget_s):
             break
         shift = round_number % len(turns)
         for contender in turns[shift:] + turns[:shift]:
-            samples[contender.name].append(_sample(contender, device, calls[contender.name])[0])
+            name = contender.name
+            if name in replays:
+                samples[name].append(once(replays[name], device)[0] / calls[name])
+            else:
+                samples[name].append(_sample(contender, device, calls[name])[0])
     timings = {name: summarize(values, calls[name]) for name, values in samples.items()}
-    return Measured(timings, results, left_out)
+    return Measured(timings, results, left_out, "graph" if replays else "calls")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...triton_runtime import unsupported
+from ...triton_runtime import INTERPRETED, is_pretending, unsupported
 from ..norm import triton as norm
 from ..reduce_triton import column_sums
 from .triton_gemm import ACTIVATIONS, matmul, output_backward
@@ -40,11 +40,27 @@ def as_product(weight: Tensor, weight_layout: str) -> Tensor:
     return weight if weight_layout == "conv1d" else weight.t()
 
 
+#: Products of halves with nothing to fuse are the vendor's library's (cuBLAS), which has them faster.
+LIBRARY_PRODUCTS = True
+
+
+def _by_library(x: Tensor) -> bool:
+    """Not in float32, which it may round to TF32, nor where bits must not vary: it splits its sums."""
+    return (
+        LIBRARY_PRODUCTS
+        and x.is_cuda
+        and x.dtype != torch.float32
+        and not (INTERPRETED or is_pretending() or torch.are_deterministic_algorithms_enabled())
+    )
+
+
 def weight_gradient(x: Tensor, dz: Tensor, weight: Tensor, weight_layout: str) -> Tensor:
     """x^T @ dz in the weight's layout: x (M, K), dz (M, N)."""
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     if x.shape[0] == 0:
         return out.zero_()
+    if _by_library(x):
+        return torch.mm(*((x.t(), dz) if weight_layout == "conv1d" else (dz.t(), x)), out=out)
     return (
         matmul(x.t(), dz, out, split=True)
         if weight_layout == "conv1d"
@@ -53,7 +69,12 @@ def weight_gradient(x: Tensor, dz: Tensor, weight: Tensor, weight_layout: str) -
 
 
 def input_gradient(parts: Sequence[Tensor], weights: Sequence[Tensor], weight_layout: str) -> Tensor:
-    """The sum of ``part @ weight^T``, in float32 and rounded once."""
+    """The sum of ``part @ weight^T``, by Triton in float32 and rounded once."""
+    if _by_library(parts[0]):
+        total = torch.mm(parts[0], as_product(weights[0], weight_layout).t())
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total = total.addmm_(part, as_product(weight, weight_layout).t())
+        return total
     like, K = parts[0], as_product(weights[0], weight_layout).shape[0]
     out = torch.empty(like.shape[0], K, dtype=like.dtype, device=like.device)
     halves = like.dtype != torch.float32

@@ -4,7 +4,8 @@
 #     benchmarks/gpu.sh [--dry-run] [PYTHON]
 #
 # PYTHON is an interpreter with a CUDA build of torch, and with triton, transformers, pytest, hypothesis, typer and rich (default:
-# python3). The numbers go to benchmarks/results/<gpu>.json.
+# python3); with pytest-xdist the tests share the processors, and with compute-sanitizer on PATH a few of them run under memcheck. The
+# numbers go to benchmarks/results/<gpu>.json, and the choice between products to cuda_choice.json.
 #
 # --dry-run prints every step and checks what can be checked with no GPU: that the modules are there, the kernels compile, the tests
 # are collected and the commands take their options. It measures nothing and writes no result.
@@ -55,9 +56,17 @@ else
     failed+=(build)
   fi
 fi
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))"); fi
 step doctor 60 --help "$python" -m bigmodel_kernels.cli doctor
-step kernels 240 --collect-only "$python" -m pytest -q tests/gpu
-step tests 180 --collect-only "$python" -m pytest -q tests/ops/test_*_triton.py
+step kernels 180 --collect-only "$python" -m pytest -q tests/gpu -k "not emulator_says" "${workers[@]}"
+step words 120 --collect-only "$python" -m pytest -q tests/gpu -k emulator_says
+if command -v compute-sanitizer >/dev/null || [ -n "$dry" ]; then
+  memcheck=(compute-sanitizer --tool memcheck --error-exitcode 9)
+  [ -n "$dry" ] && memcheck=()
+  step memcheck 90 --collect-only "${memcheck[@]}" "$python" -m pytest -q tests/gpu -k "features and (window or packed) or several or graph"
+fi
+step tests 240 --collect-only "$python" -m pytest -q tests/ops/test_*_triton.py "${workers[@]}"
 step linear 120 --help "$python" -m bigmodel_kernels.ops.linear.cuda_choice
 step verify 150 --help "$python" -m bigmodel_kernels.cli verify --device cuda --json build/verify-gpu.json
 step bench 240 --help "$python" -m bigmodel_kernels.cli bench --device cuda --budget 0.5 --save

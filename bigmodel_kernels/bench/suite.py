@@ -70,8 +70,8 @@ class Suite:
     """Cases of one subject; `quick` are small ones that only show that everything works.
 
     They run under torch.inference_mode, or, in a suite of `training`, with gradients. On a GPU the cases are
-    `gpu` where there are any, and those of single `kernels` are timed in CUDA graphs, where all contenders can
-    be captured: without what Python and the launches take.
+    `gpu`, where there are any, and those of single `kernels` are timed in CUDA graphs, where all contenders
+    can be captured: without what Python and the launches take.
     """
 
     name: str

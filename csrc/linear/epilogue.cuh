@@ -68,11 +68,12 @@ BM_DEVICE void drop(float (&x)[8], const LinearParams& p, int row, int column, u
 }
 
 // By one warp. row: its first of 16; column: of the first block, in the whole output; end: past the last column of this weight.
-// staging: a StagingTile that no other warp uses.
-template <typename Element, int blocks>
+// staging: a StagingTile that no other warp uses. A lane takes its columns of every fourth row, `at_once` of them written out beside each
+// other, as registers allow.
+template <typename Element, int at_once, int blocks>
 BM_DEVICE void finish_tile(const float (&c)[blocks][4], const LinearParams& p, int row, int column, int end, const Element* bias, SharedAddress staging) {
   constexpr int piece = StagingTile::columns / 8, rows_at_once = warp_size / piece, turns = StagingTile::rows / rows_at_once;
-  static_assert(blocks % piece == 0, "whole pieces");
+  static_assert(blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole groups");
   const int lane = lane_index(), own_row = lane / piece, own_chunk = lane % piece;
   const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
   const auto at = [](auto* matrix, int64_t offset) { return reinterpret_cast<Word<16>*>(static_cast<Element*>(const_cast<void*>(matrix)) + offset); };
@@ -83,12 +84,18 @@ BM_DEVICE void finish_tile(const float (&c)[blocks][4], const LinearParams& p, i
     const auto writes = [&](int turn) { return first < end && row + turn * rows_at_once + own_row < p.rows; };
     const auto offset = [&](int turn) { return int64_t(row + turn * rows_at_once + own_row) * p.out_stride + first; };
     // ---- what is added, on its way while the accumulators move ----
-    Word<16> residual[turns] = {}, bias_word = {};
-    if (p.residual != nullptr) {
-      BM_UNROLL
-      for (int turn = 0; turn < turns; turn++)
-        if (writes(turn)) residual[turn] = load_global(at(p.residual, offset(turn)));
-    }
+    struct Added { Word<16> row[at_once]; };
+    const auto residual_of = [&](int turn) {
+      Added added = {};
+      if (p.residual != nullptr) {
+        BM_UNROLL
+        for (int i = 0; i < at_once; i++)
+          if (writes(turn + i)) added.row[i] = load_global(at(p.residual, offset(turn + i)));
+      }
+      return added;
+    };
+    Added residual = residual_of(0);
+    Word<16> bias_word = {};
     if (bias != nullptr && first < end) bias_word = load_global(reinterpret_cast<const Word<16>*>(bias + (first - column)));
     // ---- accumulators to shared memory ----
     sync_warp();  // nobody reads the piece before any more
@@ -107,28 +114,31 @@ BM_DEVICE void finish_tile(const float (&c)[blocks][4], const LinearParams& p, i
     }
     sync_warp();
     // ---- and on ----
-    float added[8];
-    unpack<Element>(added, bias_word);
-    BM_UNROLL
-    for (int turn = 0; turn < turns; turn++) {
-      float x[8];
+    BM_UNROLL_BY(1)
+    for (int turn = 0; turn < turns; turn += at_once) {
+      const Added now = residual;
+      if (turn + at_once < turns) residual = residual_of(turn + at_once);
       BM_UNROLL
-      for (int half = 0; half < 2; half++) {
-        const Word<16> word = load_shared<Word<16>>(staging + StagingTile::offset(turn * rows_at_once + own_row, 2 * own_chunk + half));
-        memcpy(x + 4 * half, &word, 16);
-      }
-      BM_UNROLL
-      for (int i = 0; i < 8; i++) x[i] += added[i];
-      if (p.preactivation != nullptr && writes(turn)) store_global(at(p.preactivation, offset(turn)), pack<Element>(x));
-      activate(x, p.activation);
-      if (p.dropout_seed != nullptr) drop(x, p, row + turn * rows_at_once + own_row, first, seed);
-      if (p.residual != nullptr) {
-        float more[8];
-        unpack<Element>(more, residual[turn]);
+      for (int i = 0; i < at_once; i++) {
+        float x[8], added[8];
         BM_UNROLL
-        for (int i = 0; i < 8; i++) x[i] += more[i];
+        for (int half = 0; half < 2; half++) {
+          const Word<16> word = load_shared<Word<16>>(staging + StagingTile::offset((turn + i) * rows_at_once + own_row, 2 * own_chunk + half));
+          memcpy(x + 4 * half, &word, 16);
+        }
+        unpack<Element>(added, bias_word);
+        BM_UNROLL
+        for (int k = 0; k < 8; k++) x[k] += added[k];
+        if (p.preactivation != nullptr && writes(turn + i)) store_global(at(p.preactivation, offset(turn + i)), pack<Element>(x));
+        activate(x, p.activation);
+        if (p.dropout_seed != nullptr) drop(x, p, row + (turn + i) * rows_at_once + own_row, first, seed);
+        if (p.residual != nullptr) {
+          unpack<Element>(added, now.row[i]);
+          BM_UNROLL
+          for (int k = 0; k < 8; k++) x[k] += added[k];
+        }
+        if (writes(turn + i)) store_global(at(p.out, offset(turn + i)), pack<Element>(x));
       }
-      if (writes(turn)) store_global(at(p.out, offset(turn)), pack<Element>(x));
     }
   }
 }

@@ -95,7 +95,7 @@ struct LinearSm80 {
     sync_block();  // nobody reads a stage any more: there the results are put in order
     BM_UNROLL
     for (int i = 0; i < 2; i++)
-      finish_tile<Element>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
+      finish_tile<Element, 4>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
                            bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
   }
 };

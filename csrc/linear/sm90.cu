@@ -23,7 +23,7 @@ void start(const LinearParams& p, int multiprocessors, const Stream& stream) {
                               : matrix_map(p.weight[i], p.features, out, p.features, Kernel::tile_n);
   }
   const int tiles = tile_count<Kernel::tile_m, Kernel::tile_n>(p);
-  launch<Kernel>({std::min(tiles, multiprocessors)}, params, stream);
+  launch<Kernel>({std::min(tiles, multiprocessors * Kernel::blocks_per_multiprocessor)}, params, stream);
 }
 
 template <typename Element, int tile_n>
@@ -34,21 +34,23 @@ void start_layout(const LinearParams& p, int multiprocessors, const Stream& stre
 using Start = void (*)(const LinearParams&, int, const Stream&);
 struct Row {
   int (*tiles)(const LinearParams&);
-  double time;      // of a tile, in units of one of 128 columns: a wide one reads x once for more columns, a small one does little at a time
+  int blocks;       // that share a multiprocessor
+  double time;      // of a tile of each, in units of one of 128 columns: a wide one reads x once for more columns
   Start start[2];   // [float16, bfloat16]
 };
 template <int tile_n>
 constexpr Row row(double time) {
-  return {[](const LinearParams& p) { return tile_count<LinearSm90<bfloat16, tile_n, false>::tile_m, tile_n>(p); }, time,
+  using Kernel = LinearSm90<bfloat16, tile_n, false>;
+  return {[](const LinearParams& p) { return tile_count<Kernel::tile_m, tile_n>(p); }, Kernel::blocks_per_multiprocessor, time,
           {start_layout<float16, tile_n>, start_layout<bfloat16, tile_n>}};
 }
-constexpr Row table[] = {row<256>(1.8), row<192>(1.4), row<128>(1), row<64>(0.45)};
+constexpr Row table[] = {row<256>(1.8), row<192>(1.4), row<128>(1), row<64>(0.7)};
 
 }  // namespace
 
 // The tile with which the multiprocessors are busy for the shortest time.
 void linear_sm90(const LinearParams& p, bool is_bfloat16, int multiprocessors, const Stream& stream) {
-  const auto waves = [&](const Row& r) { return double((r.tiles(p) + multiprocessors - 1) / multiprocessors) * r.time; };
+  const auto waves = [&](const Row& r) { return double((r.tiles(p) + multiprocessors * r.blocks - 1) / (multiprocessors * r.blocks)) * r.time; };
   const Row& best = *std::min_element(std::begin(table), std::end(table), [&](const Row& a, const Row& b) { return waves(a) < waves(b); });
   best.start[is_bfloat16](p, multiprocessors, stream);
 }

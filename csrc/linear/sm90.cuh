@@ -1,4 +1,4 @@
-// The linear layer for Hopper (sm_90a): tiles of x and W by the copy engine, products by wgmma, one producer warpgroup and two
+// The linear layer for Hopper (sm_90a): tiles of x and W by the copy engine, products by wgmma, one producer warp and one or two
 // consumers, persistent blocks. W lies (out, in), and is then K-major, or (in, out) as GPT-2's Conv1D has it, and is MN-major; wgmma
 // reads both.
 //
@@ -23,9 +23,13 @@ struct LinearSm90Params {
 template <typename Element, int tile_n_, bool conv1d>
 struct LinearSm90 {
   using Params = LinearSm90Params;
-  // A small tile, of one consumer, is for few rows: there are more of them then, on more multiprocessors.
-  static constexpr int consumers = tile_n_ == 64 ? 1 : 2, group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
-  static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n == 256 ? 4 : tile_n == 192 ? 4 : tile_n == 128 ? 6 : 8;
+  // A small tile, of one consumer, is for few rows: there are more of them then, on more multiprocessors. Two blocks of them share one,
+  // with a single warp to produce; of the others the consumers take registers from a producer of a whole warpgroup.
+  static constexpr int consumers = tile_n_ == 64 ? 1 : 2;
+  static constexpr bool small = tile_n_ == 64;
+  static constexpr int blocks_per_multiprocessor = small ? 2 : 1, producer_warps = small ? 1 : 4;
+  static constexpr int threads = (4 * consumers + producer_warps) * warp_size;
+  static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n >= 192 ? 4 : 6;
   static constexpr int blocks = tile_n / 8;
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
@@ -51,12 +55,12 @@ struct LinearSm90 {
     sync_block();
     const int tiles = tile_count<tile_m, tile_n>(p);
     const int steps = (p.features + tile_k - 1) / tile_k, warp = warp_index();
-    if (warp < 4) {
-      lower_registers<24>();
-      if (warp == 0 && lane_index() == 0) produce(params, tiles, steps);
+    if (warp < 4 * consumers) {
+      if constexpr (!small) raise_registers<240>();
+      consume(params, tiles, steps, warp / 4);
     } else {
-      raise_registers<240>();
-      consume(params, tiles, steps, warp / 4 - 1);
+      if constexpr (!small) lower_registers<24>();
+      if (warp == 4 * consumers && lane_index() == 0) produce(params, tiles, steps);
     }
   }
 
@@ -108,7 +112,7 @@ struct LinearSm90 {
       if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty(before));
       const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
       const int row = at.row + 64 * consumer, warp = warp_index() % 4;
-      finish_tile<Element>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
+      finish_tile<Element, small ? 1 : 4>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
                            bias != nullptr ? bias + at.column : nullptr, shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes);
     }
   }

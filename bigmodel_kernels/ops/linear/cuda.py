@@ -87,10 +87,13 @@ def _choice(
         return Choice(OWN, "which takes several weights side by side")
     if dropout_p:
         return Choice(OWN, "which drops where the gradient will")
-    return choose(_name(x.device), case_of(x, weights, *rest, **options))
+    return choose(*_device(x.device), case_of(x, weights, *rest, **options))
 
 
-_name = functools.cache(torch.cuda.get_device_name)
+@functools.cache
+def _device(device: torch.device) -> tuple[str, str]:
+    """Name and compute capability."""
+    return torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def detail(*args: Any, **options: Any) -> str:

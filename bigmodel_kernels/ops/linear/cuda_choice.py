@@ -7,7 +7,8 @@ GPU can say. Where none has, a call takes the library's kernel, and `explain` sa
     python -m bigmodel_kernels.ops.linear.cuda_choice       for BERT's and GPT-2's layers on this GPU
 
 writes cuda_choice.json beside this file: the milliseconds of both for each device and case. A call takes the
-case that is like it but for the number of rows, of those the nearest, at most four times as many or as few.
+case that is like it but for the number of rows, of those the nearest, at most four times as many or as few;
+where nobody has measured its device, of another of the same compute capability.
 """
 
 from __future__ import annotations
@@ -55,22 +56,38 @@ class Choice:
         return f"{self.product}, {self.why}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one device took: cases, with the milliseconds of both products."""
+
+    device: str
+    capability: str
+    cases: list[tuple[Case, dict[str, float]]]
+
+
 @functools.cache
-def measurements() -> dict[str, list[tuple[Case, dict[str, float]]]]:
-    """Device name -> cases, with the milliseconds of both products."""
+def measurements() -> list[Measured]:
+    """All that the file holds."""
     if not FILE.exists():
-        return {}
-    return {
-        device: [(Case(**entry["case"]), entry["milliseconds"]) for entry in entries]
-        for device, entries in json.loads(FILE.read_text()).items()
-    }
+        return []
+    return [
+        Measured(
+            device,
+            found["capability"],
+            [(Case(**entry["case"]), entry["milliseconds"]) for entry in found["cases"]],
+        )
+        for device, found in json.loads(FILE.read_text()).items()
+    ]
 
 
-def choose(device: str, case: Case) -> Choice:
+def choose(device: str, capability: str, case: Case) -> Choice:
     """The faster product of the nearest case, or the library's kernel where there is none."""
+    known = [m for m in measurements() if m.device == device]
+    known = known or [m for m in measurements() if m.capability == capability]
     near = [
         (abs(math.log2(case.rows / other.rows)), other, times)
-        for other, times in measurements().get(device, [])
+        for measured in known[:1]
+        for other, times in measured.cases
         if case.rows and other.alike(case)
     ]
     distance, other, times = min(near, key=lambda entry: entry[0], default=(math.inf, case, {}))
@@ -78,8 +95,10 @@ def choose(device: str, case: Case) -> Choice:
         return Choice(OWN, "not measured for this device and shape")
     best = min((OWN, TORCH), key=times.__getitem__)
     slower = TORCH if best == OWN else OWN
+    where = "" if known[0].device == device else f" on {known[0].device}"
     return Choice(
-        best, f"{times[best]:.3f} ms against {times[slower]:.3f} of {slower} at {other.rows} rows, measured"
+        best,
+        f"{times[best]:.3f} ms against {times[slower]:.3f} of {slower} at {other.rows} rows, measured{where}",
     )
 
 
@@ -167,7 +186,8 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     entries = measure(models_cases(device), gpu_clock)
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    found[torch.cuda.get_device_name(device)] = entries
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    found[torch.cuda.get_device_name(device)] = {"capability": capability, "cases": entries}
     FILE.write_text(json.dumps(found, indent=1) + "\n")
     for entry in entries:
         print(entry["case"], entry["milliseconds"])

@@ -194,7 +194,7 @@ def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.ops.bigmodel, name, operator, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "lacking", lambda x: None)
-    monkeypatch.setattr(cuda, "_name", lambda device: "a GPU")
+    monkeypatch.setattr(cuda, "_device", lambda device: ("a GPU", "9.0"))
 
 
 ROW_CALLS: dict[str, dict[str, Any]] = {
@@ -230,9 +230,10 @@ def test_the_row_of_the_table(call: dict[str, Any], layout: str) -> None:
         (2000, cuda_choice.TORCH, cuda_choice.OWN),  # too many rows to speak for 100
     ],
 )
+@pytest.mark.parametrize("device", ["a GPU", "its twin"])
 @pytest.mark.usefixtures("row")
 def test_a_measurement_decides_which_product_runs(
-    rows: int, faster: str, runs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, faster: str, runs: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_choice, "FILE", tmp_path / "cuda_choice.json")
     monkeypatch.setattr(cuda_choice, "measurements", cuda_choice.measurements.__wrapped__)
@@ -250,8 +251,11 @@ def test_a_measurement_decides_which_product_runs(
     entries = cuda_choice.measure(
         iter([(replace(case, rows=rows), functions)]), lambda call: lambda: 0.1 if call() == faster else 0.2
     )
-    cuda_choice.FILE.write_text(json.dumps({"a GPU": entries, "another": []}))
+    devices = {name: {"capability": "9.0", "cases": entries} for name in ("another", device)}
+    devices["another"]["cases"] = [] if device == "a GPU" else entries
+    cuda_choice.FILE.write_text(json.dumps(devices))
     assert said().startswith(f"runs this call: {runs}")
+    assert said().endswith("measured" if device == "a GPU" else "measured on another") or rows == 2000
     assert ("0.100 ms against 0.200 of" in said()) == (rows != 2000)
     # The other one is not called.
     monkeypatch.setattr(cuda, "_own" if runs == cuda_choice.TORCH else "_torch", None)

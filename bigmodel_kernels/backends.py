@@ -43,6 +43,7 @@ class Implementation:
         default=None, repr=False
     )
     _load_error: str | None = field(default=None, repr=False)
+    _not_unasked: Callable[..., str | None] | None = field(default=None, repr=False)
 
     def load(self) -> tuple[Callable[..., Any], Callable[..., str | None] | None]:
         if self._loaded is None:
@@ -51,6 +52,7 @@ class Implementation:
             if run is None:
                 raise NotImplementedError(f"{self.module} has no run{self.suffix}")
             supports = None if self.name == "reference" else getattr(module, "supports" + self.suffix)
+            self._not_unasked = getattr(module, "only_when_forced" + self.suffix, None)
             self._loaded = (run, supports)
         return self._loaded
 
@@ -82,10 +84,9 @@ class Implementation:
 
     def not_unasked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Why the implementation, which can run the call, does so only when forced, or None."""
-        if self.only_when_forced is not None or self.name == "reference":
+        if self.only_when_forced is not None:
             return self.only_when_forced
-        say = getattr(importlib.import_module(self.module), "only_when_forced" + self.suffix, None)
-        return None if say is None else say(*args, **kwargs)  # type: ignore[no-any-return]
+        return None if self._not_unasked is None else self._not_unasked(*args, **kwargs)
 
     def detail(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What the implementation has to say about how it would run the call; most have nothing."""
@@ -216,8 +217,11 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
     reasons: list[str] = []
     for implementation in row:
         # The interpreter, on the CPU, is not loaded to be asked; other modules say so themselves.
-        reason = implementation.only_when_forced or implementation.why_not(args, kwargs)
-        reason = reason or implementation.not_unasked(args, kwargs)
+        reason = (
+            implementation.only_when_forced
+            or implementation.why_not(args, kwargs)
+            or implementation.not_unasked(args, kwargs)
+        )
         if reason is None:
             if reasons and implementation.name == "reference" and device_type != "cpu":
                 _warn_once(

@@ -97,7 +97,7 @@ struct AttentionSm90 {
   // Registers decide: a thread holds tile_n / 2 of S, tile_n / 4 of P and HeadDim / 2 of O beside what the loop needs. In the general
   // loop the instruction cache does: with 64 keys a kernel's code takes about 100 KB. Compiled so, none spills.
   static constexpr int consumers = consumers_;
-  static constexpr int tile_n = General ? 64 : consumers == 3 ? 96 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64;
+  static constexpr int tile_n = General ? 64 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64;
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
   // As many as fit: short sequences have one or two tiles of keys, and the next ones' arrive meanwhile.

@@ -34,6 +34,7 @@ KERNELS = {
     "attention.decode": "test_emulated_decode",
     "linear.sm90": "test_emulated_linear",
     "linear.sm80": "test_emulated_linear",
+    "norm.rows": "test_emulated_linear",
 }
 FILES = ("attention.sm90", "attention.sm90_backward", "linear.sm90")
 

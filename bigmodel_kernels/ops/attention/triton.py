@@ -21,7 +21,8 @@ output:
     l = l * 2^(m - m') + rowsum P
     O = O * 2^(m - m') + P V_tile             P in the dtype of V, the sum in float32
 
-and at the end ``out = O / l`` and ``logsumexp = ln 2 * (m + log2 l)``. A row with no visible key has
+and at the end ``out = O / l`` and ``logsumexp = ln 2 * (m + log2 l)``. In float32 (EXACT, see
+``triton_logits``) the base is e. A row with no visible key has
 l = 0: its output is 0 and its logsumexp is -inf.
 
 Dense (B, H, S, D) and packed (total, H, D) inputs are one kernel: a packed sequence is a dense one that
@@ -46,9 +47,17 @@ from .triton_backward import run_backward as run_backward
 from .triton_decode import run_decode as run_decode
 from .triton_logits import (
     MAX_HEAD_DIM,
+    add_product,
+    divide,
+    in_base,
     keys_seen,
     load_tile,
     logits_of,
+    long_product,
+    natural_logsumexp,
+    power,
+    product_chunk,
+    register_limit,
     scale_arguments,
     sequence_of,
     strides_of,
@@ -59,7 +68,7 @@ from .triton_logits import (
 
 @triton.jit
 def _attend(
-    output, total, maximum, query,
+    output, total, maximum, query, q_rows, in_rows,
     key_ptr, value_ptr, padding_ptr, bias_ptr,
     stride_kn, stride_vn, stride_pn, stride_bn,
     rows, dims, begin, end, keys, offset, head_dim,
@@ -67,7 +76,8 @@ def _attend(
     seed, least, first_row, head, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    SCALE_LATE: tl.constexpr, EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    SCALE_LATE: tl.constexpr, EXACT: tl.constexpr, EVEN_D: tl.constexpr, CHUNK: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """The loop of the module's docstring over the tiles of keys from ``begin`` to ``end``."""
     columns = tl.arange(0, TILE_N)
@@ -77,7 +87,9 @@ def _attend(
         in_range = key_column < keys
 
         k_tile = key_ptr + start_n * stride_kn + columns[None, :] * stride_kn + dims[:, None]
-        if MASKED and not EVEN_D:
+        if CHUNK < TILE_D:
+            k = 0
+        elif MASKED and not EVEN_D:
             k = tl.load(k_tile, mask=in_range[None, :] & (dims < head_dim)[:, None], other=0.0)
         elif MASKED:
             k = tl.load(k_tile, mask=in_range[None, :], other=0.0)
@@ -96,12 +108,17 @@ def _attend(
         if HAS_PADDING:
             padding_tile = padding_ptr + start_n * stride_pn + columns * stride_pn
             shown = (tl.load(padding_tile, mask=in_range, other=0) != 0)[None, :]
-        # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
-        products = tl.dot(query, k, input_precision="ieee")
+        if CHUNK < TILE_D:
+            k_rows = key_ptr + start_n * stride_kn + columns * stride_kn
+            products = long_product(
+                q_rows, k_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK
+            )
+        else:
+            products = tl.dot(query, k, input_precision="ieee")
         logits, _ = logits_of(
             products, rows[:, None], key_column[None, :], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
-            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE,
+            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE, EXACT,
         )  # fmt: skip
 
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
@@ -115,11 +132,11 @@ def _attend(
         # of the largest exactly 1, where a fused multiply-add of both would leave the rounding error of a
         # large product.
         if SCALE_LATE:
-            weights = tl.exp2((logits - shift[:, None]) * scale)
-            correction = tl.exp2((maximum - shift) * scale)
+            weights = power((logits - shift[:, None]) * scale, EXACT)
+            correction = power((maximum - shift) * scale, EXACT)
         else:
-            weights = tl.exp2(logits - shift[:, None])
-            correction = tl.exp2(maximum - shift)
+            weights = power(logits - shift[:, None], EXACT)
+            correction = power(maximum - shift, EXACT)
         total = total * correction + tl.sum(weights, axis=1)  # of all weights, dropped or not
         output = output * correction[:, None]
         if HAS_DROPOUT:
@@ -128,7 +145,7 @@ def _attend(
 
         v_tile = value_ptr + start_n * stride_vn + columns[:, None] * stride_vn + dims[None, :]
         v = load_tile(v_tile, in_range, dims < head_dim, MASKED, EVEN_D)
-        output = tl.dot(weights.to(v.dtype), v, output, input_precision="ieee")
+        output = add_product(output, weights.to(v.dtype), v, EXACT)
         maximum = new_maximum
     return output, total, maximum
 
@@ -144,8 +161,8 @@ def attention_kernel(
     scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr, EVEN_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, SCALE_LATE: tl.constexpr, EXACT: tl.constexpr, EVEN_D: tl.constexpr,
+    CHUNK: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which head. The tiles of one head come one after the other and share its keys in the L2
     # cache; under a causal mask the last rows see the most keys, so they start first.
@@ -186,7 +203,10 @@ def attention_kernel(
     query_tile = (
         query_ptr + head_64 * stride_qh + row_64 * stride_qm + local_rows[:, None] * stride_qm + dims[None, :]
     )
-    query = tl.load(query_tile, mask=mask, other=0.0)
+    q_rows = query_ptr + head_64 * stride_qh + row_64 * stride_qm + local_rows * stride_qm
+    query = 0
+    if CHUNK == TILE_D:
+        query = tl.load(query_tile, mask=mask, other=0.0)
     if HAS_PADDING:
         padding_ptr += batch * stride_pb
     if HAS_BIAS:
@@ -195,7 +215,7 @@ def attention_kernel(
         bias_ptr = bias_ptr + batch * stride_bb + head_64 * stride_bh + bias_row[:, None] * stride_bm
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah) * 1.4426950408889634
+        slope = in_base(tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah), EXACT)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -210,46 +230,46 @@ def attention_kernel(
     maximum = tl.full((TILE_M,), float("-inf"), dtype=tl.float32)
     if HAS_LEFT:  # left edge of the window
         output, total, maximum = _attend(
-            output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+            output, total, maximum, query, q_rows, row_mask, key_ptr, value_ptr, padding_ptr, bias_ptr,
             stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, low, tl.minimum(full_low, high), keys,
             offset, head_dim, slope, scale, softcap, window_left, window_right,
             seed, least, first_row, head, sequence,
             True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-            SCALE_LATE, EVEN_D, TILE_M, TILE_N,
+            SCALE_LATE, EXACT, EVEN_D, CHUNK, TILE_M, TILE_N, TILE_D,
         )  # fmt: skip
     output, total, maximum = _attend(  # whole tiles that every row sees
-        output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+        output, total, maximum, query, q_rows, row_mask, key_ptr, value_ptr, padding_ptr, bias_ptr,
         stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_low, full_high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, first_row, head, sequence,
         False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        SCALE_LATE, EVEN_D, TILE_M, TILE_N,
+        SCALE_LATE, EXACT, EVEN_D, CHUNK, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
     output, total, maximum = _attend(  # right edge of the window, or of the sequence
-        output, total, maximum, query, key_ptr, value_ptr, padding_ptr, bias_ptr,
+        output, total, maximum, query, q_rows, row_mask, key_ptr, value_ptr, padding_ptr, bias_ptr,
         stride_kn, stride_vn, stride_pn, stride_bn, rows, dims, full_high, high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, first_row, head, sequence,
         True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        SCALE_LATE, EVEN_D, TILE_M, TILE_N,
+        SCALE_LATE, EXACT, EVEN_D, CHUNK, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
 
     if SCALE_LATE:
         maximum = maximum * scale
     if HAS_SINKS:  # one more logit, without a value
-        sink = tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32) * 1.4426950408889634
+        sink = in_base(tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32), EXACT)
         new_maximum = tl.maximum(maximum, sink)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        correction = tl.exp2(maximum - shift)
-        total = total * correction + tl.exp2(sink - shift)
+        correction = power(maximum - shift, EXACT)
+        total = total * correction + power(sink - shift, EXACT)
         output = output * correction[:, None]
         maximum = new_maximum
     nothing_seen = total == 0.0
     safe_total = tl.where(nothing_seen, 1.0, total)
-    output = output / safe_total[:, None]
+    output = divide(output, safe_total[:, None], EXACT)
     if HAS_DROPOUT:
         output = output * keep_scale
-    logsumexp = tl.where(nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total)))
+    logsumexp = tl.where(nothing_seen, float("-inf"), natural_logsumexp(maximum, safe_total, EXACT))
     tl.store(logsumexp_ptr + head_64 * stride_lh + rows, logsumexp, mask=row_mask)
     out_tile = (
         out_ptr + head_64 * stride_oh + row_64 * stride_om + local_rows[:, None] * stride_om + dims[None, :]
@@ -359,10 +379,10 @@ def run(
         key_padding_mask = key_padding_mask.view(torch.uint8)
     has_left, has_right, left, right = window_arguments(is_causal, window_left, window_right, rows, keys)
     extra = bias is not None or alibi_slopes is not None or softcap > 0
-    tile = attention_tile(
-        rows, head_dim, query.element_size(), target_of(query), extra or dropout_seed is not None
-    )
+    target = target_of(query)
+    tile = attention_tile(rows, head_dim, query.element_size(), target, extra or dropout_seed is not None)
     tile_d = tile_width(head_dim)
+    exact = query.dtype == torch.float32
     strides_q, strides_k, strides_v, strides_o = strides
     with on_device(query):
         attention_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
@@ -370,14 +390,16 @@ def run(
             alibi_slopes, sinks, out, logsumexp,
             *strides_q, *strides_k, *strides_v, *strides_of(key_padding_mask, 2), *strides_of(bias, 4),
             *strides_of(alibi_slopes, 2), *strides_of(sinks, 1), *strides_o, *logsumexp_strides,
-            heads, heads // kv_heads, rows, keys, head_dim, *scale_arguments(softmax_scale, softcap),
+            heads, heads // kv_heads, rows, keys, head_dim, *scale_arguments(softmax_scale, softcap, exact),
             left, right, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
             VARLEN=varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right, HAS_PADDING=key_padding_mask is not None,
             HAS_BIAS=bias is not None, HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None,
             HAS_SOFTCAP=softcap > 0, HAS_DROPOUT=dropout_seed is not None,
-            SCALE_LATE=not extra and softmax_scale > 0,
-            EVEN_D=tile_d == head_dim, TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_D=tile_d,
+            SCALE_LATE=not extra and softmax_scale > 0, EXACT=exact,
+            EVEN_D=tile_d == head_dim, CHUNK=product_chunk(tile_d, exact),
+            TILE_M=tile.tile_m, TILE_N=tile.tile_n, TILE_D=tile_d,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            **register_limit(exact, target),
         )  # fmt: skip
     return out, logsumexp
 

@@ -11,7 +11,7 @@ With P the probabilities, Z what dropout makes of them, and dO the gradient of t
 
 Four kernels. None adds to memory that another program writes, so there are no atomics and no order to chance:
 
-    delta   a tile of rows each; delta, the logsumexp in base 2, and each tile's part of dsinks
+    delta   a tile of rows each; delta, the logsumexp in the base of S, and each tile's part of dsinks
     keys    a tile of keys (K, V and the sums of dK, dV stay in the core), a loop over the rows that see them
             and over the query heads that share them; its tiles are keys x rows, so that P^T and dS^T are
             left operands of a matrix product without leaving the registers::
@@ -25,8 +25,9 @@ Four kernels. None adds to memory that another program writes, so there are no a
             over them needs no larger tensor. A bias of one row or one column for all leaves one sum for each
             tile of rows or columns, added up afterwards
 
-In float32 the rounding of the logsumexp would be most of the error. There the kernel for rows, which comes
-first, also sums each row's P, whose distance from 1 is that rounding, and all divide by the sum (RENORM).
+In float32 (EXACT, see ``triton_logits``) the base is e, and the rounding of the logsumexp would be most of
+the error: the kernel for rows, which comes first, also sums each row's P, whose distance from 1 is that
+rounding, and all divide by the sum.
 
 The logits of a tile are computed in three kernels instead of once: seven matrix products (nine with a
 gradient of the bias) where the atomics of one kernel would need five.
@@ -46,9 +47,15 @@ from ..philox import threshold
 from ..philox_triton import keep_attention
 from .triton_logits import (
     MAX_HEAD_DIM,
+    add_product,
+    divide,
+    in_base,
     keys_seen,
     load_tile,
     logits_of,
+    long_product,
+    power,
+    register_limit,
     rows_seeing,
     scale_arguments,
     sequence_of,
@@ -60,11 +67,12 @@ from .triton_logits import (
 
 @triton.jit
 def attention_delta_kernel(
-    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, sinks_ptr, delta_ptr, lse2_ptr, dsinks_ptr,
+    out_ptr, grad_ptr, logsumexp_ptr, grad_lse_ptr, sinks_ptr, delta_ptr, lse_ptr, dsinks_ptr,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_lm,
     stride_eb, stride_eh, stride_em, stride_sh,
     heads, rows_total, head_dim,
-    HAS_GRAD_LSE: tl.constexpr, HAS_SINKS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     tiles = tl.cdiv(rows_total, TILE_M)
@@ -85,16 +93,16 @@ def attention_delta_kernel(
     if HAS_GRAD_LSE:
         grad_lse = grad_lse_ptr + batch * stride_eb + head * stride_eh + row_64 * stride_em
         delta -= tl.load(grad_lse, mask=row_mask, other=0.0).to(tl.float32)
-    lse_place = lse_ptr + batch * stride_lb + head * stride_lh + row_64 * stride_lm
-    lse2 = tl.load(lse_place, mask=row_mask, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+    lse_place = logsumexp_ptr + batch * stride_lb + head * stride_lh + row_64 * stride_lm
+    lse = in_base(tl.load(lse_place, mask=row_mask, other=float("-inf")).to(tl.float32), EXACT)
     # A row that sees nothing: with +inf its probabilities come out as 2^(-inf) = 0, not as NaN.
-    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
     place = (batch * heads + head) * rows_total + row_64
     tl.store(delta_ptr + place, delta, mask=row_mask)
-    tl.store(lse2_ptr + place, lse2, mask=row_mask)
+    tl.store(lse_ptr + place, lse, mask=row_mask)
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head * stride_sh).to(tl.float32) * 1.4426950408889634
-        part = tl.where(row_mask, tl.exp2(sink - lse2) * delta, 0.0)
+        sink = in_base(tl.load(sinks_ptr + head * stride_sh).to(tl.float32), EXACT)
+        part = tl.where(row_mask, power(sink - lse, EXACT) * delta, 0.0)
         tl.store(dsinks_ptr + program, -tl.sum(part, axis=0))
 
 
@@ -119,36 +127,16 @@ def _start_of(number, left, low, full_low, full_high, MASKED: tl.constexpr, TILE
 
 
 @triton.jit
-def _long_product(
-    a_rows, b_rows, in_a, in_b, head_dim,
-    TILE_A: tl.constexpr, TILE_B: tl.constexpr, TILE_D: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """``a b^T`` of two tiles in memory, CHUNK of their columns at a time.
-
-    In float32 on NVIDIA each thread holds whole rows of both operands: a large head_dim would spill.
-    """
-    local_dims = tl.arange(0, CHUNK)
-    product = tl.zeros((TILE_A, TILE_B), dtype=tl.float32)
-    for start in range(0, TILE_D, CHUNK):
-        start = tl.multiple_of(start, CHUNK)
-        in_dims = (start + local_dims) < head_dim
-        a = load_tile(a_rows[:, None] + (start + local_dims)[None, :], in_a, in_dims, True, False)
-        b = load_tile(b_rows[:, None] + (start + local_dims)[None, :], in_b, in_dims, True, False)
-        product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
-    return product
-
-
-@triton.jit
 def _over_rows(
     dk, dv, k, v, k_rows, v_rows,
-    query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+    query_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
     stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
     key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
     scale, softcap, window_left, window_right,
     seed, least, keep_scale, first_key, first_head, group, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """The loop of the kernel for keys: over tiles of rows that see all the keys, or, MASKED, the others.
@@ -172,9 +160,9 @@ def _over_rows(
         statistics = head_64 * stride_lh + row
         # Rows past the end: 2^(S - inf) = 0, so nothing of theirs counts.
         if MASKED:
-            lse2 = tl.load(lse2_ptr + statistics, mask=in_range, other=float("inf"))
+            lse = tl.load(lse_ptr + statistics, mask=in_range, other=float("inf"))
         else:
-            lse2 = tl.load(lse2_ptr + statistics)
+            lse = tl.load(lse_ptr + statistics)
         bias = 0.0
         if HAS_BIAS:
             b_tile = bias_ptr + (head_64 * stride_bh + start_m * stride_bm)
@@ -184,37 +172,37 @@ def _over_rows(
             bias = tl.load(b_tile + local_rows[None, :] * stride_bm, mask=in_tile, other=0.0)
         slope = 0.0
         if HAS_ALIBI:
-            slope = tl.load(alibi_ptr + head_64 * stride_ah) * 1.4426950408889634
+            slope = in_base(tl.load(alibi_ptr + head_64 * stride_ah), EXACT)
 
         if CHUNK == TILE_D:
             products = tl.dot(k, tl.trans(q), input_precision="ieee")
         else:
-            products = _long_product(
+            products = long_product(
                 k_rows, q_rows, key < keys, in_range, head_dim, TILE_N, TILE_M, TILE_D, CHUNK
             )
         logits, bounded = logits_of(
             products, row[None, :], key[:, None], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
-            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, True,
+            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, True, EXACT,
         )  # fmt: skip
-        p = tl.exp2(logits - lse2[None, :])
-        if RENORM:
+        p = power(logits - lse[None, :], EXACT)
+        if EXACT:
             p *= tl.load(inverse_ptr + statistics, mask=in_range, other=0.0)[None, :]
         grad_rows = grad_ptr + (head_64 * stride_gh + start_m * stride_gm) + local_rows * stride_gm
         if CHUNK == TILE_D:
             grad = load_tile(grad_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
             dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         else:
-            dp = _long_product(
+            dp = long_product(
                 v_rows, grad_rows, key < keys, in_range, head_dim, TILE_N, TILE_M, TILE_D, CHUNK
             )
             grad = load_tile(grad_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
         if HAS_DROPOUT:  # dv is multiplied by keep_scale at the end
             kept = keep_attention(seed, least, start, first_key, head, sequence, TILE_M, TILE_N, True)
-            dv = tl.dot(tl.where(kept, p, 0.0).to(grad.dtype), grad, dv, input_precision="ieee")
+            dv = add_product(dv, tl.where(kept, p, 0.0).to(grad.dtype), grad, EXACT)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         else:
-            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+            dv = add_product(dv, p.to(grad.dtype), grad, EXACT)
         if MASKED:
             delta = tl.load(delta_ptr + statistics, mask=in_range, other=0.0)
         else:
@@ -224,13 +212,13 @@ def _over_rows(
             ds *= 1.0 - bounded * bounded
         if CHUNK != TILE_D:
             q = load_tile(q_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = add_product(dk, ds.to(q.dtype), q, EXACT)
     return dk, dv
 
 
 @triton.jit
 def attention_backward_keys_kernel(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr,
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr,
     padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, alibi_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -240,7 +228,7 @@ def attention_backward_keys_kernel(
     softmax_scale, scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which keys of which head. Under a causal mask the first keys are seen by the most rows and start first.
@@ -289,9 +277,9 @@ def attention_backward_keys_kernel(
 
     query_ptr += batch * stride_qb + first_q * stride_qm
     grad_ptr += batch * stride_gb + first_q * stride_gm
-    lse2_ptr += batch * stride_lb + first_q
+    lse_ptr += batch * stride_lb + first_q
     delta_ptr += batch * stride_lb + first_q
-    if RENORM:
+    if EXACT:
         inverse_ptr += batch * stride_lb + first_q
     if HAS_BIAS:
         bias_ptr += batch * stride_bb + key_64 * stride_bn
@@ -302,23 +290,23 @@ def attention_backward_keys_kernel(
     dv = tl.zeros((TILE_N, TILE_D), dtype=tl.float32)
     dk, dv = _over_rows(  # at the edges of the window and the end of the rows
         dk, dv, k, v, k_rows, v_rows,
-        query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+        query_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
         stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
         key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
         scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_key, kv_head * group, group, sequence,
         True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+        EXACT, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
     dk, dv = _over_rows(  # whole tiles of rows that see all of the keys
         dk, dv, k, v, k_rows, v_rows,
-        query_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
+        query_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr, bias_ptr, alibi_ptr, shown,
         stride_qh, stride_qm, stride_gh, stride_gm, stride_bh, stride_bm, stride_ah, stride_lh,
         key, dims, low, full_low, full_high, high, queries, keys, offset, head_dim,
         scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_key, kv_head * group, group, sequence,
         False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+        EXACT, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
 
     dk = dk * softmax_scale
@@ -335,7 +323,7 @@ def attention_backward_keys_kernel(
 
 @triton.jit
 def _over_keys(
-    dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
+    dq, total, q, grad, q_rows, grad_rows, in_rows, lse, delta,
     key_ptr, value_ptr, padding_ptr, bias_ptr,
     stride_kn, stride_vn, stride_pn, stride_bn,
     row, dims, low, full_low, full_high, high, keys, offset, head_dim,
@@ -343,7 +331,7 @@ def _over_keys(
     seed, least, keep_scale, first_row, head, sequence,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    EXACT: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """The loop of the kernel for rows: over tiles of keys that all the rows see, or, MASKED, the others."""
@@ -373,23 +361,23 @@ def _over_keys(
         if CHUNK == TILE_D:
             products = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
-            products = _long_product(
+            products = long_product(
                 q_rows, k_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK
             )
         logits, bounded = logits_of(
             products, row[:, None], key[None, :], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
-            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, True,
+            MASKED, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_SOFTCAP, HAS_ALIBI, True, EXACT,
         )  # fmt: skip
-        p = tl.exp2(logits - lse2[:, None])
-        if RENORM:
+        p = power(logits - lse[:, None], EXACT)
+        if EXACT:
             total += tl.sum(p, axis=1)
         v_rows = value_ptr + start_n * stride_vn + local_keys * stride_vn
         if CHUNK == TILE_D:
             v = load_tile(v_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
             dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
         else:
-            dp = _long_product(grad_rows, v_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK)
+            dp = long_product(grad_rows, v_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK)
         if HAS_DROPOUT:
             kept = keep_attention(seed, least, first_row, start, head, sequence, TILE_M, TILE_N, False)
             dp = tl.where(kept, dp * keep_scale, 0.0)
@@ -398,13 +386,13 @@ def _over_keys(
             ds *= 1.0 - bounded * bounded
         if CHUNK != TILE_D:
             k = load_tile(k_rows[:, None] + dims[None, :], in_range, in_dims, MASKED, EVEN_D)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = add_product(dq, ds.to(k.dtype), k, EXACT)
     return dq, total
 
 
 @triton.jit
 def attention_backward_rows_kernel(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr,
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr,
     padding_ptr, bias_ptr, cu_q_ptr, cu_k_ptr, seed_ptr, alibi_ptr, sinks_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -413,7 +401,7 @@ def attention_backward_rows_kernel(
     softmax_scale, scale, softcap, window_left, window_right, least, keep_scale,
     VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_SINKS: tl.constexpr, RENORM: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which head, in the forward's order: under a causal mask the last rows start first.
@@ -451,7 +439,7 @@ def attention_backward_rows_kernel(
         q = load_tile(q_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
         grad = load_tile(grad_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
     statistics = batch * stride_lb + head_64 * stride_lh + first_q + row
-    lse2 = tl.load(lse2_ptr + statistics, mask=in_rows, other=float("inf"))
+    lse = tl.load(lse_ptr + statistics, mask=in_rows, other=float("inf"))
     delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)
     if HAS_PADDING:
         padding_ptr += batch * stride_pb
@@ -460,7 +448,7 @@ def attention_backward_rows_kernel(
         bias_ptr = bias_ptr + batch * stride_bb + head_64 * stride_bh + bias_row[:, None] * stride_bm
     slope = 0.0
     if HAS_ALIBI:
-        slope = tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah) * 1.4426950408889634
+        slope = in_base(tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah), EXACT)
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -472,31 +460,31 @@ def attention_backward_rows_kernel(
 
     dq = tl.zeros((TILE_M, TILE_D), dtype=tl.float32)
     total = tl.zeros((TILE_M,), dtype=tl.float32)
-    if RENORM and HAS_SINKS:
-        sink = tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32) * 1.4426950408889634
-        total += tl.exp2(sink - lse2)
+    if EXACT and HAS_SINKS:
+        sink = in_base(tl.load(sinks_ptr + head_64 * stride_sh).to(tl.float32), EXACT)
+        total += power(sink - lse, EXACT)
     dq, total = _over_keys(  # whole tiles that every row sees
-        dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
+        dq, total, q, grad, q_rows, grad_rows, in_rows, lse, delta,
         key_ptr, value_ptr, padding_ptr, bias_ptr,
         stride_kn, stride_vn, stride_pn, stride_bn, row, dims, low, full_low, full_high, high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_row, head, sequence,
         False, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+        EXACT, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
     dq, total = _over_keys(  # at the edges of the window and the end of the keys
-        dq, total, q, grad, q_rows, grad_rows, in_rows, lse2, delta,
+        dq, total, q, grad, q_rows, grad_rows, in_rows, lse, delta,
         key_ptr, value_ptr, padding_ptr, bias_ptr,
         stride_kn, stride_vn, stride_pn, stride_bn, row, dims, low, full_low, full_high, high, keys,
         offset, head_dim, slope, scale, softcap, window_left, window_right,
         seed, least, keep_scale, first_row, head, sequence,
         True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_DROPOUT,
-        RENORM, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
+        EXACT, CHUNK, EVEN_D, TILE_M, TILE_N, TILE_D,
     )  # fmt: skip
 
     dq = dq * softmax_scale
-    if RENORM:
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+    if EXACT:
+        inverse = divide(1.0, tl.where(total == 0.0, 1.0, total), EXACT)
         tl.store(inverse_ptr + statistics, inverse, mask=in_rows)
         dq = dq * inverse[:, None]
     dq_ptr += batch * stride_dqb + head_64 * stride_dqh + (first_q + row_64) * stride_dqm
@@ -507,7 +495,7 @@ def attention_backward_rows_kernel(
 
 @triton.jit
 def attention_backward_bias_kernel(
-    query_ptr, key_ptr, value_ptr, grad_ptr, lse2_ptr, delta_ptr, inverse_ptr,
+    query_ptr, key_ptr, value_ptr, grad_ptr, lse_ptr, delta_ptr, inverse_ptr,
     padding_ptr, bias_ptr, seed_ptr, alibi_ptr, dbias_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_pb, stride_pn, stride_bb, stride_bh, stride_bm, stride_bn,
@@ -516,8 +504,8 @@ def attention_backward_bias_kernel(
     scale, softcap, window_left, window_right, least, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, ALL_BATCHES: tl.constexpr, ALL_HEADS: tl.constexpr,
-    SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr, RENORM: tl.constexpr, EVEN_D: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which tile of which part of the bias.
     program = tl.program_id(0)
@@ -557,16 +545,20 @@ def attention_backward_bias_kernel(
         batch = tl.cast(sequence, tl.int64)
         head_64 = tl.cast(head, tl.int64)
         kv_64 = tl.cast(head // group, tl.int64)
-        q_tile = query_ptr + batch * stride_qb + head_64 * stride_qh + row_64[:, None] * stride_qm
-        k_tile = key_ptr + batch * stride_kb + kv_64 * stride_kh + key_64[:, None] * stride_kn
-        g_tile = grad_ptr + batch * stride_gb + head_64 * stride_gh + row_64[:, None] * stride_gm
-        v_tile = value_ptr + batch * stride_vb + kv_64 * stride_vh + key_64[:, None] * stride_vn
-        q = load_tile(q_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
-        k = load_tile(k_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        grad = load_tile(g_tile + dims[None, :], in_rows, in_dims, True, EVEN_D)
-        v = load_tile(v_tile + dims[None, :], in_keys, in_dims, True, EVEN_D)
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        q_rows = query_ptr + batch * stride_qb + head_64 * stride_qh + row_64 * stride_qm
+        k_rows = key_ptr + batch * stride_kb + kv_64 * stride_kh + key_64 * stride_kn
+        g_rows = grad_ptr + batch * stride_gb + head_64 * stride_gh + row_64 * stride_gm
+        v_rows = value_ptr + batch * stride_vb + kv_64 * stride_vh + key_64 * stride_vn
+        if CHUNK == TILE_D:
+            q = load_tile(q_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
+            k = load_tile(k_rows[:, None] + dims[None, :], in_keys, in_dims, True, EVEN_D)
+            products = tl.dot(q, tl.trans(k), input_precision="ieee")
+            grad = load_tile(g_rows[:, None] + dims[None, :], in_rows, in_dims, True, EVEN_D)
+            v = load_tile(v_rows[:, None] + dims[None, :], in_keys, in_dims, True, EVEN_D)
+            dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        else:
+            products = long_product(q_rows, k_rows, in_rows, in_keys, head_dim, TILE_M, TILE_N, TILE_D, CHUNK)
+            dp = long_product(g_rows, v_rows, in_rows, in_keys, head_dim, TILE_M, TILE_N, TILE_D, CHUNK)
         b_tile = bias_ptr + batch * stride_bb + head_64 * stride_bh + row_64[:, None] * stride_bm
         bias = tl.load(
             b_tile + key_64[None, :] * stride_bn, mask=in_rows[:, None] & in_keys[None, :], other=0.0
@@ -577,20 +569,20 @@ def attention_backward_bias_kernel(
             shown = (tl.load(padding, mask=in_keys, other=0) != 0)[None, :]
         slope = 0.0
         if HAS_ALIBI:
-            slope = tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah) * 1.4426950408889634
+            slope = in_base(tl.load(alibi_ptr + batch * stride_ab + head_64 * stride_ah), EXACT)
         logits, _ = logits_of(
             products, row[:, None], key[None, :], keys, offset, bias, shown,
             slope, scale, softcap, window_left, window_right,
-            True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, True, HAS_SOFTCAP, HAS_ALIBI, True,
+            True, HAS_LEFT, HAS_RIGHT, HAS_PADDING, True, HAS_SOFTCAP, HAS_ALIBI, True, EXACT,
         )  # fmt: skip
         statistics = batch * stride_lb + head_64 * stride_lh + row_64
-        lse2 = tl.load(lse2_ptr + statistics, mask=in_rows, other=float("inf"))
+        lse = tl.load(lse_ptr + statistics, mask=in_rows, other=float("inf"))
         delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)
         if HAS_DROPOUT:
             kept = keep_attention(seed, least, first_row, first_key, head, sequence, TILE_M, TILE_N, False)
             dp = tl.where(kept, dp * keep_scale, 0.0)
-        p = tl.exp2(logits - lse2[:, None])
-        if RENORM:
+        p = power(logits - lse[:, None], EXACT)
+        if EXACT:
             p *= tl.load(inverse_ptr + statistics, mask=in_rows, other=0.0)[:, None]
         dbias += p * (dp - delta[:, None])
 
@@ -629,7 +621,7 @@ class BackwardTiles(NamedTuple):
     rows: BackwardTile
     bias: BackwardTile
     chunk: int = MAX_HEAD_DIM
-    """Columns that a product over head_dim takes at a time, in the kernels for keys and rows."""
+    """Columns that a product over head_dim takes at a time."""
 
 
 # Rows, keys, warps and stages, by what multiplies (a device's family and the operands) and head_dim up to.
@@ -742,9 +734,9 @@ def run_backward(
 
     # Packed rows need no sequences here: the kernel for delta takes them as one.
     batches, length = (1, query.shape[0]) if varlen else (sequences, rows)
-    renorm = query.dtype == torch.float32
-    lse2, delta = query.new_empty((2, batches, heads, length), dtype=torch.float32)
-    inverse = torch.empty_like(delta) if renorm else None
+    exact = query.dtype == torch.float32
+    lse, delta = query.new_empty((2, batches, heads, length), dtype=torch.float32)
+    inverse = torch.empty_like(delta) if exact else None
     tile_d = tile_width(head_dim)
     tile_m = min(64, max(16, 2048 // tile_d))  # of the kernel for delta: few registers for any width
     tiles = triton.cdiv(length, tile_m)
@@ -756,9 +748,9 @@ def run_backward(
     with on_device(query):
         attention_delta_kernel[(tiles * heads * batches,)](
             out, grad_out, logsumexp, grad_logsumexp, sinks if sinks_require_grad else None,
-            delta, lse2, parts, *strides["o"], *strides["g"], *sum_strides, *grad_sum_strides,
+            delta, lse, parts, *strides["o"], *strides["g"], *sum_strides, *grad_sum_strides,
             *strides_of(sinks, 1), heads, length, head_dim,
-            HAS_GRAD_LSE=grad_logsumexp is not None, HAS_SINKS=sinks_require_grad,
+            HAS_GRAD_LSE=grad_logsumexp is not None, HAS_SINKS=sinks_require_grad, EXACT=exact,
             TILE_M=tile_m, TILE_D=tile_d, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         if sinks is not None and sinks_require_grad:
@@ -773,7 +765,7 @@ def run_backward(
         target = target_of(query)
         choice = backward_tiles(head_dim, query.element_size(), target, heavy)
         chunk = min(tile_d, choice.chunk)
-        inputs = (query, key, value, grad_out, lse2, delta, inverse, key_padding_mask, full_bias)
+        inputs = (query, key, value, grad_out, lse, delta, inverse, key_padding_mask, full_bias)
         lengths = (cu_seqlens_q, cu_seqlens_k)
         input_strides = (
             *strides["q"], *strides["k"], *strides["v"], *strides["g"], *strides_of(key_padding_mask, 2),
@@ -782,7 +774,8 @@ def run_backward(
         statistics = (0 if varlen else heads * rows, length)
         sizes = (heads, heads // kv_heads, rows, keys, head_dim)
         scales = (
-            *scale_arguments(softmax_scale, softcap), left, right, threshold(dropout_p), 1 / (1 - dropout_p)
+            *scale_arguments(softmax_scale, softcap, exact), left, right,
+            threshold(dropout_p), 1 / (1 - dropout_p),
         )  # fmt: skip
         features: dict[str, Any] = {
             "HAS_LEFT": has_left,
@@ -791,21 +784,19 @@ def run_backward(
             "HAS_ALIBI": alibi_slopes is not None,
             "HAS_SOFTCAP": softcap > 0,
             "HAS_DROPOUT": dropout_seed is not None,
-            "RENORM": renorm,
+            "EXACT": exact,
+            "CHUNK": chunk,
             "EVEN_D": tile_d == head_dim,
             "TILE_D": tile_d,
         }
 
-        # Float32 products need many registers. With no limit set, NVIDIA's assembler spills a few bytes of
-        # some cases in order to fit two programs on a processor; with one, of heavy cases of the kernel for
-        # keys. ``triton_build`` tells.
-        limit = {"maxnreg": 255} if renorm and target.warp == 32 else {}
+        limit = register_limit(exact, target)
         tile = choice.rows
         attention_backward_rows_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
             *inputs, *lengths, dropout_seed, alibi_slopes, sinks, dq,
             *input_strides, *strides_of(sinks, 1), *strides["dq"], *statistics,
             *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
-            HAS_SINKS=sinks is not None, CHUNK=chunk, **features,
+            HAS_SINKS=sinks is not None, **features,
             TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=True, **limit,
         )  # fmt: skip
@@ -815,9 +806,9 @@ def run_backward(
                 *inputs, *lengths, dropout_seed, alibi_slopes, dk, dv,
                 *input_strides, *strides["dk"], *strides["dv"], *statistics,
                 *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
-                CHUNK=chunk, **features,
+                **features,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                enable_fp_fusion=True, **({} if heavy else limit),
+                enable_fp_fusion=True, **limit,
             )  # fmt: skip
         if bias is not None and bias_requires_grad and not keys:
             dbias.zero_()
@@ -835,7 +826,7 @@ def run_backward(
                 sequences, heads, shape[1], heads // kv_heads, rows, keys, head_dim, *scales, **features,
                 ALL_BATCHES=shape[0] == 1, ALL_HEADS=shape[1] == 1, SUM_ROWS=sum_rows, SUM_KEYS=sum_keys,
                 TILE_M=tile.tile_m, TILE_N=tile.tile_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                enable_fp_fusion=True,
+                enable_fp_fusion=True, **limit,
             )  # fmt: skip
             if sum_rows or sum_keys:
                 summed = [dim for dim, broadcast in ((2, sum_rows), (3, sum_keys)) if broadcast]

@@ -10,8 +10,10 @@ and only a part of the keys::
     keys:            |<- split 0 ->|<- split 1 ->|<- split 2 ->|  of those that the rows see, at run time
 
 Each split leaves its output, divided by its own sum, and its logsumexp in base 2; a second kernel adds them
-with weights 2^(logsumexp - largest) in the order of the splits. With one split the first kernel writes the
-result itself. The number of splits depends on shapes alone, so nothing is read from the device first.
+with weights 2^(logsumexp - largest) in the order of the splits. In float32 (EXACT, see ``triton_logits``) the
+base is e, and the rounding of a logsumexp would be most of the error: there a split leaves its undivided
+output, its maximum and its sum. With one split the first kernel writes the result itself. The number of
+splits depends on shapes alone, so nothing is read from the device first.
 """
 
 from __future__ import annotations
@@ -23,8 +25,16 @@ from torch import Tensor
 
 from ...triton_runtime import Target, on_device, target_of
 from .triton_logits import (
+    add_product,
+    divide,
+    in_base,
     keys_seen,
     logits_of,
+    long_product,
+    natural_logsumexp,
+    power,
+    product_chunk,
+    register_limit,
     scale_arguments,
     strides_of,
     tile_width,
@@ -33,19 +43,19 @@ from .triton_logits import (
 
 
 @triton.jit
-def _finish(output, total, maximum, sink, HAS_SINKS: tl.constexpr):
-    """Output and natural logsumexp of rows whose ``total`` is in units of 2^maximum."""
+def _finish(output, total, maximum, sink, HAS_SINKS: tl.constexpr, EXACT: tl.constexpr):
+    """Output and natural logsumexp of rows whose ``total`` is in units of 2^maximum, or e^maximum."""
     if HAS_SINKS:
         new_maximum = tl.maximum(maximum, sink)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        correction = tl.exp2(maximum - shift)
-        total = total * correction + tl.exp2(sink - shift)
+        correction = power(maximum - shift, EXACT)
+        total = total * correction + power(sink - shift, EXACT)
         output = output * correction[:, None]
         maximum = new_maximum
     nothing_seen = total == 0.0
     safe_total = tl.where(nothing_seen, 1.0, total)
-    logsumexp = tl.where(nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total)))
-    return output / safe_total[:, None], logsumexp
+    logsumexp = tl.where(nothing_seen, float("-inf"), natural_logsumexp(maximum, safe_total, EXACT))
+    return divide(output, safe_total[:, None], EXACT), logsumexp
 
 
 @triton.jit
@@ -58,7 +68,8 @@ def attention_decode_kernel(
     scale, softcap, window_left, window_right,
     PAGED: tl.constexpr, SPLIT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SCALE_LATE: tl.constexpr,
-    EVEN_D: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
+    EXACT: tl.constexpr, EVEN_D: tl.constexpr, CHUNK: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # Which rows of which key head of which sequence, and which part of its keys.
     program = tl.program_id(0)
@@ -81,12 +92,13 @@ def attention_decode_kernel(
     dims = tl.arange(0, TILE_D)
     in_dims = dims < head_dim
     mask = in_rows[:, None] & in_dims[None, :]
-    query_tile = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)[:, None]
-    query = tl.load(query_tile + dims[None, :], mask=mask, other=0.0)
+    q_rows = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)
+    if CHUNK == TILE_D:
+        query = tl.load(q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
     slope = 0.0
     if HAS_ALIBI:
         slopes = alibi_ptr + batch * stride_ab + head_64 * stride_ah
-        slope = (tl.load(slopes, mask=in_rows, other=0.0) * 1.4426950408889634)[:, None]
+        slope = in_base(tl.load(slopes, mask=in_rows, other=0.0), EXACT)[:, None]
     key_ptr += kv_64 * stride_kh
     value_ptr += kv_64 * stride_vh
     if not PAGED:
@@ -123,41 +135,52 @@ def attention_decode_kernel(
         if not EVEN_D:
             k_mask = k_mask & in_dims[:, None]
             v_mask = v_mask & in_dims[None, :]
-        k = tl.load(key_ptr + k_place[None, :] + dims[:, None], mask=k_mask, other=0.0)
-        products = tl.dot(query, k, input_precision="ieee")
+        if CHUNK == TILE_D:
+            k = tl.load(key_ptr + k_place[None, :] + dims[:, None], mask=k_mask, other=0.0)
+            products = tl.dot(query, k, input_precision="ieee")
+        else:
+            k_rows = key_ptr + k_place
+            products = long_product(
+                q_rows, k_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK
+            )
         logits, _ = logits_of(
             products, row[:, None], key[None, :], end, offset, 0.0, in_range[None, :],
             slope, scale, softcap, window_left, window_right,
-            True, HAS_LEFT, HAS_RIGHT, False, False, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE,
+            True, HAS_LEFT, HAS_RIGHT, False, False, HAS_SOFTCAP, HAS_ALIBI, not SCALE_LATE, EXACT,
         )  # fmt: skip
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         # A row that has seen nothing yet: subtract 0 instead of -inf, so that 2^(-inf) = 0, not NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         if SCALE_LATE:  # see the forward kernel
-            weights = tl.exp2((logits - shift[:, None]) * scale)
-            correction = tl.exp2((maximum - shift) * scale)
+            weights = power((logits - shift[:, None]) * scale, EXACT)
+            correction = power((maximum - shift) * scale, EXACT)
         else:
-            weights = tl.exp2(logits - shift[:, None])
-            correction = tl.exp2(maximum - shift)
+            weights = power(logits - shift[:, None], EXACT)
+            correction = power(maximum - shift, EXACT)
         total = total * correction + tl.sum(weights, axis=1)
         v = tl.load(value_ptr + v_place[:, None] + dims[None, :], mask=v_mask, other=0.0)
-        output = tl.dot(weights.to(v.dtype), v, output * correction[:, None], input_precision="ieee")
+        output = add_product(output * correction[:, None], weights.to(v.dtype), v, EXACT)
         maximum = new_maximum
 
     if SCALE_LATE:
         maximum = maximum * scale
     place = (batch * heads + head_64) * queries + row_64  # in (B, H, Sq)
     if SPLIT:
-        output, logsumexp = _finish(output, total, maximum, 0.0, False)
-        place += split * (tl.cast(batches, tl.int64) * heads * queries)
-        tl.store(partial_lse_ptr + place, logsumexp * 1.4426950408889634, mask=in_rows)
+        rows_total = tl.cast(batches, tl.int64) * heads * queries
+        place += split * rows_total
+        if EXACT:
+            tl.store(partial_lse_ptr + place, maximum, mask=in_rows)
+            tl.store(partial_lse_ptr + splits * rows_total + place, total, mask=in_rows)
+        else:
+            output, logsumexp = _finish(output, total, maximum, 0.0, False, False)
+            tl.store(partial_lse_ptr + place, logsumexp * 1.4426950408889634, mask=in_rows)
         tl.store(partial_ptr + place[:, None] * head_dim + dims[None, :], output, mask=mask)
     else:
         sink = 0.0
         if HAS_SINKS:
             sink = tl.load(sinks_ptr + head_64 * stride_sh, mask=in_rows, other=0.0).to(tl.float32)
-            sink = sink * 1.4426950408889634
-        output, logsumexp = _finish(output, total, maximum, sink, HAS_SINKS)
+            sink = in_base(sink, EXACT)
+        output, logsumexp = _finish(output, total, maximum, sink, HAS_SINKS, EXACT)
         tl.store(logsumexp_ptr + place, logsumexp, mask=in_rows)
         out_tile = out_ptr + batch * stride_ob + (head_64 * stride_oh + row_64 * stride_om)[:, None]
         tl.store(out_tile + dims[None, :], output.to(out_ptr.dtype.element_ty), mask=mask)
@@ -167,7 +190,7 @@ def attention_decode_kernel(
 def attention_decode_combine_kernel(
     partial_ptr, partial_lse_ptr, sinks_ptr, out_ptr, logsumexp_ptr,
     stride_sh, stride_ob, stride_oh, stride_om, heads, queries, head_dim, splits, rows_total,
-    HAS_SINKS: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
+    HAS_SINKS: tl.constexpr, EXACT: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     # A few rows of (B, H, Sq).
     number = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
@@ -182,20 +205,24 @@ def attention_decode_combine_kernel(
     maximum = tl.full((TILE_M,), float("-inf"), dtype=tl.float32)
     for split in range(0, splits):
         place = number + split * tl.cast(rows_total, tl.int64)
-        lse2 = tl.load(partial_lse_ptr + place, mask=in_rows, other=float("-inf"))
+        lse = tl.load(partial_lse_ptr + place, mask=in_rows, other=float("-inf"))
         part = tl.load(partial_ptr + place[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
-        new_maximum = tl.maximum(maximum, lse2)
+        new_maximum = tl.maximum(maximum, lse)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        correction = tl.exp2(maximum - shift)
-        weight = tl.exp2(lse2 - shift)
-        total = total * correction + weight
+        correction = power(maximum - shift, EXACT)
+        weight = power(lse - shift, EXACT)
+        if EXACT:
+            sum_place = partial_lse_ptr + splits * tl.cast(rows_total, tl.int64) + place
+            total = total * correction + weight * tl.load(sum_place, mask=in_rows, other=0.0)
+        else:
+            total = total * correction + weight
         output = output * correction[:, None] + part * weight[:, None]
         maximum = new_maximum
     sink = 0.0
     if HAS_SINKS:
         sink = tl.load(sinks_ptr + head * stride_sh, mask=in_rows, other=0.0).to(tl.float32)
-        sink = sink * 1.4426950408889634
-    output, logsumexp = _finish(output, total, maximum, sink, HAS_SINKS)
+        sink = in_base(sink, EXACT)
+    output, logsumexp = _finish(output, total, maximum, sink, HAS_SINKS, EXACT)
     tl.store(logsumexp_ptr + number, logsumexp, mask=in_rows)
     out_tile = out_ptr + (batch * stride_ob + head * stride_oh + row * stride_om)[:, None] + dims[None, :]
     tl.store(out_tile, output.to(out_ptr.dtype.element_ty), mask=mask)
@@ -254,10 +281,12 @@ def run_decode(
     tile_m, tile_n, num_warps, num_stages = decode_tile(group * rows, head_dim, query.element_size(), target)
     programs = triton.cdiv(group * rows, tile_m) * kv_heads * batches
     splits = decode_splits(programs, capacity, tile_n, target)
+    exact = query.dtype == torch.float32
     partial = partial_lse = None
     if splits > 1:
         partial = query.new_empty((splits, batches * heads * rows, head_dim), dtype=torch.float32)
-        partial_lse = query.new_empty((splits, batches * heads * rows), dtype=torch.float32)
+        statistics = 2 if exact else 1
+        partial_lse = query.new_empty((statistics, splits, batches * heads * rows), dtype=torch.float32)
     has_left, has_right, left, right = window_arguments(is_causal, window_left, window_right, rows, capacity)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.expand(batches, heads)
@@ -269,12 +298,13 @@ def run_decode(
             cache_seqlens.stride(0), *strides_of(block_table, 2), *strides_of(alibi_slopes, 2),
             *strides_of(sinks, 1), *out.stride()[:3],
             heads, group, rows, page_size, head_dim, splits, batches,
-            *scale_arguments(softmax_scale, softcap), left, right,
+            *scale_arguments(softmax_scale, softcap, exact), left, right,
             PAGED=block_table is not None, SPLIT=splits > 1, HAS_LEFT=has_left, HAS_RIGHT=has_right,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap > 0,
             SCALE_LATE=alibi_slopes is None and softcap <= 0 and softmax_scale > 0,
-            EVEN_D=tile_d == head_dim, TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=product_chunk(tile_d, exact),
+            TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **register_limit(exact, target),
         )  # fmt: skip
         if splits > 1:
             rows_total = batches * heads * rows
@@ -282,7 +312,7 @@ def run_decode(
             attention_decode_combine_kernel[(triton.cdiv(rows_total, combined),)](
                 partial, partial_lse, sinks, out, logsumexp, *strides_of(sinks, 1), *out.stride()[:3],
                 heads, rows, head_dim, splits, rows_total,
-                HAS_SINKS=sinks is not None, TILE_M=combined, TILE_D=tile_d, num_warps=4,
+                HAS_SINKS=sinks is not None, EXACT=exact, TILE_M=combined, TILE_D=tile_d, num_warps=4,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return out, logsumexp

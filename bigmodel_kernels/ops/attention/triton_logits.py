@@ -1,8 +1,12 @@
 """What the attention kernels in Triton share: where a sequence lies and how its tiles are loaded, a tile of
-logits, and which keys a tile of rows sees.
+logits, exponentials and products, and which keys a tile of rows sees.
 
 Everything is in base 2, the GPU's exponential: ``scale``, ``softcap`` and the slopes arrive multiplied by
 log2(e). A tile may lie either way, rows or keys first: positions are blocks that broadcast against it.
+
+EXACT, of float32 inputs, is as accurate as PyTorch, which the fast ways are not there: logits stay in base e
+(:func:`power`), and long products are summed in parts (:func:`add_product`). Inputs of 16 bits round by far
+more than either saves.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ...triton_runtime import Target
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -48,14 +54,98 @@ def load_tile(tile, in_range, in_dims, MASKED: tl.constexpr, EVEN_D: tl.constexp
 
 
 @triton.jit
-def tanh(x):
+def in_base(logits, EXACT: tl.constexpr):
+    """Natural logits in the base of the kernels: 2, or e where EXACT."""
+    if EXACT:
+        return logits
+    else:
+        return logits * 1.4426950408889634
+
+
+@triton.jit
+def power(logits, EXACT: tl.constexpr):
+    """Exponential of float32 logits in the base of the kernels, at most about 0.
+
+    EXACT: the GPU's exponential is of base 2 and takes one float32. The rounding of log2(e) * logits, up to
+    half a unit in the last place of a number of ten or so, becomes a relative error of some 3e-7, more than
+    all the rest of a softmax has. It is a factor of e^rounding: one of 1 + rounding takes it back.
+    """
+    if EXACT:
+        # Below, the result is 0; and -inf - (-inf) would make NaN of it. NaN itself stays.
+        logits = tl.where(logits < -128.0, -128.0, logits)
+        in_base_2 = logits * 1.4426950408889634
+        result = tl.exp2(in_base_2)
+        # logits - ln(2) * in_base_2, with ln(2) as a float32 and what that lacks. The first must be fused.
+        rounding = tl.fma(in_base_2, -0.693147182464599609375, logits) + in_base_2 * 1.904654299958e-9
+        return result + result * rounding
+    else:
+        return tl.exp2(logits)
+
+
+@triton.jit
+def natural_logsumexp(maximum, total, EXACT: tl.constexpr):
+    """Of logits in the base of the kernels, whose exponentials over that of ``maximum`` sum to ``total``."""
+    if EXACT:
+        return maximum + 0.6931471805599453 * tl.log2(total)
+    else:
+        return 0.6931471805599453 * (maximum + tl.log2(total))
+
+
+@triton.jit
+def divide(x, y, EXACT: tl.constexpr):
+    """``x / y``; EXACT: rounded as IEEE says, where ``/`` on NVIDIA may be two units off."""
+    if EXACT:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
+def add_product(total, a, b, EXACT: tl.constexpr):
+    """``total + a b``, a step of a long product; EXACT: with a sum of its own for the step.
+
+    A float32 ``tl.dot`` is one chain of fused multiply-adds, and so are all steps together when each starts
+    from the sum of the last: after 256 terms the error is twice that of cuBLAS. Adding a dot does not help,
+    as Triton's combine pass (lib/Dialect/Triton/Transforms/Combine.td, CombineDotAddFPattern) turns that
+    into the start of the chain again. Subtracting one it leaves alone.
+    """
+    # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
+    if EXACT:
+        return total - tl.dot(-a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def long_product(
+    a_rows, b_rows, in_a, in_b, head_dim,
+    TILE_A: tl.constexpr, TILE_B: tl.constexpr, TILE_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``a b^T`` of two float32 tiles in memory, CHUNK of their columns at a time.
+
+    On NVIDIA each thread holds whole rows of both operands: a large head_dim would spill. And each chunk has
+    a sum of its own, see :func:`add_product`.
+    """
+    local_dims = tl.arange(0, CHUNK)
+    product = tl.zeros((TILE_A, TILE_B), dtype=tl.float32)
+    for start in range(0, TILE_D, CHUNK):
+        start = tl.multiple_of(start, CHUNK)
+        in_dims = (start + local_dims) < head_dim
+        a = load_tile(a_rows[:, None] + (start + local_dims)[None, :], in_a, in_dims, True, False)
+        b = load_tile(b_rows[:, None] + (start + local_dims)[None, :], in_b, in_dims, True, False)
+        product = add_product(product, a, tl.trans(b), True)
+    return product
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
     """tanh of float32 from one exponential; near 0, where that has no digits left, by its series."""
     square = x * x
     series = x * (
         1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949)))
     )
-    exponential = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - exponential) / (1.0 + exponential)
+    exponential = power(-2.0 * tl.abs(x), True) if EXACT else tl.exp(-2.0 * tl.abs(x))
+    far = divide(1.0 - exponential, 1.0 + exponential, EXACT)
     return tl.where(square < 0.0625, series, tl.where(x < 0.0, -far, far))
 
 
@@ -64,6 +154,7 @@ def logits_of(
     products, row, key, keys, offset, bias, shown, slope, scale, softcap, window_left, window_right,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, SCALED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Logits of a tile of ``query . key``, -inf where the key is not visible, and tanh of the capped ones.
 
@@ -73,14 +164,14 @@ def logits_of(
     """
     bounded = products
     if HAS_SOFTCAP:
-        bounded = tanh(products * scale)
+        bounded = tanh(products * scale, EXACT)
         logits = softcap * bounded
     elif SCALED:
         logits = products * scale
     else:
         logits = products
     if HAS_BIAS:
-        logits += bias.to(tl.float32) * 1.4426950408889634
+        logits += in_base(bias.to(tl.float32), EXACT)
     if HAS_ALIBI:
         logits -= slope * tl.abs((row + offset - key).to(tl.float32))
     if MASKED:
@@ -158,9 +249,25 @@ def window_arguments(
     return has_left, has_right, window_left if has_left else 0, window_right if has_right else 0
 
 
-def scale_arguments(softmax_scale: float, softcap: float) -> tuple[float, float]:
+def scale_arguments(softmax_scale: float, softcap: float, exact: bool) -> tuple[float, float]:
     """``scale`` and ``softcap`` of :func:`logits_of`."""
-    return (softmax_scale / softcap if softcap > 0 else softmax_scale * LOG2_E), softcap * LOG2_E
+    unit = 1.0 if exact else LOG2_E
+    return (softmax_scale / softcap if softcap > 0 else softmax_scale * unit), softcap * unit
+
+
+def product_chunk(tile_d: int, exact: bool) -> int:
+    """Columns of a tile that the forward's products over head_dim take at a time.
+
+    A chain of 64 float32 fused multiply-adds is still as accurate as cuBLAS.
+    """
+    return min(tile_d, 64) if exact else tile_d
+
+
+def register_limit(exact: bool, target: Target) -> dict[str, int]:
+    """Compiler options. Float32 products need many registers: with no limit set, NVIDIA's assembler spills a few
+    bytes of some cases in order to fit two programs on a processor. ``triton_build`` tells.
+    """
+    return {"maxnreg": 255} if exact and target.warp == 32 else {}
 
 
 def strides_of(tensor: Tensor | None, count: int) -> tuple[Any, ...]:

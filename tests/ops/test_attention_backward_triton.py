@@ -110,9 +110,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> dict[
     for name in NAMES:
         if name in inputs:
             assert found[name].shape == inputs[name].shape and found[name].dtype == inputs[name].dtype, name
-            if few and query.dtype == torch.float32:
+            if (few or found[name].numel() <= 4) and query.dtype == torch.float32:
                 # One key has a probability of exactly 1, with which the formula makes no error at all; one
-                # row is too few numbers for a mean.
+                # row, or a gradient of a few numbers, is too little for a mean: chance would decide.
                 torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-5, atol=2e-6)
                 continue
             verdict = compare(found[name], eager[name], exact[name], "gradient")

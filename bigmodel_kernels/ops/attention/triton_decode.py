@@ -34,7 +34,6 @@ from .triton_logits import (
     natural_logsumexp,
     power,
     product_chunk,
-    register_limit,
     scale_arguments,
     strides_of,
     tile_width,
@@ -241,7 +240,8 @@ def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tupl
     if itemsize == 2 and tile_d > 128:
         tile_n = 32
     num_warps = 8 if itemsize == 4 and tile_d >= 128 else 4
-    num_stages = 2 if itemsize == 4 else 3
+    # Float32 products in chunks leave no registers for a second stage.
+    num_stages = 3 if itemsize == 2 else 2 if tile_d <= 64 else 1
     while num_stages > 1 and (tile_m + 2 * num_stages * tile_n) * tile_d * itemsize > target.shared_memory:
         num_stages -= 1
     return tile_m, tile_n, num_warps, num_stages
@@ -304,7 +304,7 @@ def run_decode(
             SCALE_LATE=alibi_slopes is None and softcap <= 0 and softmax_scale > 0,
             EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=product_chunk(tile_d, exact),
             TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
-            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **register_limit(exact, target),
+            num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             rows_total = batches * heads * rows

@@ -264,8 +264,10 @@ def product_chunk(tile_d: int, exact: bool) -> int:
 
 
 def register_limit(exact: bool, target: Target) -> dict[str, int]:
-    """Compiler options. Float32 products need many registers: with no limit set, NVIDIA's assembler spills a few
-    bytes of some cases in order to fit two programs on a processor. ``triton_build`` tells.
+    """Compiler options of the forward and backward kernels.
+
+    Float32 products need many registers. With no limit set, NVIDIA's assembler spills a few bytes of some
+    cases in order to fit two programs on a processor. ``triton_build`` tells.
     """
     return {"maxnreg": 255} if exact and target.warp == 32 else {}
 

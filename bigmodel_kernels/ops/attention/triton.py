@@ -54,7 +54,6 @@ from .triton_logits import (
     load_tile,
     logits_of,
     long_product,
-    natural_logsumexp,
     power,
     product_chunk,
     register_limit,
@@ -269,7 +268,12 @@ def attention_kernel(
     output = divide(output, safe_total[:, None], EXACT)
     if HAS_DROPOUT:
         output = output * keep_scale
-    logsumexp = tl.where(nothing_seen, float("-inf"), natural_logsumexp(maximum, safe_total, EXACT))
+    if EXACT:
+        logsumexp = tl.where(nothing_seen, float("-inf"), maximum + 0.6931471805599453 * tl.log2(safe_total))
+    else:
+        logsumexp = tl.where(
+            nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total))
+        )
     tl.store(logsumexp_ptr + head_64 * stride_lh + rows, logsumexp, mask=row_mask)
     out_tile = (
         out_ptr + head_64 * stride_oh + row_64 * stride_om + local_rows[:, None] * stride_om + dims[None, :]

@@ -31,7 +31,6 @@ from .triton_logits import (
     keys_seen,
     logits_of,
     long_product,
-    natural_logsumexp,
     power,
     product_chunk,
     scale_arguments,
@@ -53,7 +52,12 @@ def _finish(output, total, maximum, sink, HAS_SINKS: tl.constexpr, EXACT: tl.con
         maximum = new_maximum
     nothing_seen = total == 0.0
     safe_total = tl.where(nothing_seen, 1.0, total)
-    logsumexp = tl.where(nothing_seen, float("-inf"), natural_logsumexp(maximum, safe_total, EXACT))
+    if EXACT:
+        logsumexp = tl.where(nothing_seen, float("-inf"), maximum + 0.6931471805599453 * tl.log2(safe_total))
+    else:
+        logsumexp = tl.where(
+            nothing_seen, float("-inf"), 0.6931471805599453 * (maximum + tl.log2(safe_total))
+        )
     return divide(output, safe_total[:, None], EXACT), logsumexp
 
 
@@ -91,9 +95,11 @@ def attention_decode_kernel(
     dims = tl.arange(0, TILE_D)
     in_dims = dims < head_dim
     mask = in_rows[:, None] & in_dims[None, :]
-    q_rows = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)
     if CHUNK == TILE_D:
-        query = tl.load(q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
+        query_tile = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)[:, None]
+        query = tl.load(query_tile + dims[None, :], mask=mask, other=0.0)
+    else:
+        q_rows = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)
     slope = 0.0
     if HAS_ALIBI:
         slopes = alibi_ptr + batch * stride_ab + head_64 * stride_ah

@@ -83,15 +83,6 @@ def power(logits, EXACT: tl.constexpr):
 
 
 @triton.jit
-def natural_logsumexp(maximum, total, EXACT: tl.constexpr):
-    """Of logits in the base of the kernels, whose exponentials over that of ``maximum`` sum to ``total``."""
-    if EXACT:
-        return maximum + 0.6931471805599453 * tl.log2(total)
-    else:
-        return 0.6931471805599453 * (maximum + tl.log2(total))
-
-
-@triton.jit
 def divide(x, y, EXACT: tl.constexpr):
     """``x / y``; EXACT: rounded as IEEE says, where ``/`` on NVIDIA may be two units off."""
     if EXACT:

@@ -164,20 +164,22 @@ def attention_decode_kernel(
             correction = power(maximum - shift, EXACT)
         total = total * correction + tl.sum(weights, axis=1)
         v = tl.load(value_ptr + v_place[:, None] + dims[None, :], mask=v_mask, other=0.0)
-        output = add_product(output * correction[:, None], weights.to(v.dtype), v, EXACT)
+        weights = weights.to(v.dtype)
+        output = add_product(output * correction[:, None], weights, v, EXACT)
         maximum = new_maximum
 
     if SCALE_LATE:
         maximum = maximum * scale
     place = (batch * heads + head_64) * queries + row_64  # in (B, H, Sq)
     if SPLIT:
+        if not EXACT:
+            output, logsumexp = _finish(output, total, maximum, 0.0, False, False)
         rows_total = tl.cast(batches, tl.int64) * heads * queries
         place += split * rows_total
         if EXACT:
             tl.store(partial_lse_ptr + place, maximum, mask=in_rows)
             tl.store(partial_lse_ptr + splits * rows_total + place, total, mask=in_rows)
         else:
-            output, logsumexp = _finish(output, total, maximum, 0.0, False, False)
             tl.store(partial_lse_ptr + place, logsumexp * 1.4426950408889634, mask=in_rows)
         tl.store(partial_ptr + place[:, None] * head_dim + dims[None, :], output, mask=mask)
     else:

@@ -156,12 +156,14 @@ def attention_decode_kernel(
         new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
         # A row that has seen nothing yet: subtract 0 instead of -inf, so that 2^(-inf) = 0, not NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        if SCALE_LATE:  # see the forward kernel
-            weights = power((logits - shift[:, None]) * scale, EXACT)
-            correction = power((maximum - shift) * scale, EXACT)
-        else:
-            weights = power(logits - shift[:, None], EXACT)
-            correction = power(maximum - shift, EXACT)
+        distance = logits - shift[:, None]  # all this: see the forward kernel
+        if SCALE_LATE:
+            distance *= scale
+        weights = power(distance, True) if EXACT else tl.exp2(distance)
+        step = maximum - shift
+        if SCALE_LATE:
+            step *= scale
+        correction = power(step, True) if EXACT else tl.exp2(step)
         total = total * correction + tl.sum(weights, axis=1)
         v = tl.load(value_ptr + v_place[:, None] + dims[None, :], mask=v_mask, other=0.0)
         weights = weights.to(v.dtype)

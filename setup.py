@@ -35,6 +35,8 @@ KERNELS = [
 ]
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
+# What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
+TILE_UNIT_KERNELS = ["activations", "feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -55,6 +57,7 @@ if X86:
         "avx2": (AVX2, 256, 0),
         "avx512": (AVX512, 512, 0),
         "avx512_bf16": ([*AVX512, "-mavx512bf16"], 512, 1),
+        "amx": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], 512, 1),
     }
 
 
@@ -158,11 +161,16 @@ class BuildWithNinja(build_ext):
         defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
         add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
+            amx = isa == "amx"
+            if emulate and amx:
+                continue  # nothing emulates its registers
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
-            sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in KERNELS}
-            sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in BACKWARD}
+            named.append(f"-DBIGMODEL_AMX={int(amx)}")
+            kernels, backward = (TILE_UNIT_KERNELS, []) if amx else (KERNELS, BACKWARD)
+            sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
+            sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
             add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})
         targets.append((library, "link", [name for name, _, _ in targets]))
         return rules, targets

@@ -11,6 +11,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(BIGMODEL_X86)
+#include <cpuid.h>
 #endif
 
 #include "registration.h"
@@ -19,6 +24,9 @@ namespace bigmodel {
 
 #define BIGMODEL_DECLARE_TABLE(isa) namespace isa { extern const KernelTable table; }
 #if defined(BIGMODEL_X86)
+#if !defined(BIGMODEL_EMULATE_AVX512)
+BIGMODEL_DECLARE_TABLE(amx)
+#endif
 BIGMODEL_DECLARE_TABLE(avx512_bf16)
 BIGMODEL_DECLARE_TABLE(avx512)
 BIGMODEL_DECLARE_TABLE(avx2)
@@ -32,6 +40,20 @@ struct Isa {
   bool supported;
 };
 
+#if defined(BIGMODEL_X86) && !defined(BIGMODEL_EMULATE_AVX512)
+// Whether the CPU has the tile unit with bf16, and the system lets this process use its registers, for which it has to be asked.
+bool tile_unit() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const std::vector<Isa>& instruction_sets() {  // best first
   static const std::vector<Isa> sets = [] {
     std::vector<Isa> all;
@@ -44,7 +66,9 @@ const std::vector<Isa>& instruction_sets() {  // best first
     all.push_back({&avx512_bf16::table, avx2});
     all.push_back({&avx512::table, avx2});
 #else
-    all.push_back({&avx512_bf16::table, avx512 && __builtin_cpu_supports("avx512bf16")});
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    all.push_back({&amx::table, bf16 && tile_unit()});
+    all.push_back({&avx512_bf16::table, bf16});
     all.push_back({&avx512::table, avx512});
 #endif
     all.push_back({&avx2::table, avx2});

@@ -1,11 +1,22 @@
 // One instruction set's kernels as a table: compiled once per instruction set.
 #include "gemm/gemm.h"
 
+#if BIGMODEL_AMX  // has products of its own, and the rest from the instruction set that it extends
+#define BIGMODEL_REST avx512_bf16
+#else
+#define BIGMODEL_REST BIGMODEL_ISA
+#endif
+
 namespace bigmodel::BIGMODEL_ISA {
 
 void pack(const Runtime&, const PackArgs&);
 void linear(const Runtime&, const LinearArgs&);
 void feed_forward(const Runtime&, const FeedForwardArgs&);
+
+}  // namespace bigmodel::BIGMODEL_ISA
+
+namespace bigmodel::BIGMODEL_REST {
+
 void linear_backward(const Runtime&, const LinearBackwardArgs&);
 void feed_forward_backward(const Runtime&, const FeedForwardBackwardArgs&);
 void layer_norm(const Runtime&, const LayerNormArgs&);
@@ -17,11 +28,17 @@ void attention(const Runtime&, const AttentionArgs&);
 void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
 
+}  // namespace bigmodel::BIGMODEL_REST
+
+namespace bigmodel::BIGMODEL_ISA {
+
 #define BIGMODEL_NAME_OF(isa) #isa
 #define BIGMODEL_NAME(isa) BIGMODEL_NAME_OF(isa)
 
+namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
-const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward, feed_forward_backward, layer_norm, norm_backward, embedding, embedding_backward, cross_entropy, attention,
-                           attention_backward, philox_block};
+const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, rest::linear_backward,
+                           rest::feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
+                           rest::cross_entropy, rest::attention, rest::attention_backward, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -17,7 +17,7 @@ import bigmodel_kernels
 from bigmodel_kernels import _native
 from bigmodel_kernels.bench.timing import Timing, once, summarize
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 #: How far speed may move between the start and the end of a run, how far samples may spread, and how much of
 #: the processors others may use, before the run is not trusted.

@@ -10,9 +10,12 @@
 //                                 row block go over it; the row block's A stays in L2
 //
 // Half weights are widened to float32 as they are loaded; where the CPU has a bf16 dot product (AVX-512-BF16) both sides are
-// kept as pairs along k and multiplied by it, accumulating in float32.
+// kept as pairs along k and multiplied by it, accumulating in float32; where it has a tile unit (AMX), that multiplies them.
 #pragma once
 #include "../arch/simd.h"
+#if BIGMODEL_AMX
+#include "../arch/amx.h"
+#endif
 #include "../kernels.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -44,6 +47,7 @@ template <class Weight>
 struct Widen {               // A float32; panel float32, bf16 or fp16, widened at load
   using A = float;
   using B = Weight;
+  struct Unit { Unit() {} };
   static constexpr int k_per_step = 1;
   static BIGMODEL_INLINE F32 panel_row(const B* b) { return F32::load(b); }
   static BIGMODEL_INLINE F32 broadcast(const A* a) { return F32::set(*a); }
@@ -54,6 +58,9 @@ struct Widen {               // A float32; panel float32, bf16 or fp16, widened 
 struct Pairs {               // both sides bf16 pairs along k
   using A = uint32_t;
   using B = uint32_t;
+#if BIGMODEL_AMX
+  using Unit = TileUnit<tile_rows>;
+#endif
   static constexpr int k_per_step = 2;
   static BIGMODEL_INLINE F32 panel_row(const B* b) { return {_mm512_castsi512_ps(_mm512_loadu_si512(b))}; }
   static BIGMODEL_INLINE F32 broadcast(const A* a) { return {_mm512_castsi512_ps(_mm512_set1_epi32(int(*a)))}; }
@@ -128,10 +135,69 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
     }
 }
 
+#if BIGMODEL_AMX
+// The same by the tile unit, 16 steps (32 of k) at a time. A packed tile is then [block of 16 steps][tile_rows][16], and only what is left
+// of its depth is [step][tile_rows].
+//
+//   a row of blocks of A    ->   chain 0: C0 C1 += A4 (B5 B6)    chain 1: C2 C3 += A7 (B5 B6)    ...    C = chain 0 + chain 1
+//
+// with the registers' numbers, of which the compiler wants to know nothing but literals. Two chains hide the latency of the product.
+inline constexpr int64_t unit_steps = 16;
+
+template <class Next>
+static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
+  static_assert(panel == 32, "two tiles of 16 columns");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  constexpr int64_t a_block = unit_steps * tile_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
+  int64_t block = 0;
+  for (; block < blocks; block++, a += a_block, b += b_block) {
+    for (int64_t i = 0; i < unit_steps; i++) next(block * unit_steps + i);
+    if (block % 2 == 0) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, b, b_stride);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, b + panel / 2, b_stride);
+      _tile_dpbf16ps(1, 4, 6);
+    } else {
+      _tile_loadd(7, a, 64);
+      _tile_loadd(5, b, b_stride);
+      _tile_dpbf16ps(2, 7, 5);
+      _tile_loadd(6, b + panel / 2, b_stride);
+      _tile_dpbf16ps(3, 7, 6);
+    }
+  }
+  alignas(64) float sums[4][tile_rows][16];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  _tile_stored(2, sums[2], 64);
+  _tile_stored(3, sums[3], 64);
+  for (int64_t r = 0; r < rows; r++)
+    for (int v = 0; v < 2; v++) {
+      const F32 total = F32::load(sums[v][r]) + F32::load(sums[2 + v][r]);
+      float* target = c + r * c_stride + v * F32::width;
+      (accumulate ? F32::load(target) + total : total).store(target);
+    }
+}
+#endif
+
 // `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others.
 template <class Step, class Tile, class Next = Nothing, int ROWS = tile_rows>
 static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
                           const Next next = {}) {
+#if BIGMODEL_AMX
+  if constexpr (ROWS == tile_rows && __is_same(Step, Pairs)) {
+    if (const int64_t blocks = steps / unit_steps) {
+      multiply_by_unit(rows, blocks, tile.a, b, c, c_stride, accumulate, next);
+      const int64_t done = blocks * unit_steps;
+      if (done < steps)
+        multiply_rows<Step, Tile, Nothing>(rows, steps - done, Tile{tile.a + done * tile_rows}, b + done * panel, c, c_stride, true, Nothing{});
+      return;
+    }
+  }
+#endif
   if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate, next);
   if constexpr (ROWS > 1) multiply_rows<Step, Tile, Next, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate, next);
 }
@@ -164,7 +230,8 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
 }
 
 #if BIGMODEL_BF16_DOT
-// The same as pairs of bf16 along k; an odd k is completed with zero.
+// The same as pairs of bf16 along k; an odd k is completed with zero. With a tile unit every 16 steps of a row lie together, see
+// multiply_by_unit.
 template <class T>
 static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed) {
   const int64_t steps = ceil_div(k, 2);
@@ -173,6 +240,14 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
     for (int64_t i = 0; i < here; i++) {
       const T* source = x + (first + i) * x_stride;
       int64_t step = 0;
+#if BIGMODEL_AMX
+      for (; step + unit_steps <= steps; step += unit_steps) {
+        bf16* line = reinterpret_cast<bf16*>(packed + step * tile_rows + i * unit_steps);
+        const int64_t count = smaller(2 * unit_steps, k - 2 * step);
+        if (count < 2 * unit_steps) line[count] = bf16{0};  // an odd k
+        each_vector(count, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(source + 2 * step + at, lanes), line + at, lanes); });
+      }
+#endif
       for (; step * 2 + F32::width <= k; step += F32::width / 2) {
         alignas(64) uint32_t pairs[F32::width / 2];
         F32::load(source + step * 2).store(reinterpret_cast<bf16*>(pairs));

@@ -244,13 +244,16 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   using B = typename Step::B;
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
+  // Libraries multiply few rows by kernels of their own, whose sums are short; so are these, and reading the weight hides the additions.
+  const int64_t chain = m > 1 && m <= tile_rows && Step::k_per_step == 1 ? depth_block / 3 : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
   auto one = [&](int64_t begin, const B* b, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
     const int64_t depth = left.depth(begin), count = last - tile, row_bytes = panel * int64_t(sizeof(B)), bytes = next ? ceil_div(row_bytes, count) : 0;
     for (int64_t i = 0; i < count; i++) {
-      const Ahead ahead = {next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b), bytes};
-      multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), depth, PackedTile<Step>{left.at(begin, tile + i)}, b,
-                          c + i * tile_rows * c_stride, c_stride, begin > 0, ahead);
+      const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b);
+      for (int64_t d = 0; d < depth; d += chain)
+        multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), PackedTile<Step>{left.at(begin, tile + i) + d * tile_rows},
+                            b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, Ahead{from + d * bytes, bytes});
     }
   };
   auto chunk_of = [&](const Cut::Piece& piece, int64_t first_panel, int64_t panels) {
@@ -286,6 +289,9 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
     } while (begin < steps);
   };
   parallel(runtime, cut.tasks(), [&](int64_t task) {
+#if BIGMODEL_AMX
+    [[maybe_unused]] const typename Step::Unit unit;
+#endif
     const Cut::Piece piece = cut.piece(task);
     for (int64_t first = piece.first_panel; first < piece.last_panel; first += Cut::widest)
       chunk_of(piece, first, smaller(Cut::widest, piece.last_panel - first));

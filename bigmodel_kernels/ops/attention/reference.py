@@ -2,8 +2,8 @@
 
 Works over blocks of query rows, so that no tensor of Sq x Sk elements is made, in float32 for half inputs
 (one rounding, at the end) and in float64 for float64 inputs. Masks are computed for each block from indices.
-The gradient follows FlashAttention-2 (Dao, 2023, arXiv:2307.08691): the probabilities are recomputed from the
-logsumexp.
+The gradient follows FlashAttention-2 (Dao, 2023, arXiv:2307.08691), but computes the probabilities again from
+the logits alone: a block has whole rows.
 """
 
 from __future__ import annotations
@@ -138,7 +138,6 @@ def run_backward(
             part.queries(query),
             part.keys(key),
             part.keys(value),
-            part.rows(logsumexp),
             part.mask(key_padding_mask),
             part.bias(bias),
             dropout_seed,
@@ -372,7 +371,6 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    logsumexp: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
@@ -402,11 +400,13 @@ def _backward(
         grad = grad_out[:, :, rows].to(compute)
         k, v = key[:, :, keys], value[:, :, keys]
         logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, slopes, rule)
-        lse = logsumexp[:, :, rows, None]
-        lse = torch.where(lse == -torch.inf, 0.0, lse)
-        p = torch.exp_(logits.sub_(lse))
-        p_sink = None if sink is None else torch.exp(sink - lse)
-        # 1 but for the rounding of logsumexp, which large logits make visible.
+        # Of whole rows: less is rounded at a distance from their maximum than at that from the logsumexp.
+        top = logits.amax(-1, keepdim=True)
+        if sink is not None:
+            top = torch.maximum(top, sink)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        p = torch.exp_(logits.sub_(top))
+        p_sink = None if sink is None else torch.exp(sink - top)
         total = p.sum(-1, keepdim=True)
         if p_sink is not None:
             total += p_sink

@@ -245,7 +245,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
   // Libraries multiply few rows by kernels of their own, whose sums are short; so are these, and reading the weight hides the additions.
-  const int64_t chain = m > 1 && m <= tile_rows && Step::k_per_step == 1 ? depth_block / 3 : depth_block;
+  const int64_t chain = m > 1 && m <= 2 * tile_rows && Step::k_per_step == 1 ? depth_block / 4 : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
   auto one = [&](int64_t begin, const B* b, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
     const int64_t depth = left.depth(begin), count = last - tile, row_bytes = panel * int64_t(sizeof(B)), bytes = next ? ceil_div(row_bytes, count) : 0;

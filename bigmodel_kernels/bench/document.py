@@ -38,6 +38,7 @@ _TIMING = _object(
 _CALIBRATION = _object(gemm_flops=_map(_NUMBER), gemm=_map(_TIMING), copy_bytes=_NUMBER, copy=_TIMING)
 
 SCHEMA: dict[str, Any] = _object(
+    {"interrupted": {"type": "boolean"}},  # before all cases were measured
     schema={"type": "integer", "enum": [1]},
     created=_STRING,
     quick={"type": "boolean"},

@@ -228,7 +228,8 @@ def run(
 ) -> dict[str, Any]:
     """Runs the suites and returns the document (see document.py); `only` is a part of the labels to run.
 
-    The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one.
+    The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one. An
+    interrupt ends the run with the rows that are there, and the document says so.
     """
     work = select(suites, quick, dtypes, only, setting.device)
     names = sorted({"float32", *(case.dtype for _, case in work)}, reverse=True)
@@ -238,9 +239,15 @@ def run(
     say("calibration")
     start = machine.calibrate(setting.device, names, quick)
     rows = []
-    for suite, case in work:
-        say(f"{suite.name}: {case.label} {case.dtype}")
-        rows.append(run_case(suite, case, setting, start, budget_s))
+    interrupted = False
+    try:
+        for suite, case in work:
+            say(f"{suite.name}: {case.label} {case.dtype}")
+            rows.append(run_case(suite, case, setting, start, budget_s))
+    except KeyboardInterrupt:  # what has been measured is not lost
+        if not rows:
+            raise
+        interrupted = True
     say("calibration")
     end = machine.calibrate(setting.device, names, quick)
     share = others.share()
@@ -248,6 +255,7 @@ def run(
         "schema": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,
+        "interrupted": interrupted,
         "budget_s": budget_s,
         "machine": {**machine.facts(setting.device), "load_at_start": load, "other_load": share},
         "calibration": {"start": start.to_dict(), "end": end.to_dict()},

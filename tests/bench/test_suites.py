@@ -139,3 +139,25 @@ def test_missing_folder_and_unknown_suite_say_so(tmp_path: Path) -> None:
         suite.find(tmp_path)
     with pytest.raises(suite.SuitesNotFound, match="suite='nope' is unknown; allowed are attention"):
         suite.load("nope")
+
+
+def test_an_interrupted_run_keeps_its_rows() -> None:
+    whole = toy()
+
+    def build(case: Case, setting: Setting) -> Prepared:
+        if case is last:
+            raise KeyboardInterrupt
+        return whole.build(case, setting)
+
+    first, last = (Case(label, "float32", whole.quick[0].sizes) for label in ("first", "last"))
+    found = suite.run([Suite("cut", build, (first,), (first, last))], Setting(), quick=True, budget_s=0.01)
+    document.check(found)
+    assert found["interrupted"] and [row["case"] for row in found["rows"]] == ["first"]
+    with pytest.raises(KeyboardInterrupt):  # nothing to keep
+        suite.run([Suite("cut", build, (last,), (last,))], Setting(), quick=True, budget_s=0.01)
+
+
+def test_a_gpu_has_cases_of_its_own() -> None:
+    both = Suite("both", toy().build, (Case("cpu", "float32", {}),), (), gpu=(Case("gpu", "float32", {}),))
+    for device, label in (("cpu", "cpu"), ("cuda", "gpu"), ("cuda:1", "gpu")):
+        assert [case.label for _, case in suite.select([both], device=device)] == [label]

@@ -9,8 +9,7 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// The unit is set up while this lives, in this thread: for C and A of `rows` rows, and in registers 5 and 6 for B.
-template <int rows>
+// The unit is set up while this lives, in this thread: whole registers.
 struct TileUnit {
   TileUnit() {
     struct alignas(64) Config {
@@ -20,7 +19,7 @@ struct TileUnit {
     } config;
     for (int i = 0; i < 8; i++) {
       config.row_bytes[i] = 64;
-      config.row_count[i] = i == 5 || i == 6 ? 16 : rows;
+      config.row_count[i] = 16;
     }
     asm volatile("" ::"r"(&config) : "memory");  // the intrinsic says that it reads the first eight bytes only
     _tile_loadconfig(&config);

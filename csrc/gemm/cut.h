@@ -9,12 +9,14 @@ namespace bigmodel::BIGMODEL_ISA {
 // threads. Chunks get ever shorter towards the end, so that threads finish together even when one of them is held up (guided
 // self-scheduling, Polychronopoulos & Kuck, 1987). With one or two tiles of rows the time is that of reading the weight, which goes fastest
 // in one run per thread.
-struct Cut {
-  static constexpr int64_t widest = panel_group / 2, narrowest = 2;   // chunks, in panels
+inline constexpr int64_t widest_chunk = panel_group / 2;
+template <int64_t tile_rows>
+struct CutBy {
+  static constexpr int64_t widest = widest_chunk, narrowest = 2;   // chunks, in panels
   static constexpr int64_t part_unit = row_block / tile_rows;
   struct Piece { int64_t first_tile, last_tile, first_panel, last_panel; };
   int64_t tiles, panels, threads, parts;
-  Cut(int64_t rows, int64_t panels, int64_t threads, int64_t most_units) : tiles(ceil_div(rows, tile_rows)), panels(panels), threads(threads) {
+  CutBy(int64_t rows, int64_t panels, int64_t threads, int64_t most_units) : tiles(ceil_div(rows, tile_rows)), panels(panels), threads(threads) {
     const int64_t units = ceil_div(tiles, part_unit), turns = 4;       // chunks per thread that even out what each was given
     parts = larger(ceil_div(units, most_units), threads > 1 ? ceil_div(turns * threads * narrowest, larger(1, panels)) : 1);
     parts = larger(1, smaller(parts, units));

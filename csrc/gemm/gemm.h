@@ -41,6 +41,14 @@ BIGMODEL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) *
 BIGMODEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Rows of a packed tile, by its elements: the tile unit takes two of its registers' rows of pairs at a time.
+#if BIGMODEL_AMX
+inline constexpr int64_t unit_steps = 16, unit_rows = 16;
+template <class A> inline constexpr int rows_of = sizeof(A) == sizeof(float) && !__is_same(A, float) ? 2 * unit_rows : tile_rows;
+#else
+template <class A> inline constexpr int rows_of = tile_rows;
+#endif
+
 // ---- how one k step multiplies: the element types of A and of the panel, and the step itself ----
 
 template <class Weight>
@@ -59,7 +67,7 @@ struct Pairs {               // both sides bf16 pairs along k
   using A = uint32_t;
   using B = uint32_t;
 #if BIGMODEL_AMX
-  using Unit = TileUnit<tile_rows>;
+  using Unit = TileUnit;
 #endif
   static constexpr int k_per_step = 2;
   static BIGMODEL_INLINE F32 panel_row(const B* b) { return {_mm512_castsi512_ps(_mm512_loadu_si512(b))}; }
@@ -73,9 +81,9 @@ struct Pairs {               // both sides bf16 pairs along k
 // ---- the micro kernel: ROWS x panel accumulators over `steps` k steps ----
 
 template <class Step>
-struct PackedTile {          // a tile packed [k][tile_rows]
+struct PackedTile {          // a tile packed [k][rows_of]
   const typename Step::A* a;
-  BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * tile_rows + row; }
+  BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * rows_of<typename Step::A> + row; }
 };
 struct RowMajorTile {        // rows as they lie in memory: attention's probabilities
   const float* a;
@@ -87,6 +95,7 @@ struct RowMajorTile {        // rows as they lie in memory: attention's probabil
 struct Nothing {
   BIGMODEL_INLINE void operator()(int64_t) const {}
 };
+struct Rest : Nothing {};    // of a depth that the tile unit has not taken
 struct Ahead {
   const void* from;
   int64_t bytes;             // per k step
@@ -136,51 +145,53 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 }
 
 #if BIGMODEL_AMX
-// The same by the tile unit, 16 steps (32 of k) at a time. A packed tile is then [block of 16 steps][tile_rows][16], and only what is left
-// of its depth is [step][tile_rows].
+// The same by the tile unit, 16 steps (32 of k) at a time. A packed tile is then [block of 16 steps][32 rows][16], and only what is left of
+// its depth is [step][32 rows].
 //
-//   a row of blocks of A    ->   chain 0: C0 C1 += A4 (B5 B6)    chain 1: C2 C3 += A7 (B5 B6)    ...    C = chain 0 + chain 1
-//
-// with the registers' numbers, of which the compiler wants to know nothing but literals. Two chains hide the latency of the product.
-inline constexpr int64_t unit_steps = 16;
-
-template <class Next>
+//              B6   B7                   registers by their numbers, of which the compiler wants to know nothing but literals; the second
+//        A4    C0   C1                   row of tiles is left out where there are no rows for it
+//        A5    C2   C3
+template <bool both, class Next>
 static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
   static_assert(panel == 32, "two tiles of 16 columns");
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  constexpr int64_t a_block = unit_steps * tile_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
-  int64_t block = 0;
-  for (; block < blocks; block++, a += a_block, b += b_block) {
+  if constexpr (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
+  for (int64_t block = 0; block < blocks; block++, a += 2 * a_half, b += b_block) {
     for (int64_t i = 0; i < unit_steps; i++) next(block * unit_steps + i);
-    if (block % 2 == 0) {
-      _tile_loadd(4, a, 64);
-      _tile_loadd(5, b, b_stride);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, b + panel / 2, b_stride);
-      _tile_dpbf16ps(1, 4, 6);
-    } else {
-      _tile_loadd(7, a, 64);
-      _tile_loadd(5, b, b_stride);
-      _tile_dpbf16ps(2, 7, 5);
-      _tile_loadd(6, b + panel / 2, b_stride);
-      _tile_dpbf16ps(3, 7, 6);
+    _tile_loadd(6, b, b_stride);
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + panel / 2, b_stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) {
+      _tile_loadd(5, a + a_half, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
   }
-  alignas(64) float sums[4][tile_rows][16];
+  alignas(64) float sums[4][unit_rows][16];
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
+  if constexpr (both) {
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  }
   for (int64_t r = 0; r < rows; r++)
     for (int v = 0; v < 2; v++) {
-      const F32 total = F32::load(sums[v][r]) + F32::load(sums[2 + v][r]);
+      const F32 total = F32::load(sums[r / unit_rows * 2 + v][r % unit_rows]);
       float* target = c + r * c_stride + v * F32::width;
       (accumulate ? F32::load(target) + total : total).store(target);
     }
 }
+
+// A packed tile of pairs, of any number of rows up to 32.
+template <class Tile, class Next>
+static void multiply_pairs(int64_t rows, int64_t steps, const Tile tile, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next);
 #endif
 
 // `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others.
@@ -188,19 +199,24 @@ template <class Step, class Tile, class Next = Nothing, int ROWS = tile_rows>
 static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
                           const Next next = {}) {
 #if BIGMODEL_AMX
-  if constexpr (ROWS == tile_rows && __is_same(Step, Pairs)) {
-    if (const int64_t blocks = steps / unit_steps) {
-      multiply_by_unit(rows, blocks, tile.a, b, c, c_stride, accumulate, next);
-      const int64_t done = blocks * unit_steps;
-      if (done < steps)
-        multiply_rows<Step, Tile, Nothing>(rows, steps - done, Tile{tile.a + done * tile_rows}, b + done * panel, c, c_stride, true, Nothing{});
-      return;
-    }
-  }
+  if constexpr (ROWS == tile_rows && __is_same(Step, Pairs) && !__is_same(Next, Rest)) return multiply_pairs(rows, steps, tile, b, c, c_stride, accumulate, next);
 #endif
   if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate, next);
   if constexpr (ROWS > 1) multiply_rows<Step, Tile, Next, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate, next);
 }
+
+#if BIGMODEL_AMX
+template <class Tile, class Next>
+static void multiply_pairs(int64_t rows, int64_t steps, const Tile tile, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
+  const int64_t blocks = steps / unit_steps, done = blocks * unit_steps;
+  if (blocks)
+    (rows > unit_rows ? multiply_by_unit<true, Next> : multiply_by_unit<false, Next>)(rows, blocks, tile.a, b, c, c_stride, accumulate, next);
+  if (done == steps && blocks) return;
+  for (int64_t r = 0; r < rows; r += tile_rows)  // what is left of the depth, by vectors
+    multiply_rows<Pairs, Tile, Rest>(smaller(tile_rows, rows - r), steps - done, Tile{tile.a + done * rows_of<uint32_t> + r}, b + done * panel,
+                                     c + r * c_stride, c_stride, accumulate || blocks, Rest{});
+}
+#endif
 
 // ---- packing A ----
 
@@ -234,15 +250,16 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
 // multiply_by_unit.
 template <class T>
 static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed) {
+  constexpr int64_t tile = rows_of<uint32_t>;
   const int64_t steps = ceil_div(k, 2);
-  for (int64_t first = 0; first < rows; first += tile_rows, packed += tile_rows * steps) {
-    const int64_t here = smaller(tile_rows, rows - first);
+  for (int64_t first = 0; first < rows; first += tile, packed += tile * steps) {
+    const int64_t here = smaller(tile, rows - first);
     for (int64_t i = 0; i < here; i++) {
       const T* source = x + (first + i) * x_stride;
       int64_t step = 0;
 #if BIGMODEL_AMX
       for (; step + unit_steps <= steps; step += unit_steps) {
-        bf16* line = reinterpret_cast<bf16*>(packed + step * tile_rows + i * unit_steps);
+        bf16* line = reinterpret_cast<bf16*>(packed + step * tile + i * unit_steps);
         const int64_t count = smaller(2 * unit_steps, k - 2 * step);
         if (count < 2 * unit_steps) line[count] = bf16{0};  // an odd k
         each_vector(count, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(source + 2 * step + at, lanes), line + at, lanes); });
@@ -251,13 +268,13 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
       for (; step * 2 + F32::width <= k; step += F32::width / 2) {
         alignas(64) uint32_t pairs[F32::width / 2];
         F32::load(source + step * 2).store(reinterpret_cast<bf16*>(pairs));
-        for (int j = 0; j < F32::width / 2; j++) packed[(step + j) * tile_rows + i] = pairs[j];
+        for (int j = 0; j < F32::width / 2; j++) packed[(step + j) * tile + i] = pairs[j];
       }
       for (; step < steps; step++) {
         bf16 pair[2] = {{0}, {0}};
         from_float(to_float(source[step * 2]), &pair[0]);
         if (step * 2 + 1 < k) from_float(to_float(source[step * 2 + 1]), &pair[1]);
-        packed[step * tile_rows + i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
+        packed[step * tile + i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
       }
     }
   }

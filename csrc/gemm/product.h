@@ -82,11 +82,12 @@ BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int64_t n, int c
 
 // ---- the left side ----
 
-// a (m x steps) packed for all tasks: [depth block][tile][step][tile_rows].
+// a (m x steps) packed for all tasks: [depth block][tile][step][rows_of].
 template <class A>
 struct Left {
   A* packed;
   int64_t m, steps;
+  static constexpr int64_t tile_rows = rows_of<A>;
   Left(A* packed, int64_t m, int64_t steps) : packed(packed), m(m), steps(steps) {}
   // In the calling thread's scratch.
   Left(const Runtime& runtime, int slot, int64_t m, int64_t steps)
@@ -137,7 +138,7 @@ static void pack_blocks(const Runtime& runtime, const Left<A>& left, bool down, 
   auto one = [&](int64_t task) {
     const int64_t block = down ? task % blocks : task / depths, begin = (down ? task / blocks : task % depths) * depth_block;
     const int64_t row = block * row_block;
-    pack(row, smaller(row_block, left.m - row), begin, left.depth(begin), left.at(begin, row / tile_rows));
+    pack(row, smaller(row_block, left.m - row), begin, left.depth(begin), left.at(begin, row / Left<A>::tile_rows));
   };
   if (left.m * left.steps > 16384) return parallel(runtime, blocks * depths, one);
   for (int64_t task = 0; task < blocks * depths; task++) one(task);
@@ -155,9 +156,10 @@ static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t f
 }
 
 // Columns [column, column + columns) of `rows` rows of float32, as they come out of a product, for the next one's left side; `row` is a
-// multiple of tile_rows, `column` of a step's elements.
+// multiple of a tile's rows, `column` of a step's elements.
 template <class Step>
 static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* x, int64_t x_stride) {
+  constexpr int64_t tile_rows = rows_of<typename Step::A>;
   for (int64_t done = 0; done < columns;) {
     const int64_t step = (column + done) / Step::k_per_step, begin = step / depth_block * depth_block, depth = left.depth(begin);
     const int64_t here = smaller(columns - done, (begin + depth - step) * Step::k_per_step);
@@ -215,7 +217,7 @@ struct RowsRight {
     }
   }
   void rows_as_rows(int64_t column, int64_t columns, int64_t begin, int64_t depth, float* panels) const {
-    alignas(64) float buffer[Cut::widest * panel];
+    alignas(64) float buffer[widest_chunk * panel];
     for (int64_t step = 0; step < depth; step++) {
       const float* source = b.rows.get(b.rows.of, begin + step, column, columns, buffer);
       float* target = panels + step * panel;
@@ -237,11 +239,13 @@ inline constexpr int64_t stream_ahead = 4096;
 
 // C (m x n) = left right. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel; or null: C is
 // the task's own. finish(row, rows, column, columns, c, c_stride) follows when these elements are complete: `row` is a multiple of row_block,
-// `rows` at most that, `columns` at most Cut::widest * panel.
+// `rows` at most that, `columns` at most widest_chunk * panel.
 template <class Step, class Right, class Finish>
 static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
                              int64_t direct_stride, const Finish& finish) {
   using B = typename Step::B;
+  constexpr int64_t tile_rows = rows_of<typename Step::A>;
+  using Cut = CutBy<tile_rows>;
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
   // Libraries multiply few rows by kernels of their own, whose sums are short; so are these, and reading the weight hides the additions.
@@ -256,7 +260,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
                             b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, Ahead{from + d * bytes, bytes});
     }
   };
-  auto chunk_of = [&](const Cut::Piece& piece, int64_t first_panel, int64_t panels) {
+  auto chunk_of = [&](const auto& piece, int64_t first_panel, int64_t panels) {
     const int64_t column = first_panel * panel, columns = smaller(n - column, panels * panel);
     const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows;
     const int64_t c_stride = direct ? direct_stride : panels * panel;
@@ -292,7 +296,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
 #if BIGMODEL_AMX
     [[maybe_unused]] const typename Step::Unit unit;
 #endif
-    const Cut::Piece piece = cut.piece(task);
+    const auto piece = cut.piece(task);
     for (int64_t first = piece.first_panel; first < piece.last_panel; first += Cut::widest)
       chunk_of(piece, first, smaller(Cut::widest, piece.last_panel - first));
   });

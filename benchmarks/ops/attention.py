@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bigmodel_kernels as bk
+from bigmodel_kernels import backends
 from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
 
 
@@ -36,7 +37,13 @@ def build(case: Case, setting: Setting) -> Prepared:
         Contender("bigmodel", lambda: bk.attention(query, key, value, is_causal=causal)),
     ]
     if setting.device.startswith("cuda"):
+
+        def triton() -> Any:
+            with backends.use("triton"):
+                return bk.attention(query, key, value, is_causal=causal)
+
         contenders += [
+            Contender("bigmodel_triton", triton, optional=True),
             Contender("sdpa_cudnn", by(SDPBackend.CUDNN_ATTENTION), optional=True),
             Contender("sdpa_flash", by(SDPBackend.FLASH_ATTENTION), optional=True),
         ]

@@ -82,11 +82,13 @@ class Implementation:
             return self._load_error
         return None if supports is None else supports(*args, **kwargs)
 
-    def not_unasked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """Why the implementation, which can run the call, does so only when forced, or None."""
-        if self.only_when_forced is not None:
-            return self.only_when_forced
-        return None if self._not_unasked is None else self._not_unasked(*args, **kwargs)
+    def why_not_unasked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The reason why this implementation does not run the call on its own; None when it may."""
+        # The interpreter, on the CPU, is not loaded to be asked; other modules say so themselves.
+        reason = self.only_when_forced or self.why_not(args, kwargs)
+        if reason is None and self._not_unasked is not None:
+            reason = self._not_unasked(*args, **kwargs)
+        return reason
 
     def detail(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """What the implementation has to say about how it would run the call; most have nothing."""
@@ -216,12 +218,7 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
         )
     reasons: list[str] = []
     for implementation in row:
-        # The interpreter, on the CPU, is not loaded to be asked; other modules say so themselves.
-        reason = (
-            implementation.only_when_forced
-            or implementation.why_not(args, kwargs)
-            or implementation.not_unasked(args, kwargs)
-        )
+        reason = implementation.why_not_unasked(args, kwargs)
         if reason is None:
             if reasons and implementation.name == "reference" and device_type != "cpu":
                 _warn_once(
@@ -299,9 +296,7 @@ def explain_call(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping
         if implementation.name == chosen:
             reasons[implementation.name] = "runs this call" + implementation.detail(args, kwargs)
         else:
-            cannot = implementation.only_when_forced  # the CPU's interpreter is not loaded to be asked
-            if cannot is None:
-                cannot = implementation.why_not(args, kwargs) or implementation.not_unasked(args, kwargs)
+            cannot = implementation.why_not_unasked(args, kwargs)
             reasons[implementation.name] = cannot or "can run it, but comes later in the order of preference"
     return Explanation(op, device_type, chosen, reasons, error)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from bigmodel_kernels.ops.cuda_library import captured
+
 #: A sample shorter than this is made of several calls.
 SHORTEST_SAMPLE_S = 2e-3
 #: A first call that took longer than this is not repeated for being a warm-up.
@@ -115,26 +117,10 @@ def _sample(contender: Contender, device: str, calls: int = 1) -> tuple[float, A
     return total / calls, result
 
 
-def _capture(contender: Contender, calls: int) -> Callable[[], Any]:
-    """Replays a CUDA graph of so many calls; raises where a call cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        contender.run()  # what is allocated once is not allocated in the graph
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            contender.run()
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph.replay
-
-
 def _captures(turns: Sequence[Contender], calls: dict[str, int]) -> dict[str, Callable[[], Any]]:
     """A graph for each, or none at all where one cannot be captured."""
     try:
-        return {c.name: _capture(c, calls[c.name]) for c in turns if c.before is None}
+        return {c.name: captured(c.run, calls[c.name]) for c in turns if c.before is None}
     except Exception as error:  # a peer's reason not to be captured is its own
         warnings.warn(f"timed without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=3)
         torch.cuda.synchronize()

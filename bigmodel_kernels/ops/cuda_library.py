@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def lacking(tensor: Tensor) -> str | None:
 _MEASURED = ((9, 0),)
 
 
-def unmeasured(tensor: Tensor) -> str | None:
+def unmeasured(tensor: Tensor, *args: Any, **options: Any) -> str | None:
     """Why Triton's kernels come before the library's on this device, or None where they do not."""
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability in _MEASURED:
@@ -60,3 +62,19 @@ def counters(device: torch.device, count: int) -> Tensor:
 @functools.cache
 def _kept_counters(device: torch.device, stream: int, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def captured(function: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """Replays a CUDA graph of so many calls; raises where a call cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()  # what is allocated once is not allocated in the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay

@@ -16,10 +16,6 @@ def supports(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: A
     return _lacking(query=query, key=key, value=value)
 
 
-#: Whether the library's general loop has been measured to be faster than Triton's kernels.
-GENERAL_IS_FASTER = False
-
-
 def only_when_forced(
     query: Tensor,
     key: Tensor,
@@ -34,7 +30,7 @@ def only_when_forced(
     """Why the library does not run the call unasked, or None."""
     alibi_slopes = args[3] if len(args) > 3 else None
     general = softcap or dropout_p or any(t is not None for t in (key_padding_mask, bias, alibi_slopes))
-    if general and not GENERAL_IS_FASTER:
+    if general:
         return "with softcap, key padding, bias, ALiBi or dropout Triton's kernels were measured to be faster"
     return unmeasured(query)
 
@@ -54,9 +50,7 @@ def only_when_forced_backward(
     return only_when_forced(query, key, value, *args, **options)
 
 
-def only_when_forced_decode(query: Tensor, *args: Any, **options: Any) -> str | None:
-    """Why the library does not run the call unasked, or None."""
-    return unmeasured(query)
+only_when_forced_decode = unmeasured
 
 
 def _lacking(**tensors: Tensor) -> str | None:

@@ -349,20 +349,27 @@ def _forward(
             logsumexp[:, :, rows] = -torch.inf if sink is None else sink[..., 0]
             continue
         logits, _ = _logits(q, key[:, :, keys], heads, rows, keys, offset, mask, bias, slopes, rule)
-        top = logits.amax(-1, keepdim=True)
-        if sink is not None:
-            top = torch.maximum(top, sink)
-        # A row with no visible key: exp(-inf - 0) = 0, not NaN.
-        top = torch.where(top == -torch.inf, 0.0, top)
-        weights = torch.exp_(logits.sub_(top))
-        total = weights.sum(-1, keepdim=True)
-        if sink is not None:
-            total += torch.exp(sink - top)  # of the denominator, without a value
+        top, weights, _, total = _weights(logits, sink)
         logsumexp[:, :, rows] = (top + total.log()).squeeze(-1)
         if seed is not None:
             weights *= keep_attention(seed, rule.dropout_p, sequence, query.shape[1], rows, keys, weights)
         result = (_grouped(weights, kv_heads) @ value[:, :, keys]).view(*weights.shape[:3], value.shape[-1])
         out[:, :, rows] = (result / torch.where(total == 0, 1.0, total)).to(out.dtype)
+
+
+def _weights(logits: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Maximum of whole rows, exp(logits - maximum) in their memory, the sink's, and the sum of both."""
+    top = logits.amax(-1, keepdim=True)
+    if sink is not None:
+        top = torch.maximum(top, sink)
+    # A row with no visible key: exp(-inf - 0) = 0, not NaN.
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.exp_(logits.sub_(top))
+    total = weights.sum(-1, keepdim=True)
+    of_sink = None if sink is None else torch.exp(sink - top)  # of the denominator, without a value
+    if of_sink is not None:
+        total += of_sink
+    return top, weights, of_sink, total
 
 
 def _backward(
@@ -401,15 +408,7 @@ def _backward(
         k, v = key[:, :, keys], value[:, :, keys]
         logits, tanh = _logits(q, k, heads, rows, keys, offset, mask, bias, slopes, rule)
         # Of whole rows: less is rounded at a distance from their maximum than at that from the logsumexp.
-        top = logits.amax(-1, keepdim=True)
-        if sink is not None:
-            top = torch.maximum(top, sink)
-        top = torch.where(top == -torch.inf, 0.0, top)
-        p = torch.exp_(logits.sub_(top))
-        p_sink = None if sink is None else torch.exp(sink - top)
-        total = p.sum(-1, keepdim=True)
-        if p_sink is not None:
-            total += p_sink
+        _, p, p_sink, total = _weights(logits, sink)
         total = torch.where(total == 0, 1.0, total)
         p /= total
         dp = (_grouped(grad, kv_heads) @ v.transpose(-1, -2)).view_as(p)

@@ -51,14 +51,7 @@ def supports(
 
 
 supports_training = supports
-
-
-def only_when_forced(x: Tensor, *args: Any, **options: Any) -> str | None:
-    """Why the library does not run the call unasked, or None."""
-    return unmeasured(x)
-
-
-only_when_forced_training = only_when_forced
+only_when_forced = only_when_forced_training = unmeasured
 
 
 def case_of(

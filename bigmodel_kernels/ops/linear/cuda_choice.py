@@ -1,8 +1,9 @@
 """Which product the CUDA row of linear runs: the library's kernel, or torch's (cuBLAS), as measured.
 
-The library's kernel adds bias, activation, residual and norm in one launch; torch's product may be faster by
+The library's kernel adds bias, activation and residual in one launch; torch's product may be faster by
 itself, and leaves the rest to launches of their own. Which is sooner depends on device and shape, and only a
-GPU can say. Where none has, a call takes the library's kernel, and `explain` says "not measured".
+GPU can say. Where none has, a call with anything to add but a bias takes the library's kernel, and `explain`
+says "not measured".
 
     python -m bigmodel_kernels.ops.linear.cuda_choice       for BERT's and GPT-2's layers on this GPU
 
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bigmodel_kernels.ops.cuda_library import captured
 
 FILE = Path(__file__).with_name("cuda_choice.json")
 OWN, TORCH = "the library's kernel", "torch's product"
@@ -158,21 +161,12 @@ def models_cases(device: torch.device) -> Iterator[tuple[Case, dict[str, Callabl
 
 def gpu_clock(function: Callable[[], Any]) -> Callable[[], float]:
     """Milliseconds of ten calls over ten, in a CUDA graph: what Python takes is not in them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            function()
-    graph.replay()
+    replay = captured(function, 10)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
         start.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 10

@@ -40,15 +40,13 @@ def as_product(weight: Tensor, weight_layout: str) -> Tensor:
     return weight if weight_layout == "conv1d" else weight.t()
 
 
-#: Products of halves with nothing to fuse are the vendor's library's (cuBLAS), which has them faster.
-LIBRARY_PRODUCTS = True
-
-
 def _by_library(x: Tensor) -> bool:
-    """Not in float32, which it may round to TF32, nor where bits must not vary: it splits its sums."""
+    """Whether products with nothing to fuse are the vendor's library's (cuBLAS), which has them faster.
+
+    Not in float32, which it may round to TF32, nor where bits must not vary: it splits its sums.
+    """
     return (
-        LIBRARY_PRODUCTS
-        and x.is_cuda
+        x.is_cuda
         and x.dtype != torch.float32
         and not (INTERPRETED or is_pretending() or torch.are_deterministic_algorithms_enabled())
     )

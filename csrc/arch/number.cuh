@@ -136,13 +136,8 @@ BM_DEVICE float reciprocal(float x) {
 #endif
 }
 
-BM_DEVICE float tanh_exact(float x) {
-#if defined(__CUDACC__)
-  return tanhf(x);
-#else
-  return std::tanh(x);
-#endif
-}
+// tanh(x) = 1 - 2 / (1 + exp(2x)), for x2 = 2 x log2(e).
+BM_DEVICE float tanh_of(float x2) { return 1 - 2 * reciprocal(1 + exp2_approx(x2)); }
 
 BM_DEVICE float maximum(float a, float b) {
 #if defined(__CUDACC__)

@@ -103,11 +103,11 @@ struct AttentionDecode {
       each(i / KeyTile::row_chunks, i % KeyTile::row_chunks, KeyTile::offset(i / KeyTile::row_chunks, i % KeyTile::row_chunks));
   }
 
-  // softcap * tanh(s / softcap), as tanh(x) = 1 - 2 / (1 + exp(2x)).
+  // softcap * tanh(s / softcap).
   static BM_DEVICE void cap(float (&s)[n_blocks][4], float softcap) {
     float* element = &s[0][0];
     BM_UNROLL
-    for (int i = 0; i < 4 * n_blocks; i++) element[i] = softcap * (1 - 2 * reciprocal(1 + exp2_approx(2 * log2_e * element[i] / softcap)));
+    for (int i = 0; i < 4 * n_blocks; i++) element[i] = softcap * tanh_of(2 * log2_e * element[i] / softcap);
   }
 
   static BM_DEVICE void run(const DecodeParams& p) {

@@ -253,10 +253,9 @@ class Scores {
         for (int e = 0; e < 4; e++) change(x[j][e], j, e);
     };
     if (p_.softcap != 0) {
-      // tanh(x) = 1 - 2 / (1 + exp(2x))
       const float inner = 2 * log2_e * p_.softmax_scale / p_.softcap;
       for_each([&](float& v, int j, int e) {
-        const float t = 1 - 2 * reciprocal(1 + exp2_approx(inner * v));
+        const float t = tanh_of(inner * v);
         slope.set(j, e, 1 - t * t);
         v = p_.softcap * log2_e * t;
       });

@@ -44,7 +44,7 @@ BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Rows of a packed tile, by its elements: the tile unit takes two of its registers' rows of pairs at a time.
 #if BIGMODEL_AMX
 inline constexpr int64_t unit_steps = 16, unit_rows = 16;
-template <class A> inline constexpr int rows_of = sizeof(A) == sizeof(float) && !__is_same(A, float) ? 2 * unit_rows : tile_rows;
+template <class A> inline constexpr int rows_of = __is_same(A, uint32_t) ? 2 * unit_rows : tile_rows;
 #else
 template <class A> inline constexpr int rows_of = tile_rows;
 #endif

@@ -36,7 +36,8 @@ KERNELS = [
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "feed_forward", "linear"]
+TILE_UNIT_KERNELS = ["activations", "cross_entropy", "feed_forward", "linear"]
+TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -168,7 +169,7 @@ class BuildWithNinja(build_ext):
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
             named.append(f"-DBIGMODEL_AMX={int(amx)}")
-            kernels, backward = (TILE_UNIT_KERNELS, []) if amx else (KERNELS, BACKWARD)
+            kernels, backward = (TILE_UNIT_KERNELS, TILE_UNIT_BACKWARD) if amx else (KERNELS, BACKWARD)
             sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
             sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
             add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})

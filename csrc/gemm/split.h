@@ -1,0 +1,195 @@
+// Products of float32 by the tile unit, which multiplies bf16 alone: each number is the sum of three of them, 8 bits each,
+//
+//     x = high + middle + low          exactly: the 24 bits of a float32
+//
+// and of the nine products of two such sums the six that count are made (Henry, Tang & Heinecke, "Leveraging the bfloat16 Artificial
+// Intelligence Datatype For Higher-Precision Computations", arXiv 1904.06376): what is left out is below 2^-25 of |a| |b|, less than the
+// rounding of a float32 product. The unit adds up 32 products before it adds to the sum, so that a sum has fewer roundings than one of
+// float32 instructions. Six products of the unit take less than half the time of one by vectors.
+//
+//     l.h  m.h  m.m  h.m  h.l  h.h     in this order: small ones first, and each step loads one side's tiles only
+//
+// The parts of numbers below 2^-110 are subnormal bf16, which the unit takes for zero. Infinities, NaN and the few numbers that bf16 would
+// round to infinity have no such parts: a tile that holds one is marked, and multiplied by vectors from the parts' sum, which is exact.
+#pragma once
+#include "gemm.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// One of the two operands' elements. They lie in blocks of 32 of k: [block][high, middle, low][two tiles of 1 KB], a tile as the unit takes
+// it: of A 16 rows of 32 k, of B 16 pairs of k of 16 columns.
+struct Parts { uint16_t of[3]; };
+
+struct Split {
+  using A = Parts;
+  using B = Parts;
+  using Unit = TileUnit;
+  static constexpr int k_per_step = 1;
+};
+
+inline constexpr int64_t split_depth = 32, tile_words = 16 * 32;   // k of a block; elements of one of the unit's tiles
+static_assert(depth_block % split_depth == 0 && panel == split_depth && sizeof(Parts) == 6);
+
+// Element 0 of row `row` of an A block's (or of pair `row` of a B block's) part; `half`: of a B block, which 16 columns.
+BIGMODEL_INLINE uint16_t* part_of(Parts* block, int part, int64_t half) { return reinterpret_cast<uint16_t*>(block) + (part * 2 + half) * tile_words; }
+BIGMODEL_INLINE const uint16_t* part_of(const Parts* block, int part, int64_t half) { return part_of(const_cast<Parts*>(block), part, half); }
+
+// Sixteen numbers, each part in the upper half of a word.
+struct ThreeParts { __m512i part[3]; };
+
+// `largest` gathers the largest magnitude, shifted left by one.
+BIGMODEL_INLINE ThreeParts split(__m512 x, __m512i& largest) {
+  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
+  const __m512i bits = _mm512_castps_si512(x);
+  largest = _mm512_max_epu32(largest, _mm512_slli_epi32(bits, 1));
+  const __m512i high = _mm512_and_si512(_mm512_add_epi32(bits, half), top);
+  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(high));
+  const __m512i middle = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(rest), half), top);
+  return {{high, middle, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(middle)))}};
+}
+BIGMODEL_INLINE bool without_parts(__m512i largest) {  // from half a bf16 step below infinity
+  return _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(int(0x7f7f8000u << 1))) != 0;
+}
+// The same for any number: cut, not rounded, and what is not finite is its own highest part.
+static ThreeParts split_any(__m512 x) {
+  const __m512i top = _mm512_set1_epi32(int(0xffff0000u)), bits = _mm512_castps_si512(x);
+  const __mmask16 finite = _mm512_cmplt_epu32_mask(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(int(0xff000000u)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i high = _mm512_mask_or_epi32(_mm512_and_si512(bits, top), nan, _mm512_and_si512(bits, top), _mm512_set1_epi32(0x400000));
+  const __m512 rest = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(high));
+  const __m512i middle = _mm512_and_si512(_mm512_castps_si512(rest), top);
+  return {{high, middle, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(middle)))}};
+}
+BIGMODEL_INLINE __m512 joined(__m512i high, __m512i middle, __m512i low) {
+  return _mm512_add_ps(_mm512_add_ps(_mm512_castsi512_ps(low), _mm512_castsi512_ps(middle)), _mm512_castsi512_ps(high));
+}
+
+// n numbers of a row of A into row `row` of the blocks of its tile; the last block is completed with zeros. Returns whether all have parts.
+static bool split_row(const float* x, int64_t n, Parts* tile, int64_t row) {
+  // The upper halves of two vectors' words, one after the other.
+  alignas(64) static constexpr auto upper = [] { struct { uint16_t of[32]; } r; for (int i = 0; i < 32; i++) r.of[i] = uint16_t(2 * i + 1); return r; }();
+  const __m512i order = _mm512_load_si512(upper.of);
+  __m512i largest = _mm512_setzero_si512();
+  const int64_t half = row / unit_rows, line = row % unit_rows * split_depth;
+  auto put = [&](Parts* block, const ThreeParts& a, const ThreeParts& b) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; part++) _mm512_store_si512(part_of(block, part, half) + line, _mm512_permutex2var_epi16(a.part[part], order, b.part[part]));
+  };
+  auto load_two = [&](int64_t at, F32 two[2]) __attribute__((always_inline)) {
+    for (int i = 0; i < 2; i++) {
+      const int64_t left = n - at - i * F32::width;
+      two[i] = left >= F32::width ? F32::load(x + at + i * F32::width) : left > 0 ? load_partial(x + at + i * F32::width, int(left)) : F32::zero();
+    }
+  };
+  for (int64_t at = 0; at < n; at += split_depth) {
+    F32 two[2];
+    load_two(at, two);
+    const ThreeParts a = split(two[0].v, largest), b = split(two[1].v, largest);
+    put(tile + at * rows_of<Parts>, a, b);
+  }
+  if (!without_parts(largest)) return true;
+  for (int64_t at = 0; at < n; at += split_depth) {
+    F32 two[2];
+    load_two(at, two);
+    put(tile + at * rows_of<Parts>, split_any(two[0].v), split_any(two[1].v));
+  }
+  return false;
+}
+
+// `depth` rows of a panel of B into blocks; the last block is completed with zeros. Returns whether all have parts.
+static bool split_panel(const float* x, int64_t depth, Parts* blocks) {
+  __m512i largest = _mm512_setzero_si512();
+  auto put = [&](Parts* block, int64_t pair, int64_t half, const ThreeParts& even, const ThreeParts& odd) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; part++)
+      _mm512_store_si512(part_of(block, part, half) + pair * 32, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even.part[part], 16), odd.part[part]));
+  };
+  auto row = [&](int64_t k, int64_t half) __attribute__((always_inline)) { return k < depth ? _mm512_loadu_ps(x + k * panel + half * F32::width) : _mm512_setzero_ps(); };
+  for (int64_t k = 0; k < round_up(depth, split_depth); k += 2)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const ThreeParts even = split(row(k, half), largest), odd = split(row(k + 1, half), largest);
+      put(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, even, odd);
+    }
+  if (!without_parts(largest)) return true;
+  for (int64_t k = 0; k < round_up(depth, split_depth); k += 2)
+    for (int half = 0; half < 2; half++)
+      put(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, split_any(row(k, half)), split_any(row(k + 1, half)));
+  return false;
+}
+
+// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's.
+template <bool both>
+static void multiply_parts(int64_t rows, int64_t depth, const Parts* a, const Parts* b, float* c, int64_t c_stride, bool accumulate) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  auto load_a = [](const Parts* block, int part) __attribute__((always_inline)) {
+    _tile_loadd(4, part_of(block, part, 0), 64);
+    if constexpr (both) _tile_loadd(5, part_of(block, part, 1), 64);
+  };
+  auto load_b = [](const Parts* block, int part) __attribute__((always_inline)) {
+    _tile_loadd(6, part_of(block, part, 0), 64);
+    _tile_loadd(7, part_of(block, part, 1), 64);
+  };
+  auto products = []() __attribute__((always_inline)) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  };
+  constexpr int high = 0, middle = 1, low = 2;
+  for (int64_t k = 0; k < depth; k += split_depth, a += split_depth * rows_of<Parts>, b += split_depth * panel) {
+    load_a(a, low), load_b(b, high), products();
+    load_a(a, middle), products();
+    load_b(b, middle), products();
+    load_a(a, high), products();
+    load_b(b, low), products();
+    load_b(b, high), products();
+  }
+  if (!accumulate && rows == rows_of<Parts>) {
+    _tile_stored(0, c, c_stride * sizeof(float));
+    _tile_stored(1, c + F32::width, c_stride * sizeof(float));
+    _tile_stored(2, c + unit_rows * c_stride, c_stride * sizeof(float));
+    _tile_stored(3, c + unit_rows * c_stride + F32::width, c_stride * sizeof(float));
+    return;
+  }
+  add_tiles<both>(rows, c, c_stride, accumulate);
+}
+
+// The same by vectors, of any numbers.
+static void multiply_joined(int64_t rows, int64_t depth, const Parts* a, const Parts* b, float* c, int64_t c_stride, bool accumulate) {
+  alignas(64) float left[rows_of<Parts>][depth_block], right[depth_block][panel];
+  auto upper = [](__m256i halves) __attribute__((always_inline)) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); };
+  for (int64_t k = 0; k < depth; k += split_depth, a += split_depth * rows_of<Parts>, b += split_depth * panel) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int i = 0; i < 2; i++) {
+        __m512i part[3];
+        for (int p = 0; p < 3; p++) part[p] = upper(_mm256_load_si256(reinterpret_cast<const __m256i*>(part_of(a, p, r / unit_rows) + r % unit_rows * split_depth + i * 16)));
+        _mm512_store_ps(&left[r][k + i * 16], joined(part[0], part[1], part[2]));
+      }
+    for (int64_t pair = 0; pair < split_depth / 2; pair++)
+      for (int half = 0; half < 2; half++) {
+        __m512i part[3];
+        for (int p = 0; p < 3; p++) part[p] = _mm512_load_si512(part_of(b, p, half) + pair * 32);
+        auto even = [&](int p) { return _mm512_slli_epi32(part[p], 16); };
+        auto odd = [&](int p) { return _mm512_and_si512(part[p], _mm512_set1_epi32(int(0xffff0000u))); };
+        _mm512_store_ps(&right[k + 2 * pair][half * F32::width], joined(even(0), even(1), even(2)));
+        _mm512_store_ps(&right[k + 2 * pair + 1][half * F32::width], joined(odd(0), odd(1), odd(2)));
+      }
+  }
+  for (int64_t r = 0; r < rows; r += tile_rows)
+    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), depth, RowMajorTile{left[r], depth_block}, right[0], c + r * c_stride, c_stride, accumulate);
+}
+
+BIGMODEL_INLINE void multiply_split(bool by_unit, int64_t rows, int64_t depth, const Parts* a, const Parts* b, float* c, int64_t c_stride, bool accumulate) {
+  if (!by_unit) return multiply_joined(rows, depth, a, b, c, c_stride, accumulate);
+  (rows > unit_rows ? multiply_parts<true> : multiply_parts<false>)(rows, depth, a, b, c, c_stride, accumulate);
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -37,23 +37,24 @@ BIGMODEL_INLINE const uint16_t* part_of(const Parts* block, int part, int64_t ha
 // Sixteen numbers, each part in the upper half of a word.
 struct ThreeParts { __m512i part[3]; };
 
-// `largest` gathers the largest magnitude, shifted left by one.
+BIGMODEL_INLINE __m512i magnitude(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
+// `largest` gathers the largest magnitude, whose bits are in order.
 BIGMODEL_INLINE ThreeParts split(__m512 x, __m512i& largest) {
   const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
   const __m512i bits = _mm512_castps_si512(x);
-  largest = _mm512_max_epu32(largest, _mm512_slli_epi32(bits, 1));
+  largest = _mm512_max_epi32(largest, magnitude(x));
   const __m512i high = _mm512_and_si512(_mm512_add_epi32(bits, half), top);
   const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(high));
   const __m512i middle = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(rest), half), top);
   return {{high, middle, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(middle)))}};
 }
 BIGMODEL_INLINE bool without_parts(__m512i largest) {  // from half a bf16 step below infinity
-  return _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(int(0x7f7f8000u << 1))) != 0;
+  return _mm512_cmpgt_epi32_mask(largest, _mm512_set1_epi32(0x7f7f7fff)) != 0;
 }
 // The same for any number: cut, not rounded, and what is not finite is its own highest part.
 static ThreeParts split_any(__m512 x) {
   const __m512i top = _mm512_set1_epi32(int(0xffff0000u)), bits = _mm512_castps_si512(x);
-  const __mmask16 finite = _mm512_cmplt_epu32_mask(_mm512_slli_epi32(bits, 1), _mm512_set1_epi32(int(0xff000000u)));
+  const __mmask16 finite = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(0x7f800000), magnitude(x));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m512i high = _mm512_mask_or_epi32(_mm512_and_si512(bits, top), nan, _mm512_and_si512(bits, top), _mm512_set1_epi32(0x400000));
   const __m512 rest = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(high));

@@ -44,8 +44,9 @@ BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Rows of a packed tile, by its elements: the tile unit takes two of its registers' rows of pairs at a time.
 #if BIGMODEL_AMX
 inline constexpr int64_t unit_steps = 16, unit_rows = 16;
-struct Parts;                // of float32, see split.h
-template <class A> inline constexpr int rows_of = __is_same(A, uint32_t) || __is_same(A, Parts) ? 2 * unit_rows : tile_rows;
+template <int count> struct Parts;  // of float32, see split.h
+template <class A> inline constexpr int rows_of = __is_same(A, uint32_t) ? 2 * unit_rows : tile_rows;
+template <int count> inline constexpr int rows_of<Parts<count>> = 2 * unit_rows;
 #else
 template <class A> inline constexpr int rows_of = tile_rows;
 #endif

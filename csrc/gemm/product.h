@@ -24,21 +24,28 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// A matrix known by its rows: get returns n floats, columns [column, column + n) of a row, in `buffer` where they had to be made.
+// A matrix known by its rows: get returns n floats, columns [column, column + n) of a row, in `buffer` where they had to be made. `parts`
+// says how many bits of them count, 8 for each (see split.h).
 struct Rows {
   const void* of;
   const float* (*get)(const void* of, int64_t row, int64_t column, int64_t n, float* buffer);
+  int parts;
 };
+// Those of stored numbers, and those that are enough for results of type T.
+template <class T> inline constexpr int parts_of_stored = sizeof(T) == sizeof(float) ? 3 : __is_same(T, bf16) ? 1 : 2;
+template <class T> inline constexpr int parts_enough_for = sizeof(T) == sizeof(float) ? 3 : 2;
+
 template <class Source>
-static Rows as_rows(const Source& source) {
+static Rows as_rows(const Source& source, int parts = Source::parts) {
   return {&source, [](const void* of, int64_t row, int64_t column, int64_t n, float* buffer) {
             return static_cast<const Source*>(of)->get(row, column, n, buffer);
-          }};
+          }, parts};
 }
 
 // A matrix in memory.
 template <class T>
 struct Stored {
+  static constexpr int parts = parts_of_stored<T>;
   const T* data;
   int64_t stride;
   const float* get(int64_t row, int64_t column, int64_t n, float* buffer) const {
@@ -49,6 +56,7 @@ struct Stored {
 };
 template <>
 struct Stored<float> {
+  static constexpr int parts = parts_of_stored<float>;
   const float* data;
   int64_t stride;
   const float* get(int64_t row, int64_t column, int64_t, float*) const { return data + row * stride + column; }
@@ -85,23 +93,26 @@ BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int64_t n, int c
 
 // ---- how a product multiplies ----
 
-// body(Step{}) with the step for m rows of float32.
-template <class Body>
-static void with_float_step([[maybe_unused]] int64_t m, const Body& body) {
+template <class Step> inline constexpr bool splits = false;
+template <class A> inline constexpr bool is_parts = false;
 #if BIGMODEL_AMX
-  // With fewer rows splitting the right side takes longer than is won.
-  if (m >= 24) return body(Split{});
+template <int of_a, int of_b> inline constexpr bool splits<Split<of_a, of_b>> = true;
+template <int count> inline constexpr bool is_parts<Parts<count>> = true;
+inline constexpr int64_t fewest_split_rows = 64;   // with fewer, splitting the right side takes longer than is won
+#endif
+
+// body(Step{}) with the step for m rows, and numbers of so many parts.
+template <class Body>
+static void with_float_step([[maybe_unused]] int64_t m, [[maybe_unused]] int of_a, [[maybe_unused]] int of_b, const Body& body) {
+#if BIGMODEL_AMX
+  if (m >= fewest_split_rows) {
+    if (of_a == 3 || of_b == 3) return body(Split<3, 3>{});
+    if (of_a == 2) return of_b == 2 ? body(Split<2, 2>{}) : body(Split<2, 1>{});
+    return of_b == 2 ? body(Split<1, 2>{}) : body(Split<1, 1>{});
+  }
 #endif
   body(Widen<float>{});
 }
-
-#if BIGMODEL_AMX
-template <class Step> inline constexpr bool splits = __is_same(Step, Split);
-template <class A> inline constexpr bool is_parts = __is_same(A, Parts);
-#else
-template <class Step> inline constexpr bool splits = false;
-template <class A> inline constexpr bool is_parts = false;
-#endif
 
 // What k columns are in steps.
 template <class Step>
@@ -195,13 +206,15 @@ static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t f
 
 #if BIGMODEL_AMX
 // A row's columns from `begin` into its tile, and its mark if need be: several tasks may have parts of one depth block.
-static inline void split_row_left(const Left<Parts>& left, int64_t row, int64_t begin, int64_t from, int64_t n, const float* x) {
+template <int count>
+static void split_row_left(const Left<Parts<count>>& left, int64_t row, int64_t begin, int64_t from, int64_t n, const float* x) {
   const int64_t tile = row / left.tile_rows;
   if (!split_row(x, n, left.at(begin, tile) + from * left.tile_rows, row % left.tile_rows)) __atomic_store_n(&left.mark(begin, tile), 1, __ATOMIC_RELAXED);
 }
 
-static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t k, const Left<Parts>& left) {
-  pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t, Parts*) {
+template <int count>
+static void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t k, const Left<Parts<count>>& left) {
+  pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t, Parts<count>*) {
     const int64_t depth = smaller(depth_block, k - begin);
     if (!a.transposed) {
       alignas(64) float buffer[depth_block];
@@ -306,19 +319,19 @@ struct RowsRight {
 
 #if BIGMODEL_AMX
 // Either of them, k deep, split by each task for its own chunk.
-template <class Right>
+template <int of_b, class Right>
 struct SplitRight {
   static constexpr bool packed = false;
   static constexpr int64_t most_units = 4;
   const Right& right;
   int64_t k;
-  Panels<Parts> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
-    const int64_t there = smaller(depth, k - begin);
-    const Panels<float> whole = right.chunk(runtime, panel_index, count, begin, there);
-    Panels<Parts> parts = {static_cast<Parts*>(runtime.scratch(scratch_parts, size_t(count * panel * depth_block) * sizeof(Parts))), depth * panel};
-    for (int64_t p = 0; p < count; p++)
-      parts.marked |= !split_panel(whole.first + p * whole.stride, there, const_cast<Parts*>(parts.first) + p * parts.stride);
-    return parts;
+  Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
+    const int64_t there = smaller(depth, k - begin), stride = depth * panel;
+    const auto whole = right.chunk(runtime, panel_index, count, begin, there);
+    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * depth_block) * sizeof(Parts<of_b>)));
+    bool marked = false;
+    for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
+    return {parts, stride, marked};
   }
 };
 #endif
@@ -402,15 +415,20 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
 // Rows that a long product takes at a time, so that the packed ones take 16 MB or little more.
 static inline int64_t rows_together(int64_t steps) { return larger(2, (4 << 20) / larger(1, steps) / row_block) * row_block; }
 
-// The same with a right side of float32, k deep, that may have to be split.
-template <class Step, class Right, class Finish>
-static void multiply_floats(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, [[maybe_unused]] int64_t k, float* direct,
-                            int64_t direct_stride, const Finish& finish) {
 #if BIGMODEL_AMX
-  if constexpr (splits<Step>) multiply_columns<Step>(runtime, left, SplitRight<Right>{right, k}, n, direct, direct_stride, finish);
-  else
+template <int of_a, int of_b, class Right, class Finish>
+static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, const Left<Parts<of_a>>& left, const Right& right, int64_t n, int64_t k, float* direct,
+                                   int64_t direct_stride, const Finish& finish) {
+  multiply_columns<Split<of_a, of_b>>(runtime, left, SplitRight<of_b, Right>{right, k}, n, direct, direct_stride, finish);
+}
 #endif
-    multiply_columns<Widen<float>>(runtime, left, right, n, direct, direct_stride, finish);
+
+// The same with a right side k deep that has to be split if the left one is.
+template <class Step, class Right, class Finish>
+static void multiply_unsplit(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, [[maybe_unused]] int64_t k, float* direct,
+                             int64_t direct_stride, const Finish& finish) {
+  if constexpr (splits<Step>) multiply_split_columns(Step{}, runtime, left, right, n, k, direct, direct_stride, finish);
+  else multiply_columns<Step>(runtime, left, right, n, direct, direct_stride, finish);
 }
 
 // C (m x n) = a b, k deep, neither of them packed; `row` of `finish` counts from a's first.
@@ -418,14 +436,14 @@ template <class Finish>
 static void product(const Runtime& runtime, const Operand& a, int64_t m, const Operand& b, int64_t n, int64_t k, float* direct, int64_t direct_stride,
                     const Finish& finish) {
   const int64_t together = rows_together(k);
-  with_float_step(m, [&](auto step) {
+  with_float_step(m, a.rows.parts, b.rows.parts, [&](auto step) {
     using Step = decltype(step);
     for (int64_t first = 0; first < m; first += together) {
       const Left<typename Step::A> left(runtime, scratch_a, smaller(together, m - first), steps_of<Step>(k));
       pack_left(runtime, a, first, k, left);
-      multiply_floats<Step>(runtime, left, RowsRight{b, n}, n, k, direct ? direct + first * direct_stride : nullptr, direct_stride,
-                            [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
-                              finish(first + row, rows, column, columns, c, c_stride);
+      multiply_unsplit<Step>(runtime, left, RowsRight{b, n}, n, k, direct ? direct + first * direct_stride : nullptr, direct_stride,
+                             [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
+                               finish(first + row, rows, column, columns, c, c_stride);
                             });
     }
   });

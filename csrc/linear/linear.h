@@ -73,11 +73,16 @@ template <>
 struct StepOf<bf16> { using Type = Pairs; };
 #endif
 
-// body(Step{}) with the step for m rows.
+// body(Step{}) with the step for m rows of type T, and results of it.
 template <class T, class Body>
 static void with_step(int64_t m, const Body& body) {
-  if constexpr (sizeof(T) == sizeof(float)) with_float_step(m, body);
-  else body(typename StepOf<T>::Type{});
+  using Packed = typename StepOf<T>::Type;
+#if BIGMODEL_AMX
+  constexpr int parts = parts_enough_for<T>;
+  if constexpr (Packed::k_per_step == 1)
+    if (m >= fewest_split_rows) return body(Split<parts, parts>{});
+#endif
+  body(Packed{});
 }
 
 // left.m rows of x, k columns of type T or float32.
@@ -101,12 +106,12 @@ static void multiply_weight(const Runtime& runtime, const Left<typename Step::A>
   if (weight.packed) {
     const auto* panels = reinterpret_cast<const typename Packed::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
     const PackedRight<Packed> right = {panels, steps_of<Packed>(weight.k)};
-    if constexpr (sizeof(T) == sizeof(float)) multiply_floats<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
-    else multiply_columns<Step>(runtime, left, right, weight.n, direct, direct_stride, finish);
+    multiply_unsplit<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
   } else if constexpr (Step::k_per_step == 1) {
     const Weights<T> rows = {weight.parts, weight.part_n, weight.count, weight.k, weight.layout};
     const Operand right = rows.operand();
-    multiply_floats<Step>(runtime, left, RowsRight{right, weight.n}, weight.n, weight.k, direct, direct_stride, finish);
+    if constexpr (splits<Step>) multiply_unsplit<Step>(runtime, left, RowsRight{right, weight.n}, weight.n, weight.k, direct, direct_stride, finish);
+    else multiply_columns<Widen<float>>(runtime, left, RowsRight{right, weight.n}, weight.n, direct, direct_stride, finish);
   }
 }
 

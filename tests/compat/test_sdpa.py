@@ -165,7 +165,10 @@ def test_any_call_means_what_torch_says(call: dict[str, Any], backend: str) -> N
 @given(call=calls())
 def test_it_is_as_torch_has_it(call: dict[str, Any]) -> None:
     """Against torch itself, where the formula of this file would be wrong in the same way as ours."""
-    expected = scaled_dot_product_attention(**{k: v.double() if _floats(v) else v for k, v in call.items()})
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernel gives nan for a negative scale with is_causal
+        expected = scaled_dot_product_attention(
+            **{k: v.double() if _floats(v) else v for k, v in call.items()}
+        )
     with backends.use(BACKENDS[-1]), bk.sdpa():
         out = scaled_dot_product_attention(**call)
     bound = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[out.dtype]

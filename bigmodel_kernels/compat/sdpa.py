@@ -210,13 +210,13 @@ def sdpa_reason(
     The arguments are those of torch's function. The answer is for an eager call where `activate_sdpa` or
     `sdpa` is on, whether it is on now or not; nothing runs, and no random number is drawn. float64, value
     heads of another size than the key's, heads above 256, empty tensors, leading dimensions that differ, a
-    mask together with `is_causal`, tensor subclasses, tracing, function transforms, dispatch modes and
+    mask together with `is_causal`, nested tensors, tensor subclasses, tracing, function transforms, dispatch modes and
     forward-mode derivatives are torch's, and so are calls where torch.nn.attention.sdpa_kernel leaves out
     FLASH_ATTENTION, and calls that no kernel of ours runs.
     """
     return (
-        _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        or _why_not_now(query, key, value, attn_mask)
+        _why_not_now(query, key, value, attn_mask)
+        or _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         or _no_kernel(*_call(query, key, value, attn_mask, dropout_p, is_causal, scale))
     )
 
@@ -273,8 +273,8 @@ def _why_not_now(*tensors: Tensor | None) -> str | None:
     """What the place of the call tells."""
     if not torch.backends.cuda.flash_sdp_enabled():
         return "torch.nn.attention.sdpa_kernel leaves out FLASH_ATTENTION"
-    if any(type(t) not in _PLAIN for t in tensors if t is not None):
-        return "a tensor is of a class of its own"
+    if any(type(t) not in _PLAIN or t.is_nested for t in tensors if t is not None):
+        return "a tensor is nested, or of a class of its own"
     if torch.compiler.is_compiling() or not unobserved():
         return "the call is traced, or under a function transform or a mode: torch's operator is what it sees"
     if torch.autograd.forward_ad._current_level >= 0:

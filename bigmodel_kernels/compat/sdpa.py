@@ -210,9 +210,9 @@ def sdpa_reason(
     The arguments are those of torch's function. The answer is for an eager call where `activate_sdpa` or
     `sdpa` is on, whether it is on now or not; nothing runs, and no random number is drawn. float64, value
     heads of another size than the key's, heads above 256, empty tensors, leading dimensions that differ, a
-    mask together with `is_causal`, nested tensors, tensor subclasses, tracing, function transforms, dispatch modes and
-    forward-mode derivatives are torch's, and so are calls where torch.nn.attention.sdpa_kernel leaves out
-    FLASH_ATTENTION, and calls that no kernel of ours runs.
+    mask together with `is_causal`, nested tensors, tensor subclasses, tracing, function transforms, dispatch
+    modes and forward-mode derivatives are torch's, and so are calls where torch.nn.attention.sdpa_kernel
+    leaves out FLASH_ATTENTION, and calls that no kernel of ours runs.
     """
     return (
         _why_not_now(query, key, value, attn_mask)

@@ -538,13 +538,19 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], str]] = {
         CACHE,
         (X, C, C, X, X),
         {"block_table": int32(0, 2)[:, None], "cache_seqlens": 1},
-        r"block_table has pages \[0, 2\]",
+        r"block_table holds 2; allowed are 0 to 1",
+    ),
+    "page of what is held": (
+        CACHE,
+        (X[:, :1], C[:, :4], C[:, :4], X[:, :1], X[:, :1]),
+        {"block_table": torch.tensor([[0, 1], [7, 1]], dtype=torch.int32), "cache_seqlens": 4},
+        "block_table holds 7",
     ),
     "page before the first": (
         CACHE,
         (X, C, C, X, X),
         {"block_table": int32(0, -1)[:, None], "cache_seqlens": 1},
-        r"block_table has pages \[-1, 0\]",
+        r"block_table holds -1; allowed are 0 to 1",
     ),
     "angles alone": (
         CACHE,

@@ -312,6 +312,8 @@ def flash_attn_with_kvcache(
                 f"cache_leftpad={cache_leftpad.tolist()} is more than cache_seqlens={lengths.tolist()}"
             )
 
+    if block_table is not None and q.device.type == "cpu":
+        _check_pages(block_table, lengths + new, k_cache)
     places = lengths.long()[:, None] + torch.arange(new, device=q.device)  # of the new tokens
     if rotary_cos is not None or rotary_sin is not None:
         if k is None:
@@ -352,12 +354,7 @@ def _cache_places(
             row = torch.arange(places.shape[0], device=places.device)
         return row.long()[:, None], places
     size = max(1, cache.shape[1])
-    pages = block_table.long().gather(1, places // size)
-    if pages.device.type == "cpu" and bool(((pages < 0) | (pages >= cache.shape[0])).any()):
-        raise ValueError(
-            f"block_table has pages {pages.unique().tolist()}; allowed are 0 to {cache.shape[0] - 1}"
-        )
-    return pages, places % size
+    return block_table.long().gather(1, places // size), places % size
 
 
 def _moved(cache: Tensor, leftpad: Tensor, cache_batch_idx: Tensor | None) -> Tensor:
@@ -498,6 +495,15 @@ def _check_numbers(
         for value in numbers.flatten().tolist():
             if not 0 <= value <= largest:
                 raise ValueError(f"{name} holds {value}; allowed are 0 to {largest}")
+
+
+def _check_pages(block_table: Tensor, lengths: Tensor, cache: Tensor) -> None:
+    """The pages of what each sequence will hold; entries behind them may be anything."""
+    size = max(1, cache.shape[1])
+    used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
+    wrong = block_table[used & ((block_table < 0) | (block_table >= cache.shape[0]))]
+    if wrong.numel():
+        raise ValueError(f"block_table holds {int(wrong[0])}; allowed are 0 to {cache.shape[0] - 1}")
 
 
 def _lengths(cache_seqlens: int | Tensor | None, batch: int, q: Tensor, room: int, new: int) -> Tensor:

@@ -297,7 +297,7 @@ def _rows_for_the_rest(
             or module._modules
         ):
             continue
-        if type(module) is nn.Embedding:
+        if isinstance(module, nn.Embedding):
             why = "a table lookup, nothing to fuse"
         else:
             why = "outside the blocks, too small to gain"
@@ -349,6 +349,7 @@ def _backends(ops: tuple[str, ...], module: nn.Module) -> tuple[tuple[str, ...],
 def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a small call of the operator, of the weights' dtype and device."""
     from bigmodel_kernels import ops
+    from bigmodel_kernels.ops.norm import prepare_rms_norm
 
     def new(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -363,6 +364,11 @@ def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...
         return prepare(new(1, 64), new(64, 64), new(64), new(64, 64), new(64), activation="gelu")  # type: ignore[no-any-return]
     if op == "layer_norm":
         return prepare(new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
+    if op == "rms_norm":
+        return prepare_rms_norm(new(1, 64), new(64))
+    if op == "rotary":
+        query, angles = new(1, 1, 2, head_dim // 2 * 2), new(2, head_dim // 2)
+        return prepare(query, query, angles, angles)  # type: ignore[no-any-return]
     ids = torch.zeros(1, dtype=torch.int64, device=like.device)
     if op == "linear_cross_entropy":
         return prepare(new(1, 64), new(64, 64), ids)  # type: ignore[no-any-return]
@@ -374,6 +380,8 @@ _FOLDERS = {
     "linear": "linear",
     "feed_forward": "feed_forward",
     "layer_norm": "norm",
+    "rms_norm": "norm",
+    "rotary": "rotary",
     "embedding": "embedding",
     "linear_cross_entropy": "cross_entropy",
 }

@@ -45,9 +45,6 @@ _CACHES = (type(None), DynamicCache, StaticCache)
 #: Who makes masks that `attention_interface.visibility` reads; flash attention's say nothing of a window.
 _MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
-#: The two projections of a gated feed-forward before its activation.
-GATE_AND_UP = ("gate_proj", "up_proj")
-
 
 class Norms(NamedTuple):
     """Names of a layer's norms: before and after attention, before and after the feed-forward."""
@@ -74,11 +71,10 @@ class Kin:
     """The classes of one model, what its layers have that Llama's have not, and the patched form of each."""
 
     attention: type[nn.Module]
-    mlp: type[nn.Module]
     layer: type[nn.Module]
     norm: type[nn.Module]
     model: type[nn.Module]
-    heads: tuple[type[nn.Module], ...]
+    causal_lm: type[nn.Module]
     rotate: Callable[..., Any]
     # Norms: what is added to their weights; whether they give back the type of their input under autocast.
     norms: Norms = Norms()  # noqa: RUF009  (immutable)
@@ -91,26 +87,37 @@ class Kin:
     sinks: bool = False
     #: cos and sin hold every angle once, not twice.
     once: bool = False
-    # The feed-forward: its first projections, one that stands for both or two, and whether they are experts.
-    gate_and_up: tuple[str, ...] = GATE_AND_UP
+    # The feed-forward, dense or of experts, or in some layers this and in others that; the first projections
+    # of a dense one, two or one that stands for both.
+    mlp: type[nn.Module] | None = None
+    experts: type[nn.Module] | None = None
+    gate_and_up: tuple[str, ...] = ("gate_proj", "up_proj")
     activation: str = "act_fn"
-    experts: bool = False
     #: The dropouts of attention's output and of the feed-forward's.
     dropouts: tuple[str, ...] = ()
     forms: dict[type, type] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: Any, prefix: str, model: str = "Model", mlp: str = "MLP", **differences: Any) -> Kin:
+    def of(
+        cls,
+        module: Any,
+        prefix: str,
+        *,
+        model: str = "Model",
+        mlp: str | None = "MLP",
+        experts: str | None = None,
+        **differences: Any,
+    ) -> Kin:
         """The classes of transformers' `module`, whose names begin with `prefix`."""
-        heads = (getattr(module, prefix + "ForCausalLM"),)
         return cls(
             attention=getattr(module, prefix + "Attention"),
-            mlp=getattr(module, prefix + mlp),
             layer=getattr(module, prefix + "DecoderLayer"),
             norm=getattr(module, prefix + "RMSNorm"),
             model=getattr(module, prefix + model),
-            heads=heads,
+            causal_lm=getattr(module, prefix + "ForCausalLM"),
             rotate=module.apply_rotary_pos_emb,
+            mlp=None if mlp is None else getattr(module, prefix + mlp),
+            experts=None if experts is None else getattr(module, prefix + experts),
             **differences,
         )
 
@@ -138,7 +145,8 @@ class Attention(Form):
     def context(self, hidden_states: Tensor, given: Given) -> tuple[Tensor, Tensor | None]:
         """The heads' results side by side, and the probabilities where they are asked for."""
         query, key, value = self._heads(hidden_states)
-        query, key = self._turned(query, key, given.cos, given.sin)
+        if getattr(self, "use_rope", True):  # SmolLM3 has layers without
+            query, key = self._turned(query, key, given.cos, given.sin)
         if given.cache is not None:
             key, value = given.cache.update(key, value, self.layer_idx)
         out, weights = attention_interface.attention_forward(
@@ -232,7 +240,7 @@ class Layer(Form):
             attention_p=drops[0],
             ffn_norm=inner and (_scale(inner, dtype) or inner),
             ffn=mlp.ffn(dtype) if _is_form(mlp, kin.mlp) else None,
-            unfused=(lambda x: mlp(x)[0]) if kin.experts else mlp,
+            unfused=partial(_first, mlp),
             ffn_outer_norm=norms["ffn_outer"],
             ffn_p=drops[1],
             multiplier=getattr(self, "residual_multiplier", 1.0),
@@ -279,10 +287,10 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted)
 
 
-def _is_form(module: Any, original: type) -> bool:
+def _is_form(module: Any, original: type | None) -> bool:
     """Whether a module is the patched form of `original`, and a fused call may pass it by."""
     kin: Any = getattr(type(module), "kin", None)
-    return kin is not None and checks.intact(module, kin.forms.get(original, type(None)))
+    return kin is not None and original in kin.forms and checks.intact(module, kin.forms[original])
 
 
 def _scale(norm: Any, dtype: torch.dtype | None) -> Scale | None:
@@ -290,6 +298,12 @@ def _scale(norm: Any, dtype: torch.dtype | None) -> Scale | None:
     kin: Any = getattr(type(norm), "kin", None)
     held = None if kin is None else checks.parameters(norm, kin.forms[kin.norm], dtype)
     return None if held is None else Scale(held[0], _eps(norm), kin.offset)
+
+
+def _first(mlp: Any, x: Tensor) -> Tensor:
+    """What a feed-forward gives, without the scores that GPT-OSS's experts give too."""
+    out = mlp(x)
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
 
 def _eps(norm: Any) -> float:
@@ -348,27 +362,10 @@ def _check_layer(kin: Kin, module: Any) -> str | None:
 # what a family says
 
 
-def family(name: str, kin: Kin, *, left: dict[type, str] | None = None) -> Family:
+def family(name: str, kin: Kin) -> Family:
     """The family of these kin."""
-    forms = kin.forms
-    rules = [
-        Rule(
-            kin.layer,
-            forms[kin.layer],
-            (),
-            partial(_check_layer, kin),
-            "its halves with their norms and sums",
-        ),
-        Rule(
-            kin.attention,
-            forms[kin.attention],
-            ("linear", "rotary", "attention"),
-            partial(_check_attention, kin),
-            projections=(*kin.qkv, "o_proj"),
-        ),
-        Rule(kin.norm, forms[kin.norm], ("rms_norm",), _check_norm),
-    ]
-    if not kin.experts:
+    forms, rules = kin.forms, []
+    if kin.mlp is not None:
         fused = len(kin.gate_and_up) == 2
         rules.append(
             Rule(
@@ -376,24 +373,39 @@ def family(name: str, kin: Kin, *, left: dict[type, str] | None = None) -> Famil
                 forms[kin.mlp],
                 ("feed_forward",) if fused else ("linear",),
                 partial(_check_mlp, kin),
-                "" if fused else "two products with the gate between: one weight holds gate and up",
+                "" if fused else "two products: one weight holds gate and up",
                 projections=(*kin.gate_and_up, "down_proj"),
             )
         )
     return Family(
         name=name,
-        rules=tuple(rules),
-        children=tuple(
-            ChildRule(head, "lm_head", nn.Linear, BigmodelLinear, ("linear",)) for head in kin.heads
+        rules=(
+            Rule(
+                kin.layer,
+                forms[kin.layer],
+                (),
+                partial(_check_layer, kin),
+                "its halves with their norms and sums",
+            ),
+            Rule(
+                kin.attention,
+                forms[kin.attention],
+                ("linear", "rotary", "attention"),
+                partial(_check_attention, kin),
+                projections=(*kin.qkv, "o_proj"),
+            ),
+            Rule(kin.norm, forms[kin.norm], ("rms_norm",), _check_norm),
+            *rules,
         ),
+        children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
         losses=tuple(
-            Rule(head, forms[head], ("linear_cross_entropy",), fused_loss.check, note=fused_loss.NOTE)
-            for head in kin.heads
-            if head in forms
+            Rule(model, forms[model], ("linear_cross_entropy",), fused_loss.check, note=fused_loss.NOTE)
+            for model in (kin.causal_lm,)
+            if model in forms
         ),
         models=(kin.model,),
         mask_path=(kin.layer, kin.attention),
-        left={**({kin.mlp: EXPERTS} if kin.experts else {}), **(left or {})},
+        left={} if kin.experts is None else {kin.experts: EXPERTS},
     )
 
 

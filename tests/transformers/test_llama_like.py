@@ -1,4 +1,4 @@
-"""Decoders of Llama's kind: logits, heads, gradients and generated tokens of patched models against eager, and
+"""Decoders of Llama's kind: logits, heads, gradients, tokens of patched models against eager, and
 what is left alone.
 """
 
@@ -36,7 +36,9 @@ from bigmodel_kernels.transformers import blocks
 
 #: Those whose layers differ most from each other, for what takes long.
 DIFFERENT = ["Llama", "Qwen2", "Gemma2", "Gemma3", "Phi3", "GptOss"]
-FUSES_ITS_LOSS = [prefix for prefix in DECODERS if prefix != "GptOss"]
+#: The experts of each that has some: their loss has a part of its own.
+EXPERTS = {"Mixtral": "MixtralSparseMoeBlock", "Qwen3Moe": "Qwen3MoeSparseMoeBlock", "GptOss": "GptOssMLP"}
+FUSES_ITS_LOSS = [prefix for prefix in DECODERS if prefix not in EXPERTS]
 #: Heads beside the language model's, and their labels.
 HEADS: dict[str, dict[str, Any]] = {
     "Model": {},
@@ -183,7 +185,7 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert {row.module for row in report.left_alone} <= {
         "Embedding",
         f"{prefix}TextScaledWordEmbedding",
-        "GptOssMLP",
+        EXPERTS.get(prefix, ""),
     }
     model.generate(token_ids(), attention_mask=left_padding(), max_new_tokens=3, do_sample=False)
     assert calls == [17, 17, 1, 1, 1, 1]
@@ -430,7 +432,7 @@ def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     decoder(prefix)
-    name = {"GptOss": "gpt_oss"}.get(prefix, prefix.lower())
+    name = {"GptOss": "gpt_oss", "Qwen3Moe": "qwen3_moe"}.get(prefix, prefix.lower())
     family = importlib.import_module(f"bigmodel_kernels.transformers.families.{name}")
     for rule in (*family.FAMILY.rules, *family.FAMILY.losses):
         assert issubclass(rule.patched, rule.original) and rule.original.__name__.startswith(prefix)

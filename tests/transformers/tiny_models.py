@@ -31,6 +31,12 @@ SIZES: dict[str, Any] = {
 }
 
 
+_EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,  # all: which are chosen must not hang on rounding
+    "experts_implementation": "batched_mm",  # has float64, and compiles
+}
+
 #: Decoders of Llama's kind: the prefix of their classes, and what their config has beside Llama's. Windows
 #: are shorter than the sequences of the tests.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -58,13 +64,22 @@ DECODERS: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 3.0,
         "attention_multiplier": 0.2,
     },
+    "Olmo3": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Mixtral": {"sliding_window": 6, **_EXPERTS},
+    "Qwen3Moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+        **_EXPERTS,
+    },
     "GptOss": {
         "head_dim": 16,
         "sliding_window": 6,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "experts_implementation": "batched_mm",  # has float64, and compiles
+        **_EXPERTS,
     },
 }
 

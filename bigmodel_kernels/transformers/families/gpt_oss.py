@@ -7,7 +7,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss as hf
 from bigmodel_kernels.transformers import llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
-KIN = Kin.of(hf, "GptOss", keeps_dtype=True, sinks=True, once=True, experts=True)
+KIN = Kin.of(hf, "GptOss", keeps_dtype=True, sinks=True, once=True, mlp=None, experts="MLP")
 
 
 class BigmodelGptOssRMSNorm(llama_like.RMSNorm, hf.GptOssRMSNorm, kin=KIN):

@@ -32,6 +32,7 @@ KERNELS = [
     "linear",
     "norm",
     "philox",
+    "rotary",
 ]
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]

@@ -199,9 +199,19 @@ def readable(mask: Any) -> bool:
 
 
 def visibility(
-    query: Tensor, keys: int, mask: Tensor | None, *, is_causal: bool, position_bias: Tensor | None = None
+    query: Tensor,
+    keys: int,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    position_bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Visibility:
-    """Reads a mask (see the top of this file). `is_causal` counts only without one, as for sdpa."""
+    """Reads a mask (see the top of this file).
+
+    `is_causal` counts only without one, as for sdpa; `window`, the layer's own, only for a windowed mask that
+    was copied on the way and has lost its attribute.
+    """
     rows = query.shape[2]
     if mask is None:
         result = Visibility(keys, causal=is_causal and rows > 1)
@@ -213,9 +223,10 @@ def visibility(
     elif not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
     elif mask.dim() in (2, 3):
-        window = None
-        if mask.dim() == 3:
-            window = getattr(mask, _WINDOW, None)
+        if mask.dim() == 2:
+            window = None
+        else:
+            window = getattr(mask, _WINDOW, window)
             if window is None:
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
@@ -269,7 +280,14 @@ def attention_forward(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    seen = visibility(query, key.shape[2], attention_mask, is_causal=is_causal, position_bias=position_bias)
+    seen = visibility(
+        query,
+        key.shape[2],
+        attention_mask,
+        is_causal=is_causal,
+        position_bias=position_bias,
+        window=kwargs.get("sliding_window"),
+    )
     if seen.keys != key.shape[2]:
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     p = dropout if module.training else 0.0

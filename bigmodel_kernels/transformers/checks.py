@@ -110,6 +110,8 @@ def reason_for_activation(function: Any) -> str | None:
     if activation(function) is not None:
         return None
     name = getattr(function, "__name__", None) or type(function).__name__
+    if isinstance(function, nn.Module) and (why := reason_for_hooks(function)) is not None:
+        return f"activation {name}: {why}"
     return f"activation {name} has no kernel; known are {', '.join(sorted(set(ACTIVATIONS.values())))}"
 
 

@@ -47,12 +47,12 @@ _MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
 
 class Norms(NamedTuple):
-    """Names of a layer's norms: before and after attention, before and after the feed-forward."""
+    """A layer's norms, or their names: before and after attention, before and after the feed-forward."""
 
-    attention: str | None = "input_layernorm"
-    attention_outer: str | None = None
-    ffn: str | None = "post_attention_layernorm"
-    ffn_outer: str | None = None
+    attention: Any = "input_layernorm"
+    attention_outer: Any = None
+    ffn: Any = "post_attention_layernorm"
+    ffn_outer: Any = None
 
 
 #: Gemma 2 and 3: norms on both sides.
@@ -160,6 +160,7 @@ class Attention(Form):
             softcap=self.attn_logit_softcapping if self.kin.softcap else None,
             s_aux=self.sinks if self.kin.sinks else None,
             is_causal=given.is_causal,
+            sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             output_attentions=given.output_attentions,
         )
         return out.flatten(2), weights
@@ -230,18 +231,18 @@ class Layer(Form):
 
     def _parts(self, dtype: torch.dtype | None) -> GatedParts:
         kin, modules = self.kin, self.__dict__["_modules"]
-        norms = {place: name and modules[name] for place, name in kin.norms._asdict().items()}
-        mlp, inner = modules["mlp"], norms["ffn"]
+        norms = Norms(*(None if name is None else modules[name] for name in kin.norms))
+        mlp, inner = modules["mlp"], norms.ffn
         drops = [checks.dropout_p(modules[name]) for name in kin.dropouts] or [0.0, 0.0]
         return GatedParts(
-            attention_norm=norms["attention"],
+            attention_norm=norms.attention,
             attention_out=blocks.part(modules["self_attn"].o_proj, nn.Linear, dtype),
-            attention_outer_norm=norms["attention_outer"],
+            attention_outer_norm=norms.attention_outer,
             attention_p=drops[0],
-            ffn_norm=inner and (_scale(inner, dtype) or inner),
+            ffn_norm=None if inner is None else _scale(inner, dtype) or inner,
             ffn=mlp.ffn(dtype) if _is_form(mlp, kin.mlp) else None,
             unfused=partial(_first, mlp),
-            ffn_outer_norm=norms["ffn_outer"],
+            ffn_outer_norm=norms.ffn_outer,
             ffn_p=drops[1],
             multiplier=getattr(self, "residual_multiplier", 1.0),
         )
@@ -270,7 +271,7 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     """The arguments of a layer or of its attention; None if its own code has to read them."""
     positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
     cache = kwargs.get("cache")
-    cache = kwargs.get("past_key_values") if cache is None else cache  # its name before transformers 5.20
+    cache = kwargs.get("past_key_values") if cache is None else cache  # its older name
     if (
         args
         or not isinstance(positions, (tuple, list))

@@ -18,6 +18,7 @@ from tiny_models import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
+    build,
     decoder,
     eager_of,
     float64_of,
@@ -496,7 +497,7 @@ CHANGES: list[tuple[Any, str, str]] = [
     (hook_attention, "model.layers.0.self_attn", "hook"),
     (hook_a_norm, "model.layers.0.post_attention_layernorm", "hook"),
     (replace_the_forward_of_a_norm, "model.layers.1.input_layernorm", "forward is replaced"),
-    (replace_the_forward_of_an_activation, "model.layers.1.mlp", "activation"),
+    (replace_the_forward_of_an_activation, "model.layers.1.mlp", "forward is replaced"),
     (hook_a_layer, "model.layers.1", "hook"),
 ]
 
@@ -589,6 +590,55 @@ def test_the_attention_of_the_ecosystem(prefix: str) -> None:
     model.set_attn_implementation("bigmodel")
     with torch.no_grad():
         assert_as_near(*(m(ids).logits for m in (model, eager, reference)))
+
+
+def test_a_windowed_mask_that_was_copied_on_the_way() -> None:
+    """Its window rides along as an attribute; without it the layer's own counts."""
+    model = decoder("Mistral")
+    reference = float64_of(model)
+    bk.patch(model)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda m, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+            with_kwargs=True,
+        )
+    ids = token_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits.double(), reference(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Llava", "Gemma3"])
+def test_within_a_model_that_sees_images(kind: str) -> None:
+    """Its masks come from around the text model."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"image_size": 16, "patch_size": 8}
+    if kind == "Llava":
+        text = decoder("Llama").config
+        vision = transformers.CLIPVisionConfig(**sizes)
+        config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=7)
+    else:
+        text = decoder("Gemma3").config
+        vision = transformers.SiglipVisionConfig(**sizes)
+        tokens = {
+            "mm_tokens_per_image": 4,
+            "image_token_index": 7,
+            "boi_token_index": 8,
+            "eoi_token_index": 9,
+        }
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    model = build(getattr(transformers, f"{kind}ForConditionalGeneration"), config)
+    eager, reference = eager_of(model), copy.deepcopy(model).double()
+    report = bk.patch(model)
+    assert sum(row.module.endswith("DecoderLayer") for row in report.patched) == 2
+    ids, pixels = token_ids(1).clamp(min=10), torch.randn(1, 3, 16, 16)
+    ids[0, 3:7] = 7
+    kinds = {"token_type_ids": (ids == 7).long()} if kind == "Gemma3" else {}
+    with torch.no_grad():
+        outputs = [m(input_ids=ids, pixel_values=pixels, **kinds).logits for m in (model, eager)]
+        assert_as_near(*outputs, reference(input_ids=ids, pixel_values=pixels.double(), **kinds).logits)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pixel_values": pixels, **kinds}
+    assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_generate(prefix: str, kind: str) -> None:
             torch.manual_seed(5)
             made.append(
                 network.generate(
-                    ids, attention_mask=mask, max_new_tokens=10, pad_token_id=0, **GENERATION[kind]
+                    ids, attention_mask=mask, max_new_tokens=7, pad_token_id=0, **GENERATION[kind]
                 )
             )
         assert torch.equal(*made)
@@ -255,6 +255,7 @@ def test_hidden_states_and_attentions(prefix: str) -> None:
         {"output_hidden_states": True, "output_attentions": True},
     ):
         model = decoder(prefix, **without_window(prefix))
+        torch.manual_seed(1)
         mask = right_padding()
         outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
         assert "hidden_states.2" in outputs[0]
@@ -366,8 +367,17 @@ def test_dropout() -> None:
     assert (mean - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prefix", DIFFERENT)
+@pytest.mark.parametrize(
+    ("prefix", "padded"),
+    [
+        ("Llama", False),
+        ("Qwen2", True),
+        ("Gemma2", False),
+        ("Gemma3", True),
+        ("Phi3", True),
+        ("GptOss", True),
+    ],
+)
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
     model = decoder(prefix)
     eager, reference = eager_of(model), float64_of(model)
@@ -382,9 +392,8 @@ def test_compile_fullgraph(prefix: str, padded: bool) -> None:
         assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
 
 
-@pytest.mark.parametrize("prefix", ["Llama", "Gemma3"])
-def test_compile_fullgraph_of_decoding_with_a_static_cache(prefix: str) -> None:
-    model = decoder(prefix)
+def test_compile_fullgraph_of_decoding_with_a_static_cache() -> None:
+    model = decoder("Gemma3")
     eager = eager_of(model)
     bk.patch(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -24,7 +24,7 @@ test: $(VENV)/.dev bigmodel_kernels/.built
 test-all: $(VENV)/.dev bigmodel_kernels/.built
 	$(BIN)/python -m pytest -n 2 tests
 
-# The AVX-512 kernels on any AVX2 CPU, through SIMD Everywhere's headers (Debian: libsimde-dev); restores the usual build after.
+# The AVX-512 and AMX kernels on any AVX2 CPU, through SIMD Everywhere's headers (Debian: libsimde-dev); restores the usual build after.
 test-isa: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" BIGMODEL_EMULATE_AVX512=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pytest -n 2 tests/csrc; status=$$?; \

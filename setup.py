@@ -2,7 +2,7 @@
 
 The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and
 every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
-test build whose AVX-512 objects run on any AVX2 CPU through the SIMD Everywhere headers; BIGMODEL_CUDA=1
+test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers; BIGMODEL_CUDA=1
 or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc is on PATH); CXX
 names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
@@ -37,7 +37,8 @@ KERNELS = [
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "feed_forward", "linear"]
+TILE_UNIT_KERNELS = ["activations", "cross_entropy", "feed_forward", "linear"]
+TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -163,13 +164,11 @@ class BuildWithNinja(build_ext):
         add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
         for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
             amx = isa == "amx"
-            if emulate and amx:
-                continue  # nothing emulates its registers
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
             named.append(f"-DBIGMODEL_AMX={int(amx)}")
-            kernels, backward = (TILE_UNIT_KERNELS, []) if amx else (KERNELS, BACKWARD)
+            kernels, backward = (TILE_UNIT_KERNELS, TILE_UNIT_BACKWARD) if amx else (KERNELS, BACKWARD)
             sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
             sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
             add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})

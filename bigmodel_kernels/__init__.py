@@ -5,6 +5,7 @@ GPU.
     report = bk.patch(model)                       # a transformers model, replaced layer by layer
     out = bk.attention(query, key, value, is_causal=True)
     print(bk.explain("attention", query, key, value))
+    with bk.sdpa(): ...                            # torch's scaled_dot_product_attention on these kernels
 
 Importing this package loads no kernel, no Triton and no transformers, and needs no GPU.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bigmodel_kernels.backends import BackendError, Explanation, explain
+from bigmodel_kernels.compat.sdpa import activate_sdpa, deactivate_sdpa, sdpa, sdpa_reason
 from bigmodel_kernels.ops.attention import attention
 from bigmodel_kernels.ops.attention.decode import attention_decode
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
@@ -33,8 +35,10 @@ __all__ = [
     "BackendError",
     "Explanation",
     "PatchReport",
+    "activate_sdpa",
     "attention",
     "attention_decode",
+    "deactivate_sdpa",
     "embedding",
     "explain",
     "feed_forward",
@@ -45,6 +49,8 @@ __all__ = [
     "patched",
     "rms_norm",
     "rotary",
+    "sdpa",
+    "sdpa_reason",
     "unpatch",
 ]
 

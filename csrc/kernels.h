@@ -25,7 +25,7 @@ struct Runtime {
 // One slot per use that may be alive at the same time on one thread.
 enum ScratchSlot : int { scratch_a, scratch_c, scratch_hidden, scratch_shared, scratch_key, scratch_value, scratch_query,
                          scratch_scores, scratch_output, scratch_statistics, scratch_keep,
-                         scratch_gate, scratch_right, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias, scratch_logits,
+                         scratch_gate, scratch_right, scratch_parts, scratch_packed, scratch_packed_out, scratch_packed_gate, scratch_grad, scratch_grad_hidden, scratch_sums, scratch_bias, scratch_logits,
                          scratch_slots };
 
 // A packed weight: this header, then panels of `panel` columns, each [k][panel] (see gemm/gemm.h).

@@ -24,9 +24,7 @@ namespace bigmodel {
 
 #define BIGMODEL_DECLARE_TABLE(isa) namespace isa { extern const KernelTable table; }
 #if defined(BIGMODEL_X86)
-#if !defined(BIGMODEL_EMULATE_AVX512)
 BIGMODEL_DECLARE_TABLE(amx)
-#endif
 BIGMODEL_DECLARE_TABLE(avx512_bf16)
 BIGMODEL_DECLARE_TABLE(avx512)
 BIGMODEL_DECLARE_TABLE(avx2)
@@ -62,7 +60,8 @@ const std::vector<Isa>& instruction_sets() {  // best first
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(BIGMODEL_EMULATE_AVX512)  // a test build: the AVX-512 objects run on any AVX2 CPU, and never by default
+#if defined(BIGMODEL_EMULATE_AVX512)  // a test build: the AVX-512 and AMX objects run on any AVX2 CPU, and never by default
+    all.push_back({&amx::table, avx2});
     all.push_back({&avx512_bf16::table, avx2});
     all.push_back({&avx512::table, avx2});
 #else
@@ -97,7 +96,7 @@ const KernelTable* default_isa() {
   }
   for (const Isa& isa : instruction_sets()) {
 #if defined(BIGMODEL_EMULATE_AVX512)
-    if (std::string(isa.table->isa).starts_with("avx512")) continue;
+    if (isa.table->panel > avx2::table.panel) continue;
 #endif
     if (isa.supported) return isa.table;
   }

@@ -83,14 +83,26 @@ def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(0, 2**62, (), device=device) if dropout_p else None
 
 
+def implementation(name: str) -> Callable[..., Any]:
+    """What the operator runs, with its checks, for a caller below autograd and autocast."""
+    return _IMPLEMENTATIONS[name]
+
+
 def _nobody_listens(device_type: str) -> bool:
     return (
         device_type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
+        and unobserved()
         and torch._C._len_torch_function_stack() == 0
+        and not torch.is_autocast_enabled(device_type)
+    )
+
+
+def unobserved() -> bool:
+    """No dispatch mode, function transform or jit.trace is there to see which operators run."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
-        and not torch.is_autocast_enabled(device_type)
     )
 
 

@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(BIGMODEL_SIMDE)
+#include "amx_emulated.h"
+#endif
+
 namespace bigmodel::BIGMODEL_ISA {
 
 // The unit is set up while this lives, in this thread: whole registers.

@@ -19,6 +19,7 @@ constexpr int64_t logits_bytes = int64_t(96) << 20, most_rows = 1024;
 // The chunk's rows of x, which need not lie side by side.
 template <class T>
 struct Gathered {
+  static constexpr int parts = parts_of_stored<T>;
   const T* x;
   int64_t stride;
   const int64_t* row;
@@ -192,13 +193,13 @@ struct CrossEntropy {
     };
     if (x_sum) {
       const Stored<T> stored = {weight + begin * k, k};
-      product(runtime, {as_rows(d), false}, rows, {as_rows(stored), false}, k, size, nullptr, 0,
+      product(runtime, {as_rows(d, parts_enough_for<T>), false}, rows, {as_rows(stored), false}, k, size, nullptr, 0,
               [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
                 put(c_part, c_stride, here, count, x_sum + row * k + column, k, block > 0);
               });
     }
     if (weight_sum)
-      product(runtime, {as_rows(d), true}, size, {x, false}, k, rows, nullptr, 0,
+      product(runtime, {as_rows(d, parts_enough_for<T>), true}, size, {x, false}, k, rows, nullptr, 0,
               [&](int64_t row, int64_t here, int64_t column, int64_t count, const float* c_part, int64_t c_stride) {
                 put(c_part, c_stride, here, count, weight_sum + (begin + row) * k + column, k, c > 0);
               });

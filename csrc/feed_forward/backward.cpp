@@ -59,6 +59,8 @@ struct FeedForwardBackward {
   // dz, and beside it dg: one matrix, so that they are one operand.
   const int64_t inner_stride = gated ? 2 * inner : inner;
 
+  static constexpr int enough = parts_enough_for<T>;   // of what is computed, not stored
+
   static T* out(void* p) { return static_cast<T*>(p); }
 
   // A group of columns of dh = da W_out^T to dz and dg, and into the row block's sums.
@@ -108,7 +110,7 @@ struct FeedForwardBackward {
     }
     const Stored<float> made = {da, columns};
     const Stored<T> given = {static_cast<const T*>(args.grad), columns};
-    const Rows tail_grad = da ? as_rows(made) : as_rows(given);
+    const Rows tail_grad = da ? as_rows(made, enough) : as_rows(given);
 
     // 2
     float* dz = nullptr;
@@ -127,7 +129,7 @@ struct FeedForwardBackward {
     // 3
     if (args.w_out_grad) {
       const Hidden<T> h = {z, g, inner, args.activation};
-      weight_gradient(runtime, args.layout, as_rows(h), inner, tail_grad, columns, rows, out(args.w_out_grad));
+      weight_gradient(runtime, args.layout, as_rows(h, enough), inner, tail_grad, columns, rows, out(args.w_out_grad));
     }
     // 4
     if (args.x_grad || (pre && (args.norm_weight_grad || args.norm_bias_grad))) {
@@ -137,10 +139,10 @@ struct FeedForwardBackward {
       const Weights<T> weights = {both, inner_of, gated ? 2 : 1, hidden, args.layout};
       if (pre) {
         float* normed_grad = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * hidden) * sizeof(float)));
-        product_into(runtime, {as_rows(operand), false}, rows, weights.transpose(), hidden, inner_stride, normed_grad);
+        product_into(runtime, {as_rows(operand, enough), false}, rows, weights.transpose(), hidden, inner_stride, normed_grad);
         norm_before(normed_grad);
       } else {
-        product_into(runtime, {as_rows(operand), false}, rows, weights.transpose(), hidden, inner_stride, out(args.x_grad));
+        product_into(runtime, {as_rows(operand, enough), false}, rows, weights.transpose(), hidden, inner_stride, out(args.x_grad));
       }
     }
     // 5
@@ -148,11 +150,11 @@ struct FeedForwardBackward {
     const RowStatistics* statistics = pre ? row_statistics_of_x() : nullptr;
     const Stored<T> plain = {static_cast<const T*>(args.x), hidden};
     const Normalised<T> normalised = {static_cast<const T*>(args.x), hidden, args.norm, statistics};
-    const Rows x = pre ? as_rows(normalised) : as_rows(plain);
+    const Rows x = pre ? as_rows(normalised, enough) : as_rows(plain);
     for (int part = 0; part < 2; part++) {
       T* target = out(part ? args.w_gate_grad : args.w_in_grad);
       const Stored<float> grad = {dz + part * inner, inner_stride};
-      if (target) weight_gradient(runtime, args.layout, x, hidden, as_rows(grad), inner, rows, target);
+      if (target) weight_gradient(runtime, args.layout, x, hidden, as_rows(grad, enough), inner, rows, target);
     }
   }
 

@@ -44,7 +44,9 @@ BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Rows of a packed tile, by its elements: the tile unit takes two of its registers' rows of pairs at a time.
 #if BIGMODEL_AMX
 inline constexpr int64_t unit_steps = 16, unit_rows = 16;
+template <int count> struct Parts;  // of float32, see split.h
 template <class A> inline constexpr int rows_of = __is_same(A, uint32_t) ? 2 * unit_rows : tile_rows;
+template <int count> inline constexpr int rows_of<Parts<count>> = 2 * unit_rows;
 #else
 template <class A> inline constexpr int rows_of = tile_rows;
 #endif
@@ -145,6 +147,24 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 }
 
 #if BIGMODEL_AMX
+// The unit's sums, registers 0 and 1 and, if there are two rows of tiles, 2 and 3, to C.
+template <bool both>
+static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate) {
+  alignas(64) float sums[4][unit_rows][16];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  if constexpr (both) {
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int v = 0; v < 2; v++) {
+      const F32 total = F32::load(sums[r / unit_rows * 2 + v][r % unit_rows]);
+      float* target = c + r * c_stride + v * F32::width;
+      (accumulate ? F32::load(target) + total : total).store(target);
+    }
+}
+
 // The same by the tile unit, 16 steps (32 of k) at a time. A packed tile is then [block of 16 steps][32 rows][16], and only what is left of
 // its depth is [step][32 rows].
 //
@@ -174,19 +194,7 @@ static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, co
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  alignas(64) float sums[4][unit_rows][16];
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  if constexpr (both) {
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-  }
-  for (int64_t r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++) {
-      const F32 total = F32::load(sums[r / unit_rows * 2 + v][r % unit_rows]);
-      float* target = c + r * c_stride + v * F32::width;
-      (accumulate ? F32::load(target) + total : total).store(target);
-    }
+  add_tiles<both>(rows, c, c_stride, accumulate);
 }
 
 // A packed tile of pairs, of any number of rows up to 32.

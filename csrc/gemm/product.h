@@ -18,24 +18,34 @@
 // normalised row from its input, while they are packed, and neither is ever stored.
 #pragma once
 #include "cut.h"
+#if BIGMODEL_AMX
+#include "split.h"
+#endif
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// A matrix known by its rows: get returns n floats, columns [column, column + n) of a row, in `buffer` where they had to be made.
+// A matrix known by its rows: get returns n floats, columns [column, column + n) of a row, in `buffer` where they had to be made. `parts`
+// says how many bits of them count, 8 for each (see split.h).
 struct Rows {
   const void* of;
   const float* (*get)(const void* of, int64_t row, int64_t column, int64_t n, float* buffer);
+  int parts;
 };
+// Those of stored numbers, and those that are enough for results of type T.
+template <class T> inline constexpr int parts_of_stored = sizeof(T) == sizeof(float) ? 3 : __is_same(T, bf16) ? 1 : 2;
+template <class T> inline constexpr int parts_enough_for = sizeof(T) == sizeof(float) ? 3 : 2;
+
 template <class Source>
-static Rows as_rows(const Source& source) {
+static Rows as_rows(const Source& source, int parts = Source::parts) {
   return {&source, [](const void* of, int64_t row, int64_t column, int64_t n, float* buffer) {
             return static_cast<const Source*>(of)->get(row, column, n, buffer);
-          }};
+          }, parts};
 }
 
 // A matrix in memory.
 template <class T>
 struct Stored {
+  static constexpr int parts = parts_of_stored<T>;
   const T* data;
   int64_t stride;
   const float* get(int64_t row, int64_t column, int64_t n, float* buffer) const {
@@ -46,6 +56,7 @@ struct Stored {
 };
 template <>
 struct Stored<float> {
+  static constexpr int parts = parts_of_stored<float>;
   const float* data;
   int64_t stride;
   const float* get(int64_t row, int64_t column, int64_t, float*) const { return data + row * stride + column; }
@@ -80,6 +91,38 @@ BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int64_t n, int c
     for (int i = 0; i < count_out; i++) out[k * out_stride + i] = rows[i][k];
 }
 
+// ---- how a product multiplies ----
+
+template <class Step> inline constexpr bool splits = false;
+template <class A> inline constexpr bool is_parts = false;
+#if BIGMODEL_AMX
+template <int of_a, int of_b> inline constexpr bool splits<Split<of_a, of_b>> = true;
+template <int count> inline constexpr bool is_parts<Parts<count>> = true;
+inline constexpr int64_t fewest_split_rows = 64;   // with fewer, splitting the right side takes longer than is won
+#endif
+
+// body(Step{}) with the step for m rows, and numbers of so many parts.
+template <class Body>
+static void with_float_step([[maybe_unused]] int64_t m, [[maybe_unused]] int of_a, [[maybe_unused]] int of_b, const Body& body) {
+#if BIGMODEL_AMX
+  if (m >= fewest_split_rows) {
+    if (of_a == 3 || of_b == 3) return body(Split<3, 3>{});
+    if (of_a == 2) return of_b == 2 ? body(Split<2, 2>{}) : body(Split<2, 1>{});
+    return of_b == 2 ? body(Split<1, 2>{}) : body(Split<1, 1>{});
+  }
+#endif
+  body(Widen<float>{});
+}
+
+// What k columns are in steps.
+template <class Step>
+static int64_t steps_of(int64_t k) {
+#if BIGMODEL_AMX
+  if constexpr (splits<Step>) return round_up(k, split_depth);
+#endif
+  return ceil_div(k, Step::k_per_step);
+}
+
 // ---- the left side ----
 
 // a (m x steps) packed for all tasks: [depth block][tile][step][rows_of].
@@ -87,13 +130,19 @@ template <class A>
 struct Left {
   A* packed;
   int64_t m, steps;
+  uint8_t* marks = nullptr;  // of split tiles [depth block][tile]: 1 where not all numbers have parts
   static constexpr int64_t tile_rows = rows_of<A>;
   Left(A* packed, int64_t m, int64_t steps) : packed(packed), m(m), steps(steps) {}
   // In the calling thread's scratch.
-  Left(const Runtime& runtime, int slot, int64_t m, int64_t steps)
-      : Left(static_cast<A*>(runtime.scratch(slot, size_t(round_up(m, tile_rows) * steps + F32::width) * sizeof(A))), m, steps) {}
+  Left(const Runtime& runtime, int slot, int64_t m, int64_t steps) : m(m), steps(steps) {
+    const size_t bytes = size_t(round_up(m, tile_rows) * steps + F32::width) * sizeof(A);
+    const size_t marked = is_parts<A> ? size_t(ceil_div(steps, depth_block) * ceil_div(m, tile_rows)) : 0;
+    packed = static_cast<A*>(runtime.scratch(slot, bytes + marked));
+    if (is_parts<A>) marks = static_cast<uint8_t*>(memset(reinterpret_cast<char*>(packed) + bytes, 0, marked));
+  }
   int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
   A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * tile_rows; }
+  uint8_t& mark(int64_t begin, int64_t tile) const { return marks[begin / depth_block * ceil_div(m, tile_rows) + tile]; }
 };
 
 // A tile of `rows` rows, which source(row) points at, `depth` steps of each.
@@ -144,8 +193,8 @@ static void pack_blocks(const Runtime& runtime, const Left<A>& left, bool down, 
   for (int64_t task = 0; task < blocks * depths; task++) one(task);
 }
 
-// Rows [first, first + left.m) of a.
-static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t first, const Left<float>& left) {
+// Rows [first, first + left.m) of a, of k columns.
+static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t, const Left<float>& left) {
   pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, float* target) {
     if (a.transposed) return pack_tiles_transposed(a.rows, first + row, rows, begin, depth, target);
     alignas(64) float buffer[8 * depth_block];
@@ -154,6 +203,38 @@ static inline void pack_left(const Runtime& runtime, const Operand& a, int64_t f
                 smaller(tile_rows, rows - r), depth, target + r * depth);
   });
 }
+
+#if BIGMODEL_AMX
+// A row's columns from `begin` into its tile, and its mark if need be: several tasks may have parts of one depth block.
+template <int count>
+static void split_row_left(const Left<Parts<count>>& left, int64_t row, int64_t begin, int64_t from, int64_t n, const float* x) {
+  const int64_t tile = row / left.tile_rows;
+  if (!split_row(x, n, left.at(begin, tile) + from * left.tile_rows, row % left.tile_rows)) __atomic_store_n(&left.mark(begin, tile), 1, __ATOMIC_RELAXED);
+}
+
+template <int count>
+static void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t k, const Left<Parts<count>>& left) {
+  pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t, Parts<count>*) {
+    const int64_t depth = smaller(depth_block, k - begin);
+    if (!a.transposed) {
+      alignas(64) float buffer[depth_block];
+      for (int64_t r = row; r < row + rows; r++) split_row_left(left, r, begin, 0, depth, a.rows.get(a.rows.of, first + r, begin, depth, buffer));
+      return;
+    }
+    alignas(64) static constexpr float zeros[row_block] = {};
+    alignas(64) float buffer[8][row_block], columns[row_block][split_depth];
+    for (int64_t step = 0; step < depth; step += split_depth) {
+      for (int64_t at = 0; at < split_depth; at += 8) {
+        const float* sources[8];
+        for (int64_t i = 0; i < 8; i++)
+          sources[i] = step + at + i < depth ? a.rows.get(a.rows.of, begin + step + at + i, first + row, rows, buffer[i]) : zeros;
+        transpose_rows(sources, rows, 8, columns[0] + at, split_depth);
+      }
+      for (int64_t r = 0; r < rows; r++) split_row_left(left, row + r, begin, step, split_depth, columns[r]);
+    }
+  });
+}
+#endif
 
 // Columns [column, column + columns) of `rows` rows of float32, as they come out of a product, for the next one's left side; `row` is a
 // multiple of a tile's rows, `column` of a step's elements.
@@ -165,9 +246,13 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
     const int64_t here = smaller(columns - done, (begin + depth - step) * Step::k_per_step);
     for (int64_t r = 0; r < rows; r += tile_rows) {
       const float* source = x + r * x_stride + done;
-      auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * tile_rows;
-      if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
-      else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
+      if constexpr (splits<Step>) {
+        for (int64_t i = 0; i < smaller(tile_rows, rows - r); i++) split_row_left(left, row + r + i, begin, step - begin, here, source + i * x_stride);
+      } else {
+        auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * tile_rows;
+        if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
+        else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
+      }
     }
     done += here;
   }
@@ -178,7 +263,8 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
 template <class B>
 struct Panels {
   const B* first;
-  int64_t stride;   // from panel to panel
+  int64_t stride;        // from panel to panel
+  bool marked = false;   // split ones: not all numbers have parts
 };
 
 // A packed weight: panels `steps` deep.
@@ -231,6 +317,25 @@ struct RowsRight {
   }
 };
 
+#if BIGMODEL_AMX
+// Either of them, k deep, split by each task for its own chunk.
+template <int of_b, class Right>
+struct SplitRight {
+  static constexpr bool packed = false;
+  static constexpr int64_t most_units = 4;
+  const Right& right;
+  int64_t k;
+  Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
+    const int64_t there = smaller(depth, k - begin), stride = depth * panel;
+    const auto whole = right.chunk(runtime, panel_index, count, begin, there);
+    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * depth_block) * sizeof(Parts<of_b>)));
+    bool marked = false;
+    for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
+    return {parts, stride, marked};
+  }
+};
+#endif
+
 // ---- the product ----
 
 // How far ahead of the product with a single tile its weight is asked for, in bytes: beyond the hardware's own prefetch, which stops at each
@@ -249,15 +354,20 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
   // Libraries multiply few rows by kernels of their own, whose sums are short; so are these, and reading the weight hides the additions.
-  const int64_t chain = m > 1 && m <= 2 * tile_rows && Step::k_per_step == 1 ? depth_block / 4 : depth_block;
+  const int64_t chain = m > 1 && m <= 2 * tile_rows && Step::k_per_step == 1 && !splits<Step> ? depth_block / 4 : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
-  auto one = [&](int64_t begin, const B* b, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
+  auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
     const int64_t depth = left.depth(begin), count = last - tile, row_bytes = panel * int64_t(sizeof(B)), bytes = next ? ceil_div(row_bytes, count) : 0;
     for (int64_t i = 0; i < count; i++) {
-      const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b);
-      for (int64_t d = 0; d < depth; d += chain)
-        multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), PackedTile<Step>{left.at(begin, tile + i) + d * tile_rows},
-                            b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, Ahead{from + d * bytes, bytes});
+      if constexpr (splits<Step>) {
+        multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
+                       c + i * tile_rows * c_stride, c_stride, begin > 0);
+      } else {
+        const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b);
+        for (int64_t d = 0; d < depth; d += chain)
+          multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), PackedTile<Step>{left.at(begin, tile + i) + d * tile_rows},
+                              b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, Ahead{from + d * bytes, bytes});
+      }
     }
   };
   auto chunk_of = [&](const auto& piece, int64_t first_panel, int64_t panels) {
@@ -271,7 +381,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
         for (int64_t begin = 0; begin < larger(1, steps); begin += depth_block) {
           const B* b = right.chunk(runtime, first_panel + p, 1, begin, left.depth(begin)).first;
           const bool ask = rows > 1 || sizeof(B) < sizeof(float);
-          one(begin, b, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + stream_ahead / sizeof(B) : nullptr);
+          one(begin, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + stream_ahead / sizeof(B) : nullptr);
         }
       return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
     }
@@ -283,7 +393,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
         for (int64_t p = 0; p < panels; p++) {
           const B* b = chunk.first + p * chunk.stride;
-          one(begin, b, tile, last, c_block + p * panel, c_stride, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
+          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
         }
         if (begin + depth_block < steps) continue;
         const int64_t row = tile * tile_rows;
@@ -305,19 +415,38 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
 // Rows that a long product takes at a time, so that the packed ones take 16 MB or little more.
 static inline int64_t rows_together(int64_t steps) { return larger(2, (4 << 20) / larger(1, steps) / row_block) * row_block; }
 
+#if BIGMODEL_AMX
+template <int of_a, int of_b, class Right, class Finish>
+static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, const Left<Parts<of_a>>& left, const Right& right, int64_t n, int64_t k, float* direct,
+                                   int64_t direct_stride, const Finish& finish) {
+  multiply_columns<Split<of_a, of_b>>(runtime, left, SplitRight<of_b, Right>{right, k}, n, direct, direct_stride, finish);
+}
+#endif
+
+// The same with a right side k deep that has to be split if the left one is.
+template <class Step, class Right, class Finish>
+static void multiply_unsplit(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, [[maybe_unused]] int64_t k, float* direct,
+                             int64_t direct_stride, const Finish& finish) {
+  if constexpr (splits<Step>) multiply_split_columns(Step{}, runtime, left, right, n, k, direct, direct_stride, finish);
+  else multiply_columns<Step>(runtime, left, right, n, direct, direct_stride, finish);
+}
+
 // C (m x n) = a b, k deep, neither of them packed; `row` of `finish` counts from a's first.
 template <class Finish>
 static void product(const Runtime& runtime, const Operand& a, int64_t m, const Operand& b, int64_t n, int64_t k, float* direct, int64_t direct_stride,
                     const Finish& finish) {
   const int64_t together = rows_together(k);
-  for (int64_t first = 0; first < m; first += together) {
-    const Left<float> left(runtime, scratch_a, smaller(together, m - first), k);
-    pack_left(runtime, a, first, left);
-    multiply_columns<Widen<float>>(runtime, left, RowsRight{b, n}, n, direct ? direct + first * direct_stride : nullptr, direct_stride,
-                                   [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
-                                     finish(first + row, rows, column, columns, c, c_stride);
-                                   });
-  }
+  with_float_step(m, a.rows.parts, b.rows.parts, [&](auto step) {
+    using Step = decltype(step);
+    for (int64_t first = 0; first < m; first += together) {
+      const Left<typename Step::A> left(runtime, scratch_a, smaller(together, m - first), steps_of<Step>(k));
+      pack_left(runtime, a, first, k, left);
+      multiply_unsplit<Step>(runtime, left, RowsRight{b, n}, n, k, direct ? direct + first * direct_stride : nullptr, direct_stride,
+                             [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
+                               finish(first + row, rows, column, columns, c, c_stride);
+                            });
+    }
+  });
 }
 
 // C to memory, rounded once: direct where it can lie as it is.

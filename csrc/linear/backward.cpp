@@ -38,14 +38,14 @@ void linear_backward(const Runtime& runtime, const LinearBackwardArgs& args) {
 
     if (args.x_grad) {
       const Weights<T> weight = {args.weight, args.weight_n, args.weights, k, args.layout};
-      product_into(runtime, {dz ? as_rows(made) : as_rows(given), false}, rows, weight.transpose(), k, n, static_cast<T*>(args.x_grad));
+      product_into(runtime, {dz ? as_rows(made, parts_enough_for<T>) : as_rows(given), false}, rows, weight.transpose(), k, n, static_cast<T*>(args.x_grad));
     }
     const Stored<T> x = {static_cast<const T*>(args.x), k};
     for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++]) {
       if (!args.weight_grad[i]) continue;
       const Stored<float> made_part = {offset<float>(dz, column), n};
       const Stored<T> given_part = {grad + column, n};
-      weight_gradient(runtime, args.layout, as_rows(x), k, dz ? as_rows(made_part) : as_rows(given_part), args.weight_n[i], rows,
+      weight_gradient(runtime, args.layout, as_rows(x), k, dz ? as_rows(made_part, parts_enough_for<T>) : as_rows(given_part), args.weight_n[i], rows,
                       static_cast<T*>(args.weight_grad[i]));
     }
   });

@@ -51,23 +51,26 @@ void linear(const Runtime& runtime, const LinearArgs& args) {
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
     T* out = static_cast<T*>(args.out);
-    const int64_t steps = steps_of<T>(k), together = rows_together(steps);
-    for (int64_t first = 0; first < args.rows; first += together) {
-      const LeftOf<T> left(runtime, scratch_a, smaller(together, args.rows - first), steps);
-      pack_rows_left<T>(runtime, static_cast<const T*>(args.x) + first * k, k, left);
-      // The norm needs whole rows, which no task has: it follows as a pass of its own.
-      float* sums = args.has_norm ? static_cast<float*>(runtime.scratch(scratch_shared, size_t(left.m * n_padded) * sizeof(float))) : nullptr;
-      multiply_weight<T>(runtime, left, args.weight, sums, n_padded, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
-        const int64_t at = first + row;
-        const Epilogue<T> epilogue = {.bias = static_cast<const T*>(args.bias), .activation = args.activation,
-                                      .preactivation = offset<T>(args.preactivation, at * n),
-                                      .dropout = args.dropout.enabled ? &args.dropout : nullptr, .first_row = at,
-                                      .residual = offset<T>(args.residual, at * n), .prenorm = offset<T>(args.prenorm, at * n),
-                                      .out = args.has_norm ? nullptr : out + at * n, .columns = n};
-        finish_columns(epilogue, rows, column, columns, c, c_stride);
-      });
-      if (args.has_norm) norm_rows(runtime, sums, n_padded, left.m, n, args.norm, out + first * n);
-    }
+    with_step<T>(args.rows, [&](auto step) {
+      using Step = decltype(step);
+      const int64_t steps = steps_of<Step>(k), together = rows_together(steps);
+      for (int64_t first = 0; first < args.rows; first += together) {
+        const Left<typename Step::A> left(runtime, scratch_a, smaller(together, args.rows - first), steps);
+        pack_rows_left<Step>(runtime, static_cast<const T*>(args.x) + first * k, k, left);
+        // The norm needs whole rows, which no task has: it follows as a pass of its own.
+        float* sums = args.has_norm ? static_cast<float*>(runtime.scratch(scratch_shared, size_t(left.m * n_padded) * sizeof(float))) : nullptr;
+        multiply_weight<T, Step>(runtime, left, args.weight, sums, n_padded, [&](int64_t row, int64_t rows, int64_t column, int64_t columns, float* c, int64_t c_stride) {
+          const int64_t at = first + row;
+          const Epilogue<T> epilogue = {.bias = static_cast<const T*>(args.bias), .activation = args.activation,
+                                        .preactivation = offset<T>(args.preactivation, at * n),
+                                        .dropout = args.dropout.enabled ? &args.dropout : nullptr, .first_row = at,
+                                        .residual = offset<T>(args.residual, at * n), .prenorm = offset<T>(args.prenorm, at * n),
+                                        .out = args.has_norm ? nullptr : out + at * n, .columns = n};
+          finish_columns(epilogue, rows, column, columns, c, c_stride);
+        });
+        if (args.has_norm) norm_rows(runtime, sums, n_padded, left.m, n, args.norm, out + first * n);
+      }
+    });
   });
 }
 

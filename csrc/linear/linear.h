@@ -65,7 +65,7 @@ static void finish_columns(const Epilogue<T>& e, int64_t rows, int64_t column, i
 
 // ---- the product with a weight ----
 
-// How weights of storage type T multiply: the packing (cpu.cpp's `pack`) and the product agree on this.
+// How packed weights of storage type T lie: cpu.cpp's `pack` and the product agree on this.
 template <class T>
 struct StepOf { using Type = Widen<T>; };
 #if BIGMODEL_BF16_DOT
@@ -73,18 +73,24 @@ template <>
 struct StepOf<bf16> { using Type = Pairs; };
 #endif
 
-template <class T>
-static int64_t steps_of(int64_t k) { return ceil_div(k, StepOf<T>::Type::k_per_step); }
-
-template <class T>
-using LeftOf = Left<typename StepOf<T>::Type::A>;
+// body(Step{}) with the step for m rows of type T, and results of it.
+template <class T, class Body>
+static void with_step(int64_t m, const Body& body) {
+  using Packed = typename StepOf<T>::Type;
+#if BIGMODEL_AMX
+  constexpr int parts = parts_enough_for<T>;
+  if constexpr (Packed::k_per_step == 1)
+    if (m >= fewest_split_rows) return body(Split<parts, parts>{});
+#endif
+  body(Packed{});
+}
 
 // left.m rows of x, k columns of type T or float32.
-template <class T, class X>
-static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const LeftOf<T>& left) {
-  if constexpr (StepOf<T>::Type::k_per_step == 1) {
+template <class Step, class X>
+static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const Left<typename Step::A>& left) {
+  if constexpr (Step::k_per_step == 1) {
     const Stored<X> rows = {x, k};
-    pack_left(runtime, {as_rows(rows), false}, 0, left);
+    pack_left(runtime, {as_rows(rows), false}, 0, k, left);
   } else {
     pack_blocks(runtime, left, false, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, uint32_t* target) {
       pack_rows_pairs(x + row * k + 2 * begin, k, rows, smaller(2 * depth, k - 2 * begin), target);
@@ -93,16 +99,19 @@ static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const 
 }
 
 // left times the weight, see multiply_columns.
-template <class T, class Finish>
-static void multiply_weight(const Runtime& runtime, const LeftOf<T>& left, const WeightArgs& weight, float* direct, int64_t direct_stride, const Finish& finish) {
-  using Step = typename StepOf<T>::Type;
+template <class T, class Step, class Finish>
+static void multiply_weight(const Runtime& runtime, const Left<typename Step::A>& left, const WeightArgs& weight, float* direct, int64_t direct_stride,
+                            const Finish& finish) {
+  using Packed = typename StepOf<T>::Type;
   if (weight.packed) {
-    const auto* panels = reinterpret_cast<const typename Step::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
-    multiply_columns<Step>(runtime, left, PackedRight<Step>{panels, left.steps}, weight.n, direct, direct_stride, finish);
+    const auto* panels = reinterpret_cast<const typename Packed::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
+    const PackedRight<Packed> right = {panels, steps_of<Packed>(weight.k)};
+    multiply_unsplit<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
   } else if constexpr (Step::k_per_step == 1) {
     const Weights<T> rows = {weight.parts, weight.part_n, weight.count, weight.k, weight.layout};
     const Operand right = rows.operand();
-    multiply_columns<Widen<float>>(runtime, left, RowsRight{right, weight.n}, weight.n, direct, direct_stride, finish);
+    if constexpr (splits<Step>) multiply_unsplit<Step>(runtime, left, RowsRight{right, weight.n}, weight.n, weight.k, direct, direct_stride, finish);
+    else multiply_columns<Widen<float>>(runtime, left, RowsRight{right, weight.n}, weight.n, direct, direct_stride, finish);
   }
 }
 

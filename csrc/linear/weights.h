@@ -8,6 +8,7 @@ namespace bigmodel::BIGMODEL_ISA {
 // W (k x n), some weights (k x n_i) beside each other as they lie in memory, as the right side of x W or of dy W^T.
 template <class T>
 struct Weights {
+  static constexpr int parts = parts_of_stored<T>;
   const void* const* weights;
   const int64_t* n;
   int64_t count, k;

@@ -1,7 +1,7 @@
 """Every instruction set that this CPU and build can run gives the reference's results.
 
-The usual build has the portable kernels and those of the CPU. `make test-isa` builds the AVX-512 ones so that
-they run on any AVX2 CPU, and runs this file again.
+The usual build has the portable kernels and those of the CPU. `make test-isa` builds the AVX-512 and AMX ones
+so that they run on any AVX2 CPU, and runs this file again.
 """
 
 from __future__ import annotations
@@ -65,6 +65,51 @@ def test_linear(isa: str, dtype: torch.dtype, layout: str, rows: int, k: int, n:
     packed = native.cpu_pack_weight(stored, layout)
     out = native.cpu_linear(x, packed, bias, "none", None, None, None, 1e-5)
     assert_near(out, x.double() @ torch.cat(weights).double().t() + bias.double())
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(64, 31, 20), (70, 200, 65), (193, 450, 40)])
+def test_float32_products_keep_all_bits(isa: str, rows: int, k: int, n: int) -> None:
+    """Numbers of all 24 bits, over many magnitudes, against the rounding of one float32 sum of k."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(rows, k, generator=generator) * 2.0 ** torch.randint(
+        -30, 30, (rows, 1), generator=generator
+    )
+    weight = torch.randn(n, k, generator=generator) * 2.0 ** torch.randint(
+        -30, 30, (n, 1), generator=generator
+    )
+    out = native.cpu_linear(
+        x, native.cpu_pack_weight([weight], "linear"), None, "none", None, None, None, 1e-5
+    )
+    error = (out.double() - x.double() @ weight.double().t()).abs()
+    # The tile unit's sums of six products each have fewer roundings than a chain of k.
+    roundings = 2.0 if isa == "amx" else k**0.5
+    assert (error <= roundings * 2.0**-24 * (x.double().abs() @ weight.double().abs().t())).all()
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "both"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4028234e38, 3.4e38])
+def test_float32_products_of_extreme_numbers(isa: str, value: float, where: str) -> None:
+    """One such number changes the row or column that it is in, as float32 has it, and no other."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(70, 210, generator=generator).clamp(-9, 9) / 10  # so that no finite result overflows
+    weight = torch.randn(50, 210, generator=generator) * 1e-3
+    if where != "weight":
+        x[37, 100] = value
+        x[3] = 0.5  # exact in bf16: its other parts are zero
+    if where != "x":
+        weight[11, 205] = value
+    expected = x.double() @ weight.double().t()
+    for layout, stored in {"linear": weight, "conv1d": weight.t().contiguous()}.items():
+        packed = native.cpu_pack_weight([stored], layout)
+        out = native.cpu_linear(x, packed, None, "none", None, None, None, 1e-5)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+    if abs(value) < float("inf"):
+        return
+    x, weight = x.half(), weight.half()
+    expected = x.double() @ weight.double().t()
+    packed = native.cpu_pack_weight([weight], "linear")
+    out = native.cpu_linear(x, packed, None, "none", None, None, None, 1e-5)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -591,7 +591,9 @@ def matmul(
         if parts is not out:
             sum_parts(parts, out, late_scale)
 
-    heavy = int(activation == "gelu" or residual is not None or saved is not None or dropout_seed is not None)
+    # Out of tensor memory, the whole accumulator is in registers with what tanh needs, too.
+    curved = ("gelu", "gelu_tanh") if target_of(x).tensor_memory else ("gelu",)
+    heavy = int(activation in curved or residual is not None or saved is not None or dropout_seed is not None)
     if x.dtype == torch.float32:
         heavy = (
             heavy if gate is None and _is_aligned(out) else 2

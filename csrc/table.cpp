@@ -24,6 +24,7 @@ void layer_norm(const Runtime&, const LayerNormArgs&);
 void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
+void rotary(const Runtime&, const RotaryArgs&);
 void attention(const Runtime&, const AttentionArgs&);
 void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
@@ -39,6 +40,6 @@ namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward,
                            feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           cross_entropy, rest::attention, rest::attention_backward, rest::philox_block};
+                           rest::rotary, cross_entropy, rest::attention, rest::attention_backward, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

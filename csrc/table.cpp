@@ -12,6 +12,7 @@ namespace bigmodel::BIGMODEL_ISA {
 void pack(const Runtime&, const PackArgs&);
 void linear(const Runtime&, const LinearArgs&);
 void feed_forward(const Runtime&, const FeedForwardArgs&);
+void attention(const Runtime&, const AttentionArgs&);
 
 }  // namespace bigmodel::BIGMODEL_ISA
 
@@ -24,7 +25,6 @@ void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
 void cross_entropy(const Runtime&, const CrossEntropyArgs&);
-void attention(const Runtime&, const AttentionArgs&);
 void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
 
@@ -39,6 +39,6 @@ namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, rest::linear_backward,
                            rest::feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           rest::cross_entropy, rest::attention, rest::attention_backward, rest::philox_block};
+                           rest::cross_entropy, attention, rest::attention_backward, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

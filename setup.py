@@ -37,7 +37,7 @@ KERNELS = [
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "cross_entropy", "feed_forward", "linear"]
+TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "linear"]
 TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -24,7 +24,7 @@ OURS = "bigmodel"
 NOISY = 0.20
 #: Largest difference from the peer's result, as a part of its largest number, with which a time counts: a few
 #: roundings of the dtype, gathered over a model's layers. Generated tokens must be the same.
-AGREES = {"float32": 1e-3, "bfloat16": 2**-5, "float16": 2**-8}
+AGREES = {"float32": 1e-3, "bfloat16": 2**-4, "float16": 2**-7}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Shared:
                 # Not the error itself, which would hold the memory of every frame that it came through.
                 self._built[key] = LeftOut(reason(error))
                 raise
+            gc.collect()
+            memory.give_back()  # an export needs several times what it leaves
         found = self._built[key]
         if isinstance(found, LeftOut):
             raise LeftOut(str(found))
@@ -61,6 +63,7 @@ class Shared:
     def clear(self) -> None:
         self._built.clear()
         gc.collect()
+        memory.give_back()
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def differences(prepared: Prepared, measured: Measured, dtype: str) -> tuple[dic
         if name == prepared.peer or result is None:
             continue
         difference = math.inf
-        if result.shape == theirs.shape:
+        if getattr(result, "shape", None) == getattr(theirs, "shape", None):  # or `comparable` may not take it
             value = prepared.comparable(result)
             difference = (value.double() - right).abs().max().item() if value.numel() else 0.0
         if math.isfinite(difference):

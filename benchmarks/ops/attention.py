@@ -103,8 +103,8 @@ SUITE = Suite(
             (12, 64, ((8, 128), (4, 512), (1, 2048), (1, 8192))),
             (12, 32, ((8, 128), (4, 512), (1, 2048))),
         )
-        for batch, length in shapes
         for causal in (False, True)
+        for batch, length in shapes
     ),
     # Of 16 thousand tokens and more, for the GPU has to be full.
     gpu=tuple(

@@ -48,7 +48,7 @@ def contenders(
     key: Sequence[Any],
     *inputs: Tensor,
 ) -> list[Contender]:
-    """Each runtime on these inputs; what `builders` make is kept for all cases with the same `key`.
+    """Each runtime on these inputs; what `builders` make serves the next cases too, while their `key` is equal.
 
     A runtime is built by its first call, which is a warm-up: only one that will be measured takes memory.
     """
@@ -57,7 +57,7 @@ def contenders(
         @functools.cache
         def bound() -> Call:
             with _plain():
-                bind = setting.shared.get((name, *key), build)
+                bind = setting.shared.get(name, tuple(key), build)
                 return bind(*inputs)
 
         return Contender(name, lambda: bound()(), optional=True)

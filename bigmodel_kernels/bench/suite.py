@@ -37,25 +37,28 @@ class Case:
 
 
 class Shared:
-    """What takes long to build and serves several cases of a suite: built when first asked for, and kept
-    until the suite goes on to another dtype or is done. A failure is kept too, as its reason.
+    """What takes long to build and serves several cases of a suite that follow each other. Of each name it has
+    one thing, for the sake of memory: another key, and the end of the suite, release it. A failure is kept
+    too, as its reason.
     """
 
     def __init__(self) -> None:
-        self._built: dict[Any, Any] = {}
+        self._built: dict[str, tuple[Any, Any]] = {}
 
-    def get(self, key: Any, build: Callable[[], Any]) -> Any:
+    def get(self, name: str, key: Any, build: Callable[[], Any]) -> Any:
         """What `build` made for this key. Raises LeftOut where it has failed before."""
-        if key not in self._built:
+        if name not in self._built or self._built[name][0] != key:
+            self._built.pop(name, None)
+            gc.collect()
             try:
-                self._built[key] = build()
+                self._built[name] = key, build()
             except Exception as error:
                 # Not the error itself, which would hold the memory of every frame that it came through.
-                self._built[key] = LeftOut(reason(error))
+                self._built[name] = key, LeftOut(reason(error))
                 raise
             gc.collect()
             memory.give_back()  # an export needs several times what it leaves
-        found = self._built[key]
+        found = self._built[name][1]
         if isinstance(found, LeftOut):
             raise LeftOut(str(found))
         return found
@@ -194,7 +197,8 @@ def differences(prepared: Prepared, measured: Measured, dtype: str) -> tuple[dic
         if name == prepared.peer or result is None:
             continue
         difference = math.inf
-        if getattr(result, "shape", None) == getattr(theirs, "shape", None):  # or `comparable` may not take it
+        # `comparable` may not take a result of another shape.
+        if getattr(result, "shape", None) == getattr(theirs, "shape", None):
             value = prepared.comparable(result)
             difference = (value.double() - right).abs().max().item() if value.numel() else 0.0
         if math.isfinite(difference):
@@ -307,8 +311,8 @@ def run(
     rows = []
     interrupted = False
     try:
-        for _, group in itertools.groupby(work, key=lambda pair: (pair[0].name, pair[1].dtype)):
-            for suite, case in group:
+        for suite, group in itertools.groupby(work, key=lambda pair: pair[0]):
+            for _, case in group:
                 say(f"{suite.name}: {case.label} {case.dtype}")
                 rows.append(run_case(suite, case, setting, start, budget_s))
             setting.shared.clear()

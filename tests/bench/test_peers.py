@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -156,16 +157,32 @@ def test_cases_of_a_key_share_what_is_built_and_nothing_is_built_before_it_is_ca
 
     setting = Setting()
     cases = [
-        peers.contenders(setting, {"runtime": build}, key, torch.ones(2)) for key in ((64,), (64,), (32,))
+        peers.contenders(setting, {"runtime": build}, key, torch.ones(2))
+        for key in ((64,), (64,), (32,), (32,))
     ]
     assert built == []
     for contenders in cases[:2]:
         assert contenders[0].run().tolist() == [2, 2] and contenders[0].optional
     assert len(built) == 1
     cases[2][0].run()
+    assert len(built) == 2
     setting.shared.clear()
-    peers.contenders(setting, {"runtime": build}, (64,), torch.ones(2))[0].run()
+    cases[3][0].run()
     assert len(built) == 3
+
+
+def test_of_each_runtime_one_build_is_held() -> None:
+    class Session:
+        pass
+
+    shared = suite.Shared()
+    first = weakref.ref(shared.get("one", 64, Session))
+    other = weakref.ref(shared.get("two", 64, Session))
+    assert first() is not None
+    shared.get("one", 32, lambda: Session() if first() is None else None)
+    assert first() is None and other() is not None
+    shared.clear()
+    assert other() is None
 
 
 def test_what_cannot_be_built_is_tried_once_and_keeps_its_reason() -> None:

@@ -48,7 +48,7 @@ def contenders(
     key: Sequence[Any],
     *inputs: Tensor,
 ) -> list[Contender]:
-    """Each runtime on these inputs; what `builders` make serves the next cases too, while their `key` is equal.
+    """Each runtime on these inputs; what `builders` make serves the next cases too, if their `key` is equal.
 
     A runtime is built by its first call, which is a warm-up: only one that will be measured takes memory.
     """

@@ -37,9 +37,9 @@ class Case:
 
 
 class Shared:
-    """What takes long to build and serves several cases of a suite that follow each other. Of each name it has
-    one thing, for the sake of memory: another key, and the end of the suite, release it. A failure is kept
-    too, as its reason.
+    """What takes long to build and serves several cases of a suite that follow each other. Of each name it
+    has one thing, for the sake of memory: another key, and the end of the suite, release it. A failure is
+    kept too, as its reason.
     """
 
     def __init__(self) -> None:

@@ -100,7 +100,8 @@ SUITE = Suite(
         case(batch, heads, length, dim, causal, dtype)
         for dtype in ("float32", "bfloat16")
         for heads, dim, shapes in (
-            (12, 64, ((8, 128), (4, 512), (1, 2048), (1, 8192))),
+            (12, 64, ((8, 128), (4, 512), (1, 2048))),
+            (6, 64, ((1, 8192),)),  # few heads, as ONNX Runtime makes all their scores
             (12, 32, ((8, 128), (4, 512), (1, 2048))),
         )
         for causal in (False, True)

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench verify clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -53,6 +53,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels bench
 
+# BERT, GPT-2 and attention against every way to run them on this CPU: transformers' own, torch.compile, and other runtimes.
+bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels bench bert gpt2 attention --peers --compile --save
+
 verify: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels verify
 
@@ -68,6 +72,10 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.finetune: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[finetune]"
+	touch $@ bigmodel_kernels/.built
+
+$(VENV)/.bench: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[bench]"
 	touch $@ bigmodel_kernels/.built
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -427,6 +427,9 @@ def bench(
         bool, typer.Option("--quick", help="Tiny sizes: shows that all works, not how fast.")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile as a peer.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also ONNX Runtime, OpenVINO and CTranslate2 (CPU).")
+    ] = False,
     dtype: Annotated[list[str] | None, typer.Option(help="Only this dtype (may be repeated).")] = None,
     device: Device = "cpu",
     only: Annotated[str, typer.Option(help="Only cases with this in their label.")] = "",
@@ -436,7 +439,8 @@ def bench(
         Path | None, typer.Option("--suites", help="Folder of suites; default: benchmarks/.")
     ] = None,
     results: Annotated[
-        bool, typer.Option("--save", help="Write benchmarks/results/<this machine>.json.")
+        bool,
+        typer.Option("--save", help="Write benchmarks/results/<this machine>.json, with --peers -cpu-peers."),
     ] = False,
     show: Annotated[Path | None, typer.Option(help="Show a results file, and measure nothing.")] = None,
     json_to: Json = None,
@@ -453,6 +457,8 @@ def bench(
         return
     _check_device(device)
     dtypes = _check_dtypes(dtype)
+    if peers and torch.device(device).type != "cpu":
+        raise typer.BadParameter(f"device={device!r} with --peers: these runtimes are measured on a CPU")
     if budget <= 0:
         raise typer.BadParameter(f"budget={budget}; it must be positive")
     try:
@@ -463,7 +469,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     with _progress(console, steps, "measuring") as step:
-        setting = suite.Setting(device, compiled)
+        setting = suite.Setting(device, compiled, peers)
         measured = suite.run(
             chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, only=only, progress=step
         )
@@ -471,7 +477,8 @@ def bench(
     if json_to != STDOUT:
         tables.show(measured, console)
     if results:
-        path = (folder or suite.default_folder()) / "results" / f"{machine.slug(measured['machine'])}.json"
+        name = machine.slug(measured["machine"]) + ("-cpu-peers" if peers else "")
+        path = (folder or suite.default_folder()) / "results" / f"{name}.json"
         document.write(measured, path)
         console.print(f"wrote {path}", markup=False)
     _emit(measured, json_to, console)

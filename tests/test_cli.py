@@ -152,6 +152,18 @@ def test_bench_saves_next_to_its_suites(tmp_path: Path) -> None:
     assert path.name in "".join(result.output.split())
 
 
+def test_bench_with_other_runtimes_has_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "ops" / "norm.py", tmp_path / "ops")
+    result = run(
+        *("bench", "--quick", "--budget", "0.01", "--only", "of 96 + residual", "--dtype", "float32"),
+        *("--suites", str(tmp_path), "--save", "--peers"),
+    )
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert path.stem.endswith("-cpu-peers") and document.read(path)["peers"]
+    assert "part of the GEMM peak" in result.output
+
+
 def test_bench_quick(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     result = run(

@@ -1,7 +1,10 @@
-"""Attention alone against torch's scaled_dot_product_attention, on a GPU with each of its backends too."""
+"""Attention alone against torch's scaled_dot_product_attention, on a GPU with each of its backends too, and
+beside other runtimes with the plain formula.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers
+from bigmodel_kernels.bench.timing import LeftOut
+
+#: The plain formula is not run where its scores take more.
+MOST_SCORES = 2**30
 
 
 def build(case: Case, setting: Setting) -> Prepared:
@@ -59,6 +66,22 @@ def build(case: Case, setting: Setting) -> Prepared:
         contenders.append(
             Contender("flex_attention", lambda: flex(query, key, value, block_mask=mask), optional=True)
         )
+    if setting.peers:
+
+        def eager() -> Any:
+            size = batch * heads * length * length * dtype.itemsize
+            if size > MOST_SCORES:
+                raise LeftOut(f"its scores take {size / 2**30:.1f} GiB, and their softmax again")
+            scores = query @ key.mT / math.sqrt(dim)
+            if causal:
+                future = torch.ones(length, length, dtype=torch.bool, device=setting.device).triu(1)
+                scores.masked_fill_(future, -math.inf)
+            return torch.softmax(scores, -1) @ value
+
+        contenders.insert(0, Contender("eager", eager, optional=True))
+        makers = peers.attentions(heads, dim, causal, case.dtype)
+        shape = (heads, dim, causal, case.dtype)
+        contenders += peers.contenders(setting, makers, shape, query, key, value)
     pairs = length * (length + 1) / 2 if causal else length * length
     work = Stage(4 * batch * heads * pairs * dim, 4 * batch * heads * length * dim * query.element_size())
     return Prepared(contenders, "sdpa", [work], items=batch * length)
@@ -76,9 +99,13 @@ SUITE = Suite(
     cases=tuple(
         case(batch, heads, length, dim, causal, dtype)
         for dtype in ("float32", "bfloat16")
-        for heads, dim in ((12, 64), (12, 32))
-        for batch, length in ((8, 128), (4, 512), (1, 2048))
+        for heads, dim, shapes in (
+            (12, 64, ((8, 128), (4, 512), (1, 2048))),
+            (6, 64, ((1, 8192),)),  # few heads, as ONNX Runtime makes all their scores
+            (12, 32, ((8, 128), (4, 512), (1, 2048))),
+        )
         for causal in (False, True)
+        for batch, length in shapes
     ),
     # Of 16 thousand tokens and more, for the GPU has to be full.
     gpu=tuple(

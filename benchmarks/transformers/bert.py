@@ -1,7 +1,8 @@
 """BERT as transformers has it (eager, sdpa), and patched. Weights are random: speed does not depend on them.
 
-A padded batch goes to all contenders as it is. Its floor counts the real tokens alone, as nobody has to
-compute padding. Results are compared at real tokens.
+A padded batch goes to all contenders as it is (to CTranslate2, which takes lists of tokens, without the
+padding). Its floor counts the real tokens alone, as nobody has to compute padding. Results are compared at
+real tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers
 
 
 def lengths_of(case: Case) -> list[int]:
@@ -67,6 +68,9 @@ def build(case: Case, setting: Setting) -> Prepared:
     ]
     if setting.compile:
         contenders.append(Contender("compile", runs(torch.compile(sharing(model, "sdpa"))), optional=True))
+    if setting.peers:
+        key = (hidden, layers, heads, case.dtype)
+        contenders += peers.contenders(setting, peers.encoders(model, case.dtype), key, ids, mask)
     tokens = sum(lengths)
     parameters = layers * 12 * hidden * hidden  # 4 of attention, 8 of feed-forward
     flops = 2 * tokens * parameters + layers * sum(4 * n * n * hidden for n in lengths)

@@ -1,7 +1,9 @@
 """GPT-2 as transformers has it (sdpa, its default), and patched: prefill, and greedy generation with a cache.
+Beside other runtimes eager is there too.
 
-Weights are random: speed does not depend on them. Generated tokens must be the same; the largest difference
-of a generation is that of token numbers, so anything but 0 means another text.
+Weights are random: speed does not depend on them. Generated tokens must be the same in float32; the largest
+difference of a generation is that of token numbers, so anything but 0 means another text. In the half types
+two tokens may be equally likely but for rounding, so there each token's logit is compared with the largest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers
 
 
 def build(case: Case, setting: Setting) -> Prepared:
@@ -24,11 +26,15 @@ def build(case: Case, setting: Setting) -> Prepared:
     config.bos_token_id = config.eos_token_id = None  # generation never ends early
     model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, case.dtype))
     model = model.eval().to(setting.device)
-    ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+    def twin() -> Any:
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+    ours = twin()
     bk.patch(ours)
     ids = torch.randint(0, vocabulary, (batch, prompt), device=setting.device)
 
-    def runs(twin: Any) -> Any:
+    def runs(twin: Any, **options: Any) -> Any:
         if not new:
             return lambda: twin(ids).logits
         return lambda: twin.generate(
@@ -38,11 +44,28 @@ def build(case: Case, setting: Setting) -> Prepared:
             min_new_tokens=new,
             do_sample=False,
             pad_token_id=0,
+            **options,
         )
 
+    def compared(result: Any) -> Any:
+        if not new or case.dtype == "float32":
+            return result
+        logits = model(result[:, :-1]).logits[:, prompt - 1 :].float()
+        return logits.gather(-1, result[:, prompt:, None]).squeeze(-1) / logits.amax(-1)
+
     contenders = [Contender("sdpa", runs(model)), Contender("bigmodel", runs(ours))]
-    if setting.compile and not new:
-        contenders.append(Contender("compile", runs(torch.compile(model)), optional=True))
+    if setting.compile:
+        # A generation is compiled as transformers' documentation has it: a static cache keeps all shapes.
+        compiled, options = twin(), {"cache_implementation": "static"} if new else {}
+        compiled.forward = torch.compile(compiled.forward)
+        contenders.append(Contender("compile", runs(compiled, **options), optional=True))
+    if setting.peers:
+        eager = twin()
+        eager.set_attn_implementation("eager")
+        contenders.insert(0, Contender("eager", runs(eager)))
+        makers = peers.generators(model, case.dtype, new) if new else peers.prefills(model, case.dtype)
+        key = (hidden, layers, heads, vocabulary, case.dtype, new)
+        contenders += peers.contenders(setting, makers, key, ids)
     head, block = vocabulary * hidden, layers * 12 * hidden * hidden
     itemsize = model.dtype.itemsize
     attention = layers * 4 * hidden * batch
@@ -55,7 +78,7 @@ def build(case: Case, setting: Setting) -> Prepared:
 
     stages = [step(prompt, prompt, 1 if new else prompt)]
     stages += [step(1, prompt + i, 1) for i in range(1, new)]
-    return Prepared(contenders, "sdpa", stages, items=batch * (new or prompt))
+    return Prepared(contenders, "sdpa", stages, comparable=compared, items=batch * (new or prompt))
 
 
 def case(label: str, dtype: str, batch: int, prompt: int, new: int, tiny: bool = False) -> Case:

@@ -38,12 +38,16 @@ _TIMING = _object(
 _CALIBRATION = _object(gemm_flops=_map(_NUMBER), gemm=_map(_TIMING), copy_bytes=_NUMBER, copy=_TIMING)
 
 SCHEMA: dict[str, Any] = _object(
-    {"interrupted": {"type": "boolean"}},  # before all cases were measured
+    {
+        "interrupted": {"type": "boolean"},  # before all cases were measured
+        "peers": {"type": "boolean"},  # with other runtimes (peers.py)
+    },
     schema={"type": "integer", "enum": [1]},
     created=_STRING,
     quick={"type": "boolean"},
     budget_s=_NUMBER,
     machine=_object(
+        {"runtimes": _map(_MAYBE_STRING)},  # versions of the other runtimes
         device=_STRING,
         cpu=_STRING,
         architecture=_STRING,
@@ -80,6 +84,9 @@ SCHEMA: dict[str, Any] = _object(
             {
                 "peak_bytes": _map(_NUMBER),  # of a call, over what was held before it (memory.py)
                 "clock": {"type": "string", "enum": ["calls", "graph"]},  # what the times are of (timing.py)
+                "of_peak": _map(_NUMBER),  # operations in a second, as a part of the product's
+                "differences": _map(_NUMBER),  # of each from the peer's result
+                "disagree": {"type": "array", "items": _STRING},  # too different for their time to count
             },
             suite=_STRING,
             case=_STRING,

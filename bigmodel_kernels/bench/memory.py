@@ -38,10 +38,8 @@ def peak(contender: Contender, device: str) -> int | None:
         return int(torch.cuda.max_memory_allocated() - before)
     if not _CLEAR.exists():
         return None
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):  # without it freed memory would count as held before
+    if not give_back():  # freed memory would count as held before
         return None
-    libc.malloc_trim(0)
     try:
         _CLEAR.write_text("5")  # sets the high-water mark to what is held now
     except PermissionError:
@@ -51,6 +49,14 @@ def peak(contender: Contender, device: str) -> int | None:
     highest = _kilobytes("VmHWM")
     del result
     return max(0, highest - before) * 1024
+
+
+def give_back() -> bool:
+    """Gives what has been freed back to the system; False where the C library cannot."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return trim is not None
 
 
 def _kilobytes(name: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +17,14 @@ from typing import Any
 import torch
 
 from bigmodel_kernels.bench import machine, memory
-from bigmodel_kernels.bench.timing import Contender, Measured, measure
+from bigmodel_kernels.bench.timing import Contender, LeftOut, Measured, measure, reason
 
 OURS = "bigmodel"
 #: A row whose samples spread more than this, between the quartiles, is marked as noisy.
 NOISY = 0.20
+#: Largest difference from the peer's result, as a part of its largest number, with which a time counts: a few
+#: roundings of the dtype, gathered over a model's layers. Generated tokens must be the same.
+AGREES = {"float32": 1e-3, "bfloat16": 2**-4, "float16": 2**-7}
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,49 @@ class Case:
     sizes: Mapping[str, Any]
 
 
+class Shared:
+    """What takes long to build and serves several cases of a suite that follow each other. Of each name it
+    has one thing, for the sake of memory: another key, and the end of the suite, release it. A failure is
+    kept too, as its reason.
+    """
+
+    def __init__(self) -> None:
+        self._built: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, name: str, key: Any, build: Callable[[], Any]) -> Any:
+        """What `build` made for this key. Raises LeftOut where it has failed before."""
+        if name not in self._built or self._built[name][0] != key:
+            self._built.pop(name, None)
+            gc.collect()
+            try:
+                self._built[name] = key, build()
+            except Exception as error:
+                # Not the error itself, which would hold the memory of every frame that it came through.
+                self._built[name] = key, LeftOut(reason(error))
+                raise
+            gc.collect()
+            memory.give_back()  # an export needs several times what it leaves
+        found = self._built[name][1]
+        if isinstance(found, LeftOut):
+            raise LeftOut(str(found))
+        return found
+
+    def clear(self) -> None:
+        self._built.clear()
+        gc.collect()
+        memory.give_back()
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Where and how a case runs."""
+    """Where and how a case runs, and against whom: with `compile` also torch.compile, with `peers` also the
+    runtimes of peers.py.
+    """
 
     device: str = "cpu"
     compile: bool = False
+    peers: bool = False
+    shared: Shared = field(default_factory=Shared, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,13 +179,33 @@ def floor(prepared: Prepared, dtype: str, device: str, calibration: machine.Cali
     return total, "memory" if by_memory > total / 2 else "compute"
 
 
-def largest_difference(prepared: Prepared, measured: Measured) -> float | None:
-    """Largest difference between our result and the peer's, where both have one."""
-    ours, theirs = measured.results.get(OURS), measured.results.get(prepared.peer)
-    if ours is None or theirs is None or prepared.comparable is None:
-        return None
-    a, b = prepared.comparable(ours), prepared.comparable(theirs)
-    return (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+def differences(prepared: Prepared, measured: Measured, dtype: str) -> tuple[dict[str, float], list[str]]:
+    """Largest difference of each contender's result from the peer's, and who is too far from it.
+
+    A result of another shape, or with numbers that are none, is too far and has no difference.
+    """
+    theirs = measured.results.get(prepared.peer)
+    if theirs is None or prepared.comparable is None:
+        return {}, []
+    expected = prepared.comparable(theirs)
+    whole = not expected.is_floating_point()
+    right = expected.double()
+    allowed = 0.0 if whole or not right.numel() else AGREES[dtype] * right.abs().max().item()
+    found: dict[str, float] = {}
+    disagree: list[str] = []
+    for name, result in measured.results.items():
+        if name == prepared.peer or result is None:
+            continue
+        difference = math.inf
+        # `comparable` may not take a result of another shape.
+        if getattr(result, "shape", None) == getattr(theirs, "shape", None):
+            value = prepared.comparable(result)
+            difference = (value.double() - right).abs().max().item() if value.numel() else 0.0
+        if math.isfinite(difference):
+            found[name] = difference
+        if not difference <= allowed:
+            disagree.append(name)
+    return found, disagree
 
 
 def _peaks(prepared: Prepared, measured: Measured, device: str) -> dict[str, int]:
@@ -161,10 +223,12 @@ def run_case(
     with torch.inference_mode(not suite.training):
         prepared = suite.build(case, setting)
         measured = measure(prepared.contenders, setting.device, budget_s, graphs=suite.kernels)
+        differs, disagree = differences(prepared, measured, case.dtype)
         peaks = _peaks(prepared, measured, setting.device) if prepared.memory else {}
     floor_s, limited_by = floor(prepared, case.dtype, setting.device, calibration)
     timings = measured.timings
     peer = timings.get(prepared.peer)
+    peak, flops = calibration.peak(case.dtype, setting.device), sum(stage.flops for stage in prepared.stages)
     row: dict[str, Any] = {
         "suite": suite.name,
         "case": case.label,
@@ -172,8 +236,11 @@ def run_case(
         "sizes": dict(case.sizes),
         "peer": prepared.peer,
         "times": {name: timing.to_dict() for name, timing in timings.items()},
-        "speedup": {name: peer.median_s / t.median_s for name, t in timings.items()} if peer else {},
-        "flops": sum(stage.flops for stage in prepared.stages),
+        # Who computes something else cannot be faster at it.
+        "speedup": {n: peer.median_s / t.median_s for n, t in timings.items() if n not in disagree}
+        if peer
+        else {},
+        "flops": flops,
         "bytes": sum(stage.bytes for stage in prepared.stages),
         "floor_s": floor_s,
         "floor_by": limited_by,
@@ -182,7 +249,10 @@ def run_case(
         "throughput": {name: prepared.items / t.median_s for name, t in timings.items()}
         if prepared.items
         else {},
-        "max_difference": largest_difference(prepared, measured),
+        "of_peak": {name: flops / t.median_s / peak for name, t in timings.items()},
+        "max_difference": differs.get(OURS),
+        "differences": differs,
+        "disagree": disagree,
         "noisy": any(t.spread > NOISY for t in timings.values()),
         "clock": measured.clock,
         "left_out": measured.left_out,
@@ -241,13 +311,16 @@ def run(
     rows = []
     interrupted = False
     try:
-        for suite, case in work:
-            say(f"{suite.name}: {case.label} {case.dtype}")
-            rows.append(run_case(suite, case, setting, start, budget_s))
+        for suite, group in itertools.groupby(work, key=lambda pair: pair[0]):
+            for _, case in group:
+                say(f"{suite.name}: {case.label} {case.dtype}")
+                rows.append(run_case(suite, case, setting, start, budget_s))
+            setting.shared.clear()
     except KeyboardInterrupt:  # what has been measured is not lost
         if not rows:
             raise
         interrupted = True
+    setting.shared.clear()
     say("calibration")
     end = machine.calibrate(setting.device, names, quick)
     share = others.share()
@@ -256,6 +329,7 @@ def run(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,
         "interrupted": interrupted,
+        "peers": setting.peers,
         "budget_s": budget_s,
         "machine": {**machine.facts(setting.device), "load_at_start": load, "other_load": share},
         "calibration": {"start": start.to_dict(), "end": end.to_dict()},

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bigmodel_kernels.bench.machine import RUNTIMES
 from bigmodel_kernels.bench.suite import OURS
 
 
@@ -29,13 +30,24 @@ def show(document: dict[str, Any], console: Console) -> None:
         f"torch {machine['torch']} ({machine['torch_isa']}), "
         f"transformers {machine['transformers'] or 'not installed'}"
     )
+    runtimes = {name: version for name, version in machine.get("runtimes", {}).items() if version}
+    if document.get("peers") and runtimes:
+        console.print(", ".join(f"{name} {version}" for name, version in runtimes.items()))
     peaks = ", ".join(f"{name} {value / 1e9:,.1f} GFLOP/s" for name, value in start["gemm_flops"].items())
     console.print(f"torch GEMM: {peaks}; copy {start['copy_bytes'] / 1e9:.1f} GB/s")
     for suite, rows in itertools.groupby(document["rows"], key=lambda row: row["suite"]):
-        console.print(_suite(suite, list(rows)))
+        console.print((_peers if document.get("peers") else _suite)(suite, list(rows)))
     left_out = {
         f"{row['suite']} {name}: {why}" for row in document["rows"] for name, why in row["left_out"].items()
     }
+    for row in document["rows"]:
+        for name in row.get("disagree", ()):
+            console.print(
+                f"{row['suite']}, {row['case']} {row['dtype']}: {name} computes something else than "
+                f"{row['peer']}, its time does not count",
+                style="bold red",
+                markup=False,
+            )
     for line in sorted(left_out):
         console.print(f"left out: {line}", style="yellow", markup=False)
     trust = document["trust"]
@@ -47,6 +59,46 @@ def show(document: dict[str, Any], console: Console) -> None:
         console.print(
             "Do not trust these numbers: " + "; ".join(trust["reasons"]), style="bold red", markup=False
         )
+
+
+def _peers(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Everybody's speed-up and part of the product's peak, over the time; ours is the last column."""
+    peer = rows[0]["peer"]
+    names = dict.fromkeys(name for row in rows for name in (*row["times"], *row["left_out"]))
+    contenders = [name for name in names if name not in (*RUNTIMES, OURS)]  # torch's, other runtimes, ours
+    contenders += [*RUNTIMES, OURS]
+    table = Table(
+        title=f"{name}: times as fast as {peer}, part of the GEMM peak; time",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        leading=1,
+    )
+    table.add_column("case")
+    for contender in contenders:
+        table.add_column(contender, justify="right")
+    table.add_column("difference", justify="right")
+    for row in rows:
+        cells = [f"{row['case']}\n{row['dtype']}" + (" (noisy)" if row["noisy"] else "")]
+        cells += [_against_peer(row, contender) for contender in contenders]
+        # Of those whose time counts: the others say so in their own cells.
+        counted = [d for n, d in row["differences"].items() if n not in row["disagree"]]
+        cells.append(f"{max(counted):.1e}" if counted else "")
+        table.add_row(*cells)
+    return table
+
+
+def _against_peer(row: dict[str, Any], name: str) -> str:
+    timing = row["times"].get(name)
+    if timing is None:
+        return "left out" if name in row["left_out"] else "-"
+    if name in row["disagree"]:
+        difference = row["differences"].get(name)
+        return "differs" + (f" by {difference:.1e}" if difference is not None else "") + f"\n{_time(timing)}"
+    speedup = row["speedup"].get(name)
+    first = f"{row['of_peak'][name]:.0%}"
+    return (f"{speedup:.2f}  " if speedup is not None else "") + f"{first}\n{_time(timing)}"
 
 
 def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
@@ -77,6 +129,8 @@ def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
             cells.append(f"{row['throughput'][OURS]:,.0f}" if row["throughput"] else "")
         difference = row["max_difference"]
         cells.append("" if difference is None else f"{difference:.1e}")
+        if OURS in row.get("disagree", ()):
+            cells[-1] += " (too large)"
         if with_memory:
             cells.append(_memory(row))
         table.add_row(*cells)

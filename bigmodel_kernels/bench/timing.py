@@ -28,6 +28,16 @@ FEWEST_ROUNDS = 3
 MOST_ROUNDS = 101
 
 
+class LeftOut(Exception):
+    """Raised by a contender that cannot take part in a case; the message is the whole reason."""
+
+
+def reason(error: Exception) -> str:
+    """One line for the document."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, LeftOut) else f"{type(error).__name__}: {text}"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a case. `run` returns the result, or None where there is nothing to compare.
@@ -149,7 +159,7 @@ def measure(contenders: Sequence[Contender], device: str, budget_s: float, graph
         except Exception as error:  # whatever a peer raises, its reason goes into the document
             if not contender.optional:
                 raise
-            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            left_out[name] = reason(error)
             continue
         slow = seconds > budget_s
         samples[name] = [seconds] if slow else []

@@ -35,7 +35,7 @@ CALIBRATION = machine.Calibration({"float32": 100.0}, {"float32": _timing(1.0)},
 
 def toy(difference: float = 0.0) -> Suite:
     def build(case: Case, setting: Setting) -> Prepared:
-        x = torch.zeros(case.sizes["n"])
+        x = torch.full((case.sizes["n"],), 1000.0)  # so that a quarter is a rounding
         return Prepared(
             [Contender("torch", lambda: x), Contender("bigmodel", lambda: x + difference)],
             "torch",
@@ -132,6 +132,19 @@ def test_bert_lengths_are_a_seeded_ragged_batch() -> None:
     assert lengths == bert.lengths_of(case)
     assert len(lengths) == 32
     assert 8 <= min(lengths) < max(lengths) <= 256
+
+
+def test_a_text_in_a_half_type_is_judged_by_how_likely_its_tokens_are() -> None:
+    gpt2 = suite._import(suite.find()["gpt2"])
+    case = gpt2.case("tiny", "bfloat16", 2, 8, 6, tiny=True)
+    with torch.inference_mode():
+        prepared = gpt2.build(case, Setting())
+        text = prepared.contenders[0].run()
+        likely = prepared.comparable(text)
+        other = torch.cat([text[:, :8], torch.randint(0, 500, (2, 6))], dim=1)
+        unlikely = prepared.comparable(other)
+    assert likely.shape == (2, 6) and likely.min() > 1 - 2**-6 and likely.max() <= 1
+    assert (unlikely - likely).abs().max() > suite.AGREES["bfloat16"]
 
 
 def test_missing_folder_and_unknown_suite_say_so(tmp_path: Path) -> None:

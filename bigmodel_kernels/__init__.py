@@ -18,6 +18,11 @@ from bigmodel_kernels.backends import BackendError, Explanation, explain
 from bigmodel_kernels.compat.sdpa import activate_sdpa, deactivate_sdpa, sdpa, sdpa_reason
 from bigmodel_kernels.ops.attention import attention
 from bigmodel_kernels.ops.attention.decode import attention_decode
+from bigmodel_kernels.ops.attention_maps import (
+    AttentionStatistics,
+    attention_probabilities,
+    attention_statistics,
+)
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
@@ -32,12 +37,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionStatistics",
     "BackendError",
     "Explanation",
     "PatchReport",
     "activate_sdpa",
     "attention",
     "attention_decode",
+    "attention_probabilities",
+    "attention_statistics",
     "deactivate_sdpa",
     "embedding",
     "explain",

@@ -32,11 +32,20 @@ from bigmodel_kernels.ops.rotary import rotary
 from bigmodel_kernels.transformers.autoregister import register_when_imported
 
 if TYPE_CHECKING:
-    from bigmodel_kernels.transformers import PatchReport, patch, patched, unpatch
+    from bigmodel_kernels.transformers import (
+        AttentionMaps,
+        PatchReport,
+        attention_maps,
+        collect_attention,
+        patch,
+        patched,
+        unpatch,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMaps",
     "AttentionStatistics",
     "BackendError",
     "Explanation",
@@ -44,8 +53,10 @@ __all__ = [
     "activate_sdpa",
     "attention",
     "attention_decode",
+    "attention_maps",
     "attention_probabilities",
     "attention_statistics",
+    "collect_attention",
     "deactivate_sdpa",
     "embedding",
     "explain",
@@ -62,7 +73,10 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_TRANSFORMERS_LAYER = ("PatchReport", "patch", "patched", "unpatch")
+_FROM_TRANSFORMERS_LAYER = (
+    *("AttentionMaps", "attention_maps", "collect_attention"),
+    *("PatchReport", "patch", "patched", "unpatch"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from bigmodel_kernels.ops.registration import compute_dtype
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 _FEWEST_ROWS = 8
 _FEWEST_KEYS = 256
+# Of t, which exp takes to 0 in float64 too.
+_LOWEST = -1e4
 
 
 def run_statistics(
@@ -102,9 +105,9 @@ def run_probabilities(
             for block in call.blocks(rows):
                 start = place + block.rows.start - rows.start
                 stop = start + block.rows.stop - block.rows.start
-                for keys, p in call.probabilities(block):
-                    if keys is not None:
-                        result[:, :, start:stop, keys] = p.to(out.dtype)
+                softmax = call.softmax(block)
+                for keys, _, weights in softmax.tiles:
+                    result[:, :, start:stop, keys] = weights.mul_(softmax.share)
     return out
 
 
@@ -204,27 +207,35 @@ class _Call:
             tiles = [slice(k, min(last, k + width)) for k in range(first, last, width)]
             yield _Block(slice(start, stop), tiles)
 
-    def probabilities(self, block: _Block) -> Iterator[tuple[slice | None, Tensor]]:
-        """(B, H, rows, keys) for each tile of keys, and (B, H, rows, 1) for the sink, under None. Zero for
-        queries that see nothing or do not count."""
-        if not block.keys:
-            return
-        compute = compute_dtype(self.query.dtype)
-        q = _grouped(self.query[:, :, block.rows].to(compute), self.key.shape[1])
-        only = self._logits(q, block.rows, block.keys[0]) if len(block.keys) == 1 else None
-        top, total = q.new_full((), -torch.inf), q.new_zeros(())
-        for keys in block.keys:
-            top, total = _more(self._logits(q, block.rows, keys) if only is None else only, top, total)
+    def softmax(self, block: _Block) -> _Softmax:
+        """The sums of the block's rows, and its tiles."""
+        q = _grouped(self.query[:, :, block.rows].to(compute_dtype(self.query.dtype)), self.key.shape[1])
+        size = (*self.query.shape[:2], block.rows.stop - block.rows.start, 1)
+        top, total = q.new_full(size, -torch.inf), q.new_zeros(size)
         if self.sink is not None:
-            top, total = _more(self.sink, top, total)
+            top, total = self.sink.expand(size), q.new_ones(size)
+        t = weights = None
+        for keys in block.keys:
+            logits = self._logits(q, block.rows, keys)
+            before, top = top, torch.maximum(logits.amax(-1, keepdim=True), top)
+            t, weights = _exp(logits, _finite(top))
+            total = weights.sum(-1, keepdim=True) + total * torch.exp(before - _finite(top))
         top, total = _finite(top), torch.where(total == 0, 1.0, total)
-        if self.query_mask is not None:  # divided by infinity they are zero
-            total = total.masked_fill(~self.query_mask[:, None, block.rows, None], torch.inf)
-        for keys in block.keys:
-            logits = self._logits(q, block.rows, keys) if only is None else only
-            yield keys, torch.exp_(logits.sub_(top)).div_(total)
-        if self.sink is not None:
-            yield None, torch.exp(self.sink - top) / total
+        share, log_total = 1 / total, total.log()
+        if self.query_mask is not None:
+            counted = self.query_mask[:, None, block.rows, None]
+            share, log_total = share * counted, log_total * counted
+
+        sink = None if self.sink is None else (self.sink - top).clamp_min_(_LOWEST)
+
+        def tiles() -> Iterator[tuple[slice, Tensor, Tensor]]:
+            for keys in block.keys:
+                if len(block.keys) == 1 and t is not None and weights is not None:
+                    yield keys, t, weights
+                else:
+                    yield keys, *_exp(self._logits(q, block.rows, keys), top)
+
+        return _Softmax(share, log_total, sink, tiles())
 
     def _logits(self, q: Tensor, rows: slice, keys: slice) -> Tensor:
         k = self.key[:, :, keys].to(q.dtype)
@@ -232,11 +243,23 @@ class _Call:
         return _logits(q, k, heads, rows, keys, offset, self.mask, self.bias, self.slopes, self.rule)[0]
 
 
-def _more(logits: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of rows and sum of exp(logits - maximum), with those of the logits before."""
-    new_top = torch.maximum(logits.amax(-1, keepdim=True), top)
-    finite = _finite(new_top)
-    return new_top, torch.exp(logits - finite).sum(-1, keepdim=True) + total * torch.exp(top - finite)
+class _Softmax(NamedTuple):
+    """Rows of a softmax whose probabilities are exp(t) * share, where t is a logit's distance to the maximum.
+
+    share is 0 for a query that does not count, and log_total, that of the sum of exp(t), is too; both are
+    (B, H, rows, 1), as is t of the sink. A tile is its keys, t and exp(t), both (B, H, rows, keys).
+    """
+
+    share: Tensor
+    log_total: Tensor
+    sink: Tensor | None
+    tiles: Iterator[tuple[slice, Tensor, Tensor]]
+
+
+def _exp(logits: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """t, in the memory of the logits, and exp(t). What is masked has a finite t, so that t * exp(t) is 0."""
+    t = logits.sub_(top).clamp_min_(_LOWEST)
+    return t, torch.exp(t)
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -253,18 +276,24 @@ def _add_statistics(
     top_keys: Tensor,
     top_probabilities: Tensor,
 ) -> None:
-    """Those of a block into views of the results, which are zero (keys -1) before."""
+    """Those of a block into views of the results, which are zero (keys -1) before.
+
+    -sum(p log p) is log(total) - sum(p t): both terms are positive, and nothing cancels.
+    """
     rows = block.rows
     best, names = top_probabilities[:, :, rows], top_keys[:, :, rows]
-    for keys, p in call.probabilities(block):
-        entropy[:, :, rows] += torch.special.entr(p).sum(-1)
-        if keys is None:
-            continue
-        mass[:, :, keys] += p.sum(2)
+    share, log_total, sink, tiles = call.softmax(block)
+    surprise = torch.zeros_like(share)
+    if sink is not None:
+        surprise -= sink * torch.exp(sink)
+    for keys, t, weights in tiles:
+        mass[:, :, keys] += (share.transpose(2, 3) @ weights).squeeze(2)
+        surprise -= t.mul_(weights).sum(-1, keepdim=True)
         if top_k:
             # The best of this tile, and then of these and those before.
-            found, where = p.topk(min(top_k, p.shape[-1]), -1)
-            best, order = torch.cat([best, found], -1).topk(top_k, -1)
+            found, where = weights.topk(min(top_k, weights.shape[-1]), -1)
+            best, order = torch.cat([best, found * share], -1).topk(top_k, -1)
             names = torch.cat([names, where + keys.start], -1).gather(-1, order)
+    entropy[:, :, rows] = torch.addcmul(log_total, surprise, share).squeeze(-1)
     if top_k:
         top_probabilities[:, :, rows], top_keys[:, :, rows] = best, names.masked_fill(best == 0, -1)

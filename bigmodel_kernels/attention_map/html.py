@@ -1,0 +1,130 @@
+"""An attention map as one HTML file that needs nothing else: no network, no server.
+
+The page is `page.html`. What is written here shows one head without JavaScript too; with it, every head, by
+keyboard and by pointer. Whatever comes from the text is escaped, in the markup and in the data.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from importlib import resources
+from pathlib import Path
+
+from bigmodel_kernels.attention_map.colours import ANCHORS, colour, css, ink
+from bigmodel_kernels.attention_map.compute import AttentionMap
+
+_escape = html.escape
+
+
+def write(found: AttentionMap, path: Path) -> None:
+    """Writes the page, and makes the folders that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(found), encoding="utf-8")
+
+
+def render(found: AttentionMap) -> str:
+    """The page as text."""
+    size, heads = len(found.tokens), len(found.heads)
+    cell = max(8, min(40, 760 // max(1, size)))
+    parts = {
+        "title": _escape(f"What {found.model} looks at"),
+        "facts": _facts(found),
+        "cell": str(cell),
+        "gap": "2" if size <= 24 else "1" if size <= 48 else "0",
+        "tile": str(max(28, min(72, 1000 // max(1, heads) - 8))),
+        "gradient": ", ".join(css(anchor) for anchor in ANCHORS),
+        "most_entropy": f"{math.log(size):.2f}",
+        "sentence": "".join(f"<li>{_escape(token)}</li>" for token in found.tokens),
+        "head_names": "".join(f'<th scope="col">head {head}</th>' for head in found.heads)
+        if heads <= 16
+        else "".join(f'<th scope="col">{head}</th>' for head in found.heads),
+        "head_rows": _head_rows(found),
+        "map_title": _map_title(found, 0, 0),
+        "map_class": "" if cell >= 26 else "dense",
+        "key_names": "".join(
+            f'<th scope="col" title="{_escape(token)}"><span>{_escape(token)}</span></th>'
+            for token in found.tokens
+        ),
+        "map_rows": _map_rows(found),
+        "data": _data(found),
+    }
+    template = resources.files("bigmodel_kernels.attention_map").joinpath("page.html").read_text("utf-8")
+    # In one pass: what a text puts into the page is not looked at again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+
+
+def _facts(found: AttentionMap) -> str:
+    shown = f"{len(found.tokens)} tokens"
+    if found.whole > len(found.tokens):
+        shown = f"the first {len(found.tokens)} of {found.whole} tokens"
+    layers, heads = len(found.layers), len(found.heads)
+    return (
+        f"{shown}, {layers} layer{'s' * (layers > 1)} of {heads} head{'s' * (heads > 1)}. "
+        "Point at a cell, or move to it with the arrow keys: the tokens below take the colours of its row."
+    )
+
+
+def _map_title(found: AttentionMap, layer: int, head: int) -> str:
+    return (
+        f"Layer {found.layers[layer]}, head {found.heads[head]}, "
+        f"mean entropy {found.entropy[layer, head]:.2f} nats"
+    )
+
+
+def _head_rows(found: AttentionMap) -> str:
+    size = len(found.tokens)
+    rows = []
+    for i, layer in enumerate(found.layers):
+        cells = []
+        for j, head in enumerate(found.heads):
+            first = i == j == 0
+            entropy = f"{found.entropy[i, j]:.2f}"
+            cells.append(
+                f'<td role="gridcell" tabindex="{0 if first else -1}" aria-selected="{str(first).lower()}" '
+                f'aria-label="Layer {layer}, head {head}, mean entropy {entropy} nats">'
+                f'<canvas width="{size}" height="{size}" aria-hidden="true"></canvas>{entropy}</td>'
+            )
+        rows.append(f'<tr><th scope="row">layer {layer}</th>{"".join(cells)}</tr>')
+    return "\n".join(rows)
+
+
+def _map_rows(found: AttentionMap) -> str:
+    weights = found.weights[0, 0]
+    largest = max(float(weights.max()), 1e-9)
+    rows = []
+    for i, query in enumerate(found.tokens):
+        cells = []
+        for j, key in enumerate(found.tokens):
+            weight = float(weights[i, j])
+            background = colour(weight / largest)
+            cells.append(
+                f'<td role="gridcell" tabindex="{0 if i == j == 0 else -1}" '
+                f'aria-label="{_escape(query)} to {_escape(key)}: {weight:.3f}" '
+                f'style="background-color:{css(background)};color:{ink(background)}">'
+                f"{round(100 * weight)}</td>"
+            )
+        rows.append(
+            f'<tr><th scope="row" title="{_escape(query)}">{_escape(query)}</th>{"".join(cells)}</tr>'
+        )
+    return "\n".join(rows)
+
+
+def _data(found: AttentionMap) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    shades = [colour(i / 255) for i in range(256)]
+    parts = (found.weights.double() * 65535).round().clamp(0, 65535).numpy().astype("<u2")
+    value = {
+        "tokens": found.tokens,
+        "layers": found.layers,
+        "heads": found.heads,
+        "entropy": [[round(float(e), 4) for e in row] for row in found.entropy],
+        "weights": base64.b64encode(parts.tobytes()).decode("ascii"),
+        "palette": [css(shade) for shade in shades],
+        "darkFrom": next(i for i, shade in enumerate(shades) if ink(shade) == "#000000"),
+    }
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")

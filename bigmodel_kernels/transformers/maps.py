@@ -142,13 +142,14 @@ def attention_maps(
         assert isinstance(collector, _Collector)
         collector.masks = _masks_of(inputs)
         maps.output = model(**inputs)
-    if not collector.calls:
+    if not collector.numbers:
         raise ValueError(
             f"model={type(model).__name__} has no attention that runs here; patch it with bk.patch(model), "
             "or load it with attn_implementation='bigmodel'"
         )
     if not maps.layers:
-        raise ValueError(f"layers={list(layers or ())} are not among those of the model")
+        allowed = ", ".join(map(str, sorted(collector.numbers)))
+        raise ValueError(f"layers={list(layers or ())} are not there; those of the model are {allowed}")
     return maps
 
 
@@ -172,7 +173,7 @@ class _Collector:
     heads: tuple[int, ...] | None
     masks: dict[str, Tensor | None]
     maps: AttentionMaps
-    calls: int = 0
+    numbers: set[int] = field(default_factory=set)
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float
@@ -180,8 +181,8 @@ class _Collector:
         name = self.names.get(id(module))
         if name is None:  # of another model
             return
-        self.calls += 1
-        layer = _number(module, name, self.calls - 1)
+        layer = _number(module, name, len(self.numbers))
+        self.numbers.add(layer)
         if self.layers is not None and layer not in self.layers:
             return
         kind = "cross" if _CROSS.search(name) or getattr(module, "is_cross_attention", False) else "self"

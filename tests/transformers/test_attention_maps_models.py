@@ -102,7 +102,7 @@ def test_layers_heads_and_what_is_asked_for() -> None:
         some.layers[0].head_entropy()
     with pytest.raises(ValueError, match="allowed are -4 to 3"):
         bk.attention_maps(model, input_ids=ids, heads=[4])
-    with pytest.raises(ValueError, match=r"layers=\[7\] are not among those of the model"):
+    with pytest.raises(ValueError, match=r"layers=\[7\] are not there; those of the model are 0, 1"):
         bk.attention_maps(model, input_ids=ids, layers=[7])
 
 

@@ -84,7 +84,8 @@ def collect_attention(
 
     model: patched by `bk.patch`, or loaded with attn_implementation="bigmodel": modules whose attention runs
     elsewhere are not seen, and not compiled code either. Results are detached, and taken before dropout.
-    While it collects, layers run one by one with their padding in.
+    While it collects, layers run one by one with their padding in. Gradient checkpointing runs layers again
+    in the backward, and what they look at is collected again.
 
     statistics, probabilities: what to collect. top_k: how many keys to name for each query.
     layers, heads: only those, numbered from 0; None for all.

@@ -2,9 +2,9 @@
 
 The library uses LibTorch's stable ABI and no Python symbol, so one binary serves every torch from 2.10 and
 every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
-test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers; BIGMODEL_CUDA=1
-or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc is on PATH); CXX
-names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
+test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers;
+BIGMODEL_CUDA=1 or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc
+is on PATH); CXX names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ KERNELS = [
     "linear",
     "norm",
     "philox",
+    "rotary",
 ]
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "cross_entropy", "feed_forward", "linear"]
+TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "linear"]
 TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

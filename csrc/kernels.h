@@ -214,6 +214,19 @@ struct EmbeddingBackwardArgs {
   void *norm_weight_grad, *norm_bias_grad;
 };
 
+struct RotaryArgs {        // of queries and of keys
+  Dtype dtype;
+  int64_t batch, rows, head_dim, heads[2];
+  const void* x[2];        // (batch, heads, rows, head_dim)
+  int64_t stride[2][3];    // batch, head, row, in elements
+  Dtype angles_dtype;
+  int64_t angles;          // at most head_dim / 2
+  bool shared_angles;      // by the whole batch
+  const void *cosine, *sine;  // (batch or 1, rows, angles), contiguous
+  bool interleaved;
+  void* out[2];            // (batch, rows, heads, head_dim)
+};
+
 struct CrossEntropyArgs {
   Dtype dtype;
   int64_t rows, k, classes;
@@ -284,6 +297,7 @@ struct KernelTable {
   void (*norm_backward)(const Runtime&, const NormBackwardArgs&);
   void (*embedding)(const Runtime&, const EmbeddingArgs&);
   void (*embedding_backward)(const Runtime&, const EmbeddingBackwardArgs&);
+  void (*rotary)(const Runtime&, const RotaryArgs&);
   void (*cross_entropy)(const Runtime&, const CrossEntropyArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
   void (*attention_backward)(const Runtime&, const AttentionBackwardArgs&);

@@ -442,9 +442,40 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   return out;
 }
 
+std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: must have 4 dimensions");
+  RotaryArgs args = {.dtype = dtype_of(query, "query"), .batch = query.size(0), .rows = query.size(2), .head_dim = query.size(3),
+                     .angles_dtype = dtype_of(cos, "cos"), .angles = cos.size(cos.dim() - 1), .interleaved = interleaved};
+  const int64_t batch = args.batch, rows = args.rows, dim = args.head_dim, angles = args.angles;
+  STD_TORCH_CHECK(key.size(0) == batch && key.size(2) == rows && key.size(3) == dim, "key: shape ", shape_of(key), " does not fit query's ",
+                  shape_of(query));
+  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(0) == batch || cos.size(0) == 1) && cos.size(1) == rows && 2 * angles <= dim, "cos: shape ",
+                  shape_of(cos), " does not fit query's ", shape_of(query));
+  args.shared_angles = cos.size(0) == 1;
+  args.cosine = data_of(cos, "cos", cos.scalar_type(), cos.numel());
+  args.sine = data_of(sin, "sin", cos.scalar_type(), cos.numel());
+  Tensor results[2] = {query, key};
+  for (int i = 0; i < 2; i++) {
+    const Tensor& x = i ? key : query;
+    const char* name = i ? "key" : "query";
+    check_cpu(x, name);
+    STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, ": dtype differs from the input's");
+    STD_TORCH_CHECK(x.numel() == 0 || dim == 1 || x.stride(3) == 1, name, ": last dimension must be contiguous");
+    args.heads[i] = x.size(1);
+    args.x[i] = x.const_data_ptr();
+    for (int d = 0; d < 3; d++) args.stride[i][d] = x.stride(d);
+    Tensor out = empty_result({batch, rows, args.heads[i], dim}, x.scalar_type());
+    args.out[i] = out.mutable_data_ptr();
+    results[i] = torch::stable::transpose(out, 1, 2);
+  }
+  if (batch * rows > 0) kernels().rotary(runtime(), args);
+  return {results[0], results[1]};
+}
+
 }  // namespace bigmodel
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
+  m.def("cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("cpu_isas() -> str");
   m.def("cpu_set_isa(str name) -> ()");
@@ -472,6 +503,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_layer_norm", TORCH_BOX(&bigmodel::cpu_layer_norm));
   m.impl("cpu_rms_norm", TORCH_BOX(&bigmodel::cpu_rms_norm));
   m.impl("cpu_embedding", TORCH_BOX(&bigmodel::cpu_embedding));
+  m.impl("cpu_rotary", TORCH_BOX(&bigmodel::cpu_rotary));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {

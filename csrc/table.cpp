@@ -15,6 +15,7 @@ void feed_forward(const Runtime&, const FeedForwardArgs&);
 void linear_backward(const Runtime&, const LinearBackwardArgs&);
 void feed_forward_backward(const Runtime&, const FeedForwardBackwardArgs&);
 void cross_entropy(const Runtime&, const CrossEntropyArgs&);
+void attention(const Runtime&, const AttentionArgs&);
 
 }  // namespace bigmodel::BIGMODEL_ISA
 
@@ -24,7 +25,7 @@ void layer_norm(const Runtime&, const LayerNormArgs&);
 void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
-void attention(const Runtime&, const AttentionArgs&);
+void rotary(const Runtime&, const RotaryArgs&);
 void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
 
@@ -39,6 +40,6 @@ namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward,
                            feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           cross_entropy, rest::attention, rest::attention_backward, rest::philox_block};
+                           rest::rotary, cross_entropy, attention, rest::attention_backward, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -202,9 +202,19 @@ def readable(mask: Any) -> bool:
 
 
 def visibility(
-    query: Tensor, keys: int, mask: Tensor | None, *, is_causal: bool, position_bias: Tensor | None = None
+    query: Tensor,
+    keys: int,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    position_bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Visibility:
-    """Reads a mask (see the top of this file). `is_causal` counts only without one, as for sdpa."""
+    """Reads a mask (see the top of this file).
+
+    `is_causal` counts only without one, as for sdpa; `window`, the layer's own, only for a windowed mask that
+    was copied on the way and has lost its attribute.
+    """
     rows = query.shape[2]
     if mask is None:
         result = Visibility(keys, causal=is_causal and rows > 1)
@@ -216,9 +226,10 @@ def visibility(
     elif not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
     elif mask.dim() in (2, 3):
-        window = None
-        if mask.dim() == 3:
-            window = getattr(mask, _WINDOW, None)
+        if mask.dim() == 2:
+            window = None
+        else:
+            window = getattr(mask, _WINDOW, window)
             if window is None:
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
@@ -258,6 +269,7 @@ def attention_forward(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of (B, H, Sq, D) on (B, Hkv, Sk, D) for any transformers model, to the result of its eager
@@ -266,33 +278,36 @@ def attention_forward(
     Returns the output as (B, Sq, H, D), and the probabilities (B, H, Sq, Sk) where the call asks for them
     (`output_attentions`): those are then computed by `bigmodel::attention_probabilities` next to the kernel's
     output, or in plain PyTorch where they need a gradient. Dropout of probabilities is the operator's own.
-    Value heads of another size than the key's, and heads above 256, run in torch's
-    scaled_dot_product_attention and are logged once. Attention sinks (`s_aux`) raise ValueError.
+    `s_aux` (H,) are attention sinks. Value heads of another size than the key's, and heads above 256, run in
+    torch's scaled_dot_product_attention and are logged once.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(
-            "s_aux (attention sinks) is not supported by attn_implementation='bigmodel'; use 'eager'"
-        )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    seen = visibility(query, key.shape[2], attention_mask, is_causal=is_causal, position_bias=position_bias)
+    seen = visibility(
+        query,
+        key.shape[2],
+        attention_mask,
+        is_causal=is_causal,
+        position_bias=position_bias,
+        window=kwargs.get("sliding_window"),
+    )
     if seen.keys != key.shape[2]:
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     p = dropout if module.training else 0.0
     observe = observer()
     if observe is not None:
-        observe(module, query, key, seen, scale, softcap or 0.0)
+        observe(module, query, key, seen, scale, softcap, s_aux)
     wanted = _returns_attentions(kwargs)
     if p and (wanted or p >= 1):
-        weights = _probabilities(query, key, seen, scale, softcap)
+        weights = _probabilities(query, key, seen, scale, softcap, s_aux)
         weights = torch.nn.functional.dropout(weights, p=p)
         return _weigh(weights, value).transpose(1, 2).contiguous(), weights if wanted else None
     if value.shape[-1] != key.shape[-1] or query.shape[-1] > 256:
-        out = _sdpa(query, key, value, seen, scale, softcap, p)
+        out = _sdpa(query, key, value, seen, scale, softcap, s_aux, p)
     else:
-        out = run(query, key, value, seen, scale, softcap or 0.0, p)
-    return out.transpose(1, 2), _weights(query, key, seen, scale, softcap) if wanted else None
+        out = run(query, key, value, seen, scale, softcap or 0.0, p, s_aux)
+    return out.transpose(1, 2), _weights(query, key, seen, scale, softcap, s_aux) if wanted else None
 
 
 def run(
@@ -303,9 +318,12 @@ def run(
     scale: float,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The operator itself, (B, H, Sq, D), laid out in memory as (B, Sq, H, D)."""
     ensure_sharding_rules(query)
+    if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
+        sinks = sinks.float()
     out: Tensor = call(
         "attention",
         query,
@@ -316,6 +334,7 @@ def run(
         None,
         None,
         draw_seed(dropout_p, query.device),
+        *(() if sinks is None else (None, sinks)),
         softmax_scale=scale,
         is_causal=seen.causal,
         window_left=-1 if seen.window is None else seen.window - 1,
@@ -339,8 +358,12 @@ def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
     return mask
 
 
-def of_operator(seen: Visibility, scale: float, softcap: float | None) -> dict[str, Any]:
+def of_operator(
+    query: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
+) -> dict[str, Any]:
     """What the operators that look at attention are told of a call, by the names of their arguments."""
+    if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
+        sinks = sinks.float()
     return {
         "key_padding_mask": seen.padding,
         "bias": seen.bias,
@@ -348,19 +371,22 @@ def of_operator(seen: Visibility, scale: float, softcap: float | None) -> dict[s
         "is_causal": seen.causal,
         "window": None if seen.window is None else (seen.window - 1, None),
         "softcap": softcap or 0.0,
+        "sinks": sinks,
     }
 
 
-def _weights(query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None) -> Tensor:
+def _weights(
+    query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """The weights (B, H, Sq, Sk): by the operator, which has no gradient, or else by definition."""
     plain = type(query) is not Tensor or query.shape[-1] > 256
-    if plain or wants_gradient((query, key, seen.bias)):
-        return _probabilities(query, key, seen, scale, softcap)
-    return attention_probabilities(query, key, **of_operator(seen, scale, softcap))
+    if plain or wants_gradient((query, key, seen.bias, sinks)):
+        return _probabilities(query, key, seen, scale, softcap, sinks)
+    return attention_probabilities(query, key, **of_operator(query, seen, scale, softcap, sinks))
 
 
 def _probabilities(
-    query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None
+    query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """The weights (B, H, Sq, Sk) by definition; zero for a query that sees nothing, as in the operator."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -373,7 +399,11 @@ def _probabilities(
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return torch.softmax(logits, dim=-1, dtype=exact).nan_to_num(0.0).to(query.dtype)
+    if sinks is not None:
+        column = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = torch.softmax(logits, dim=-1, dtype=exact).nan_to_num(0.0).to(query.dtype)
+    return weights if sinks is None else weights[..., :-1]
 
 
 def _weigh(weights: Tensor, value: Tensor) -> Tensor:
@@ -384,11 +414,19 @@ _logged: set[str] = set()
 
 
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float, softcap: float | None, p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Visibility,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    p: float,
 ) -> Tensor:
     """Shapes that the operator does not take."""
-    if softcap:
-        return _weigh(torch.dropout(_probabilities(query, key, seen, scale, softcap), p, p > 0), value)
+    if softcap or sinks is not None:
+        weights = _probabilities(query, key, seen, scale, softcap, sinks)
+        return _weigh(torch.dropout(weights, p, p > 0), value)
     reason = f"query and key heads of {query.shape[-1]} and value heads of {value.shape[-1]}"
     if not torch.compiler.is_compiling() and reason not in _logged:
         _logged.add(reason)
@@ -433,8 +471,8 @@ def _returns_attentions(kwargs: dict[str, Any]) -> bool:
     )
 
 
-#: Gets the module, query, key, visibility, scale and softcap of every call of `attention_forward`.
-Observer = Callable[[torch.nn.Module, Tensor, Tensor, Visibility, float, float], None]
+#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attention_forward`.
+Observer = Callable[[torch.nn.Module, Tensor, Tensor, Visibility, float, float | None, Tensor | None], None]
 
 observing: ContextVar[Observer | None] = ContextVar("bigmodel_attention_observer", default=None)
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,6 @@ class Kin:
         }
         found = {role: getattr(module, prefix + name) for role, name in names.items()}
         return cls(**found, pooler=getattr(module, prefix + "Pooler", None))
-
-
-class Form(nn.Module):
-    """A patched form; goes before the class that it stands for, which is that of `super()`."""
-
-    kin: ClassVar[Kin]
-
-    def __init_subclass__(cls, kin: Kin | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if kin is not None:
-            cls.kin = kin
-            kin.forms[cls.__bases__[1]] = cls
-
-    if TYPE_CHECKING:  # attributes are those of the class that it stands for
-
-        def __getattr__(self, name: str) -> Any: ...
 
 
 class Embeddings(Form):
@@ -561,14 +545,7 @@ def _check_layer(kin: Kin, module: Any) -> str | None:
             "output.dropout": nn.Dropout,
         },
         lora=True,
-    ) or check_activation(module.intermediate.intermediate_act_fn)
-
-
-def check_activation(function: Any) -> str | None:
-    if checks.activation(function) is not None:
-        return None
-    name = getattr(function, "__name__", None) or type(function).__name__
-    return f"activation {name} has no kernel; known are {', '.join(sorted(set(checks.ACTIVATIONS.values())))}"
+    ) or checks.reason_for_activation(module.intermediate.intermediate_act_fn)
 
 
 def check_encoder(kin: Kin, whole_layer: WholeLayer, module: Any) -> str | None:
@@ -590,15 +567,15 @@ def _whole_bert_layer(kin: Kin, layer: Any) -> str | None:
     attention = layer.attention
     return (
         checks.reason_for_hooks(layer)
-        or prefixed("attention", checks.reason(attention, kin.attention))
-        or inside(
+        or checks.prefixed("attention", checks.reason(attention, kin.attention))
+        or checks.inside(
             attention.self,
             "attention.self",
             kin.self_attention,
             kin.forms[kin.self_attention],
             partial(check_self_attention, kin.forms[kin.self_attention]),
         )
-        or inside(
+        or checks.inside(
             attention.output,
             "attention.output",
             kin.self_output,
@@ -607,15 +584,6 @@ def _whole_bert_layer(kin: Kin, layer: Any) -> str | None:
         )
         or _check_layer(kin, layer)
     )
-
-
-def inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
-    why = None if type(part) is patched else checks.reason_for_class(part, cls)
-    return prefixed(name, why or checks.reason_for_hooks(part) or check(part))
-
-
-def prefixed(name: str, why: str | None) -> str | None:
-    return None if why is None else f"{name}: {why}"
 
 
 def _check_pooler(module: Any) -> str | None:

@@ -1,8 +1,9 @@
-"""The two kinds of transformer layer, as a handful of calls of our operators; families say where the weights
-are.
+"""The kinds of transformer layer, as a handful of calls of our operators; families say where the weights are.
 
 post-norm (BERT, RoBERTa, ...)   x = LN(x + drop(attend(x))),  x = LN(x + drop(ffn(x)))
 pre-norm  (GPT-2, ...)           x = x + drop(attend(LN(x))),  x = x + drop(ffn(LN(x)))
+gated     (Llama, Gemma, ...)    x = x + norm(attend(norm(x))),  x = x + norm(ffn(norm(x))),  with RMSNorms,
+                                 of which Llama has the inner ones, OLMo 2 the outer ones and Gemma 2 both
 
 Under autocast the stream x stays as wide as torch's rules leave it: products and attention run in the
 autocast type, norms and sums in float32. So residual and norm are then calls of their own.
@@ -20,7 +21,8 @@ import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
 import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
-import bigmodel_kernels.ops.norm  # noqa: F401  (all five define torch.ops.bigmodel.*)
+import bigmodel_kernels.ops.norm
+import bigmodel_kernels.ops.rotary  # noqa: F401  (all six define torch.ops.bigmodel.*)
 from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.transformers import checks
 
@@ -30,6 +32,14 @@ class Affine(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Scale(NamedTuple):
+    """Weight of an RMSNorm, its epsilon, and what is added to its weight."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
 
 
 #: A projection or a norm whose tensors the operators can read, or else the module, to be called as it is
@@ -54,6 +64,7 @@ class FeedForward(NamedTuple):
     w_out: Affine
     activation: str
     recompute: bool = False  # the hidden layer is made again in the backward, not kept
+    w_gate: Affine | None = None
 
 
 class LayerParts(NamedTuple):
@@ -76,6 +87,25 @@ class LayerParts(NamedTuple):
     ffn_eps: float
     ffn_p: float
     unfused: Callable[[Tensor], Tensor]
+
+
+class GatedParts(NamedTuple):
+    """All of one layer of Llama's kind, gathered anew for each forward.
+
+    Norms are None where there is none. `ffn` is None where the feed-forward runs as `unfused`, from the
+    normalised input, without sum and norm. `multiplier` is that of both sums (Granite).
+    """
+
+    attention_norm: nn.Module | None
+    attention_out: Part
+    attention_outer_norm: nn.Module | None
+    attention_p: float
+    ffn_norm: Scale | nn.Module | None
+    ffn: FeedForward | None
+    unfused: Callable[[Tensor], Tensor]
+    ffn_outer_norm: nn.Module | None
+    ffn_p: float
+    multiplier: float = 1.0
 
 
 def lowered(x: Tensor) -> bool:
@@ -116,6 +146,18 @@ def linear(
     return out
 
 
+def _norm_tensors(norm: Affine | Scale | None) -> tuple[Tensor | None, Tensor | None]:
+    if norm is None:
+        return None, None
+    return norm.weight, norm.bias if isinstance(norm, Affine) else None
+
+
+def _norm_options(norm: Affine | Scale | None, eps: float) -> dict[str, Any]:
+    if isinstance(norm, Scale):
+        return {"norm_eps": norm.eps, "norm_kind": "rms_norm"}
+    return {"norm_eps": eps}
+
+
 def _width(part: Affine, layout: str) -> int:
     return part.weight.shape[1] if layout == "conv1d" else part.weight.shape[0]
 
@@ -125,14 +167,25 @@ def project(x: Tensor, part: Part, layout: str) -> Tensor:
 
 
 def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (..., heads, head_dim): views of one product where possible."""
-    fused = [part for part in parts if isinstance(part, Affine)]
-    if len(parts) == 1 or len(fused) == len(parts):
-        whole = linear(x, tuple(fused), layout) if fused else project(x, parts[0], layout)
-        query, key, value = whole.unflatten(-1, (3, -1, head_dim)).unbind(-3)
-    else:
-        query, key, value = (project(x, part, layout).unflatten(-1, (-1, head_dim)) for part in parts)
+    """Query, key and value, each (..., heads, head_dim), as many heads in each."""
+    query, key, value = (
+        part.unflatten(-1, (-1, head_dim)) for part in side_by_side(x, parts, layout, (1, 1, 1))
+    )
     return query, key, value
+
+
+def side_by_side(
+    x: Tensor, parts: tuple[Part, ...], layout: str, shares: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """The outputs of several projections: views of one product where possible. A single projection that
+    stands for all is cut by `shares`."""
+    fused = [part for part in parts if isinstance(part, Affine)]
+    if len(fused) < len(parts) > 1:
+        return tuple(project(x, part, layout) for part in parts)
+    whole = linear(x, tuple(fused), layout) if fused else project(x, parts[0], layout)
+    if len(parts) == 1:
+        return whole.split([whole.shape[-1] * share // sum(shares) for share in shares], -1)
+    return whole.split([_width(part, layout) for part in fused], -1)
 
 
 def output(
@@ -164,15 +217,15 @@ def feed_forward(
     layout: str,
     residual: Tensor | None,
     position: str = "none",
-    norm: Affine | None = None,
+    norm: Part | Scale | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
-    if position == "pre" and lowered(x) and norm is not None:
-        return feed_forward(layer_norm(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
+    if isinstance(norm, nn.Module) or (position == "pre" and (norm is None or lowered(x) or _offset(norm))):
+        return feed_forward(normalized(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
     apart = residual is not None and lowered(x)
-    if position == "post" and apart and residual is not None:
+    if position == "post" and apart and residual is not None and not isinstance(norm, Scale):
         return _close(feed_forward(x, ffn, layout, None), residual, dropout_p, norm, eps)
     out: Tensor = call(
         "feed_forward",
@@ -180,23 +233,34 @@ def feed_forward(
         *ffn.w_in,
         *ffn.w_out,
         None if apart else residual,
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
-        None,
-        None,
+        *_norm_tensors(norm),
+        *((None, None) if ffn.w_gate is None else ffn.w_gate),
         draw_seed(dropout_p, x.device),
         activation=ffn.activation,
         weight_layout=layout,
         norm_position=position,
-        norm_eps=eps,
+        **_norm_options(norm, eps),
         dropout_p=dropout_p,
         recompute=ffn.recompute,
     )
     return out + residual if apart and residual is not None else out
 
 
-def normalized(x: Tensor, norm: Part, eps: float) -> Tensor:
+def normalized(x: Tensor, norm: Part | Scale | None, eps: float = 1e-5) -> Tensor:
+    if norm is None:
+        return x
+    if isinstance(norm, Scale):
+        return rms_norm(x, norm)
     return layer_norm(x, norm, eps) if isinstance(norm, Affine) else norm(x)  # type: ignore[no-any-return]
+
+
+def rms_norm(x: Tensor, norm: Scale) -> Tensor:
+    out: Tensor = call("rms_norm", x, norm.weight, norm.eps, weight_offset=norm.offset)
+    return out
+
+
+def _offset(norm: Affine | Scale) -> float:
+    return norm.offset if isinstance(norm, Scale) else 0.0
 
 
 def layer_norm(
@@ -227,6 +291,31 @@ def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "line
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))
     return feed_forward(x, w.ffn, layout, x, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
+
+
+def gated_layer(x: Tensor, w: GatedParts, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """Llama's layer: RMSNorm, the calls of `attend`, and two more."""
+    context = attend(normalized(x, w.attention_norm))
+    if w.attention_outer_norm is None and w.multiplier == 1:
+        x = output(context, w.attention_out, "linear", x, w.attention_p)
+    else:
+        y = project(context, w.attention_out, "linear")
+        x = _sum(y, w.attention_outer_norm, x, w.attention_p, w.multiplier)
+    whole = w.ffn_outer_norm is None and w.multiplier == 1
+    if w.ffn is None:
+        y = w.unfused(normalized(x, w.ffn_norm))
+    elif whole:
+        return feed_forward(x, w.ffn, "linear", x, "pre", w.ffn_norm, dropout_p=w.ffn_p)
+    else:
+        y = feed_forward(x, w.ffn, "linear", None, "pre", w.ffn_norm)
+    return _sum(y, w.ffn_outer_norm, x, w.ffn_p, w.multiplier)
+
+
+def _sum(y: Tensor, norm: nn.Module | None, residual: Tensor, dropout_p: float, multiplier: float) -> Tensor:
+    """residual + multiplier * drop(norm(y))"""
+    y = normalized(y, norm)
+    y = torch.dropout(y, dropout_p, True) if dropout_p else y
+    return torch.add(residual, y, alpha=multiplier)
 
 
 class Packing:

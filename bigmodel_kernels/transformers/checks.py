@@ -4,6 +4,7 @@ call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,6 +103,26 @@ def reason_for_parts(module: nn.Module, parts: dict[str, type], lora: bool = Fal
         if why is not None:
             return f"{name}: {why}"
     return None
+
+
+def reason_for_activation(function: Any) -> str | None:
+    """Why there is no kernel for an activation module."""
+    if activation(function) is not None:
+        return None
+    name = getattr(function, "__name__", None) or type(function).__name__
+    if isinstance(function, nn.Module) and (why := reason_for_hooks(function)) is not None:
+        return f"activation {name}: {why}"
+    return f"activation {name} has no kernel; known are {', '.join(sorted(set(ACTIVATIONS.values())))}"
+
+
+def inside(part: Any, name: str, cls: type, patched: type, check: Callable[[Any], str | None]) -> str | None:
+    """Why a submodule, patched already or not, cannot run fused."""
+    why = None if type(part) is patched else reason_for_class(part, cls)
+    return prefixed(name, why or reason_for_hooks(part) or check(part))
+
+
+def prefixed(name: str, why: str | None) -> str | None:
+    return None if why is None else f"{name}: {why}"
 
 
 def _is_capture_hook(hook: Any) -> bool:

@@ -8,6 +8,8 @@ knows (saved configs, Trainer and pipelines look a model up by the name of its c
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,15 @@ def check(model: nn.Module) -> str | None:
     """Why a model that is exactly of a known class keeps its logits."""
     if "_loss_function" in model.__dict__:
         return "it has a loss function of the user's own, which takes logits"
+    return _reason_for_logits(model)
+
+
+def _reason_for_logits(model: Any) -> str | None:
+    """What a model does to its logits before the loss."""
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        return "final_logit_softcapping bends the logits before the loss"
+    if getattr(model.config, "logits_scaling", 1) != 1:
+        return "logits_scaling divides the logits before the loss"
     return None
 
 
@@ -35,6 +46,41 @@ def named_like_its_original(cls: type) -> type:
     return cls
 
 
+def causal_lm(output: type) -> Callable[[type], type]:
+    """Makes a patched form of a causal language model's class: in training mode, with labels, the loss
+    without logits, returned as an `output`.
+
+    The class has its projection to the vocabulary in `lm_head` and the rest in `base_model_prefix`.
+    """
+
+    def decorate(cls: type) -> type:
+        original: Any = cls.__bases__[0]
+
+        @functools.wraps(original.forward)  # Trainer reads the names of the arguments
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not wanted(self, args, kwargs) or self.loss_type not in (None, "ForCausalLM"):
+                return original.forward(self, *args, **kwargs)
+            labels, shifted = kwargs["labels"], kwargs.get("shift_labels")
+            ignore_index = kwargs.get("ignore_index", -100)
+            outputs = getattr(self, self.base_model_prefix)(*args, **of_the_body(kwargs))
+            states = outputs.last_hidden_state
+            held = head(self.lm_head, checks.dtype_of(states))
+            if held is None:  # an adapter or a hook on the head: the logits are what it makes of the states
+                value = self.loss_function(self.lm_head(states), vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                if shifted is None:
+                    shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+                rows, target = labelled(states, shifted, ignore_index)
+                value = loss(rows, *held, target, kwargs.get("num_items_in_batch"), ignore_index)
+            rest = {name: part for name, part in outputs.items() if name != "last_hidden_state"}
+            return output(loss=value, **rest)
+
+        cls.forward = forward  # type: ignore[attr-defined]
+        return named_like_its_original(cls)
+
+    return decorate
+
+
 def wanted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of a model is one for the loss alone."""
     return (
@@ -43,7 +89,7 @@ def wanted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and len(args) <= 1  # labels are given by name, and so is whatever else matters here
         and not kwargs.get("logits_to_keep")
         and kwargs.get("return_dict", model.config.return_dict) is not False
-        and "_loss_function" not in model.__dict__
+        and check(model) is None
         and not checks.watched_globally()
     )
 

@@ -1,10 +1,33 @@
-"""Patched forms of torch's own modules, for places that families name (language model heads, last norms)."""
+"""What patched forms share, and those of torch's own modules, for places that families name (language model
+heads, last norms).
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from bigmodel_kernels.transformers import blocks, checks
+
+
+class Form(nn.Module):
+    """A patched form; goes before the class that it stands for, which is that of `super()`.
+
+    `kin` says which classes belong together; it learns its forms from here.
+    """
+
+    kin: ClassVar[Any]
+
+    def __init_subclass__(cls, kin: Any = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kin is not None:
+            cls.kin = kin
+            kin.forms[cls.__bases__[1]] = cls
+
+    if TYPE_CHECKING:  # attributes are those of the class that it stands for
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class BigmodelLinear(nn.Linear):

@@ -177,7 +177,14 @@ class _Collector:
     numbers: set[int] = field(default_factory=set)
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        seen: Visibility,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> None:
         name = self.names.get(id(module))
         if name is None:  # of another model
@@ -193,11 +200,12 @@ class _Collector:
         if any(not -every <= head < every for head in heads):
             raise ValueError(f"heads={list(heads)} has one out of range; allowed are {-every} to {every - 1}")
         found = LayerAttention(name, layer, kind, tuple(head % every for head in heads), counted=counted)
-        options = attention_interface.of_operator(seen, scale, softcap)
+        options = attention_interface.of_operator(query, seen, scale, softcap, sinks)
         options["query_padding_mask"] = counted
-        if options["bias"] is not None:
-            options["bias"] = options["bias"].detach()
-        query, key = query.detach(), key.detach()
+        with torch.no_grad():
+            self._collect(found, query, key, options)
+
+    def _collect(self, found: LayerAttention, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         if self.statistics:
             statistics = attention_statistics(query, key, top_k=self.top_k, **options)
             if self.heads is not None:

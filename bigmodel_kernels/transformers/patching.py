@@ -29,17 +29,19 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     """Lets the model's modules run our operators, in place, and says what became of each.
 
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT and GPT-2. What is not exactly as known (a subclass, a hook, a replaced,
-    quantised or parametrized projection, an activation or a config that the operators do not have, weights
-    that are not loaded) is left alone, and the report says why. Modules that are patched already stay so. If
-    anything fails on the way, nothing is patched.
+    CamemBERT, ELECTRA, DistilBERT, GPT-2, Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3,
+    Phi-3, OLMo 2 and 3, Granite, SmolLM3 and GPT-OSS. What is not exactly as known (a subclass, a hook, a
+    replaced, quantised or parametrized projection, an activation or a config that the operators do not
+    have, weights that are not loaded) is left alone, and the report says why. Modules that are patched
+    already stay so. If anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
     it until they are unpatched.
 
-    fused_loss: GPT2LMHeadModel and BertForMaskedLM compute their loss without logits, in training mode and
-    when labels are given by name. Their output then has `logits=None`. Evaluation has logits as ever.
+    fused_loss: GPT2LMHeadModel, BertForMaskedLM and the causal language models of Llama's kind compute their
+    loss without logits, in training mode and when labels are given by name. Their output then has
+    `logits=None`. Evaluation has logits as ever.
 
     Raises TypeError for something that is not a module.
     """
@@ -297,7 +299,7 @@ def _rows_for_the_rest(
             or module._modules
         ):
             continue
-        if type(module) is nn.Embedding:
+        if isinstance(module, nn.Embedding):
             why = "a table lookup, nothing to fuse"
         else:
             why = "outside the blocks, too small to gain"
@@ -349,6 +351,7 @@ def _backends(ops: tuple[str, ...], module: nn.Module) -> tuple[tuple[str, ...],
 def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a small call of the operator, of the weights' dtype and device."""
     from bigmodel_kernels import ops
+    from bigmodel_kernels.ops.norm import prepare_rms_norm
 
     def new(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -363,6 +366,11 @@ def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...
         return prepare(new(1, 64), new(64, 64), new(64), new(64, 64), new(64), activation="gelu")  # type: ignore[no-any-return]
     if op == "layer_norm":
         return prepare(new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
+    if op == "rms_norm":
+        return prepare_rms_norm(new(1, 64), new(64))
+    if op == "rotary":
+        query, angles = new(1, 1, 2, head_dim // 2 * 2), new(2, head_dim // 2)
+        return prepare(query, query, angles, angles)  # type: ignore[no-any-return]
     ids = torch.zeros(1, dtype=torch.int64, device=like.device)
     if op == "linear_cross_entropy":
         return prepare(new(1, 64), new(64, 64), ids)  # type: ignore[no-any-return]
@@ -374,6 +382,8 @@ _FOLDERS = {
     "linear": "linear",
     "feed_forward": "feed_forward",
     "layer_norm": "norm",
+    "rms_norm": "norm",
+    "rotary": "rotary",
     "embedding": "embedding",
     "linear_cross_entropy": "cross_entropy",
 }

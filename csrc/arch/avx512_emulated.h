@@ -47,6 +47,48 @@ inline float reduce_max_ps(simde__m512 x) {
   for (int i = 1; i < 16; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
   return lanes[0];
 }
+// Lanes of 128 bits, two of a and two of b, by two bits each of `lanes`.
+template <class V> inline V shuffle_128(V a, V b, int lanes) {
+  struct { __m128i lane[4]; } from[2], to;
+  memcpy(&from[0], &a, 64);
+  memcpy(&from[1], &b, 64);
+  for (int i = 0; i < 4; i++) to.lane[i] = from[i / 2].lane[lanes >> (2 * i) & 3];
+  V r;
+  memcpy(&r, &to, 64);
+  return r;
+}
+inline void mask_storeu_epi16(void* to, uint16_t mask, __m256i x) {
+  uint16_t words[16];
+  memcpy(words, &x, 32);
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) memcpy(static_cast<char*>(to) + 2 * i, words + i, 2);
+}
+// To bf16, to nearest even; subnormal numbers become zero.
+inline __m256i cvtneps_pbh(simde__m512 x) {
+  uint32_t from[16];
+  uint16_t to[16];
+  memcpy(from, &x, 64);
+  for (int i = 0; i < 16; i++) {
+    const uint32_t bits = from[i], magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) to[i] = uint16_t(bits >> 16 | 0x40);
+    else if (magnitude < 0x00800000u) to[i] = uint16_t(bits >> 16 & 0x8000);
+    else to[i] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  __m256i r;
+  memcpy(&r, to, 32);
+  return r;
+}
+inline simde__m512i cvtne2ps_pbh(simde__m512 high, simde__m512 low) { return join<simde__m512i>(cvtneps_pbh(low), cvtneps_pbh(high)); }
+// What is left of x, to nearest even, below so many binary places as the upper half of `places` says.
+inline simde__m512 reduce_ps(simde__m512 x, int places) {
+  float lanes[16];
+  memcpy(lanes, &x, 64);
+  const float scale = float(1 << (places >> 4));
+  for (float& lane : lanes) lane -= __builtin_nearbyintf(lane * scale) / scale;
+  simde__m512 r;
+  memcpy(&r, lanes, 64);
+  return r;
+}
 
 }  // namespace bigmodel::BIGMODEL_ISA::emulated
 
@@ -58,3 +100,11 @@ inline float reduce_max_ps(simde__m512 x) {
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_reduce_max_ps emulated::reduce_max_ps
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4 emulated::shuffle_128
+#undef _mm512_shuffle_i32x4
+#define _mm512_shuffle_i32x4 emulated::shuffle_128
+#define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16
+#define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
+#define _mm512_reduce_ps emulated::reduce_ps

@@ -14,6 +14,7 @@ constexpr int64_t score_rows = 4 * tile_rows;
 constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
 constexpr int64_t logit_depth = 128;                // longest chain of additions in a logit, as depth_block is for a product
 constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
+constexpr int64_t direct_scores = 32;               // so few fill too little of the tile unit's registers
 constexpr int64_t keep_stride = key_block / 8;
 constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
 
@@ -189,9 +190,9 @@ struct Attention {
     return keep ? softmax<true>(scores, n_padded, row, keep) : softmax<false>(scores, n_padded, row, keep);
   }
 
-  // Dropout's bits of all rows of a chunk for keys [key, key + n), keep_stride bytes a row. Queries q and q + 8 share a call of the
+  // Dropout's bits of all rows of a chunk for keys [key, key + n), `stride` bytes a row. Queries q and q + 8 share a call of the
   // generator, which takes 16 keys; `key` is a multiple of 16.
-  void draw(const Sequence& s, int64_t first, int64_t count, int64_t key, int64_t n, uint8_t* keep) const {
+  void draw(const Sequence& s, int64_t first, int64_t count, int64_t key, int64_t n, uint8_t* keep, int64_t stride = keep_stride) const {
     for (int64_t pair = first / 16 * 16; pair < first + count; pair += (pair & 7) == 7 ? 9 : 1) {
       const int64_t queries[2] = {pair, pair + 8};
       const bool present[2] = {pair >= first, pair + 8 >= first && pair + 8 < first + count};
@@ -202,7 +203,7 @@ struct Attention {
           const uint32_t bits = keep_probabilities(args.dropout, key / 16 + block, pair, s.kv_head * group + g, s.batch);
           for (int half = 0; half < 2; half++) {
             const uint16_t own = uint16_t(bits >> (16 * half));
-            if (present[half]) memcpy(keep + ((queries[half] - first) * group + g) * keep_stride + 2 * block, &own, 2);
+            if (present[half]) memcpy(keep + ((queries[half] - first) * group + g) * stride + 2 * block, &own, 2);
           }
         }
     }

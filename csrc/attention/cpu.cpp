@@ -12,9 +12,13 @@
 // and key block at a time. A sink is a key without value: the running maximum and sum begin with it.
 //
 // The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
-// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of very few rows (decoding) skips the packing, which would cost more
-// than it saves, and takes K and V as they lie in memory.
+// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32, but where a
+// tile unit (AMX) multiplies bf16 P is rounded to bf16 for P V, as in eager (tile_unit.h). A chunk of very few rows (decoding) skips the
+// packing, which would cost more than it saves, and takes K and V as they lie in memory.
 #include "attention.h"
+#if BIGMODEL_AMX
+#include "tile_unit.h"
+#endif
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -22,6 +26,7 @@ namespace {
 
 template <class T>
 struct Forward : Attention<T> {
+  static constexpr bool by_unit = BIGMODEL_AMX && __is_same(T, bf16);
   using Base = Attention<T>;
   using typename Base::Sequence;
   using Base::args, Base::depth, Base::depth_padded, Base::draw, Base::group, Base::head_of, Base::high, Base::low, Base::modify, Base::padding,
@@ -30,8 +35,19 @@ struct Forward : Attention<T> {
   // ---- a chunk: queries [first, first + count) of one sequence and kv head ----
 
   void chunk(const Sequence& s, int64_t first, int64_t count) const {
+    const bool direct = count * group <= direct_rows || (by_unit && count * group * s.keys <= direct_scores);
+#if BIGMODEL_AMX
+    if constexpr (by_unit)
+      if (!direct) {
+        const TileUnit registers;
+        const UnitChunk c{*this, s, first, count};
+        c.run();
+        for (int64_t row = 0; row < c.rows; row++)
+          finish(s, query_of(first, row), head_of(s, row), c.output + row * c.padded, c.statistics[row].sum, c.reference(row));
+        return;
+      }
+#endif
     const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
-    const bool direct = rows <= direct_rows;
     auto floats = [&](ScratchSlot slot, int64_t n) { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); };
     float* query = floats(scratch_query, rows * depth_padded);
     float* output = floats(scratch_output, rows * depth_padded);
@@ -75,20 +91,24 @@ struct Forward : Attention<T> {
              packed_value, scores, statistics, output);
     }
 
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t i = query_of(first, row), head = head_of(s, row);
-      const float total = statistics[row].sum;
-      const float kept = dropping ? args.dropout.scale : 1.0f;
-      const F32 inverse = F32::set(total == 0.0f ? 0.0f : kept / total);  // no visible key: a row of zeros
-      T* out = static_cast<T*>(args.out) + s.batch * args.out_stride[0] + head * args.out_stride[1] + (s.first_query + i) * args.out_stride[2];
-      for (int64_t d = 0; d < depth; d += F32::width)
-        store_row(F32::load(output + row * depth_padded + d) * inverse, out + d, depth - d);
-      args.logsumexp[s.batch * args.logsumexp_stride[0] + head * args.logsumexp_stride[1] + s.first_query + i] =
-          total == 0.0f ? -infinity : statistics[row].maximum * unit + __builtin_logf(total);
-    }
+    for (int64_t row = 0; row < rows; row++)
+      finish(s, query_of(first, row), head_of(s, row), output + row * depth_padded, statistics[row].sum, statistics[row].maximum * unit);
+  }
+
+  // A row's result: what was summed, divided by the sum of its probabilities, which are relative to e^reference.
+  void finish(const Sequence& s, int64_t i, int64_t head, const float* output, float total, float reference) const {
+    const float kept = args.dropout.enabled ? args.dropout.scale : 1.0f;
+    const F32 inverse = F32::set(total == 0.0f ? 0.0f : kept / total);  // no visible key: a row of zeros
+    T* out = static_cast<T*>(args.out) + s.batch * args.out_stride[0] + head * args.out_stride[1] + (s.first_query + i) * args.out_stride[2];
+    for (int64_t d = 0; d < depth; d += F32::width) store_row(F32::load(output + d) * inverse, out + d, depth - d);
+    args.logsumexp[s.batch * args.logsumexp_stride[0] + head * args.logsumexp_stride[1] + s.first_query + i] =
+        total == 0.0f ? -infinity : reference + __builtin_logf(total);
   }
 
   static BIGMODEL_INLINE void store_row(F32 x, T* out, int64_t left) {
+#if BIGMODEL_AMX  // has the conversion, which takes subnormal numbers for zero
+    if constexpr (by_unit) return _mm256_mask_storeu_epi16(out, __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1), __m256i(_mm512_cvtneps_pbh(x.v)));
+#endif
     if (left >= F32::width) x.store(out);
     else store_partial(x, out, int(left));
   }
@@ -170,10 +190,10 @@ struct Forward : Attention<T> {
   }
 
   void run() const {
-    // Chunks as long as packing K and V per chunk stays cheap, but enough of them for every thread. Last queries first: under
+    // Chunks so long that packing K and V per chunk stays cheap, but enough of them for every thread. Last queries first: under
     // causality they see the most keys, and long tasks are best started early.
     const int64_t sequences = args.batch * args.kv_heads;
-    int64_t queries = larger(1, larger(96, 16384 / depth) / group);
+    int64_t queries = larger(1, (by_unit ? 1024 : larger(96, 16384 / depth)) / group);
     while (sequences * ceil_div(args.query_length, queries) < 4 * runtime.threads && queries * group > 16 * tile_rows) queries /= 2;
     int64_t chunks = ceil_div(args.query_length, queries);
     queries = ceil_div(args.query_length, chunks);

@@ -50,6 +50,9 @@ template <int count> inline constexpr int rows_of<Parts<count>> = 2 * unit_rows;
 #else
 template <class A> inline constexpr int rows_of = tile_rows;
 #endif
+// Emptying the unit's registers takes so long that it works through two blocks at a time, whose panel then comes from L2.
+inline constexpr int64_t deepest_block = BIGMODEL_AMX ? 2 * depth_block : depth_block;
+template <class A> inline constexpr int64_t depth_block_of = rows_of<A> == tile_rows ? depth_block : deepest_block;
 
 // ---- how one k step multiplies: the element types of A and of the panel, and the step itself ----
 
@@ -95,12 +98,14 @@ struct RowMajorTile {        // rows as they lie in memory: attention's probabil
 
 // What is asked of memory meanwhile, a little at every k step: asked for at once, it would wait for the few lines that can be under way.
 struct Nothing {
+  BIGMODEL_INLINE bool asks() const { return false; }
   BIGMODEL_INLINE void operator()(int64_t) const {}
 };
 struct Rest : Nothing {};    // of a depth that the tile unit has not taken
 struct Ahead {
   const void* from;
   int64_t bytes;             // per k step
+  BIGMODEL_INLINE bool asks() const { return bytes != 0; }
   BIGMODEL_INLINE void operator()(int64_t k) const { __builtin_prefetch(static_cast<const char*>(from) + k * bytes, 0, 2); }
 };
 
@@ -182,7 +187,8 @@ static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, co
   }
   constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
   for (int64_t block = 0; block < blocks; block++, a += 2 * a_half, b += b_block) {
-    for (int64_t i = 0; i < unit_steps; i++) next(block * unit_steps + i);
+    if (next.asks())
+      for (int64_t i = 0; i < unit_steps; i++) next(block * unit_steps + i);
     _tile_loadd(6, b, b_stride);
     _tile_loadd(4, a, 64);
     _tile_dpbf16ps(0, 4, 6);

@@ -131,7 +131,7 @@ struct Left {
   A* packed;
   int64_t m, steps;
   uint8_t* marks = nullptr;  // of split tiles [depth block][tile]: 1 where not all numbers have parts
-  static constexpr int64_t tile_rows = rows_of<A>;
+  static constexpr int64_t tile_rows = rows_of<A>, depth_block = depth_block_of<A>;
   Left(A* packed, int64_t m, int64_t steps) : packed(packed), m(m), steps(steps) {}
   // In the calling thread's scratch.
   Left(const Runtime& runtime, int slot, int64_t m, int64_t steps) : m(m), steps(steps) {
@@ -183,6 +183,7 @@ static inline void pack_tiles_transposed(const Rows& source, int64_t row, int64_
 // them. What is too little to share stays with the calling thread.
 template <class A, class Pack>
 static void pack_blocks(const Runtime& runtime, const Left<A>& left, bool down, const Pack& pack) {
+  constexpr int64_t depth_block = depth_block_of<A>;
   const int64_t blocks = ceil_div(left.m, row_block), depths = ceil_div(left.steps, depth_block);
   auto one = [&](int64_t task) {
     const int64_t block = down ? task % blocks : task / depths, begin = (down ? task / blocks : task % depths) * depth_block;
@@ -215,9 +216,9 @@ static void split_row_left(const Left<Parts<count>>& left, int64_t row, int64_t 
 template <int count>
 static void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t k, const Left<Parts<count>>& left) {
   pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t, Parts<count>*) {
-    const int64_t depth = smaller(depth_block, k - begin);
+    const int64_t depth = smaller(left.depth_block, k - begin);
     if (!a.transposed) {
-      alignas(64) float buffer[depth_block];
+      alignas(64) float buffer[deepest_block];
       for (int64_t r = row; r < row + rows; r++) split_row_left(left, r, begin, 0, depth, a.rows.get(a.rows.of, first + r, begin, depth, buffer));
       return;
     }
@@ -240,7 +241,7 @@ static void pack_left(const Runtime& runtime, const Operand& a, int64_t first, i
 // multiple of a tile's rows, `column` of a step's elements.
 template <class Step>
 static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* x, int64_t x_stride) {
-  constexpr int64_t tile_rows = rows_of<typename Step::A>;
+  constexpr int64_t tile_rows = rows_of<typename Step::A>, depth_block = depth_block_of<typename Step::A>;
   for (int64_t done = 0; done < columns;) {
     const int64_t step = (column + done) / Step::k_per_step, begin = step / depth_block * depth_block, depth = left.depth(begin);
     const int64_t here = smaller(columns - done, (begin + depth - step) * Step::k_per_step);
@@ -286,7 +287,7 @@ struct RowsRight {
   const Operand& b;
   int64_t n;
   Panels<float> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
-    float* panels = static_cast<float*>(runtime.scratch(scratch_right, size_t(count * panel * depth_block) * sizeof(float)));
+    float* panels = static_cast<float*>(runtime.scratch(scratch_right, size_t(count * panel * deepest_block) * sizeof(float)));
     const int64_t column = panel_index * panel, columns = smaller(n - column, count * panel);
     b.transposed ? columns_as_rows(column, columns, begin, depth, panels) : rows_as_rows(column, columns, begin, depth, panels);
     return {panels, depth * panel};
@@ -294,11 +295,11 @@ struct RowsRight {
 
  private:
   void columns_as_rows(int64_t column, int64_t columns, int64_t begin, int64_t depth, float* panels) const {
-    alignas(64) static constexpr float zeros[depth_block] = {};
-    alignas(64) float buffer[8 * depth_block];
+    alignas(64) static constexpr float zeros[deepest_block] = {};
+    alignas(64) float buffer[8 * deepest_block];
     for (int64_t at = 0; at < round_up(columns, panel); at += 8) {
       const float* rows[8];
-      for (int i = 0; i < 8; i++) rows[i] = at + i < columns ? b.rows.get(b.rows.of, column + at + i, begin, depth, buffer + i * depth_block) : zeros;
+      for (int i = 0; i < 8; i++) rows[i] = at + i < columns ? b.rows.get(b.rows.of, column + at + i, begin, depth, buffer + i * deepest_block) : zeros;
       transpose_rows(rows, depth, 8, panels + at / panel * (depth * panel) + at % panel, panel);
     }
   }
@@ -328,7 +329,7 @@ struct SplitRight {
   Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
     const int64_t there = smaller(depth, k - begin), stride = depth * panel;
     const auto whole = right.chunk(runtime, panel_index, count, begin, there);
-    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * depth_block) * sizeof(Parts<of_b>)));
+    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * deepest_block) * sizeof(Parts<of_b>)));
     bool marked = false;
     for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
     return {parts, stride, marked};
@@ -349,7 +350,7 @@ template <class Step, class Right, class Finish>
 static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
                              int64_t direct_stride, const Finish& finish) {
   using B = typename Step::B;
-  constexpr int64_t tile_rows = rows_of<typename Step::A>;
+  constexpr int64_t tile_rows = rows_of<typename Step::A>, depth_block = depth_block_of<typename Step::A>;
   using Cut = CutBy<tile_rows>;
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);

@@ -193,7 +193,7 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
 template <int of_a, int of_b>
 static void multiply_joined(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate) {
   constexpr int64_t most_rows = rows_of<Parts<of_a>>;
-  alignas(64) float left[most_rows][depth_block], right[depth_block][panel];
+  alignas(64) float left[most_rows][deepest_block], right[deepest_block][panel];
   for (int64_t k = 0; k < depth; k += split_depth, a += split_depth * most_rows, b += split_depth * panel) {
     for (int64_t r = 0; r < rows; r++)
       for (int i = 0; i < 2; i++) {
@@ -213,7 +213,7 @@ static void multiply_joined(int64_t rows, int64_t depth, const Parts<of_a>* a, c
       }
   }
   for (int64_t r = 0; r < rows; r += tile_rows)
-    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), depth, RowMajorTile{left[r], depth_block}, right[0], c + r * c_stride, c_stride, accumulate);
+    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), depth, RowMajorTile{left[r], deepest_block}, right[0], c + r * c_stride, c_stride, accumulate);
 }
 
 template <int of_a, int of_b>

@@ -154,6 +154,41 @@ def test_layer_norm(isa: str, dtype: torch.dtype, n: int) -> None:
     assert_near(out, torch.nn.functional.layer_norm(total, (n,), weight.double(), bias.double(), 1e-5))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "angles"), [(2, 1), (33, 5), (64, 32), (128, 64), (96, 20)])
+def test_rotary(isa: str, dtype: torch.dtype, interleaved: bool, dim: int, angles: int) -> None:
+    """Rows of any stride, angles of the whole batch or of each sequence, in float32 or in the dtype."""
+    whole = randn(2, 7, 5 * dim, dtype=dtype, seed=1).view(2, 7, 5, dim).transpose(1, 2)
+    inputs = whole[:, :3], whole[:, 4:]
+    for batch, table in ((1, torch.float32), (2, dtype)):
+        turn = randn(batch, 7, angles, dtype=torch.float64, seed=2)
+        cos, sin = turn.cos().to(table), turn.sin().to(table)
+        for x, out in zip(inputs, native.cpu_rotary(*inputs, cos, sin, interleaved), strict=True):
+            assert out.transpose(1, 2).is_contiguous()
+            expected = x.double().clone()
+            first = slice(0, 2 * angles, 2) if interleaved else slice(0, angles)
+            second = slice(1, 2 * angles, 2) if interleaved else slice(angles, 2 * angles)
+            a, b = expected[..., first].clone(), expected[..., second].clone()
+            c, s = cos.double()[:, None], sin.double()[:, None]
+            expected[..., first], expected[..., second] = a * c - b * s, b * c + a * s
+            assert_near(out, expected)
+
+
+def test_rotary_refuses_what_would_read_elsewhere(isa: str) -> None:
+    x, table = torch.randn(2, 3, 7, 8), torch.randn(1, 7, 4)
+    for query, key, cos, sin, words in (
+        (x, x[:1], table, table, "key: shape"),
+        (x, x, table[:, :6].contiguous(), table, "cos: shape"),
+        (x, x, torch.randn(1, 7, 5), torch.randn(1, 7, 5), "cos: shape"),
+        (x, x, table, table[:, :6].contiguous(), "sin: shape"),
+        (x, x.bfloat16(), table, table, "key: dtype"),
+        (x, x.transpose(2, 3).contiguous().transpose(2, 3), table, table, "key: last dimension"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            native.cpu_rotary(query, key, cos, sin, False)
+
+
 def test_half_conversions_are_exact(isa: str) -> None:
     """All 2^16 bf16 and fp16 values survive a round trip; float32 rounds to nearest even, as torch does."""
     packed_identity = torch.arange(2**16, dtype=torch.int32).to(torch.int16)

@@ -47,19 +47,19 @@ def assert_trained_alike(result: dict[str, Any]) -> None:
             torch.testing.assert_close(ours[name], value, atol=2e-5, rtol=1e-4, msg=f"{what} of {name}")
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_data_parallel_gradients_are_those_of_one_process(results: dict[str, Any], kind: str) -> None:
     assert_trained_alike(result_of(results, f"ddp {kind}"))
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
 def test_fully_sharded(results: dict[str, Any], kind: str) -> None:
     """Fused, without padding where BERT is without, and each step's weights are seen by the next forward."""
     result = result_of(results, f"fsdp {kind}")
     assert_trained_alike(result)
     tokens = 9 + 5 if kind == "bert" else 2 * 9
     assert result["seen"] == [(tokens, True)] * 6  # two layers, three steps
-    original = "BertLayer" if kind == "bert" else "GPT2Block"
+    original = {"bert": "BertLayer", "gpt2": "GPT2Block", "llama": "LlamaDecoderLayer"}[kind]
     assert result["classes"] == (f"FSDPBigmodel{original}", f"FSDP{original}")
     assert result["patched"] > 0 and result["still trains"]
 

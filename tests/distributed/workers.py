@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "transformers"))
 
-from tiny_models import bert_config, build, gpt2_config, token_ids
+from tiny_models import bert_config, build, decoder, gpt2_config, token_ids
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
@@ -31,6 +31,8 @@ def model(kind: str) -> Any:
     if kind == "bert":
         config = bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         return build(BertForSequenceClassification, config).train()
+    if kind == "llama":
+        return decoder("Llama").train()
     return build(GPT2LMHeadModel, gpt2_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
 
 
@@ -89,15 +91,20 @@ def fsdp(kind: str) -> Result:
 
     network = model(kind)
     bk.patch(network)
-    layers = network.bert.encoder.layer if kind == "bert" else network.transformer.h
-    names = ("post_norm_layer", "pre_norm_layer")
+    layers = {
+        "bert": lambda: network.bert.encoder.layer,
+        "gpt2": lambda: network.transformer.h,
+        "llama": lambda: network.model.layers,
+    }[kind]()
+    names = ("post_norm_layer", "pre_norm_layer", "gated_layer")
     kept = {name: getattr(blocks, name) for name in names}
     seen: list[tuple[int, bool]] = []
 
     def watched(run: Any) -> Any:
-        def layer(x: Tensor, parts: blocks.LayerParts, *args: Any) -> Tensor:
-            held = (*parts.qkv, parts.attention_out, parts.attention_norm, parts.ffn_norm)
-            fused = parts.ffn is not None and all(isinstance(part, blocks.Affine) for part in held)
+        def layer(x: Tensor, parts: Any, *args: Any) -> Tensor:
+            held = (*getattr(parts, "qkv", ()), parts.attention_out, parts.ffn_norm)
+            read = all(isinstance(part, (blocks.Affine, blocks.Scale)) for part in held)
+            fused = parts.ffn is not None and read
             seen.append((x.shape[:-1].numel(), fused))
             return run(x, parts, *args)
 
@@ -226,8 +233,10 @@ def attention_shards(_: str) -> Result:
 SCENARIOS: dict[str, Callable[[], Result]] = {
     "ddp bert": lambda: ddp("bert"),
     "ddp gpt2": lambda: ddp("gpt2"),
+    "ddp llama": lambda: ddp("llama"),
     "fsdp bert": lambda: fsdp("bert"),
     "fsdp gpt2": lambda: fsdp("gpt2"),
+    "fsdp llama": lambda: fsdp("llama"),
     "tensor parallel bert": lambda: tensor_parallel("bert"),
     "attention shards": lambda: attention_shards(""),
 }

@@ -413,10 +413,27 @@ def test_value_heads_of_another_size_run_in_torch(caplog: pytest.LogCaptureFixtu
     assert "value heads of 12" in caplog.text
 
 
+@pytest.mark.parametrize("head_dim", [8, 260])
+def test_sinks(head_dim: int) -> None:
+    """One more logit of each head, without a value; the weights that are returned add up to less than 1."""
+    query, key, value = (torch.randn(2, heads, 5, head_dim) for heads in (4, 2, 2))
+    sinks = torch.randn(4)
+    out, weights = attention_forward(
+        Causal(), query, key, value, None, s_aux=sinks, scaling=0.3, output_attentions=True
+    )
+    logits = torch.matmul(query, key.repeat_interleave(2, dim=1).transpose(2, 3)) * 0.3
+    logits = logits.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), float("-inf"))
+    logits = torch.cat([logits, sinks[None, :, None, None].expand(2, 4, 5, 1)], dim=-1)
+    expected = logits.softmax(-1)[..., :-1]
+    assert weights is not None
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(
+        out.transpose(1, 2), expected @ value.repeat_interleave(2, dim=1), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_what_is_refused() -> None:
     query = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="s_aux"):
-        attention_forward(Causal(), query, query, query, None, s_aux=torch.zeros(2))
     with pytest.raises(ValueError, match="sliding window"):
         attention_forward(Causal(), query, query, query, torch.ones(1, 1, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match="attention_mask is a str"):

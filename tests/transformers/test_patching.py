@@ -19,8 +19,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaModel,
+    OPTConfig,
+    OPTModel,
 )
 from transformers.models.bert import modeling_bert
 from transformers.pytorch_utils import Conv1D
@@ -444,10 +444,9 @@ def test_gpt2_parts_that_are_not_as_known() -> None:
 
 
 def test_a_model_of_no_known_family() -> None:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    model = build(LlamaModel, config)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16}
+    config = OPTConfig(vocab_size=50, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    model = build(OPTModel, config)
     before = snapshot(model)
     report = bk.patch(model)
     assert not report.patched and "attn_implementation='bigmodel'" in str(report)

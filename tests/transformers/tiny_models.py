@@ -12,6 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import transformers
 from transformers import BertConfig, GPT2Config
 
 import bigmodel_kernels as bk
@@ -28,6 +29,80 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "attn_implementation": "sdpa",
 }
+
+
+_EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,  # all: which are chosen must not hang on rounding
+    "experts_implementation": "batched_mm",  # has float64, and compiles
+}
+
+#: Decoders of Llama's kind: the prefix of their classes, and what their config has beside Llama's. Windows
+#: are shorter than the sequences of the tests.
+DECODERS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Qwen3": {"head_dim": 16},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 9},
+    "Gemma3": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 9,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Phi3": {"sliding_window": 6},
+    "Olmo2": {},
+    "Granite": {
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+    },
+    "Olmo3": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Mixtral": {"sliding_window": 6, **_EXPERTS},
+    "Qwen3Moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+        **_EXPERTS,
+    },
+    "GptOss": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **_EXPERTS,
+    },
+}
+
+
+def decoder(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
+    """One of `DECODERS`, with random weights."""
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(prefix, prefix + "Config"))
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **DECODERS[prefix],
+        **changes,
+    }
+    head = "TextModel" if (prefix, head) == ("Gemma3", "Model") else head
+    return build(getattr(transformers, prefix + head), config(**options))
 
 
 def bert_config(**changes: Any) -> BertConfig:

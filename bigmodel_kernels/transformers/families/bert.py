@@ -13,7 +13,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
 
 from bigmodel_kernels.transformers import bert_like, checks, fused_loss
-from bigmodel_kernels.transformers.bert_like import Kin, check_activation
+from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
@@ -82,7 +82,7 @@ class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
 def _check_transform(module: Any) -> str | None:
     return checks.reason_for_parts(
         module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm}
-    ) or check_activation(module.transform_act_fn)
+    ) or checks.reason_for_activation(module.transform_act_fn)
 
 
 FAMILY = Family(

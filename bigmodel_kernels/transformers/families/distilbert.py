@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
 from bigmodel_kernels.transformers import bert_like, blocks, checks
-from bigmodel_kernels.transformers.bert_like import Kin, inside, prefixed
+from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear
@@ -138,20 +138,20 @@ def _check_block(module: Any) -> str | None:
             "output_layer_norm": nn.LayerNorm,
         },
         lora=True,
-    ) or bert_like.check_activation(module.ffn.activation)
+    ) or checks.reason_for_activation(module.ffn.activation)
 
 
 def _whole_block(kin: Kin, block: Any) -> str | None:
     return (
         checks.reason_for_hooks(block)
-        or inside(
+        or checks.inside(
             block.attention,
             "attention",
             hf.DistilBertSelfAttention,
             BigmodelDistilBertSelfAttention,
             _check_attention,
         )
-        or prefixed("block", _check_block(block))
+        or checks.prefixed("block", _check_block(block))
     )
 
 

@@ -14,7 +14,6 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -93,28 +92,9 @@ class BigmodelGPT2Block(hf.GPT2Block):
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 
 
-@fused_loss.named_like_its_original
+@fused_loss.causal_lm(CausalLMOutputWithCrossAttentions)
 class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
-    """In training mode, with labels: the loss without logits."""
-
-    @functools.wraps(hf.GPT2LMHeadModel.forward)  # Trainer reads the names of the arguments
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not fused_loss.wanted(self, args, kwargs) or self.loss_type not in (None, "ForCausalLM"):
-            return super().forward(*args, **kwargs)
-        labels, shifted = kwargs["labels"], kwargs.get("shift_labels")
-        ignore_index = kwargs.get("ignore_index", -100)
-        outputs = self.transformer(*args, **fused_loss.of_the_body(kwargs))
-        states = outputs.last_hidden_state
-        held = fused_loss.head(self.lm_head, checks.dtype_of(states))
-        if held is None:  # an adapter or a hook on the head: the logits are what it makes of the states
-            loss = self.loss_function(self.lm_head(states), vocab_size=self.config.vocab_size, **kwargs)
-        else:
-            if shifted is None:
-                shifted = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-            rows, target = fused_loss.labelled(states, shifted, ignore_index)
-            loss = fused_loss.loss(rows, *held, target, kwargs.get("num_items_in_batch"), ignore_index)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
+    pass
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -217,10 +197,7 @@ def _check_mlp(module: Any) -> str | None:
     why = checks.reason_for_parts(
         module, {"c_fc": Conv1D, "c_proj": Conv1D, "dropout": nn.Dropout}, lora=True
     )
-    if why is None and checks.activation(module.act) is None:
-        known = ", ".join(sorted(set(checks.ACTIVATIONS.values())))
-        why = f"activation {type(module.act).__name__} has no kernel; known are {known}"
-    return why
+    return why or checks.reason_for_activation(module.act)
 
 
 def _check_block(module: Any) -> str | None:

@@ -1,0 +1,341 @@
+// The attention forward in bf16 by the tile unit (AMX).
+//
+//                 K: pairs along depth             V: pairs along keys
+//                +----+----+----+----+            +----+----+
+//   Q: rows      |    |    |    |    |            |    |    |     [panel of 32 columns][16 pairs][half of the panel][16 x 16 pairs]:
+//   of bf16      +----+----+----+----+            |    |    |     a register of pairs is 1 KB in one piece
+//     +----+                                      |    |    |
+//     |    |  ->   S -> P, rows of bf16      ->   +----+----+     a product is made of 2 x 2 registers of 16 x 16 floats,
+//     +----+                                         O += P V     which end in memory as they are
+//
+// A block of rows and keys goes through three steps one after the other: S = Q K^T, P in the place of its S, O += P V. (Measured slower:
+// the products dealt out between the rows of the softmax of another block, and shorter blocks of keys, whose scores fit L1.)
+//
+// What a block lacks in rows, depth, keys or columns is there as zeros, so that only whole registers are loaded and stored.
+#pragma once
+#include "attention.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+namespace {
+
+// A line of scores is an odd number of cache lines, or the rows of a tile would share their cache sets.
+constexpr int64_t block_rows = 2 * unit_rows, block_keys = 512;
+constexpr int64_t score_line = block_keys + 16, keep_line = block_keys / 8;
+constexpr int64_t unit_pairs = unit_steps * 16;     // in a register
+
+// ---- packing ----
+
+// out[i * out_stride + r] = rows[r][i] for 16 rows of 16 pairs.
+BIGMODEL_INLINE void transpose_pairs(const bf16* const rows[16], uint32_t* out, int64_t out_stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)  // a[i + c]: columns c, c + 4, c + 8, c + 12 of rows i to i + 3
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      a[i + 2 * half] = _mm512_unpacklo_epi64(b[i + half], b[i + 2 + half]);
+      a[i + 2 * half + 1] = _mm512_unpackhi_epi64(b[i + half], b[i + 2 + half]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44), high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * out_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
+// K's rows as panels of pairs along depth; keys and depth are rounded up to 32.
+static void pack_key_pairs(const bf16* keys, int64_t stride, int64_t n, int64_t depth, uint32_t* packed) {
+  alignas(64) bf16 buffer[16][32];
+  const int64_t steps = round_up(depth, 32) / 2;
+  for (int64_t first = 0; first < round_up(n, panel); first += 16) {
+    const bf16* source = keys + first * stride;
+    const int64_t here = smaller(16, n - first);
+    uint32_t* out = packed + first / panel * (steps * panel) + first % panel / 16 * unit_pairs;
+    // Rows lie a whole (batch, heads) stride apart, which no hardware prefetcher follows.
+    for (int64_t i = 16; i < smaller(32, n - first); i++)
+      for (int64_t d = 0; d < depth; d += 32) __builtin_prefetch(source + i * stride + d);
+    for (int64_t d = 0; d < depth; d += 32) {
+      const bf16* rows[16];
+      const bool whole = here == 16 && d + 32 <= depth;
+      if (!whole) memset(buffer, 0, sizeof(buffer));
+      for (int i = 0; i < 16; i++) {
+        rows[i] = whole ? source + i * stride + d : buffer[i];
+        if (!whole && i < here) memcpy(buffer[i], source + i * stride + d, size_t(smaller(32, depth - d)) * sizeof(bf16));
+      }
+      transpose_pairs(rows, out + d / 2 * panel, 16);
+    }
+  }
+}
+
+// V's rows as panels of pairs along keys; keys and columns are rounded up to 32.
+static void pack_value_pairs(const bf16* values, int64_t stride, int64_t n, int64_t depth, uint32_t* packed) {
+  const int64_t pairs = round_up(n, 32) / 2;
+  auto pack = [&](const bf16* even, const bf16* odd, uint32_t* out) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 32; half += 16) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + half)));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + half)));
+      _mm512_storeu_si512(out + half / 16 * unit_pairs, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  };
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    const bf16* source = values + 2 * pair * stride;
+    const int64_t here = smaller(2, n - 2 * pair);
+    uint32_t* out = packed + pair / unit_steps * (2 * unit_pairs) + pair % unit_steps * 16;
+    for (int64_t ahead = 16; ahead < smaller(18, n - 2 * pair); ahead++)
+      for (int64_t d = 0; d < depth; d += 32) __builtin_prefetch(source + ahead * stride + d);
+    int64_t d = 0;
+    if (here == 2)
+      for (; d + 32 <= depth; d += 32, out += pairs * panel) pack(source + d, source + stride + d, out);
+    for (; d < depth; d += 32, out += pairs * panel) {
+      alignas(64) bf16 rows[2][32] = {};
+      for (int64_t i = 0; i < here; i++) memcpy(rows[i], source + i * stride + d, size_t(smaller(32, depth - d)) * sizeof(bf16));
+      pack(rows[0], rows[1], out);
+    }
+  }
+}
+
+// ---- the product ----
+
+// C (32 x 32, or 16 x 32) = A B, or += A B, over 32 * blocks of depth. A: rows of bf16; B: a panel of pairs. The registers are those of
+// gemm.h: C 0 to 3, A 4 and 5, B 6 and 7.
+template <bool both>
+static void multiply_unit(int64_t blocks, const bf16* a, int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride, bool accumulate) {
+  static_assert(panel == 32, "two registers of 16 columns");
+  const int64_t a_bytes = a_stride * int64_t(sizeof(bf16)), c_bytes = c_stride * int64_t(sizeof(float));
+  const bf16* a_lower = a + unit_rows * a_stride;
+  float* c_lower = c + unit_rows * c_stride;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (both) {
+      _tile_loadd(2, c_lower, c_bytes);
+      _tile_loadd(3, c_lower + 16, c_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (both) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t block = 0; block < blocks; block++, b += 2 * unit_pairs) {
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, a + block * 32, a_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + unit_pairs, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (both) {
+      _tile_loadd(5, a_lower + block * 32, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if constexpr (both) {
+    _tile_stored(2, c_lower, c_bytes);
+    _tile_stored(3, c_lower + 16, c_bytes);
+  }
+}
+
+// ---- the softmax ----
+
+// Lane r of the result is rows[r] reduced over its lanes: a quarter of the instructions of 16 reductions, and no chain of them.
+template <class Op>
+BIGMODEL_INLINE F32 reduce_rows(const F32 rows[16], const Op& op) {
+  __m512 quads[4];  // of four rows, which alternate; a 128-bit lane has what its own four lanes came to
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const F32* x = rows + 4 * i;
+    const F32 p = op(F32{_mm512_unpacklo_ps(x[0].v, x[1].v)}, F32{_mm512_unpackhi_ps(x[0].v, x[1].v)});
+    const F32 q = op(F32{_mm512_unpacklo_ps(x[2].v, x[3].v)}, F32{_mm512_unpackhi_ps(x[2].v, x[3].v)});
+    const __m512d pd = _mm512_castps_pd(p.v), qd = _mm512_castps_pd(q.v);
+    quads[i] = op(F32{_mm512_castpd_ps(_mm512_unpacklo_pd(pd, qd))}, F32{_mm512_castpd_ps(_mm512_unpackhi_pd(pd, qd))}).v;
+  }
+  const F32 low = op(F32{_mm512_shuffle_f32x4(quads[0], quads[1], 0x44)}, F32{_mm512_shuffle_f32x4(quads[0], quads[1], 0xee)});
+  const F32 high = op(F32{_mm512_shuffle_f32x4(quads[2], quads[3], 0x44)}, F32{_mm512_shuffle_f32x4(quads[2], quads[3], 0xee)});
+  return op(F32{_mm512_shuffle_f32x4(low.v, high.v, 0x88)}, F32{_mm512_shuffle_f32x4(low.v, high.v, 0xdd)});
+}
+
+// 2^x for x below 127, as exp2 of simd.h, from a table: x = k / 32 + r, 2^x = 2^(k / 32) * (1 + r * (a + b * r)). Relative error below
+// 1.5 float32 ulp; exactly 0 from -127 down and exactly 1 at 0. An entry is 2^(i / 32) less what the low bits of k, which are i, add
+// to its mantissa when k is shifted to the exponent's place.
+struct TableOfPowers {
+  __m512i low, high;
+  TableOfPowers() {
+    alignas(64) static constexpr uint32_t entries[32] = {
+        0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0, 0x3f778d3a, 0x3f76f532,
+        0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be,
+        0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+    low = _mm512_load_si512(entries);
+    high = _mm512_load_si512(entries + 16);
+  }
+  BIGMODEL_INLINE F32 operator()(F32 x) const {
+    const F32 clamped = max(F32::set(-127.0f), x);  // x second: a NaN stays one
+    const F32 shifted = clamped + F32::set(0x1.8p18f);  // its last mantissa bit is worth 1 / 32
+    const F32 r = {_mm512_reduce_ps(clamped.v, 5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};  // by 5 binary places
+    const __m512i k = _mm512_castps_si512(shifted.v);
+    const F32 power = {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(low, k, high), _mm512_slli_epi32(k, 18)))};
+    return fma(power, fma(F32::set(0.24022707f), r, F32::set(0.6931573f)) * r, power);
+  }
+};
+
+// The softmax of `rows` (up to 16) rows of `width` scores, score_line apart, each of which becomes a row of P in its own place. As
+// Attention::softmax, for the rows together; `base` is what a score is multiplied by to be an exponent of 2. Exponents are score * base -
+// round(maximum * base), one operation, so the sum is relative to 2^round(maximum * base). The factors by which what was summed before
+// shrinks go to `factors`.
+template <bool DROP>
+static void softmax_rows(int64_t rows, int64_t width, float* scores, float base, Statistics* statistics, const uint8_t* keep, float* factors) {
+  alignas(64) float old_maximum[16], old_sum[16], shifts[16];
+  F32 partial[16];
+  for (int64_t r = 0; r < 16; r++) {
+    F32 m0 = F32::set(-infinity), m1 = m0;
+    const float* line = scores + r * score_line;
+    if (r < rows)
+      for (int64_t j = 0; j < width; j += 2 * F32::width) {
+        m0 = max(m0, F32::load(line + j));
+        m1 = max(m1, F32::load(line + j + F32::width));
+      }
+    partial[r] = max(m0, m1);
+    old_maximum[r] = r < rows ? statistics[r].maximum : -infinity;
+    old_sum[r] = r < rows ? statistics[r].sum : 0.0f;
+  }
+  const F32 none = F32::set(-infinity), factor_of_score = F32::set(base), before = F32::load(old_maximum);
+  const F32 top = max(reduce_rows(partial, [](F32 a, F32 b) { return max(a, b); }), before);
+  // No key seen yet: -inf - 0 stays -inf and 2^-inf is 0. The selection also keeps the product rounded, where a compiler would make one
+  // operation of it and the difference, and of an unchanged maximum a factor that is not 1.
+  const F32 shift = select_less(none, top, top * factor_of_score, F32::zero());
+  const F32 factor = exp2(select_less(none, before, before * factor_of_score, none) - shift);
+  shift.store(shifts);
+  factor.store(factors);
+  top.store(old_maximum);
+
+  const TableOfPowers power;
+  for (int64_t r = 0; r < rows; r++) {
+    const F32 by = F32::set(-shifts[r]);
+    const float* line = scores + r * score_line;
+    bf16* out = reinterpret_cast<bf16*>(scores + r * score_line);
+    F32 t0 = F32::zero(), t1 = t0;
+    for (int64_t j = 0; j < width; j += 2 * F32::width) {
+      F32 p0 = power(fma(F32::load(line + j), factor_of_score, by)), p1 = power(fma(F32::load(line + j + F32::width), factor_of_score, by));
+      t0 = t0 + p0;
+      t1 = t1 + p1;
+      if constexpr (DROP) {
+        uint32_t bits;
+        memcpy(&bits, keep + r * keep_line + j / 8, 4);
+        p0 = keep_lanes(p0, bits & 0xffff);
+        p1 = keep_lanes(p1, bits >> 16);
+      }
+      _mm512_storeu_si512(out + j, __m512i(_mm512_cvtne2ps_pbh(p1.v, p0.v)));
+    }
+    partial[r] = t0 + t1;
+  }
+  for (int64_t r = rows; r < 16; r++) partial[r] = F32::zero();
+  fma(F32::load(old_sum), factor, reduce_rows(partial, [](F32 a, F32 b) { return a + b; })).store(old_sum);
+  for (int64_t r = 0; r < rows; r++) statistics[r] = {old_maximum[r], old_sum[r]};
+}
+
+// ---- the chunk ----
+
+struct UnitChunk {
+  const Attention<bf16>& of;
+  const Attention<bf16>::Sequence& s;
+  const int64_t first, count;          // queries
+  const int64_t rows = count * of.group, padded_rows = round_up(rows, block_rows), padded = round_up(of.depth, 32);
+  const float base = of.unit * log2e;
+  template <class T> T* scratch(ScratchSlot slot, int64_t n) const { return static_cast<T*>(of.runtime.scratch(slot, size_t(n) * sizeof(T))); }
+  bf16* const query = scratch<bf16>(scratch_query, padded_rows * padded);
+  uint32_t* const packed_key = scratch<uint32_t>(scratch_key, block_keys * padded / 2);
+  uint32_t* const packed_value = scratch<uint32_t>(scratch_value, block_keys * padded / 2);
+  float* const output = scratch<float>(scratch_output, padded_rows * padded);
+  float* const scores = scratch<float>(scratch_scores, (block_rows + 1) * score_line);  // the last line holds the padding mask
+  Statistics* const statistics = scratch<Statistics>(scratch_statistics, rows);
+  uint8_t* const bits = of.args.dropout.enabled ? scratch<uint8_t>(scratch_keep, rows * keep_line) : nullptr;
+
+  struct Keys {                        // what is packed: [first, first + n)
+    int64_t first, n;
+    const float* mask;
+  };
+
+  const bf16* source(int64_t row) const {
+    return s.query + of.query_of(first, row) * of.args.query_stride[2] + of.head_of(s, row) * of.args.query_stride[1];
+  }
+
+  void run() const {
+    for (int64_t row = 0; row < padded_rows; row++) {
+      bf16* line = query + row * padded;
+      const int64_t here = row < rows ? of.depth : 0;
+      if (here) {
+        if (row + 16 < rows)
+          for (int64_t d = 0; d < here; d += 32) __builtin_prefetch(source(row + 16) + d);
+        memcpy(line, source(row), size_t(here) * sizeof(bf16));
+        statistics[row] = of.start(s, of.head_of(s, row));
+      }
+      memset(line + here, 0, size_t(padded - here) * sizeof(bf16));
+    }
+    memset(output, 0, size_t(padded_rows * padded) * sizeof(float));
+    const int64_t low = of.low(s, first), end = of.high(s, first + count - 1);
+    for (int64_t key = bits ? low / 16 * 16 : low; key < end; key += block_keys) {
+      const int64_t n = smaller(block_keys, end - key);
+      bool visible;
+      const float* mask = of.padding(s, key, n, round_up(n, panel), scores + block_rows * score_line, visible);
+      if (!visible) continue;
+      if (bits) of.draw(s, first, count, key, n, bits, keep_line);
+      pack_key_pairs(s.key + key * of.args.key_stride[2], of.args.key_stride[2], n, of.depth, packed_key);
+      pack_value_pairs(s.value + key * of.args.value_stride[2], of.args.value_stride[2], n, of.depth, packed_value);
+      for (int64_t row = 0; row < rows; row += block_rows) block(row, smaller(block_rows, rows - row), {key, n, mask});
+    }
+  }
+
+  // Rows [row, row + here) against the packed keys, of which those that no row sees are left out by whole panels.
+  void block(int64_t row, int64_t here, const Keys& k) const {
+    const int64_t first_query = of.query_of(first, row), last_query = of.query_of(first, row + here - 1);
+    const int64_t from = larger(0, of.low(s, first_query) - k.first) / panel * panel;
+    const int64_t width = round_up(smaller(k.n, of.high(s, last_query) - k.first) - from, panel);
+    if (width <= 0) return;
+    const auto multiply = here > unit_rows ? multiply_unit<true> : multiply_unit<false>;
+    for (int64_t p = 0; p < width; p += panel)
+      multiply(padded / 32, query + row * padded, padded, packed_key + (from + p) * (padded / 2), scores + p, score_line, false);
+
+    // Nothing is to be done to scores of which every row sees all.
+    const bool plain = of.raw && !k.mask && from + width <= smaller(k.n, of.high(s, first_query) - k.first) && from >= of.low(s, last_query) - k.first;
+    for (int64_t r = 0; r < here && !plain; r++)
+      of.modify(s, of.query_of(first, row + r), of.head_of(s, row + r), k.first + from, smaller(width, k.n - from), width,
+                k.mask ? k.mask + from : nullptr, scores + r * score_line);
+    alignas(64) float factors[block_rows];
+    for (int64_t r = 0; r < here; r += unit_rows) {
+      const int64_t count = smaller(unit_rows, here - r);
+      float* lines = scores + r * score_line;
+      if (bits) softmax_rows<true>(count, width, lines, base, statistics + row + r, bits + (row + r) * keep_line + from / 8, factors + r);
+      else softmax_rows<false>(count, width, lines, base, statistics + row + r, nullptr, factors + r);
+    }
+    for (int64_t r = 0; r < here; r++) of.rescale(output + (row + r) * padded, padded, factors[r]);
+    for (int64_t d = 0; d < padded; d += panel)
+      multiply(width / 32, reinterpret_cast<const bf16*>(scores), 2 * score_line, packed_value + d / 2 * round_up(k.n, 32) + from / 2 * panel,
+               output + row * padded + d, padded, true);
+  }
+
+  // A row's logsumexp less the logarithm of its sum: the maximum, and what its rounded product lacks.
+  float reference(int64_t row) const {
+    const float maximum = statistics[row].maximum;
+    const float residue = statistics[row].sum == 0.0f ? 0.0f : __builtin_fmaf(maximum, base, -(maximum * base));
+    return maximum * of.unit - residue * (1 / log2e);
+  }
+};
+
+}  // namespace
+
+}  // namespace bigmodel::BIGMODEL_ISA

@@ -626,7 +626,7 @@ def attention_map(
     except MissingPackage as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
         raise typer.Exit(2) from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     _emit(found.to_dict(), json_to, console)
 

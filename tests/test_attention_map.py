@@ -317,6 +317,7 @@ def test_the_command_as_json() -> None:
         (("--head", "12"), "allowed are -12 to 11"),
         (("--model", "/not/there"), "model='/not/there' cannot be loaded"),
         (("--device", "tpu"), "device='tpu' is unknown"),
+        (("--output", "/"), "Is a directory: '/'"),
     ],
 )
 def test_wrong_arguments_are_named(args: tuple[str, ...], words: str) -> None:

@@ -52,7 +52,7 @@ class AttentionMap:
         return f"mean of {of_heads} of {len(layers)} layers"
 
     def to_dict(self) -> dict[str, Any]:
-        """In the types of JSON, with weights[layer][head][query][key]."""
+        """In the types of JSON, with weights[layer][head][query][key] to 6 places."""
         return {
             "model": self.model,
             "text": self.text,
@@ -60,8 +60,8 @@ class AttentionMap:
             "tokens_of_the_text": self.whole,
             "layers": list(self.layers),
             "heads": list(self.heads),
-            "entropy": self.entropy.tolist(),
-            "weights": self.weights.tolist(),
+            "entropy": self.entropy.double().round(decimals=6).tolist(),
+            "weights": self.weights.double().round(decimals=6).tolist(),
         }
 
 

@@ -107,7 +107,7 @@ def run_probabilities(
                 stop = start + block.rows.stop - block.rows.start
                 softmax = call.softmax(block)
                 for keys, _, weights in softmax.tiles:
-                    result[:, :, start:stop, keys] = weights.mul_(softmax.share)
+                    result[:, :, start:stop, keys] = weights.div_(softmax.total)
     return out
 
 
@@ -221,11 +221,10 @@ class _Call:
             t, weights = _exp(logits, _finite(top))
             total = weights.sum(-1, keepdim=True) + total * torch.exp(before - _finite(top))
         top, total = _finite(top), torch.where(total == 0, 1.0, total)
-        share, log_total = 1 / total, total.log()
+        log_total = total.log()
         if self.query_mask is not None:
-            counted = self.query_mask[:, None, block.rows, None]
-            share, log_total = share * counted, log_total * counted
-
+            padding = ~self.query_mask[:, None, block.rows, None]
+            total, log_total = total.masked_fill(padding, torch.inf), log_total.masked_fill(padding, 0.0)
         sink = None if self.sink is None else (self.sink - top).clamp_min_(_LOWEST)
 
         def tiles() -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -235,7 +234,7 @@ class _Call:
                 else:
                     yield keys, *_exp(self._logits(q, block.rows, keys), top)
 
-        return _Softmax(share, log_total, sink, tiles())
+        return _Softmax(total, log_total, sink, tiles())
 
     def _logits(self, q: Tensor, rows: slice, keys: slice) -> Tensor:
         k = self.key[:, :, keys].to(q.dtype)
@@ -244,13 +243,13 @@ class _Call:
 
 
 class _Softmax(NamedTuple):
-    """Rows of a softmax whose probabilities are exp(t) * share, where t is a logit's distance to the maximum.
+    """Rows of a softmax whose probabilities are exp(t) / total, where t is a logit's distance to the maximum.
 
-    share is 0 for a query that does not count, and log_total, that of the sum of exp(t), is too; both are
+    total is infinite for a query that does not count, and log_total, otherwise its logarithm, is 0; both are
     (B, H, rows, 1), as is t of the sink. A tile is its keys, t and exp(t), both (B, H, rows, keys).
     """
 
-    share: Tensor
+    total: Tensor
     log_total: Tensor
     sink: Tensor | None
     tiles: Iterator[tuple[slice, Tensor, Tensor]]
@@ -282,18 +281,19 @@ def _add_statistics(
     """
     rows = block.rows
     best, names = top_probabilities[:, :, rows], top_keys[:, :, rows]
-    share, log_total, sink, tiles = call.softmax(block)
-    surprise = torch.zeros_like(share)
+    total, log_total, sink, tiles = call.softmax(block)
+    surprise = torch.zeros_like(total)
     if sink is not None:
         surprise -= sink * torch.exp(sink)
     for keys, t, weights in tiles:
-        mass[:, :, keys] += (share.transpose(2, 3) @ weights).squeeze(2)
         surprise -= t.mul_(weights).sum(-1, keepdim=True)
+        p = weights.div_(total)
+        mass[:, :, keys] += p.sum(2)
         if top_k:
             # The best of this tile, and then of these and those before.
-            found, where = weights.topk(min(top_k, weights.shape[-1]), -1)
-            best, order = torch.cat([best, found * share], -1).topk(top_k, -1)
+            found, where = p.topk(min(top_k, p.shape[-1]), -1)
+            best, order = torch.cat([best, found], -1).topk(top_k, -1)
             names = torch.cat([names, where + keys.start], -1).gather(-1, order)
-    entropy[:, :, rows] = torch.addcmul(log_total, surprise, share).squeeze(-1)
+    entropy[:, :, rows] = (log_total + surprise / total).squeeze(-1)
     if top_k:
         top_probabilities[:, :, rows], top_keys[:, :, rows] = best, names.masked_fill(best == 0, -1)

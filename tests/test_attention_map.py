@@ -240,6 +240,11 @@ def test_the_data_are_the_weights() -> None:
     assert len(data["palette"]) == 256 and 0 < data["darkFrom"] < 255
 
 
+def test_one_head_needs_no_choice() -> None:
+    page = Page(html.render(made_up(layers=(1,), heads=(2,))))
+    assert "hidden" in page.all("section")[0][0] and "hidden" not in page.all("section")[1][0]
+
+
 def test_a_long_text_and_many_heads() -> None:
     found = made_up(tuple(f"t{i}" for i in range(60)), heads=tuple(range(20)))
     page = Page(html.render(found))

@@ -45,6 +45,7 @@ def render(found: AttentionMap) -> str:
         "head_names": "".join(
             f'<th scope="col">{"head " * (heads <= 16)}{head}</th>' for head in found.heads
         ),
+        "heads_hidden": " hidden" if len(found.layers) == heads == 1 else "",
         "head_rows": _head_rows(found),
         "map_title": _map_title(found, 0, 0),
         "map_class": "" if cell >= 26 else "dense",

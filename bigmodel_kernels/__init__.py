@@ -18,6 +18,11 @@ from bigmodel_kernels.backends import BackendError, Explanation, explain
 from bigmodel_kernels.compat.sdpa import activate_sdpa, deactivate_sdpa, sdpa, sdpa_reason
 from bigmodel_kernels.ops.attention import attention
 from bigmodel_kernels.ops.attention.decode import attention_decode
+from bigmodel_kernels.ops.attention_maps import (
+    AttentionStatistics,
+    attention_probabilities,
+    attention_statistics,
+)
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.ops.embedding import embedding
 from bigmodel_kernels.ops.feed_forward import feed_forward
@@ -27,17 +32,31 @@ from bigmodel_kernels.ops.rotary import rotary
 from bigmodel_kernels.transformers.autoregister import register_when_imported
 
 if TYPE_CHECKING:
-    from bigmodel_kernels.transformers import PatchReport, patch, patched, unpatch
+    from bigmodel_kernels.transformers import (
+        AttentionMaps,
+        PatchReport,
+        attention_maps,
+        collect_attention,
+        patch,
+        patched,
+        unpatch,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMaps",
+    "AttentionStatistics",
     "BackendError",
     "Explanation",
     "PatchReport",
     "activate_sdpa",
     "attention",
     "attention_decode",
+    "attention_maps",
+    "attention_probabilities",
+    "attention_statistics",
+    "collect_attention",
     "deactivate_sdpa",
     "embedding",
     "explain",
@@ -54,7 +73,10 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_TRANSFORMERS_LAYER = ("PatchReport", "patch", "patched", "unpatch")
+_FROM_TRANSFORMERS_LAYER = (
+    *("AttentionMaps", "attention_maps", "collect_attention"),
+    *("PatchReport", "patch", "patched", "unpatch"),
+)
 
 
 def __getattr__(name: str) -> Any:

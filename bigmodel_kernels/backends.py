@@ -7,8 +7,8 @@ it can run is better left to the next. Modules are imported on first use, so tha
 compiles and loads nothing. An operator's training form and its gradient are rows of their own, of the same
 modules: `run_training` and `run_backward` with `supports_training` and `supports_backward`.
 
-`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator, and a call that it cannot run is an
-error.
+`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator that has more than one, and a call
+that it cannot run is an error.
 """
 
 from __future__ import annotations
@@ -101,12 +101,18 @@ _CUDA = {("attention", s) for s in ("", "_backward", "_decode")}
 _CUDA |= {(folder, s) for folder in ("linear", "feed_forward") for s in ("", "_training")}
 
 
+#: folders of the operators that plain PyTorch alone has
+_PLAIN = {"attention_maps"}
+
+
 def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementation, ...]:
     """The row of an operator: `run<suffix>` of the modules of a folder, best first."""
 
     def one(name: str, only_when_forced: str | None = None, file: str = "") -> Implementation:
         return Implementation(name, f"bigmodel_kernels.ops.{folder}.{file or name}", suffix, only_when_forced)
 
+    if folder in _PLAIN:
+        return (one("reference"),)
     if device == "cuda":
         native = (one("native", file="cuda"),) if (folder, suffix) in _CUDA else ()
         return *native, one("triton"), one("reference")
@@ -119,6 +125,8 @@ _OPERATORS = {
     "attention": ("attention", ""),
     "attention_backward": ("attention", "_backward"),
     "attention_decode": ("attention", "_decode"),
+    "attention_statistics": ("attention_maps", "_statistics"),
+    "attention_probabilities": ("attention_maps", "_probabilities"),
     "rotary": ("rotary", ""),
     "linear": ("linear", ""),
     "linear_training": ("linear", "_training"),
@@ -140,6 +148,8 @@ _OPERATORS = {
 _PUBLIC = {
     "attention": ("attention", "prepare"),
     "attention_decode": ("attention.decode", "prepare"),
+    "attention_statistics": ("attention_maps", "prepare"),
+    "attention_probabilities": ("attention_maps", "prepare_probabilities"),
     "rotary": ("rotary", "prepare"),
     "linear": ("linear", "prepare"),
     "feed_forward": ("feed_forward", "prepare"),
@@ -211,8 +221,9 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
     force = forced()
     if force is not None and any(i.name == force and i.exists() for i in row):
         return _forced(op, device_type, force, row, args, kwargs)
-    # A backend may have no code for gradients, which then take the table's order.
-    if force is not None and not op.endswith(("_training", "_backward")):
+    # A backend may have no code for gradients, which then take the table's order; and of an operator with one
+    # implementation there is nothing to choose.
+    if force is not None and not op.endswith(("_training", "_backward")) and len(row) > 1:
         raise BackendError(
             f"{ENVIRONMENT}={force} cannot run {op} on {device_type}: it has no such implementation"
         )

@@ -1,4 +1,4 @@
-"""The command `bigmodel-kernels`: doctor, verify, bench, demo and finetune.
+"""The command `bigmodel-kernels`: doctor, verify, bench, demo, attention-map and finetune.
 
 Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
 next to the tables.
@@ -179,6 +179,8 @@ def _examples(dtype: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...
         "embedding": ((ids, new(8, 64)), {}),
         "rotary": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(4, 32), new(4, 32)), {}),
         "attention_decode": ((new(1, 2, 1, 64), new(1, 2, 8, 64), new(1, 2, 8, 64), length), {}),
+        "attention_statistics": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
+        "attention_probabilities": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
         "linear_cross_entropy": ((new(4, 64), new(8, 64), ids[0]), {}),
     }
 
@@ -582,6 +584,58 @@ def _show_demo(outcome: Any, console: Console) -> None:
             highlight=False,
         )
     console.print(outcome.conclusion[0].upper() + outcome.conclusion[1:], style="bold", markup=False)
+
+
+# attention-map
+
+
+def _number_or_all(name: str, value: str) -> int | None:
+    if value == "all":
+        return None
+    if not value.isdecimal():
+        raise typer.BadParameter(f"{name}={value!r} is unknown; allowed are all, 0, 1, ...")
+    return int(value)
+
+
+@app.command("attention-map", cls=JsonCommand)
+def attention_map(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads.")],
+    layer: Annotated[str, typer.Option(metavar="all|N", help="All layers, or one, from 0.")] = "all",
+    head: Annotated[str, typer.Option(metavar="all|N", help="All heads, or one, from 0.")] = "all",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME-OR-FOLDER", help="Default: all-MiniLM-L6-v2.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Every head, as a page to look around in.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="The same as a picture.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 64,
+    device: Device = "cpu",
+    json_to: Json = None,
+) -> None:
+    """Shows what the heads of a model look at in a text: in the terminal, as a page and as a picture."""
+    from bigmodel_kernels.attention_map import compute, html, terminal
+    from bigmodel_kernels.attention_map import png as picture
+
+    console = _console(json_to)
+    _check_device(device)
+    numbers = {name: _number_or_all(name, value) for name, value in (("layer", layer), ("head", head))}
+    try:
+        found = compute.compute(text, model=model, max_tokens=max_tokens, device=device, **numbers)
+        if json_to != STDOUT:
+            terminal.show(found, console)
+        if output is not None:
+            html.write(found, output)
+            console.print(f"wrote {output}", markup=False)
+        if png is not None:
+            problem = picture.write(found, png)
+            console.print(f"wrote {png}{'; ' if problem else ''}{problem or ''}", markup=False)
+    except MissingPackage as error:
+        Console(stderr=True).print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    _emit(found.to_dict(), json_to, console)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,25 @@ def attention_formula(
     return out, torch.logsumexp(safe, -1).masked_fill(blind[..., 0], -torch.inf).to(query.dtype)
 
 
+def attention_probabilities_formula(
+    query: Tensor, key: Tensor, *, query_padding_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The probabilities (B, H, Sq, Sk): attention whose values are the rows of the identity. No gradient."""
+    keys = key.shape[2]
+    rows = torch.eye(keys, dtype=key.dtype, device=key.device).expand(*key.shape[:3], keys)
+    with torch.no_grad():
+        p, _ = attention_formula(query, key, rows, **options)
+    return p if query_padding_mask is None else p * query_padding_mask[:, None, :, None]
+
+
+def attention_statistics_formula(
+    query: Tensor, key: Tensor, *, top_k: int = 0, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, mass and the largest probabilities. No gradient."""
+    p = attention_probabilities_formula(query, key, **options)
+    return torch.special.entr(p).sum(-1), p.sum(2), p.topk(top_k, -1).values
+
+
 def _activation(x: Tensor, name: str) -> Tensor:
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda t: t,
@@ -296,9 +315,23 @@ def _attention_both(*args: Any, **kwargs: Any) -> Any:
     return bk.attention(*args, **kwargs, return_logsumexp=True)
 
 
+def _probabilities(*args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return bk.attention_probabilities(*args, **kwargs)
+
+
+def _statistics(*args: Any, **kwargs: Any) -> Any:
+    """Without the names of the largest, of which equal ones come in any order."""
+    with torch.no_grad():
+        found = bk.attention_statistics(*args, **kwargs)
+    return found.entropy, found.mass, found.top_probabilities
+
+
 #: operator -> (public function, formula)
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "attention": (_attention_both, attention_formula),
+    "attention_statistics": (_statistics, attention_statistics_formula),
+    "attention_probabilities": (_probabilities, attention_probabilities_formula),
     "linear": (bk.linear, linear_formula),
     "feed_forward": (bk.feed_forward, feed_forward_formula),
     "layer_norm": (bk.layer_norm, layer_norm_formula),
@@ -522,6 +555,35 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         alibi=(2,),
         sinks=torch.float32,
     )
+
+
+def _attention_maps_cases(op: str, dtype: torch.dtype, more: dict[str, Any]) -> Iterator[Case]:
+    def case(label: str, *sizes: int, **options: Any) -> Case:
+        def build(m: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            (query, key, _), rest = _attention(m, *sizes, **options)
+            return (query, key), {**rest, **more}
+
+        return Case(op, label, dtype, build)
+
+    yield case("B=2 H=4 S=129 D=64", 2, 4, 4, 129, 129, 64)
+    yield case("causal GQA", 2, 4, 2, 65, 97, 32, is_causal=True)
+    yield case("one query", 1, 4, 4, 1, 1000, 64)
+    yield case("large logits", 1, 2, 2, 33, 33, 64, scale=6.0)
+    yield case("key padding, blind rows", 3, 2, 2, 17, 19, 32, visible=(19, 7, 0))
+    windowed: dict[str, Any] = {"is_causal": True, "window": (9, None)}
+    yield case("window, left padding", 2, 2, 1, 65, 65, 48, **windowed, visible=(65, 30), left_padding=True)
+    yield case("bias, softcap", 2, 2, 2, 31, 33, 32, bias=(1, 2, 31, 33), softcap=4.0)
+    yield case("ALiBi", 2, 4, 4, 33, 33, 32, alibi=(4,), is_causal=True)
+    if op == "attention_probabilities":
+        yield case("sinks", 2, 4, 2, 33, 33, 32, sinks=dtype)
+
+
+def _statistics_cases(dtype: torch.dtype) -> Iterator[Case]:
+    return _attention_maps_cases("attention_statistics", dtype, {"top_k": 1})
+
+
+def _probabilities_cases(dtype: torch.dtype) -> Iterator[Case]:
+    return _attention_maps_cases("attention_probabilities", dtype, {})
 
 
 def _linear(
@@ -772,6 +834,8 @@ _CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "rms_norm": _rms_norm_cases,
     "embedding": _embedding_cases,
     "linear_cross_entropy": _linear_cross_entropy_cases,
+    "attention_statistics": _statistics_cases,
+    "attention_probabilities": _probabilities_cases,
 }
 
 
@@ -870,6 +934,8 @@ def _evaluate(
         torch.where(o.isfinite(), o, 0.0) * u.to(o.dtype) for o, u in zip(outputs, upstream, strict=True)
     ]
     total = torch.stack([t.sum(dtype=torch.float64) for t in terms]).sum()
+    if not total.requires_grad:  # an operator without a gradient
+        return outputs, {}
     grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     zeros = (
         torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves.values(), strict=True)
@@ -902,11 +968,19 @@ def run_case(case: Case, backend: str | None = None, device: str = "cpu", seed: 
             return Result(case, chosen, {}, time.perf_counter() - start, error=error)
     eager_outs, eager_grads = _evaluate(formula, args, kwargs, None, upstream)
     ref_outs, ref_grads = _evaluate(formula, args, kwargs, torch.float64, upstream)
-    for i, (out, eager, ref) in enumerate(zip(outs, eager_outs, ref_outs, strict=True)):
-        verdicts[("out", "logsumexp")[i]] = compare(out, eager, ref)
+    names = _RESULTS.get(case.op, ("out",))
+    for name, out, eager, ref in zip(names, outs, eager_outs, ref_outs, strict=True):
+        verdicts[name] = compare(out, eager, ref)
     for name, grad in grads.items():
         verdicts[f"grad {name}"] = compare(grad, eager_grads[name], ref_grads[name], "gradient")
     return Result(case, chosen, verdicts, time.perf_counter() - start)
+
+
+#: What operators with several results call them.
+_RESULTS = {
+    "attention": ("out", "logsumexp"),
+    "attention_statistics": ("entropy", "mass", "top probabilities"),
+}
 
 
 def _outputs(result: Any) -> list[Tensor]:

@@ -41,7 +41,7 @@ def test_json_may_stand_without_a_value() -> None:
 
 def test_help_names_the_commands() -> None:
     text = run("--help").output
-    assert all(name in text for name in ("doctor", "verify", "bench", "demo", "finetune"))
+    assert all(name in text for name in ("doctor", "verify", "bench", "demo", "attention-map", "finetune"))
 
 
 # doctor
@@ -62,8 +62,10 @@ def test_doctor_json() -> None:
     for row in rows:
         if row["op"] in ("attention", "linear", "feed_forward", "layer_norm", "embedding"):
             assert row["backend"] == ("native" if _native.available() else "reference")
-        assert row["gradient"] in ((None,) if row["op"] == "attention_decode" else ("native", "reference"))
-        assert set(row["reasons"]) == {"native", "triton", "reference"}
+        looks = row["op"] in ("attention_statistics", "attention_probabilities")
+        none = looks or row["op"] == "attention_decode"
+        assert row["gradient"] in ((None,) if none else ("native", "reference"))
+        assert set(row["reasons"]) == ({"reference"} if looks else {"native", "triton", "reference"})
     if not torch.cuda.is_available():
         assert found["gpu"]["reason"]
 
@@ -257,6 +259,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 DOCUMENTS = [
     *("README.md", "README.zh-CN.md"),
     *("docs/ops.md", "docs/transformers.md", "docs/finetuning.md", "docs/compat.md"),
+    "docs/attention_maps.md",
 ]
 
 

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 from bigmodel_kernels.transformers.autoregister import register, register_when_imported
 
 if TYPE_CHECKING:
+    from bigmodel_kernels.transformers.maps import (
+        AttentionMaps,
+        LayerAttention,
+        attention_maps,
+        collect_attention,
+    )
     from bigmodel_kernels.transformers.patching import explain, patch, patched, unpatch
     from bigmodel_kernels.transformers.report import PatchReport, Row
 
 __all__ = [
+    "AttentionMaps",
+    "LayerAttention",
     "PatchReport",
     "Row",
+    "attention_maps",
+    "collect_attention",
     "explain",
     "patch",
     "patched",
@@ -26,8 +36,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AttentionMaps": "maps",
+    "LayerAttention": "maps",
     "PatchReport": "report",
     "Row": "report",
+    "attention_maps": "maps",
+    "collect_attention": "maps",
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,8 @@ from transformers import masking_utils
 
 import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
 from bigmodel_kernels.distributed import ensure_sharding_rules
-from bigmodel_kernels.ops.registration import call, draw_seed
+from bigmodel_kernels.ops.attention_maps import attention_probabilities
+from bigmodel_kernels.ops.registration import call, draw_seed, wants_gradient
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -273,9 +276,10 @@ def attention_forward(
     code.
 
     Returns the output as (B, Sq, H, D), and the probabilities (B, H, Sq, Sk) where the call asks for them
-    (`output_attentions`): those are then computed in plain PyTorch next to the kernel's output. Dropout of
-    probabilities is the operator's own. `s_aux` (H,) are attention sinks. Value heads of another size than
-    the key's, and heads above 256, run in torch's scaled_dot_product_attention and are logged once.
+    (`output_attentions`): those are then computed by `bigmodel::attention_probabilities` next to the kernel's
+    output, or in plain PyTorch where they need a gradient. Dropout of probabilities is the operator's own.
+    `s_aux` (H,) are attention sinks. Value heads of another size than the key's, and heads above 256, run in
+    torch's scaled_dot_product_attention and are logged once.
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
@@ -291,7 +295,10 @@ def attention_forward(
     if seen.keys != key.shape[2]:
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
     p = dropout if module.training else 0.0
-    wanted = wants_attentions(kwargs)
+    observe = observer()
+    if observe is not None:
+        observe(module, query, key, seen, scale, softcap, s_aux)
+    wanted = _returns_attentions(kwargs)
     if p and (wanted or p >= 1):
         weights = _probabilities(query, key, seen, scale, softcap, s_aux)
         weights = torch.nn.functional.dropout(weights, p=p)
@@ -300,7 +307,7 @@ def attention_forward(
         out = _sdpa(query, key, value, seen, scale, softcap, s_aux, p)
     else:
         out = run(query, key, value, seen, scale, softcap or 0.0, p, s_aux)
-    return out.transpose(1, 2), _probabilities(query, key, seen, scale, softcap, s_aux) if wanted else None
+    return out.transpose(1, 2), _weights(query, key, seen, scale, softcap, s_aux) if wanted else None
 
 
 def run(
@@ -349,6 +356,33 @@ def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
             pattern = pattern & (index > last - seen.window)
         mask = pattern if mask is None else mask & pattern
     return mask
+
+
+def of_operator(
+    query: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
+) -> dict[str, Any]:
+    """What the operators that look at attention are told of a call, by the names of their arguments."""
+    if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
+        sinks = sinks.float()
+    return {
+        "key_padding_mask": seen.padding,
+        "bias": seen.bias,
+        "softmax_scale": scale,
+        "is_causal": seen.causal,
+        "window": None if seen.window is None else (seen.window - 1, None),
+        "softcap": softcap or 0.0,
+        "sinks": sinks,
+    }
+
+
+def _weights(
+    query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The weights (B, H, Sq, Sk): by the operator, which has no gradient, or else by definition."""
+    plain = type(query) is not Tensor or query.shape[-1] > 256
+    if plain or wants_gradient((query, key, seen.bias, sinks)):
+        return _probabilities(query, key, seen, scale, softcap, sinks)
+    return attention_probabilities(query, key, **of_operator(query, seen, scale, softcap, sinks))
 
 
 def _probabilities(
@@ -423,8 +457,26 @@ def collected() -> Any:
 
 
 def wants_attentions(kwargs: dict[str, Any]) -> bool:
+    """Whether somebody looks at this call's probabilities, so that it has to go through `attention_forward`
+    on its own: the call, a collected output, or an observer.
+    """
+    return _returns_attentions(kwargs) or observer() is not None
+
+
+def _returns_attentions(kwargs: dict[str, Any]) -> bool:
     return (
         bool(kwargs.get("output_attentions"))
         or "attentions" in collected()
         or "cross_attentions" in collected()
     )
+
+
+#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attention_forward`.
+Observer = Callable[[torch.nn.Module, Tensor, Tensor, Visibility, float, float | None, Tensor | None], None]
+
+observing: ContextVar[Observer | None] = ContextVar("bigmodel_attention_observer", default=None)
+
+
+def observer() -> Observer | None:
+    """Who observes this forward; nobody does under torch.compile."""
+    return None if torch.compiler.is_compiling() else observing.get()

@@ -19,8 +19,8 @@ what eager puts there.
 
 A projection that peft has given a LoRA adapter is called as it is, between our other calls. A call takes the
 original code of a layer, and is as right, when attention probabilities are asked for, with a cache, and where
-a hook or a replaced submodule stands in the way. Attention probabilities are then computed in plain PyTorch
-from the same Q and K.
+a hook or a replaced submodule stands in the way. Attention probabilities are then computed apart, from the
+same Q and K.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class Kin:
     out: str = "out_proj"
     head_dim: str = "head_dim"
     attention_dropout: str = "attention_dropout"
+    index: str = "layer_idx"
     # Names in the feed-forward.
     w_in: str = "fc1"
     w_out: str = "fc2"
@@ -76,6 +77,12 @@ class Kin:
     gives_weights: bool = False
     #: "pre", "post" or "parallel", of a layer.
     order: Callable[[Any], str] = lambda layer: "pre"
+    #: For attention that goes by no interface of transformers and makes its own causal mask next to the one
+    #: that it gets: the window of that, which is None for all keys. Its cache must be one that grows.
+    masks_itself: Callable[[Any], int | None] | None = None
+    scale: Callable[[Any], float] = lambda attention: float(attention.scaling)
+    #: Classes between layer and attention.
+    around: tuple[type[nn.Module], ...] = ()
     #: A reason of the family's own to leave an attention alone.
     refuse: Callable[[Any], str | None] = lambda attention: None
     #: LayerNorms and projections of the model itself.
@@ -97,7 +104,7 @@ class Attention(Form):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         given, p = _given(self, args, kwargs), _dropped_inside(self, self.kin, 0)
         if given is None or p is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **_for_its_own_code(self, hidden_states, kwargs))
         context, weights = self.context(hidden_states, given)
         part = blocks.part(self.__dict__["_modules"][self.kin.out], nn.Linear, checks.dtype_of(hidden_states))
         out = blocks.project(context, part, "linear")
@@ -109,13 +116,20 @@ class Attention(Form):
         if given.angles is not None:
             query, key = self._turned(query, key, *given.angles)
         if given.cache is not None:
-            key, value = given.cache.update(key, value, self.layer_idx)
+            key, value = given.cache.update(key, value, getattr(self, self.kin.index))
         out, weights = self._attend(query, key, value, given)
         return out.flatten(2), weights
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, given: Given
     ) -> tuple[Tensor, Tensor | None]:
+        scale = self.kin.scale(self)
+        if self.kin.masks_itself is not None:
+            seen = attention_interface.visibility(query, key.shape[2], given.mask, is_causal=True)
+            seen.causal, seen.window = query.shape[2] > 1, self.kin.masks_itself(self)
+            return attention_interface.attend(
+                *(query, key, value, seen, scale), p=given.dropout_p, wanted=given.output_attentions
+            )
         return attention_interface.attention_forward(
             self,
             query,
@@ -123,7 +137,7 @@ class Attention(Form):
             value,
             given.mask,
             dropout=given.dropout_p,
-            scaling=self.scaling,
+            scaling=scale,
             is_causal=given.is_causal,
             output_attentions=given.output_attentions,
         )
@@ -228,8 +242,28 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         angles = _angles(attention.kin, kwargs.get("position_embeddings"))
         if angles is None:
             return None
+    if attention.kin.masks_itself is not None and (
+        type(cache) is StaticCache  # whose last key is not that of the last query
+        or (mask is not None and mask.dim() == 4 and mask.dtype == torch.bool)  # which it would add
+    ):
+        return None
     wanted = bool(kwargs.get("output_attentions"))
     return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p)
+
+
+def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
+    if attention.kin.masks_itself is None:
+        return kwargs
+    keys, cache = states.shape[1], None
+    for name in _CACHE_NAMES:
+        cache = kwargs.get(name) if cache is None else cache
+    if cache is not None:
+        keys = cache.get_mask_sizes(keys, getattr(attention, attention.kin.index))[0]
+    return {
+        **kwargs,
+        "attention_mask": attention_interface.additive(kwargs.get("attention_mask"), states, keys),
+    }
 
 
 def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
@@ -255,9 +289,7 @@ def _attention_of(layer: Any) -> Any:
     *outer, last = layer.kin.attention_at.split(".")
     for name in outer:
         part = part.__dict__["_modules"][name]
-        if not checks.intact(part, type(part)) or not type(part).__module__.startswith(
-            "transformers.models."
-        ):
+        if not any(checks.intact(part, cls) for cls in layer.kin.around):
             return None
     part = part.__dict__["_modules"][last]
     return part if _is_form(part, layer.kin.attention) else None
@@ -419,7 +451,8 @@ def family(name: str, kin: Kin) -> Family:
             ),
         ),
         models=(kin.model,),
-        mask_path=(kin.layer, kin.attention),
+        mask_path=(kin.layer, *kin.around, kin.attention),
+        reads_masks_patched=() if kin.masks_itself is None else (kin.attention,),
     )
 
 

@@ -35,17 +35,23 @@ import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import blocks
 
 #: The module of each, and where its layers, its attentions and its dropouts are.
-HOMES = {"OPT": "opt", "GPTNeoX": "gpt_neox", "GPTJ": "gptj"}
-LAYERS = {"OPT": "model.decoder.layers", "GPTNeoX": "gpt_neox.layers", "GPTJ": "transformer.h"}
-ATTENTION = {"OPT": "self_attn", "GPTNeoX": "attention", "GPTJ": "attn"}
-MLP = {"OPT": "", "GPTNeoX": "mlp", "GPTJ": "mlp"}
-PROJECTION = {"OPT": "q_proj", "GPTNeoX": "query_key_value", "GPTJ": "q_proj"}
-FIRST = {"OPT": "fc1", "GPTNeoX": "mlp.dense_h_to_4h", "GPTJ": "mlp.fc_in"}
-NORM = {"OPT": "self_attn_layer_norm", "GPTNeoX": "input_layernorm", "GPTJ": "ln_1"}
+HOMES = {"OPT": "opt", "GPTNeoX": "gpt_neox", "GPTJ": "gptj", "GPTNeo": "gpt_neo"}
+LAYERS = {
+    "OPT": "model.decoder.layers",
+    "GPTNeoX": "gpt_neox.layers",
+    "GPTJ": "transformer.h",
+    "GPTNeo": "transformer.h",
+}
+ATTENTION = {"OPT": "self_attn", "GPTNeoX": "attention", "GPTJ": "attn", "GPTNeo": "attn.attention"}
+MLP = {"OPT": "", "GPTNeoX": "mlp", "GPTJ": "mlp", "GPTNeo": "mlp"}
+PROJECTION = {"OPT": "q_proj", "GPTNeoX": "query_key_value", "GPTJ": "q_proj", "GPTNeo": "q_proj"}
+FIRST = {"OPT": "fc1", "GPTNeoX": "mlp.dense_h_to_4h", "GPTJ": "mlp.fc_in", "GPTNeo": "mlp.c_fc"}
+NORM = {"OPT": "self_attn_layer_norm", "GPTNeoX": "input_layernorm", "GPTJ": "ln_1", "GPTNeo": "ln_1"}
 DROPOUT: dict[str, dict[str, float]] = {
     "OPT": {"dropout": 0.3, "attention_dropout": 0.2},
     "GPTNeoX": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
     "GPTJ": {"resid_pdrop": 0.3, "attn_pdrop": 0.2},
+    "GPTNeo": {"resid_dropout": 0.3, "attention_dropout": 0.2},
 }
 #: Models whose layers are in another order, or have other parts.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -59,6 +65,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         "GPTNeoX",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 1.0}},
     ),
+    ("GPTNeo", {"attention_types": [[["local"], 2]], "window_size": 1}),
+    ("GPTNeo", {"activation_function": "gelu", "tie_word_embeddings": False, "window_size": 40}),
     ("GPTJ", {"rotary_dim": 16, "tie_word_embeddings": True}),
     ("GPTJ", {"activation_function": "relu", "n_inner": None}),
 ]
@@ -490,3 +498,42 @@ def test_fused_loss(prefix: str) -> None:
     assert type(model).__name__ == f"{prefix}ForCausalLM"
     bk.unpatch(model)
     assert type(model) is getattr(transformers, f"{prefix}ForCausalLM")
+
+
+def test_gpt_neo_with_a_cache_that_is_not_known() -> None:
+    """Its own code then runs, and gets a dense mask."""
+
+    class Counted(DynamicCache):
+        pass
+
+    model = gpt_like("GPTNeo")
+    eager = eager_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), left_padding()
+    for given in (None, mask):
+        outputs = []
+        for network in (model, eager):
+            cache, parts = Counted(config=network.config), []
+            with torch.no_grad():
+                for start, stop in ((0, 7), (7, 16), (16, 17)):
+                    options: dict[str, Any] = {name_of_cache(network): cache, "use_cache": True}
+                    options["attention_mask"] = None if given is None else given[:, :stop]
+                    parts.append(network(ids[:, start:stop], **options).logits)
+            real = torch.cat(parts, dim=1)
+            outputs.append(real if given is None else real[mask.bool()])
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_masks_of_gpt_neo_are_small_where_every_attention_is_patched(changed: bool) -> None:
+    model, seen = gpt_like("GPTNeo"), []
+    if changed:
+        change_projection(layers_of(model, "GPTNeo")[1], "GPTNeo")
+    bk.patch(model)
+    for layer in layers_of(model, "GPTNeo"):
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["attention_mask"].dim()), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(token_ids(), attention_mask=left_padding())
+    assert seen == ([4, 4] if changed else [2, 2])

@@ -126,6 +126,15 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     },
     "GPTJ": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
+    "GPTNeo": {
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "intermediate_size": 72,
+        "window_size": 5,
+        "max_position_embeddings": 64,
+    },
 }
 
 

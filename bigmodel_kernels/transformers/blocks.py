@@ -98,7 +98,7 @@ class DecoderParts(NamedTuple):
     None where the norm of attention serves both.
     """
 
-    order: str  # "pre", "post" or "parallel"
+    order: str  # "pre", "post", "parallel", or "normed": what is added is the output of each norm (BLOOM)
     attention_norm: Part
     attention_eps: float
     attention_out: Part
@@ -323,8 +323,12 @@ def decoder_layer(x: Tensor, w: DecoderParts, attend: Callable[[Tensor], Tensor]
         y = w.unfused(x) if w.ffn is None else feed_forward(x, w.ffn, "linear", None, dropout_p=w.ffn_p)
         return _close(y, x, 0.0, w.ffn_norm, w.ffn_eps)
     states = normalized(x, w.attention_norm, w.attention_eps)
+    x = states if w.order == "normed" else x
     y = output(attend(states), w.attention_out, "linear", x, w.attention_p)
-    if w.order == "pre":
+    if w.order == "normed":
+        states = y = normalized(y, w.ffn_norm, w.ffn_eps)
+        w = w._replace(ffn_norm=None)
+    elif w.order == "pre":
         states = y
     elif w.ffn_norm is not None:
         states = x

@@ -1,4 +1,4 @@
-"""Decoders with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J and their kind.
+"""Decoders with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM.
 
 A family says in a `Kin` which its classes are and what their parts are called, and puts the forms below in
 front of them:
@@ -77,14 +77,20 @@ class Kin:
     gives_weights: bool = False
     #: "pre", "post" or "parallel", of a layer.
     order: Callable[[Any], str] = lambda layer: "pre"
-    #: For attention that goes by no interface of transformers and makes its own causal mask next to the one
-    #: that it gets: the window of that, which is None for all keys. Its cache must be one that grows.
+    #: Whether the attention's own code calls transformers' attention interface; else it reads dense masks.
+    interface: bool = True
+    #: For attention that makes its own causal mask next to the one that it gets: the window of that, which is
+    #: None for all keys. Its cache must be one that grows.
     masks_itself: Callable[[Any], int | None] | None = None
     scale: Callable[[Any], float] = lambda attention: float(attention.scaling)
+    #: Whether attention and feed-forward get the residual after the states, and add it; attention then gets
+    #: `alibi` too.
+    adds_residual: bool = False
     #: Classes between layer and attention.
     around: tuple[type[nn.Module], ...] = ()
-    #: A reason of the family's own to leave an attention alone.
+    #: Reasons of the family's own to leave an attention or a feed-forward alone.
     refuse: Callable[[Any], str | None] = lambda attention: None
+    refuse_mlp: Callable[[Any], str | None] = lambda mlp: None
     #: LayerNorms and projections of the model itself.
     last_norms: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
@@ -102,11 +108,14 @@ class Attention(Form):
     """One product for Q, K and V, rotary, and attention over the cache."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given, p = _given(self, args, kwargs), _dropped_inside(self, self.kin, 0)
-        if given is None or p is None:
+        count = 1 if self.kin.adds_residual else 0
+        given, p = _given(self, args[count:], kwargs), _dropped_inside(self, self.kin, 0)
+        if given is None or p is None or len(args) < count:
             return super().forward(hidden_states, *args, **_for_its_own_code(self, hidden_states, kwargs))
         context, weights = self.context(hidden_states, given)
         part = blocks.part(self.__dict__["_modules"][self.kin.out], nn.Linear, checks.dtype_of(hidden_states))
+        if self.kin.adds_residual:
+            return blocks.output(context, part, "linear", args[0], p), weights
         out = blocks.project(context, part, "linear")
         return torch.dropout(out, p, True) if p else out, weights
 
@@ -130,6 +139,7 @@ class Attention(Form):
             return attention_interface.attend(
                 *(query, key, value, seen, scale), p=given.dropout_p, wanted=given.output_attentions
             )
+        alibi = given.alibi
         return attention_interface.attention_forward(
             self,
             query,
@@ -139,6 +149,7 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
+            position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
             output_attentions=given.output_attentions,
         )
 
@@ -163,11 +174,11 @@ class Attention(Form):
 class MLP(Form):
     """The feed-forward in one call."""
 
-    def forward(self, hidden_states: Any) -> Tensor:
+    def forward(self, hidden_states: Any, *args: Any) -> Tensor:
         ffn, p = _ffn(self, self.kin, checks.dtype_of(hidden_states)), _dropped_inside(self, self.kin, 1)
         if ffn is None or p is None or checks.watched_globally():
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
-        return blocks.feed_forward(hidden_states, ffn, "linear", None, dropout_p=p)
+            return super().forward(hidden_states, *args)  # type: ignore[no-any-return]
+        return blocks.feed_forward(hidden_states, ffn, "linear", args[0] if args else None, dropout_p=p)
 
 
 class Layer(Form):
@@ -193,6 +204,9 @@ class Layer(Form):
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
         first = modules[kin.norms[0]]
         second = None if kin.norms[1] is None else modules[kin.norms[1]]
+        ffn = _ffn(mlp, kin, dtype) if mlp is self or _is_form(mlp, kin.mlp) else None
+        if ffn is None and kin.adds_residual:
+            return None
         return DecoderParts(
             order=kin.order(self),
             attention_norm=blocks.part(first, nn.LayerNorm, dtype),
@@ -201,7 +215,7 @@ class Layer(Form):
             attention_p=attention_p,
             ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
             ffn_eps=first.eps if second is None else second.eps,
-            ffn=_ffn(mlp, kin, dtype) if mlp is self or _is_form(mlp, kin.mlp) else None,
+            ffn=ffn,
             unfused=partial(_unfused, self, ffn_p),
             ffn_p=ffn_p,
         )
@@ -220,6 +234,7 @@ class Given(NamedTuple):
     is_causal: bool | None
     output_attentions: bool
     dropout_p: float
+    alibi: Tensor | None = None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
@@ -234,7 +249,7 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         or dropout_p is None
         or type(cache) not in _CACHES
         or not attention_interface.readable(mask)
-        or attention.config._attn_implementation not in _MASK_MAKERS
+        or (attention.kin.interface and attention.config._attn_implementation not in _MASK_MAKERS)
         or checks.watched_globally()
     ):
         return None
@@ -242,18 +257,19 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         angles = _angles(attention.kin, kwargs.get("position_embeddings"))
         if angles is None:
             return None
-    if attention.kin.masks_itself is not None and (
-        type(cache) is StaticCache  # whose last key is not that of the last query
-        or (mask is not None and mask.dim() == 4 and mask.dtype == torch.bool)  # which it would add
+    grows = attention.kin.masks_itself is not None  # it takes the last key for that of the last query
+    adds = not attention.kin.interface  # what is True in a mask as a one
+    if (grows and type(cache) is StaticCache) or (
+        adds and mask is not None and mask.dim() == 4 and mask.dtype == torch.bool
     ):
         return None
     wanted = bool(kwargs.get("output_attentions"))
-    return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p)
+    return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p, kwargs.get("alibi"))
 
 
 def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
-    if attention.kin.masks_itself is None:
+    if attention.kin.interface:
         return kwargs
     keys, cache = states.shape[1], None
     for name in _CACHE_NAMES:
@@ -362,11 +378,11 @@ def _features(projection: Any) -> int:
 def _check_mlp(kin: Kin, module: Any) -> str | None:
     parts: dict[str, type] = dict.fromkeys((kin.w_in, kin.w_out), nn.Linear)
     place, name = kin.inner(kin.dropouts[1])
-    if place:
+    if place and isinstance(getattr(module, name), nn.Module):
         parts[name] = nn.Dropout
-    return checks.reason_for_parts(module, parts, lora=True) or checks.reason_for_activation(
-        getattr(module, kin.activation)
-    )
+    why = checks.reason_for_parts(module, parts, lora=True)
+    why = why or checks.reason_for_activation(getattr(module, kin.activation))
+    return why or kin.refuse_mlp(module)
 
 
 def _check_layer(kin: Kin, module: Any) -> str | None:
@@ -452,7 +468,7 @@ def family(name: str, kin: Kin) -> Family:
         ),
         models=(kin.model,),
         mask_path=(kin.layer, *kin.around, kin.attention),
-        reads_masks_patched=() if kin.masks_itself is None else (kin.attention,),
+        reads_masks_patched=() if kin.interface else (kin.attention,),
     )
 
 

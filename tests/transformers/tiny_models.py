@@ -135,6 +135,7 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "window_size": 5,
         "max_position_embeddings": 64,
     },
+    "Bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 3},
 }
 
 

@@ -31,6 +31,7 @@ KIN = Kin(
     w_in="c_fc",
     w_out="c_proj",
     gives_weights=True,
+    interface=False,
     masks_itself=_window,
     scale=lambda attention: 1.0,
     around=(hf.GPTNeoAttention,),

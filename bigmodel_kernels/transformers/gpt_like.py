@@ -21,6 +21,7 @@ way.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +47,11 @@ _CACHE_NAMES = ("cache", "layer_past", "past_key_values")  # the last is older
 _MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
 
+def head_by_head(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Query, key and value, each (..., heads, head_dim), of a product that has them of each head in turn."""
+    return whole.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+
+
 @dataclass(frozen=True)
 class Kin:
     """The classes of one model, the names of their parts, and the patched form of each class."""
@@ -62,6 +68,7 @@ class Kin:
     dropouts: tuple[str, str]  # modules or numbers: of attention's output, of the feed-forward's
     # Names in the attention.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    split: Callable[[Tensor, int], tuple[Tensor, ...]] = head_by_head  # of one weight for all three
     out: str = "out_proj"
     head_dim: str = "head_dim"
     attention_dropout: str = "attention_dropout"
@@ -159,7 +166,7 @@ class Attention(Form):
         parts = tuple(blocks.part(modules[name], nn.Linear, dtype) for name in self.kin.qkv)
         head_dim = getattr(self, self.kin.head_dim)
         if len(parts) == 1:
-            return blocks.project(x, parts[0], "linear").unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+            return self.kin.split(blocks.project(x, parts[0], "linear"), head_dim)  # type: ignore[no-any-return]
         return blocks.heads(x, parts, "linear", head_dim)
 
     def _turned(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,7 +362,14 @@ def _unfused(layer: Any, p: float, x: Tensor) -> Tensor:
 # what can be patched
 
 
+def _calls_the_interface(kin: Kin) -> bool:
+    """Whether the installed transformers' file of this model calls the attention interface (it came late)."""
+    return hasattr(sys.modules[kin.attention.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
 def _check_attention(kin: Kin, module: Any) -> str | None:
+    if kin.interface and not _calls_the_interface(kin):
+        return "this version of transformers computes its attention without the attention interface"
     why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), nn.Linear), lora=True)
     for place, name in (kin.inner(kin.dropouts[0]), (kin.attention_at, kin.attention_dropout)):
         if why is None and place and isinstance(getattr(module, name), nn.Module):
@@ -369,6 +383,14 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
         return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
     return kin.refuse(module)
+
+
+def refuse_rotary(attention: Any) -> str | None:
+    """Of GPT-J and CodeGen: why their own rotary embedding is not one of ours."""
+    size = attention.head_dim if attention.rotary_dim is None else attention.rotary_dim
+    if size % 2 or not 0 < size <= attention.head_dim:
+        return f"rotary_dim is {size}; allowed are even numbers from 2 to the head size, {attention.head_dim}"
+    return None
 
 
 def _features(projection: Any) -> int:
@@ -468,7 +490,7 @@ def family(name: str, kin: Kin) -> Family:
         ),
         models=(kin.model,),
         mask_path=(kin.layer, *kin.around, kin.attention),
-        reads_masks_patched=() if kin.interface else (kin.attention,),
+        reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
     )
 
 

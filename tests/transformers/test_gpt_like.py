@@ -33,15 +33,24 @@ from transformers import DynamicCache, StaticCache
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import blocks
+from bigmodel_kernels.transformers import gpt_like as gpt_like_module
 
 #: The module of each, and where its layers, its attentions and its dropouts are.
-HOMES = {"OPT": "opt", "GPTNeoX": "gpt_neox", "GPTJ": "gptj", "GPTNeo": "gpt_neo", "Bloom": "bloom"}
+HOMES = {
+    "OPT": "opt",
+    "GPTNeoX": "gpt_neox",
+    "GPTJ": "gptj",
+    "GPTNeo": "gpt_neo",
+    "Bloom": "bloom",
+    "CodeGen": "codegen",
+}
 LAYERS = {
     "OPT": "model.decoder.layers",
     "GPTNeoX": "gpt_neox.layers",
     "GPTJ": "transformer.h",
     "GPTNeo": "transformer.h",
     "Bloom": "transformer.h",
+    "CodeGen": "transformer.h",
 }
 ATTENTION = {
     "OPT": "self_attn",
@@ -49,14 +58,16 @@ ATTENTION = {
     "GPTJ": "attn",
     "GPTNeo": "attn.attention",
     "Bloom": "self_attention",
+    "CodeGen": "attn",
 }
-MLP = {"OPT": "", "GPTNeoX": "mlp", "GPTJ": "mlp", "GPTNeo": "mlp", "Bloom": "mlp"}
+MLP = {"OPT": "", "GPTNeoX": "mlp", "GPTJ": "mlp", "GPTNeo": "mlp", "Bloom": "mlp", "CodeGen": "mlp"}
 PROJECTION = {
     "OPT": "q_proj",
     "GPTNeoX": "query_key_value",
     "GPTJ": "q_proj",
     "GPTNeo": "q_proj",
     "Bloom": "query_key_value",
+    "CodeGen": "qkv_proj",
 }
 FIRST = {
     "OPT": "fc1",
@@ -64,6 +75,7 @@ FIRST = {
     "GPTJ": "mlp.fc_in",
     "GPTNeo": "mlp.c_fc",
     "Bloom": "mlp.dense_h_to_4h",
+    "CodeGen": "mlp.fc_in",
 }
 NORM = {
     "OPT": "self_attn_layer_norm",
@@ -71,11 +83,13 @@ NORM = {
     "GPTJ": "ln_1",
     "GPTNeo": "ln_1",
     "Bloom": "input_layernorm",
+    "CodeGen": "ln_1",
 }
 DROPOUT: dict[str, dict[str, float]] = {
     "OPT": {"dropout": 0.3, "attention_dropout": 0.2},
     "GPTNeoX": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
     "GPTJ": {"resid_pdrop": 0.3, "attn_pdrop": 0.2},
+    "CodeGen": {"resid_pdrop": 0.3, "attn_pdrop": 0.2},
     "GPTNeo": {"resid_dropout": 0.3, "attention_dropout": 0.2},
     "Bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
 }
@@ -95,6 +109,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("GPTNeo", {"activation_function": "gelu", "tie_word_embeddings": False, "window_size": 40}),
     ("Bloom", {"apply_residual_connection_post_layernorm": True}),
     ("Bloom", {"n_head": 4, "tie_word_embeddings": False, "pretraining_tp": 2}),
+    ("CodeGen", {"n_head": 6, "rotary_dim": 8, "tie_word_embeddings": True}),
     ("GPTJ", {"rotary_dim": 16, "tie_word_embeddings": True}),
     ("GPTJ", {"activation_function": "relu", "n_inner": None}),
 ]
@@ -494,8 +509,8 @@ def test_lora(prefix: str, after: bool) -> None:
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_heads_above_256_keep_their_own_code(prefix: str) -> None:
-    sizes = {"n_embd": 528, "n_head": 2} if prefix == "GPTJ" else {"hidden_size": 528}
-    if prefix != "GPTJ":
+    sizes = {"n_embd": 528, "n_head": 2} if prefix in ("GPTJ", "CodeGen") else {"hidden_size": 528}
+    if prefix not in ("GPTJ", "CodeGen"):
         sizes |= {
             "num_heads" if prefix == "GPTNeo" else "n_head" if prefix == "Bloom" else "num_attention_heads": 2
         }
@@ -576,3 +591,21 @@ def test_bloom_that_asks_for_the_sums_of_tensor_parallel_training() -> None:
     reasons = {row.name: row.reason for row in bk.explain(model).left_alone}
     for name in ("", ".mlp", ".self_attention"):
         assert "slow_but_exact" in reasons[f"transformer.h.0{name}"]
+
+
+def test_a_file_that_does_not_call_the_interface_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions of transformers have it: attention is left alone, and so are its masks."""
+    home = importlib.import_module("transformers.models.gptj.modeling_gptj")
+    family = importlib.import_module("bigmodel_kernels.transformers.families.gptj")
+    model, ids, mask = gpt_like("GPTJ"), token_ids(), left_padding()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        with monkeypatch.context() as patched:
+            patched.delattr(home, "ALL_ATTENTION_FUNCTIONS")
+            patched.setattr(family, "FAMILY", gpt_like_module.family("gptj", family.KIN))
+            report = bk.patch(model)
+        reasons = {row.name: row.reason for row in report.left_alone}
+        assert "without the attention interface" in reasons["transformer.h.0.attn"]
+        assert model.transformer.config._attn_implementation == model.config._attn_implementation == "sdpa"
+        out = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)

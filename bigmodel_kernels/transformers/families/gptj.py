@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers.models.gptj import modeling_gptj as hf
 
 from bigmodel_kernels.transformers import gpt_like
 from bigmodel_kernels.transformers.gpt_like import Kin
-
-
-def _refuse(attention: Any) -> str | None:
-    size = attention.head_dim if attention.rotary_dim is None else attention.rotary_dim
-    if size % 2 or not 0 < size <= attention.head_dim:
-        return f"rotary_dim is {size}; allowed are even numbers from 2 to the head size, {attention.head_dim}"
-    return None
-
 
 KIN = Kin(
     hf.GPTJAttention,
@@ -32,7 +22,7 @@ KIN = Kin(
     rotary="interleaved",
     sine_first=True,
     order=lambda layer: "parallel",
-    refuse=_refuse,
+    refuse=gpt_like.refuse_rotary,
     last_norms=("ln_f",),
 )
 

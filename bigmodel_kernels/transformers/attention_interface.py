@@ -32,6 +32,7 @@ import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel
 from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.attention_maps import attention_probabilities
 from bigmodel_kernels.ops.registration import call, draw_seed, wants_gradient
+from bigmodel_kernels.transformers import config_view
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -165,10 +166,10 @@ _reads_the_interface: set[type] = set()
 
 def _check_reads_the_interface(config: Any) -> None:
     """Some modeling files (mpnet, deberta, longformer, ...) compute attention themselves and would misread
-    our masks.
+    our masks. A view is given only to models whose attention has a patched form, which reads them.
     """
     cls = type(config)
-    if config is None or cls in _reads_the_interface:
+    if config is None or cls in _reads_the_interface or config_view.is_view(config):
         return
     folder, _, name = cls.__module__.rpartition(".")
     if folder.startswith("transformers.models.") and name.startswith("configuration_"):
@@ -254,6 +255,23 @@ def visibility(
     return result
 
 
+def additive(mask: Tensor | None, states: Tensor, keys: int) -> Tensor:
+    """A mask as transformers' eager code takes it, additive (B or 1, 1, Sq, keys), for causal attention of
+    states (B, Sq, hidden).
+    """
+    if mask is not None and mask.dim() == 4:
+        return mask
+    query = states[:, None]
+    seen = visibility(query, keys, mask, is_causal=True)
+    visible = _dense_mask(query, seen)
+    if visible is None:
+        visible = torch.ones(1, 1, query.shape[2], seen.keys, dtype=torch.bool, device=states.device)
+    visible = torch.nn.functional.pad(visible, (0, keys - seen.keys))
+    visible = visible if visible.dim() == 4 else visible[None, None]
+    hidden = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
+    return hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)
+
+
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
@@ -292,13 +310,28 @@ def attention_forward(
         position_bias=position_bias,
         window=kwargs.get("sliding_window"),
     )
+    p = dropout if module.training else 0.0
+    return attend(module, query, key, value, seen, scale, p, softcap, s_aux, _returns_attentions(kwargs))
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Visibility,
+    scale: float,
+    p: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    wanted: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The same of what is `seen`; `p` is the dropout, `wanted` are the probabilities."""
     if seen.keys != key.shape[2]:
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
-    p = dropout if module.training else 0.0
     observe = observer()
     if observe is not None:
         observe(module, query, key, seen, scale, softcap, s_aux)
-    wanted = _returns_attentions(kwargs)
     if p and (wanted or p >= 1):
         weights = _probabilities(query, key, seen, scale, softcap, s_aux)
         weights = torch.nn.functional.dropout(weights, p=p)
@@ -471,7 +504,7 @@ def _returns_attentions(kwargs: dict[str, Any]) -> bool:
     )
 
 
-#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attention_forward`.
+#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attention_forward` and `attend`.
 Observer = Callable[[torch.nn.Module, Tensor, Tensor, Visibility, float, float | None, Tensor | None], None]
 
 observing: ContextVar[Observer | None] = ContextVar("bigmodel_attention_observer", default=None)

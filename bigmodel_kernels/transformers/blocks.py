@@ -2,6 +2,7 @@
 
 post-norm (BERT, RoBERTa, ...)   x = LN(x + drop(attend(x))),  x = LN(x + drop(ffn(x)))
 pre-norm  (GPT-2, ...)           x = x + drop(attend(LN(x))),  x = x + drop(ffn(LN(x)))
+parallel  (GPT-J, GPT-NeoX)      x = x + drop(attend(LN(x))) + drop(ffn(LN(x))),  with one LN or two
 gated     (Llama, Gemma, ...)    x = x + norm(attend(norm(x))),  x = x + norm(ffn(norm(x))),  with RMSNorms,
                                  of which Llama has the inner ones, OLMo 2 the outer ones and Gemma 2 both
 
@@ -87,6 +88,26 @@ class LayerParts(NamedTuple):
     ffn_eps: float
     ffn_p: float
     unfused: Callable[[Tensor], Tensor]
+
+
+class DecoderParts(NamedTuple):
+    """All of one layer with LayerNorms, whose attention is called with the layer's input, gathered anew for
+    each forward.
+
+    `ffn` is None where the feed-forward runs as `unfused`: dropout included, sum and norm not. `ffn_norm` is
+    None where the norm of attention serves both.
+    """
+
+    order: str  # "pre", "post", "parallel", or "normed": what is added is the output of each norm (BLOOM)
+    attention_norm: Part
+    attention_eps: float
+    attention_out: Part
+    attention_p: float
+    ffn_norm: Part | None
+    ffn_eps: float
+    ffn: FeedForward | None
+    unfused: Callable[[Tensor], Tensor]
+    ffn_p: float
 
 
 class GatedParts(NamedTuple):
@@ -291,6 +312,29 @@ def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "line
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))
     return feed_forward(x, w.ffn, layout, x, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
+
+
+def decoder_layer(x: Tensor, w: DecoderParts, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """A layer of OPT, GPT-NeoX or GPT-J: the calls of `attend`, and three more."""
+    if w.order == "post":
+        x = output(attend(x), w.attention_out, "linear", x, w.attention_p, w.attention_norm, w.attention_eps)
+        if w.ffn is not None and isinstance(w.ffn_norm, Affine):
+            return feed_forward(x, w.ffn, "linear", x, "post", w.ffn_norm, w.ffn_eps, w.ffn_p)
+        y = w.unfused(x) if w.ffn is None else feed_forward(x, w.ffn, "linear", None, dropout_p=w.ffn_p)
+        return _close(y, x, 0.0, w.ffn_norm, w.ffn_eps)
+    states = normalized(x, w.attention_norm, w.attention_eps)
+    x = states if w.order == "normed" else x
+    y = output(attend(states), w.attention_out, "linear", x, w.attention_p)
+    if w.order == "normed":
+        states = y = normalized(y, w.ffn_norm, w.ffn_eps)
+        w = w._replace(ffn_norm=None)
+    elif w.order == "pre":
+        states = y
+    elif w.ffn_norm is not None:
+        states = x
+    if w.ffn is None:
+        return w.unfused(normalized(states, w.ffn_norm, w.ffn_eps)) + y
+    return feed_forward(states, w.ffn, "linear", y, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
 
 
 def gated_layer(x: Tensor, w: GatedParts, attend: Callable[[Tensor], Tensor]) -> Tensor:

@@ -29,8 +29,13 @@ ACTIVATIONS = {
     "SiLUActivation": "silu",
     "SiLU": "silu",
     "LinearActivation": "none",
+    "BloomGelu": "gelu_tanh",
 }
-_ACTIVATION_HOMES = ("transformers.activations", "torch.nn.modules.activation")
+_ACTIVATION_HOMES = (
+    "transformers.activations",
+    "torch.nn.modules.activation",
+    "transformers.models.bloom.modeling_bloom",
+)
 
 
 def activation(function: Any) -> str | None:

@@ -18,9 +18,9 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    CTRLConfig,
+    CTRLModel,
     GPT2LMHeadModel,
-    OPTConfig,
-    OPTModel,
 )
 from transformers.models.bert import modeling_bert
 from transformers.pytorch_utils import Conv1D
@@ -444,9 +444,7 @@ def test_gpt2_parts_that_are_not_as_known() -> None:
 
 
 def test_a_model_of_no_known_family() -> None:
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16}
-    config = OPTConfig(vocab_size=50, num_hidden_layers=1, num_attention_heads=2, **sizes)
-    model = build(OPTModel, config)
+    model = build(CTRLModel, CTRLConfig(vocab_size=50, n_embd=16, dff=16, n_layer=1, n_head=2))
     before = snapshot(model)
     report = bk.patch(model)
     assert not report.patched and "attn_implementation='bigmodel'" in str(report)

@@ -105,6 +105,47 @@ def decoder(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
     return build(getattr(transformers, prefix + head), config(**options))
 
 
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+#: Decoders with LayerNorms, after GPT-2: the prefix of their classes, and the sizes by their names.
+GPT_LIKE: dict[str, dict[str, Any]] = {
+    "OPT": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 72,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+    },
+    "GPTNeoX": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "GPTJ": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
+    "CodeGen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
+    "GPTNeo": {
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "intermediate_size": 72,
+        "window_size": 5,
+        "max_position_embeddings": 64,
+    },
+    "Bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 3},
+}
+
+
+def gpt_like(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
+    """One of `GPT_LIKE`, with random weights."""
+    config = getattr(transformers, prefix + "Config")(**{**_TOKENS, **GPT_LIKE[prefix], **changes})
+    return build(getattr(transformers, prefix + head), config)
+
+
 def bert_config(**changes: Any) -> BertConfig:
     return BertConfig(**{**SIZES, **changes})
 

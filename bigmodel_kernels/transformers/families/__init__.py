@@ -54,7 +54,9 @@ class Family:
     `models` are the classes whose forward makes the attention mask from `self.config`, `mask_path` the ones
     that the mask passes on its way to the attention. Where all modules of `mask_path` are exactly of these
     classes, and the model's forward is its class's own, the config is seen through a view that says
-    "bigmodel", so that the mask stays two-dimensional.
+    "bigmodel", so that the mask stays two-dimensional. `reads_masks_patched` are those of them that read such
+    a mask only in their patched form, because their own code does not call transformers' attention interface:
+    then all of these must be patched.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Family:
     losses: tuple[Rule, ...] = ()
     models: tuple[type[nn.Module], ...] = ()
     mask_path: tuple[type[nn.Module], ...] = ()
+    reads_masks_patched: tuple[type[nn.Module], ...] = ()
     #: Why the parts of the family that have no rule are left as they are, by class.
     left: dict[type, str] = field(default_factory=dict)
 

@@ -1,0 +1,504 @@
+"""Decoders with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM.
+
+A family says in a `Kin` which its classes are and what their parts are called, and puts the forms below in
+front of them:
+
+    KIN = Kin(hf.GPTJAttention, hf.GPTJBlock, ..., rotary="interleaved")
+
+    class BigmodelGPTJAttention(gpt_like.Attention, hf.GPTJAttention, kin=KIN): ...
+
+Per layer: LayerNorm, one product for Q, K and V, rotary embedding where there is one, attention over the
+cache, projection + residual in one call, and LayerNorm + feed-forward + residual in one. Where attention and
+feed-forward stand side by side, the sum of the first is the residual of the second. A fused weight that holds
+query, key and value of each head in turn is multiplied as it is, and attention reads the three in place.
+
+Norms are called as modules if they are not as known, so that one with a hook is heard; a projection that peft
+has given a LoRA adapter and a feed-forward without a kernel are called as they are. A call takes the original
+code of a layer, and is as right, when attention probabilities are asked for (then computed in plain PyTorch
+from the same Q and K), with a cache that is quantised, and where a hook or a replaced module stands in the
+way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from bigmodel_kernels.ops.registration import call
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers.autoregister import NAME
+from bigmodel_kernels.transformers.blocks import Affine, DecoderParts, FeedForward
+from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form
+
+#: Caches whose `update` gives keys and values as the operator reads them.
+_CACHES = (type(None), DynamicCache, StaticCache)
+_CACHE_NAMES = ("cache", "layer_past", "past_key_values")  # the last is older
+
+#: Who makes masks that `attention_interface.visibility` reads.
+_MASK_MAKERS = (NAME, "sdpa", "eager", None)
+
+
+def head_by_head(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Query, key and value, each (..., heads, head_dim), of a product that has them of each head in turn."""
+    return whole.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The classes of one model, the names of their parts, and the patched form of each class."""
+
+    attention: type[nn.Module]
+    layer: type[nn.Module]
+    mlp: type[nn.Module] | None  # None: its projections are the layer's own
+    model: type[nn.Module]
+    causal_lm: type[nn.Module]
+    # Names in the layer; dotted for what is deeper.
+    attention_at: str
+    mlp_at: str
+    norms: tuple[str, str | None]  # None: one norm for both halves
+    dropouts: tuple[str, str]  # modules or numbers: of attention's output, of the feed-forward's
+    # Names in the attention.
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    split: Callable[[Tensor, int], tuple[Tensor, ...]] = head_by_head  # of one weight for all three
+    out: str = "out_proj"
+    head_dim: str = "head_dim"
+    attention_dropout: str = "attention_dropout"
+    index: str = "layer_idx"
+    # Names in the feed-forward.
+    w_in: str = "fc1"
+    w_out: str = "fc2"
+    activation: str = "act"
+    #: "half", "interleaved", or none. GPT-J has its sines first.
+    rotary: str = ""
+    sine_first: bool = False
+    #: Whether a layer gives the probabilities too.
+    gives_weights: bool = False
+    #: "pre", "post" or "parallel", of a layer.
+    order: Callable[[Any], str] = lambda layer: "pre"
+    #: Whether the attention's own code calls transformers' attention interface; else it reads dense masks.
+    interface: bool = True
+    #: For attention that makes its own causal mask next to the one that it gets: the window of that, which is
+    #: None for all keys. Its cache must be one that grows.
+    masks_itself: Callable[[Any], int | None] | None = None
+    scale: Callable[[Any], float] = lambda attention: float(attention.scaling)
+    #: Whether attention and feed-forward get the residual after the states, and add it; attention then gets
+    #: `alibi` too.
+    adds_residual: bool = False
+    #: Classes between layer and attention.
+    around: tuple[type[nn.Module], ...] = ()
+    #: Reasons of the family's own to leave an attention or a feed-forward alone.
+    refuse: Callable[[Any], str | None] = lambda attention: None
+    refuse_mlp: Callable[[Any], str | None] = lambda mlp: None
+    #: LayerNorms and projections of the model itself.
+    last_norms: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ()
+    forms: dict[type, type] = field(default_factory=dict)
+
+    def inner(self, name: str) -> tuple[str, str]:
+        """The half of the layer that has this dropout, or none, and its name there."""
+        for place in (self.attention_at, self.mlp_at):
+            if place and name.startswith(place + "."):
+                return place, name[len(place) + 1 :]
+        return "", name
+
+
+class Attention(Form):
+    """One product for Q, K and V, rotary, and attention over the cache."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        count = 1 if self.kin.adds_residual else 0
+        given, p = _given(self, args[count:], kwargs), _dropped_inside(self, self.kin, 0)
+        if given is None or p is None or len(args) < count:
+            return super().forward(hidden_states, *args, **_for_its_own_code(self, hidden_states, kwargs))
+        context, weights = self.context(hidden_states, given)
+        part = blocks.part(self.__dict__["_modules"][self.kin.out], nn.Linear, checks.dtype_of(hidden_states))
+        if self.kin.adds_residual:
+            return blocks.output(context, part, "linear", args[0], p), weights
+        out = blocks.project(context, part, "linear")
+        return torch.dropout(out, p, True) if p else out, weights
+
+    def context(self, hidden_states: Tensor, given: Given) -> tuple[Tensor, Tensor | None]:
+        """The heads' results side by side, and the probabilities where they are asked for."""
+        query, key, value = (t.transpose(1, 2) for t in self._heads(hidden_states))
+        if given.angles is not None:
+            query, key = self._turned(query, key, *given.angles)
+        if given.cache is not None:
+            key, value = given.cache.update(key, value, getattr(self, self.kin.index))
+        out, weights = self._attend(query, key, value, given)
+        return out.flatten(2), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, given: Given
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = self.kin.scale(self)
+        if self.kin.masks_itself is not None:
+            seen = attention_interface.visibility(query, key.shape[2], given.mask, is_causal=True)
+            seen.causal, seen.window = query.shape[2] > 1, self.kin.masks_itself(self)
+            return attention_interface.attend(
+                *(self, query, key, value, seen, scale), p=given.dropout_p, wanted=given.output_attentions
+            )
+        alibi = given.alibi
+        return attention_interface.attention_forward(
+            self,
+            query,
+            key,
+            value,
+            given.mask,
+            dropout=given.dropout_p,
+            scaling=scale,
+            is_causal=given.is_causal,
+            position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
+            output_attentions=given.output_attentions,
+        )
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, each (B, S, H, D), before they are turned."""
+        modules, dtype = self.__dict__["_modules"], checks.dtype_of(x)
+        parts = tuple(blocks.part(modules[name], nn.Linear, dtype) for name in self.kin.qkv)
+        head_dim = getattr(self, self.kin.head_dim)
+        if len(parts) == 1:
+            return self.kin.split(blocks.project(x, parts[0], "linear"), head_dim)  # type: ignore[no-any-return]
+        return blocks.heads(x, parts, "linear", head_dim)
+
+    def _turned(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        if cos.dtype not in (dtype, torch.float32):
+            dtype = torch.promote_types(dtype, cos.dtype)  # as the products of the model's own code
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        interleaved = self.kin.rotary == "interleaved"
+        return call("rotary", query.to(dtype), key.to(dtype), cos, sin, interleaved=interleaved)  # type: ignore[no-any-return]
+
+
+class MLP(Form):
+    """The feed-forward in one call."""
+
+    def forward(self, hidden_states: Any, *args: Any) -> Tensor:
+        ffn, p = _ffn(self, self.kin, checks.dtype_of(hidden_states)), _dropped_inside(self, self.kin, 1)
+        if ffn is None or p is None or checks.watched_globally():
+            return super().forward(hidden_states, *args)  # type: ignore[no-any-return]
+        return blocks.feed_forward(hidden_states, ffn, "linear", args[0] if args else None, dropout_p=p)
+
+
+class Layer(Form):
+    """The whole layer, norms and sums in the calls of its halves."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        attention, given, parts = _attention_of(self), None, None
+        if attention is not None:
+            given = _given(attention, args, kwargs)
+        if given is not None and not attention_interface.wants_attentions(kwargs):
+            parts = self._parts(attention, checks.dtype_of(hidden_states))
+        if parts is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        out = blocks.decoder_layer(hidden_states, parts, lambda x: attention.context(x, given)[0])
+        return (out, None) if self.kin.gives_weights else out
+
+    def _parts(self, attention: Any, dtype: torch.dtype | None) -> DecoderParts | None:
+        """All of it, or None if a dropout is not plain."""
+        kin, modules = self.kin, self.__dict__["_modules"]
+        attention_p, ffn_p = (_probability(self, name) for name in kin.dropouts)
+        if attention_p is None or ffn_p is None:
+            return None
+        mlp = modules[kin.mlp_at] if kin.mlp_at else self
+        first = modules[kin.norms[0]]
+        second = None if kin.norms[1] is None else modules[kin.norms[1]]
+        ffn = _ffn(mlp, kin, dtype) if mlp is self or _is_form(mlp, kin.mlp) else None
+        if ffn is None and kin.adds_residual:
+            return None
+        return DecoderParts(
+            order=kin.order(self),
+            attention_norm=blocks.part(first, nn.LayerNorm, dtype),
+            attention_eps=first.eps,
+            attention_out=blocks.part(attention.__dict__["_modules"][kin.out], nn.Linear, dtype),
+            attention_p=attention_p,
+            ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
+            ffn_eps=first.eps if second is None else second.eps,
+            ffn=ffn,
+            unfused=partial(_unfused, self, ffn_p),
+            ffn_p=ffn_p,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# arguments and weights, read at each call
+
+
+class Given(NamedTuple):
+    """What attention is called with beside the hidden states."""
+
+    angles: tuple[Tensor, Tensor] | None
+    mask: Tensor | None
+    cache: Any
+    is_causal: bool | None
+    output_attentions: bool
+    dropout_p: float
+    alibi: Tensor | None = None
+
+
+def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+    """The arguments of a layer or of its attention; None if its own code has to read them."""
+    mask, angles = kwargs.get("attention_mask"), None
+    cache = None
+    for name in _CACHE_NAMES:
+        cache = kwargs.get(name) if cache is None else cache
+    dropout_p = _probability(attention, attention.kin.attention_dropout)
+    if (
+        args
+        or dropout_p is None
+        or type(cache) not in _CACHES
+        or not attention_interface.readable(mask)
+        or (attention.kin.interface and attention.config._attn_implementation not in _MASK_MAKERS)
+        or checks.watched_globally()
+    ):
+        return None
+    if attention.kin.rotary:
+        angles = _angles(attention.kin, kwargs.get("position_embeddings"))
+        if angles is None:
+            return None
+    grows = attention.kin.masks_itself is not None  # it takes the last key for that of the last query
+    adds = not attention.kin.interface  # what is True in a mask as a one
+    if (grows and type(cache) is StaticCache) or (
+        adds and mask is not None and mask.dim() == 4 and mask.dtype == torch.bool
+    ):
+        return None
+    wanted = bool(kwargs.get("output_attentions"))
+    return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p, kwargs.get("alibi"))
+
+
+def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
+    if attention.kin.interface:
+        return kwargs
+    keys, cache = states.shape[1], None
+    for name in _CACHE_NAMES:
+        cache = kwargs.get(name) if cache is None else cache
+    if cache is not None:
+        keys = cache.get_mask_sizes(keys, getattr(attention, attention.kin.index))[0]
+    return {
+        **kwargs,
+        "attention_mask": attention_interface.additive(kwargs.get("attention_mask"), states, keys),
+    }
+
+
+def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines, every angle once."""
+    if not isinstance(positions, (tuple, list)) or len(positions) != 2 or positions[0].dim() != 3:
+        return None
+    cos, sin = reversed(positions) if kin.sine_first else positions
+    if kin.rotary == "half":
+        count = cos.shape[-1] // 2
+        cos, sin = cos[..., :count], sin[..., :count]
+    return cos, sin
+
+
+def _is_form(module: Any, original: type | None) -> bool:
+    """Whether a module is the patched form of `original`, and a fused call may pass it by."""
+    kin: Any = getattr(type(module), "kin", None)
+    return kin is not None and original in kin.forms and checks.intact(module, kin.forms[original])
+
+
+def _attention_of(layer: Any) -> Any:
+    """The attention of a layer if it is in its patched form, and what is around it is as known."""
+    part = layer
+    *outer, last = layer.kin.attention_at.split(".")
+    for name in outer:
+        part = part.__dict__["_modules"][name]
+        if not any(checks.intact(part, cls) for cls in layer.kin.around):
+            return None
+    part = part.__dict__["_modules"][last]
+    return part if _is_form(part, layer.kin.attention) else None
+
+
+def _probability(module: Any, name: str) -> float | None:
+    """With what probability a dropout of this (dotted) name drops now; None if that is not plain."""
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step)
+    if isinstance(found, nn.Module):
+        return checks.dropout_p(found) if checks.plain_dropout(found) else None
+    p = float(found) if module.training else 0.0
+    return p if p < 1 else None
+
+
+def _dropped_inside(half: Any, kin: Kin, which: int) -> float | None:
+    """The same for the dropout of a half of the layer, 0 where the layer has it."""
+    place, name = kin.inner(kin.dropouts[which])
+    return _probability(half, name) if place else 0.0
+
+
+def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
+    """Its weights, if one call may read them all."""
+    modules = mlp.__dict__["_modules"]
+    w_in, w_out = (checks.parameters(modules[name], nn.Linear, dtype) for name in (kin.w_in, kin.w_out))
+    activation = checks.activation(modules[kin.activation])
+    if w_in is None or w_out is None or activation is None:
+        return None
+    return FeedForward(Affine(*w_in), Affine(*w_out), activation, checks.recomputes(mlp))
+
+
+def _unfused(layer: Any, p: float, x: Tensor) -> Tensor:
+    """The feed-forward with its dropout by the layer's own modules."""
+    kin = layer.kin
+    if kin.mlp_at:
+        y: Tensor = getattr(layer, kin.mlp_at)(x)
+        if kin.inner(kin.dropouts[1])[0]:
+            return y
+    else:
+        modules = layer.__dict__["_modules"]
+        y = modules[kin.w_out](modules[kin.activation](modules[kin.w_in](x)))
+    return torch.dropout(y, p, True) if p else y
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what can be patched
+
+
+def _calls_the_interface(kin: Kin) -> bool:
+    """Whether the installed transformers' file of this model calls the attention interface (it came late)."""
+    return hasattr(sys.modules[kin.attention.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _check_attention(kin: Kin, module: Any) -> str | None:
+    if kin.interface and not _calls_the_interface(kin):
+        return "this version of transformers computes its attention without the attention interface"
+    why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), nn.Linear), lora=True)
+    for place, name in (kin.inner(kin.dropouts[0]), (kin.attention_at, kin.attention_dropout)):
+        if why is None and place and isinstance(getattr(module, name), nn.Module):
+            why = checks.reason_for_parts(module, {name: nn.Dropout})
+    if why is not None:
+        return why
+    head_dim = getattr(module, kin.head_dim)
+    if head_dim > 256:
+        return f"head size {head_dim}; allowed are 1 to 256"
+    features = [_features(module.get_submodule(name)) for name in kin.qkv]
+    if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
+        return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
+    return kin.refuse(module)
+
+
+def refuse_rotary(attention: Any) -> str | None:
+    """Of GPT-J and CodeGen: why their own rotary embedding is not one of ours."""
+    size = attention.head_dim if attention.rotary_dim is None else attention.rotary_dim
+    if size % 2 or not 0 < size <= attention.head_dim:
+        return f"rotary_dim is {size}; allowed are even numbers from 2 to the head size, {attention.head_dim}"
+    return None
+
+
+def _features(projection: Any) -> int:
+    return int((projection.get_base_layer() if checks.is_lora(projection) else projection).out_features)
+
+
+def _check_mlp(kin: Kin, module: Any) -> str | None:
+    parts: dict[str, type] = dict.fromkeys((kin.w_in, kin.w_out), nn.Linear)
+    place, name = kin.inner(kin.dropouts[1])
+    if place and isinstance(getattr(module, name), nn.Module):
+        parts[name] = nn.Dropout
+    why = checks.reason_for_parts(module, parts, lora=True)
+    why = why or checks.reason_for_activation(getattr(module, kin.activation))
+    return why or kin.refuse_mlp(module)
+
+
+def _check_layer(kin: Kin, module: Any) -> str | None:
+    own = [
+        name
+        for name in kin.dropouts
+        if not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
+    ]
+    why = checks.reason_for_parts(module, dict.fromkeys(own, nn.Dropout))
+    why = why or (_check_mlp(kin, module) if kin.mlp is None else None)
+    return why or checks.inside(
+        module.get_submodule(kin.attention_at),
+        kin.attention_at,
+        kin.attention,
+        kin.forms[kin.attention],
+        partial(_check_attention, kin),
+    )
+
+
+def _check_norm(module: Any) -> str | None:
+    return None if module.weight is not None else "it has no weights"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a family says
+
+
+def family(name: str, kin: Kin) -> Family:
+    """The family of these kin."""
+    forms, rules = kin.forms, []
+    ops: tuple[str, ...] = ("layer_norm",)
+    if kin.mlp is not None:
+        rules.append(
+            Rule(
+                kin.mlp,
+                forms[kin.mlp],
+                ("feed_forward",),
+                partial(_check_mlp, kin),
+                projections=(kin.w_in, kin.w_out),
+            )
+        )
+    else:
+        ops = ("layer_norm", "feed_forward")
+    return Family(
+        name=name,
+        rules=(
+            Rule(
+                kin.layer,
+                forms[kin.layer],
+                ops,
+                partial(_check_layer, kin),
+                "its halves with their norms and sums",
+                projections=() if kin.mlp is not None else (kin.w_in, kin.w_out),
+            ),
+            Rule(
+                kin.attention,
+                forms[kin.attention],
+                ("linear", "rotary", "attention") if kin.rotary else ("linear", "attention"),
+                partial(_check_attention, kin),
+                projections=(*kin.qkv, kin.out),
+            ),
+            *rules,
+        ),
+        children=(
+            *(
+                ChildRule(kin.model, norm, nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",), _check_norm)
+                for norm in kin.last_norms
+            ),
+            *(
+                ChildRule(kin.model, projection, nn.Linear, BigmodelLinear, ("linear",))
+                for projection in kin.projections
+            ),
+            ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
+        ),
+        losses=(
+            Rule(
+                kin.causal_lm,
+                forms[kin.causal_lm],
+                ("linear_cross_entropy",),
+                fused_loss.check,
+                note=fused_loss.NOTE,
+            ),
+        ),
+        models=(kin.model,),
+        mask_path=(kin.layer, *kin.around, kin.attention),
+        reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
+    )
+
+
+def causal_lm(kin: Kin, output: type = CausalLMOutputWithPast) -> Callable[[type], type]:
+    """Makes a patched form of a causal language model's class: its loss without logits, in training."""
+
+    def decorate(cls: type) -> type:
+        kin.forms[cls.__bases__[0]] = cls
+        return fused_loss.causal_lm(output)(cls)
+
+    return decorate

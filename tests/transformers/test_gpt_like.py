@@ -1,0 +1,611 @@
+"""Decoders with LayerNorms, after GPT-2: logits, heads, gradients, tokens of patched models against eager,
+and what is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import (
+    GPT_LIKE,
+    assert_all_near,
+    assert_as_near,
+    assert_gradients,
+    eager_of,
+    float64_of,
+    gpt_like,
+    gradients,
+    left_padding,
+    right_padding,
+    runs,
+    token_ids,
+    without_padding,
+)
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.transformers import blocks
+from bigmodel_kernels.transformers import gpt_like as gpt_like_module
+
+#: The module of each, and where its layers, its attentions and its dropouts are.
+HOMES = {
+    "OPT": "opt",
+    "GPTNeoX": "gpt_neox",
+    "GPTJ": "gptj",
+    "GPTNeo": "gpt_neo",
+    "Bloom": "bloom",
+    "CodeGen": "codegen",
+}
+LAYERS = {
+    "OPT": "model.decoder.layers",
+    "GPTNeoX": "gpt_neox.layers",
+    "GPTJ": "transformer.h",
+    "GPTNeo": "transformer.h",
+    "Bloom": "transformer.h",
+    "CodeGen": "transformer.h",
+}
+ATTENTION = {
+    "OPT": "self_attn",
+    "GPTNeoX": "attention",
+    "GPTJ": "attn",
+    "GPTNeo": "attn.attention",
+    "Bloom": "self_attention",
+    "CodeGen": "attn",
+}
+MLP = {"OPT": "", "GPTNeoX": "mlp", "GPTJ": "mlp", "GPTNeo": "mlp", "Bloom": "mlp", "CodeGen": "mlp"}
+PROJECTION = {
+    "OPT": "q_proj",
+    "GPTNeoX": "query_key_value",
+    "GPTJ": "q_proj",
+    "GPTNeo": "q_proj",
+    "Bloom": "query_key_value",
+    "CodeGen": "qkv_proj",
+}
+FIRST = {
+    "OPT": "fc1",
+    "GPTNeoX": "mlp.dense_h_to_4h",
+    "GPTJ": "mlp.fc_in",
+    "GPTNeo": "mlp.c_fc",
+    "Bloom": "mlp.dense_h_to_4h",
+    "CodeGen": "mlp.fc_in",
+}
+NORM = {
+    "OPT": "self_attn_layer_norm",
+    "GPTNeoX": "input_layernorm",
+    "GPTJ": "ln_1",
+    "GPTNeo": "ln_1",
+    "Bloom": "input_layernorm",
+    "CodeGen": "ln_1",
+}
+DROPOUT: dict[str, dict[str, float]] = {
+    "OPT": {"dropout": 0.3, "attention_dropout": 0.2},
+    "GPTNeoX": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
+    "GPTJ": {"resid_pdrop": 0.3, "attn_pdrop": 0.2},
+    "CodeGen": {"resid_pdrop": 0.3, "attn_pdrop": 0.2},
+    "GPTNeo": {"resid_dropout": 0.3, "attention_dropout": 0.2},
+    "Bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
+}
+#: Models whose layers are in another order, or have other parts.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+    ("OPT", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("OPT", {"do_layer_norm_before": False, "layer_norm_elementwise_affine": False}),
+    ("OPT", {"activation_function": "gelu"}),
+    ("GPTNeoX", {"use_parallel_residual": False}),
+    ("GPTNeoX", {"attention_bias": False, "hidden_act": "gelu_new"}),
+    (
+        "GPTNeoX",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 1.0}},
+    ),
+    ("GPTNeo", {"attention_types": [[["local"], 2]], "window_size": 1}),
+    ("GPTNeo", {"activation_function": "gelu", "tie_word_embeddings": False, "window_size": 40}),
+    ("Bloom", {"apply_residual_connection_post_layernorm": True}),
+    ("Bloom", {"n_head": 4, "tie_word_embeddings": False, "pretraining_tp": 2}),
+    ("CodeGen", {"n_head": 6, "rotary_dim": 8, "tie_word_embeddings": True}),
+    ("GPTJ", {"rotary_dim": 16, "tie_word_embeddings": True}),
+    ("GPTJ", {"activation_function": "relu", "n_inner": None}),
+]
+
+
+def layers_of(model: Any, prefix: str) -> Any:
+    return model.get_submodule(LAYERS[prefix])
+
+
+def logits_of(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return [{"logits": out["logits"]} for out in outputs]
+
+
+@pytest.mark.parametrize("padding", [left_padding, right_padding])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_padded_batches(prefix: str, padding: Any, use_cache: bool) -> None:
+    model = gpt_like(prefix)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), padding()
+    with torch.no_grad():
+        out, expected = (
+            m(ids, attention_mask=mask, use_cache=use_cache).logits[mask.bool()] for m in (model, eager)
+        )
+        assert_as_near(out, expected, without_padding(reference, ids, mask))
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "Model": {},
+    "ForCausalLM": {"labels": (3, 17)},
+    "ForSequenceClassification": {"labels": (3,)},
+    "ForTokenClassification": {"labels": (3, 17)},
+    "ForQuestionAnswering": {"start_positions": (3,), "end_positions": (3,)},
+}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"), [(p, h) for p in GPT_LIKE for h in HEADS if hasattr(transformers, p + h)]
+)
+def test_every_head(prefix: str, head: str) -> None:
+    labels = {name: torch.randint(0, 2, shape) for name, shape in HEADS[head].items()}
+    options = {} if head == "ForCausalLM" else {"num_labels": 2}
+    outputs = runs(gpt_like(prefix, head, **options), input_ids=token_ids(), **labels, use_cache=False)
+    assert_all_near(outputs)
+
+
+@pytest.mark.parametrize(("prefix", "changes"), VARIANTS)
+def test_configs(prefix: str, changes: dict[str, Any]) -> None:
+    model = gpt_like(prefix, **changes)
+    eager, reference = eager_of(model), float64_of(model)
+    report = bk.patch(model)
+    assert not [row for row in report.left_alone if LAYERS[prefix] in row.name and "norm" not in row.name]
+    ids, mask = token_ids(), left_padding()
+    models = (model, eager, reference)
+    with torch.no_grad():
+        outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in models[:2]]
+        assert_as_near(*outputs, without_padding(reference, ids, mask))
+    assert_gradients(*(gradients(m.train(), ids, None) for m in models))
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(m.eval().generate(ids, **options) for m in models[:2]))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = blocks.decoder_layer
+    monkeypatch.setattr(blocks, "decoder_layer", lambda x, *args: calls.append(x.shape[1]) or run(x, *args))
+    model = gpt_like(prefix)
+    report = bk.patch(model)
+    assert {row.module for row in report.left_alone} <= {"Embedding", "OPTLearnedPositionalEmbedding"}
+    model.generate(token_ids(), attention_mask=left_padding(), max_new_tokens=3, do_sample=False)
+    assert calls == [17, 17, 1, 1, 1, 1]
+
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_generate(prefix: str, kind: str) -> None:
+    model = gpt_like(prefix)
+    eager = eager_of(model)
+    bk.patch(model)
+    for padded in (False, True):
+        batch = 1 if kind == "prompt lookup" else 3
+        ids = token_ids(batch, 9)
+        mask = left_padding(batch, 9) if padded else torch.ones_like(ids)
+        made = []
+        for network in (model, eager):
+            torch.manual_seed(5)
+            made.append(
+                network.generate(
+                    ids, attention_mask=mask, max_new_tokens=7, pad_token_id=0, **GENERATION[kind]
+                )
+            )
+        assert torch.equal(*made)
+
+
+def name_of_cache(model: Any) -> str:
+    return "cache" if "cache" in type(model).forward.__annotations__ else "past_key_values"
+
+
+@pytest.mark.parametrize("made_from", ["nothing", "config", "static"])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_several_tokens_after_a_cache(prefix: str, made_from: str) -> None:
+    if (prefix, made_from) == ("Bloom", "static"):
+        pytest.skip("its own code wants a mask of all the cache, as generate makes it")
+    model = gpt_like(prefix)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask, outputs = token_ids(), left_padding(), []
+    for network in (model, eager):
+        cache: Any = DynamicCache() if made_from == "nothing" else DynamicCache(config=network.config)
+        if made_from == "static":
+            cache = StaticCache(config=network.config, max_cache_len=20)
+        parts = []
+        with torch.no_grad():
+            for start, stop in ((0, 7), (7, 10), (10, 16), (16, 17)):
+                given = {"attention_mask": mask[:, :stop], name_of_cache(network): cache, "use_cache": True}
+                parts.append(network(ids[:, start:stop], **given).logits)
+        outputs.append(torch.cat(parts, dim=1)[mask.bool()])
+    with torch.no_grad():
+        assert_as_near(*outputs, without_padding(reference, ids, mask))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_hidden_states_and_attentions(prefix: str) -> None:
+    for options in (
+        {"output_hidden_states": True},
+        {"output_hidden_states": True, "output_attentions": True},
+    ):
+        model = gpt_like(prefix)
+        torch.manual_seed(1)
+        mask = right_padding()
+        outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
+        assert "hidden_states.2" in outputs[0]
+        assert ("attentions.1" in outputs[0]) == ("output_attentions" in options)
+        assert_all_near(outputs, mask.bool())
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_a_mask_of_the_users_own(prefix: str) -> None:
+    if prefix in ("OPT", "Bloom"):
+        pytest.skip("makes positions from a mask of two dimensions")
+    visible = (torch.rand(3, 1, 17, 17) > 0.5).tril() | torch.eye(17, dtype=torch.bool)
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    model = gpt_like(prefix)
+    eager, reference, ids = eager_of(model), float64_of(model), token_ids()
+    bk.patch(model)
+    with torch.no_grad():
+        outputs = [m(ids, attention_mask=additive).logits for m in (model, eager)]
+        assert_as_near(*outputs, reference(ids, attention_mask=additive.double()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
+    model = gpt_like(prefix).to(dtype)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), right_padding()
+    with torch.no_grad():
+        outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, eager)]
+        assert_as_near(*outputs, without_padding(reference, ids, mask))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_autocast(prefix: str) -> None:
+    """Types are those of eager, and the result is as near to float64."""
+    model = gpt_like(prefix)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids = token_ids()
+    with torch.no_grad():
+        expected = reference(ids, output_hidden_states=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
+    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
+    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
+    assert_as_near(a.logits, b.logits, expected.logits)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_gradients(prefix: str, recompute: bool) -> None:
+    model = gpt_like(prefix).train()
+    models = (model, eager_of(model).train(), float64_of(model).train())
+    bk.patch(model, recompute=recompute)
+    ids = token_ids()
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_gradients_under_autocast(prefix: str) -> None:
+    model = gpt_like(prefix).train()
+    models = (model, eager_of(model), float64_of(model).train())
+    bk.patch(model)
+    ids = token_ids()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = (gradients(m, ids, None) for m in models[:2])
+    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
+    model = gpt_like(prefix).train()
+    models = (model, eager_of(model), float64_of(model).train())
+    bk.patch(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    ids = token_ids()
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_dropout(prefix: str) -> None:
+    """The same at the same seed, other at another; what a layer drops is what eager drops, in the mean."""
+    model = gpt_like(prefix, **DROPOUT[prefix]).train()
+    eager = eager_of(model)
+    bk.patch(model)
+    ids, made, states = token_ids(1, 5), [], []
+    with torch.no_grad():
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            made.append(model(ids, use_cache=False).logits)
+        assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        for network in (model, eager):
+            embedding = network.get_input_embeddings()
+            embedding.weight.data = embedding.weight.data.clone()
+            found: list[torch.Tensor] = []
+            layer = layers_of(network, prefix)[0]
+            handle = layer.register_forward_hook(
+                lambda m, args, out, found=found: found.append(
+                    torch.stack([args[0], out[0] if isinstance(out, tuple) else out])
+                )
+            )
+            network(ids.expand(2000, -1), use_cache=False)
+            handle.remove()
+            states.append(found[0][1] - found[0][0])
+    for moment in (torch.mean, torch.std):
+        ours, theirs = (moment(s, dim=0) for s in states)
+        assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_compile_fullgraph(prefix: str, padded: bool) -> None:
+    model = gpt_like(prefix)
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), left_padding() if padded else None
+    where = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
+            ids, attention_mask=mask, use_cache=False
+        )
+        expected = eager(ids, attention_mask=mask).logits[where.bool()]
+        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# patching
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
+    model, mask, ids = gpt_like(prefix), left_padding(), token_ids()
+    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+        bk.patch(model)
+        out = model(ids, attention_mask=mask).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(ids, attention_mask=mask).logits, out)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert type(layers_of(loaded, prefix)[0]).__module__.startswith("transformers.")
+        again = bk.patch(model)
+        assert not [row for row in again.rows if row.status == "patched"]
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert bk.unpatch(model) > 0
+    assert [type(m) for m in model.modules()] == classes
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_a_family_names_only_its_own_classes(prefix: str) -> None:
+    gpt_like(prefix)
+    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{HOMES[prefix]}")
+    for rule in (*family.FAMILY.rules, *family.FAMILY.losses):
+        assert issubclass(rule.patched, rule.original) and rule.original.__name__.startswith(prefix)
+        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there
+
+
+class Doubled(nn.Linear):
+    """As a quantised projection, in the place of a plain one."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+def change_projection(layer: Any, prefix: str) -> str:
+    layer.get_submodule(f"{ATTENTION[prefix]}.{PROJECTION[prefix]}").__class__ = Doubled
+    return ATTENTION[prefix]
+
+
+def change_first(layer: Any, prefix: str) -> str:
+    layer.get_submodule(FIRST[prefix]).__class__ = Doubled
+    return MLP[prefix]
+
+
+def hook_first(layer: Any, prefix: str) -> str:
+    layer.get_submodule(FIRST[prefix]).register_forward_hook(lambda m, args, out: out * 2)
+    return MLP[prefix]
+
+
+def hook_attention(layer: Any, prefix: str) -> str:
+    layer.get_submodule(ATTENTION[prefix]).register_forward_hook(lambda m, args, out: (out[0] * 2, out[1]))
+    return ATTENTION[prefix]
+
+
+def hook_a_norm(layer: Any, prefix: str) -> str:
+    layer.get_submodule(NORM[prefix]).register_forward_hook(lambda m, args, out: out * 2)
+    return ""
+
+
+def subclass_attention(layer: Any, prefix: str) -> str:
+    attention = layer.get_submodule(ATTENTION[prefix])
+    cls = type(attention)
+    forward = cls.forward
+
+    def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        return (out[0] / 2, *out[1:])
+
+    attention.__class__ = type("Halved", (cls,), {"forward": halved})
+    return ATTENTION[prefix]
+
+
+CHANGES = [change_projection, change_first, hook_first, hook_attention, hook_a_norm, subclass_attention]
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_what_is_not_as_known_is_heard(prefix: str, change: Any, after: bool) -> None:
+    """Before patching it is left alone, with the reason; after it, calls go by its own code."""
+    model = gpt_like(prefix)
+    reference = copy.deepcopy(model)
+    name = change(layers_of(reference, prefix)[0], prefix)
+    if not after:
+        change(layers_of(model, prefix)[0], prefix)
+    report = bk.patch(model)
+    if after:
+        change(layers_of(model, prefix)[0], prefix)
+    elif change is not hook_a_norm:
+        at = f"{LAYERS[prefix]}.0.{name}".rstrip(".")
+        assert [row for row in report.left_alone if row.name == at and row.reason]
+        assert len(report.patched) >= 4
+    ids, mask = token_ids(), left_padding()
+    with torch.no_grad():
+        outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, reference)]
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_lora(prefix: str, after: bool) -> None:
+    peft = pytest.importorskip("peft")
+    targets = [PROJECTION[prefix], FIRST[prefix].split(".")[-1]]
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(1)
+    model = gpt_like(prefix)
+    if after:
+        bk.patch(model)
+    adapted = peft.get_peft_model(model, config).train()
+    reference = copy.deepcopy(adapted)
+    bk.unpatch(reference)
+    report = bk.patch(adapted)
+    assert any(f"{PROJECTION[prefix]}: LoRA" in row.reason for row in report.patched)
+    ids = token_ids()
+    models = (adapted, reference, copy.deepcopy(reference).double())
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_heads_above_256_keep_their_own_code(prefix: str) -> None:
+    sizes = {"n_embd": 528, "n_head": 2} if prefix in ("GPTJ", "CodeGen") else {"hidden_size": 528}
+    if prefix not in ("GPTJ", "CodeGen"):
+        sizes |= {
+            "num_heads" if prefix == "GPTNeo" else "n_head" if prefix == "Bloom" else "num_attention_heads": 2
+        }
+    model = gpt_like(prefix, **sizes)
+    reasons = {row.name: row.reason for row in bk.explain(model).left_alone}
+    assert "head size 264" in reasons[f"{LAYERS[prefix]}.0.{ATTENTION[prefix]}"]
+    assert "head size 264" in reasons[f"{LAYERS[prefix]}.0"]
+    assert_all_near(logits_of(runs(model, input_ids=token_ids(), use_cache=False)))
+
+
+@pytest.mark.parametrize("prefix", GPT_LIKE)
+def test_fused_loss(prefix: str) -> None:
+    model = gpt_like(prefix).train()
+    eager, reference = eager_of(model).train(), float64_of(model).train()
+    report = bk.patch(model, fused_loss=True)
+    assert any("linear_cross_entropy" in row.ops for row in report.rows)
+    ids = token_ids()
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    outputs = [m(ids, labels=labels, use_cache=False) for m in (model, eager, reference)]
+    assert outputs[0].logits is None
+    assert_as_near(*(out.loss for out in outputs))
+    made = []
+    for network, out in zip((model, eager, reference), outputs, strict=True):
+        network.zero_grad()
+        out.loss.backward()
+        made.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert_gradients(*made)
+    model.eval()
+    assert model(ids, labels=labels).logits is not None
+    assert type(model).__name__ == f"{prefix}ForCausalLM"
+    bk.unpatch(model)
+    assert type(model) is getattr(transformers, f"{prefix}ForCausalLM")
+
+
+@pytest.mark.parametrize("prefix", ["GPTNeo", "Bloom"])
+def test_a_cache_that_is_not_known(prefix: str) -> None:
+    """Its own code then runs, and gets a dense mask."""
+
+    class Counted(DynamicCache):
+        pass
+
+    model = gpt_like(prefix)
+    eager = eager_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), left_padding()
+    for given in (None, mask):
+        outputs = []
+        for network in (model, eager):
+            cache, parts = Counted(config=network.config), []
+            with torch.no_grad():
+                for start, stop in ((0, 7), (7, 16), (16, 17)):
+                    options: dict[str, Any] = {name_of_cache(network): cache, "use_cache": True}
+                    options["attention_mask"] = None if given is None else given[:, :stop]
+                    parts.append(network(ids[:, start:stop], **options).logits)
+            real = torch.cat(parts, dim=1)
+            outputs.append(real if given is None else real[mask.bool()])
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("prefix", ["GPTNeo", "Bloom"])
+def test_masks_are_small_where_every_attention_is_patched(prefix: str, changed: bool) -> None:
+    model, seen = gpt_like(prefix), []
+    if changed:
+        change_projection(layers_of(model, prefix)[1], prefix)
+    bk.patch(model)
+    for layer in layers_of(model, prefix):
+        layer.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["attention_mask"].dim()), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(token_ids(), attention_mask=left_padding())
+    assert seen == ([4, 4] if changed else [2, 2])
+
+
+def test_bloom_that_asks_for_the_sums_of_tensor_parallel_training() -> None:
+    model = gpt_like("Bloom", pretraining_tp=2, slow_but_exact=True)
+    reasons = {row.name: row.reason for row in bk.explain(model).left_alone}
+    for name in ("", ".mlp", ".self_attention"):
+        assert "slow_but_exact" in reasons[f"transformer.h.0{name}"]
+
+
+def test_a_file_that_does_not_call_the_interface_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions of transformers have it: attention is left alone, and so are its masks."""
+    home = importlib.import_module("transformers.models.gptj.modeling_gptj")
+    family = importlib.import_module("bigmodel_kernels.transformers.families.gptj")
+    model, ids, mask = gpt_like("GPTJ"), token_ids(), left_padding()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        with monkeypatch.context() as patched:
+            patched.delattr(home, "ALL_ATTENTION_FUNCTIONS")
+            patched.setattr(family, "FAMILY", gpt_like_module.family("gptj", family.KIN))
+            report = bk.patch(model)
+        reasons = {row.name: row.reason for row in report.left_alone}
+        assert "without the attention interface" in reasons["transformer.h.0.attn"]
+        assert model.transformer.config._attn_implementation == model.config._attn_implementation == "sdpa"
+        out = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)

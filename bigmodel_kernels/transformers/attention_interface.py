@@ -504,7 +504,7 @@ def _returns_attentions(kwargs: dict[str, Any]) -> bool:
     )
 
 
-#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attention_forward` and `attend`.
+#: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attend`.
 Observer = Callable[[torch.nn.Module, Tensor, Tensor, Visibility, float, float | None, Tensor | None], None]
 
 observing: ContextVar[Observer | None] = ContextVar("bigmodel_attention_observer", default=None)

@@ -249,7 +249,9 @@ def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tupl
     tile_n = (64 if tile_d <= 64 else 32 if tile_d <= 128 else 16) if itemsize == 4 else 64
     if itemsize == 2 and tile_d > 128:
         tile_n = 32
-    num_warps = 8 if itemsize == 4 and tile_d >= 128 else 4
+    # 64 rows of a wide head are more accumulators than four warps have room for, but as a warpgroup.
+    crowded = itemsize == 4 or (tile_m == 64 and not target.warpgroups)
+    num_warps = 8 if tile_d >= 128 and crowded else 4
     # Float32 products in chunks leave no registers for a second stage.
     num_stages = 3 if itemsize == 2 else 2 if tile_d <= 64 else 1
     while num_stages > 1 and (tile_m + 2 * num_stages * tile_n) * tile_d * itemsize > target.shared_memory:

@@ -124,12 +124,7 @@ static void multiply_unit(int64_t blocks, const bf16* a, int64_t a_stride, const
       _tile_loadd(3, c_lower + 16, c_bytes);
     }
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (both) {
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    zero_tiles<both>();
   }
   for (int64_t block = 0; block < blocks; block++, b += 2 * unit_pairs) {
     _tile_loadd(6, b, 64);
@@ -143,12 +138,7 @@ static void multiply_unit(int64_t blocks, const bf16* a, int64_t a_stride, const
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  if constexpr (both) {
-    _tile_stored(2, c_lower, c_bytes);
-    _tile_stored(3, c_lower + 16, c_bytes);
-  }
+  store_tiles<both>(c, c_stride);
 }
 
 // ---- the softmax ----

@@ -152,19 +152,35 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 }
 
 #if BIGMODEL_AMX
-// The unit's sums, registers 0 and 1 and, if there are two rows of tiles, 2 and 3, to C.
+// The unit's sums, in registers 0 and 1 and, if there are two rows of tiles, 2 and 3: nothing, to memory, and to C.
+template <bool both>
+BIGMODEL_INLINE void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+template <bool both>
+BIGMODEL_INLINE void store_tiles(float* c, int64_t c_stride) {
+  const int64_t bytes = c_stride * int64_t(sizeof(float));
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, c + F32::width, bytes);
+  if constexpr (both) {
+    _tile_stored(2, c + unit_rows * c_stride, bytes);
+    _tile_stored(3, c + unit_rows * c_stride + F32::width, bytes);
+  }
+}
 template <bool both>
 static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate) {
-  alignas(64) float sums[4][unit_rows][16];
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  if constexpr (both) {
-    _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
-  }
+  constexpr int64_t whole = both ? 2 * unit_rows : unit_rows;
+  if (!accumulate && rows == whole) return store_tiles<both>(c, c_stride);
+  alignas(64) float sums[whole][panel];
+  store_tiles<both>(sums[0], panel);
   for (int64_t r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++) {
-      const F32 total = F32::load(sums[r / unit_rows * 2 + v][r % unit_rows]);
+    for (int v = 0; v < panel_vectors; v++) {
+      const F32 total = F32::load(sums[r] + v * F32::width);
       float* target = c + r * c_stride + v * F32::width;
       (accumulate ? F32::load(target) + total : total).store(target);
     }
@@ -179,12 +195,7 @@ static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate)
 template <bool both, class Next>
 static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
   static_assert(panel == 32, "two tiles of 16 columns");
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (both) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  zero_tiles<both>();
   constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
   for (int64_t block = 0; block < blocks; block++, a += 2 * a_half, b += b_block) {
     if (next.asks())

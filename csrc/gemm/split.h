@@ -30,7 +30,6 @@ struct Split {
   using Unit = TileUnit;
   static constexpr int k_per_step = 1;
 };
-using SplitFloats = Split<3, 3>;
 
 inline constexpr int64_t split_depth = 32, tile_words = 16 * 32;   // k of a block; elements of one of the unit's tiles
 static_assert(depth_block % split_depth == 0 && panel == split_depth && sizeof(Parts<3>) == 6);
@@ -145,12 +144,7 @@ static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks) {
 // C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's.
 template <bool both, int of_a, int of_b>
 static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (both) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  zero_tiles<both>();
   // One pair of parts; a side's tiles are loaded where they are not those of the pair before.
   auto pair = [&]<int pa, int pb, bool load_a, bool load_b>() __attribute__((always_inline)) {
     if constexpr (pa < of_a && pb < of_b) {
@@ -178,13 +172,6 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
     pair.template operator()<high, middle, true, of_a <= middle>();
     pair.template operator()<high, low, false, true>();
     pair.template operator()<high, high, of_b <= middle, true>();
-  }
-  if (!accumulate && rows == rows_of<Parts<of_a>>) {
-    _tile_stored(0, c, c_stride * sizeof(float));
-    _tile_stored(1, c + F32::width, c_stride * sizeof(float));
-    _tile_stored(2, c + unit_rows * c_stride, c_stride * sizeof(float));
-    _tile_stored(3, c + unit_rows * c_stride + F32::width, c_stride * sizeof(float));
-    return;
   }
   add_tiles<both>(rows, c, c_stride, accumulate);
 }

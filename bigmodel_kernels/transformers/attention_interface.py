@@ -27,12 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import masking_utils
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
 from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.attention_maps import attention_probabilities
 from bigmodel_kernels.ops.registration import call, draw_seed, wants_gradient
 from bigmodel_kernels.transformers import config_view
+from bigmodel_kernels.transformers.autoregister import NAME
+
+#: Caches whose `update` gives keys and values as the operator reads them.
+CACHES: tuple[type, ...] = (type(None), DynamicCache, StaticCache)
+
+#: Who makes masks that `visibility` reads; flash attention's say nothing of a window.
+_MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -253,6 +261,11 @@ def visibility(
         position_bias = position_bias[..., : result.keys].to(query.dtype)
         result.bias = position_bias if result.bias is None else result.bias + position_bias
     return result
+
+
+def gets_readable_masks(module: Any) -> bool:
+    """Whether the masks that are made for this module are such as `visibility` reads."""
+    return module.config._attn_implementation in _MASK_MAKERS
 
 
 def additive(mask: Tensor | None, states: Tensor, keys: int) -> Tensor:

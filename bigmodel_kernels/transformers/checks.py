@@ -224,6 +224,11 @@ def is_lora(module: Any) -> bool:
     return cls.__name__ == "Linear" and cls.__module__ == "peft.tuners.lora.layer"
 
 
+def without_adapter(projection: Any) -> Any:
+    """The projection itself, which peft may have put an adapter around."""
+    return projection.get_base_layer() if is_lora(projection) else projection
+
+
 def row_wise(module: Any, cls: type) -> bool:
     """Whether a projection treats every row alone: it may be called on tokens without their padding."""
     return callable_as(module, type(module) if is_lora(module) else cls)

@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.transformers import attention_interface, checks
+from bigmodel_kernels.transformers.families import Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
-NOTE = "in training, with labels, no logits are made: logits is None"
+
+def rule(original: type[nn.Module], patched: type[nn.Module]) -> Rule:
+    """Of `Family.losses`: models of this class can do without logits."""
+    note = "in training, with labels, no logits are made: logits is None"
+    return Rule(original, patched, ("linear_cross_entropy",), check, note=note)
 
 
 def check(model: nn.Module) -> str | None:
@@ -77,6 +83,16 @@ def causal_lm(output: type) -> Callable[[type], type]:
 
         cls.forward = forward  # type: ignore[attr-defined]
         return named_like_its_original(cls)
+
+    return decorate
+
+
+def causal_lm_of(kin: Any, output: type = CausalLMOutputWithPast) -> Callable[[type], type]:
+    """`causal_lm` for a class among `kin` (see `generic.Form`), which learns the form."""
+
+    def decorate(cls: type) -> type:
+        kin.forms[cls.__bases__[0]] = cls
+        return causal_lm(output)(cls)
 
     return decorate
 

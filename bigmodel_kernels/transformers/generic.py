@@ -30,6 +30,12 @@ class Form(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
+def is_form(module: Any, original: type | None) -> bool:
+    """Whether a module is the patched form of `original`, and a fused call may pass it by."""
+    kin: Any = getattr(type(module), "kin", None)
+    return kin is not None and original in kin.forms and checks.intact(module, kin.forms[original])
+
+
 class BigmodelLinear(nn.Linear):
     """nn.Linear by `bigmodel::linear`."""
 

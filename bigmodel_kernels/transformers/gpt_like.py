@@ -29,22 +29,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.cache_utils import StaticCache
 
 from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.autoregister import NAME
 from bigmodel_kernels.transformers.blocks import Affine, DecoderParts, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form
+from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
-#: Caches whose `update` gives keys and values as the operator reads them.
-_CACHES = (type(None), DynamicCache, StaticCache)
-_CACHE_NAMES = ("cache", "layer_past", "past_key_values")  # the last is older
-
-#: Who makes masks that `attention_interface.visibility` reads.
-_MASK_MAKERS = (NAME, "sdpa", "eager", None)
+#: Under which names a cache is given; the last is older.
+_CACHE_NAMES = ("cache", "layer_past", "past_key_values")
 
 
 def head_by_head(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
@@ -211,7 +205,7 @@ class Layer(Form):
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
         first = modules[kin.norms[0]]
         second = None if kin.norms[1] is None else modules[kin.norms[1]]
-        ffn = _ffn(mlp, kin, dtype) if mlp is self or _is_form(mlp, kin.mlp) else None
+        ffn = _ffn(mlp, kin, dtype) if mlp is self or is_form(mlp, kin.mlp) else None
         if ffn is None and kin.adds_residual:
             return None
         return DecoderParts(
@@ -244,19 +238,20 @@ class Given(NamedTuple):
     alibi: Tensor | None = None
 
 
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
-    mask, angles = kwargs.get("attention_mask"), None
-    cache = None
-    for name in _CACHE_NAMES:
-        cache = kwargs.get(name) if cache is None else cache
+    mask, cache, angles = kwargs.get("attention_mask"), _cache_of(kwargs), None
     dropout_p = _probability(attention, attention.kin.attention_dropout)
     if (
         args
         or dropout_p is None
-        or type(cache) not in _CACHES
+        or type(cache) not in attention_interface.CACHES
         or not attention_interface.readable(mask)
-        or (attention.kin.interface and attention.config._attn_implementation not in _MASK_MAKERS)
+        or (attention.kin.interface and not attention_interface.gets_readable_masks(attention))
         or checks.watched_globally()
     ):
         return None
@@ -278,9 +273,7 @@ def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) ->
     """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
     if attention.kin.interface:
         return kwargs
-    keys, cache = states.shape[1], None
-    for name in _CACHE_NAMES:
-        cache = kwargs.get(name) if cache is None else cache
+    keys, cache = states.shape[1], _cache_of(kwargs)
     if cache is not None:
         keys = cache.get_mask_sizes(keys, getattr(attention, attention.kin.index))[0]
     return {
@@ -300,12 +293,6 @@ def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
     return cos, sin
 
 
-def _is_form(module: Any, original: type | None) -> bool:
-    """Whether a module is the patched form of `original`, and a fused call may pass it by."""
-    kin: Any = getattr(type(module), "kin", None)
-    return kin is not None and original in kin.forms and checks.intact(module, kin.forms[original])
-
-
 def _attention_of(layer: Any) -> Any:
     """The attention of a layer if it is in its patched form, and what is around it is as known."""
     part = layer
@@ -315,7 +302,7 @@ def _attention_of(layer: Any) -> Any:
         if not any(checks.intact(part, cls) for cls in layer.kin.around):
             return None
     part = part.__dict__["_modules"][last]
-    return part if _is_form(part, layer.kin.attention) else None
+    return part if is_form(part, layer.kin.attention) else None
 
 
 def _probability(module: Any, name: str) -> float | None:
@@ -379,7 +366,7 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     head_dim = getattr(module, kin.head_dim)
     if head_dim > 256:
         return f"head size {head_dim}; allowed are 1 to 256"
-    features = [_features(module.get_submodule(name)) for name in kin.qkv]
+    features = [checks.without_adapter(module.get_submodule(name)).out_features for name in kin.qkv]
     if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
         return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
     return kin.refuse(module)
@@ -391,10 +378,6 @@ def refuse_rotary(attention: Any) -> str | None:
     if size % 2 or not 0 < size <= attention.head_dim:
         return f"rotary_dim is {size}; allowed are even numbers from 2 to the head size, {attention.head_dim}"
     return None
-
-
-def _features(projection: Any) -> int:
-    return int((projection.get_base_layer() if checks.is_lora(projection) else projection).out_features)
 
 
 def _check_mlp(kin: Kin, module: Any) -> str | None:
@@ -479,26 +462,12 @@ def family(name: str, kin: Kin) -> Family:
             ),
             ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
         ),
-        losses=(
-            Rule(
-                kin.causal_lm,
-                forms[kin.causal_lm],
-                ("linear_cross_entropy",),
-                fused_loss.check,
-                note=fused_loss.NOTE,
-            ),
-        ),
+        losses=(fused_loss.rule(kin.causal_lm, forms[kin.causal_lm]),),
         models=(kin.model,),
         mask_path=(kin.layer, *kin.around, kin.attention),
         reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
     )
 
 
-def causal_lm(kin: Kin, output: type = CausalLMOutputWithPast) -> Callable[[type], type]:
-    """Makes a patched form of a causal language model's class: its loss without logits, in training."""
-
-    def decorate(cls: type) -> type:
-        kin.forms[cls.__bases__[0]] = cls
-        return fused_loss.causal_lm(output)(cls)
-
-    return decorate
+#: Makes the patched form of a causal language model's class: its loss without logits, in training.
+causal_lm = fused_loss.causal_lm_of

@@ -29,21 +29,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.autoregister import NAME
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, GatedParts, Scale
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear, Form
-
-#: Caches whose `update` gives keys and values as the operator reads them.
-_CACHES = (type(None), DynamicCache, StaticCache)
-
-#: Who makes masks that `attention_interface.visibility` reads; flash attention's say nothing of a window.
-_MASK_MAKERS = (NAME, "sdpa", "eager", None)
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
 
 
 class Norms(NamedTuple):
@@ -222,7 +213,7 @@ class Layer(Form):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         attention, given = self.__dict__["_modules"]["self_attn"], None
-        if _is_form(attention, self.kin.attention):
+        if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)
         if given is None or attention_interface.wants_attentions(kwargs) or not self._drops_plainly():
             return super().forward(hidden_states, *args, **kwargs)
@@ -240,7 +231,7 @@ class Layer(Form):
             attention_outer_norm=norms.attention_outer,
             attention_p=drops[0],
             ffn_norm=None if inner is None else _scale(inner, dtype) or inner,
-            ffn=mlp.ffn(dtype) if _is_form(mlp, kin.mlp) else None,
+            ffn=mlp.ffn(dtype) if is_form(mlp, kin.mlp) else None,
             unfused=partial(_first, mlp),
             ffn_outer_norm=norms.ffn_outer,
             ffn_p=drops[1],
@@ -277,21 +268,15 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         or not isinstance(positions, (tuple, list))
         or len(positions) != 2
         or positions[0].dim() != 3
-        or type(cache) not in _CACHES
+        or type(cache) not in attention_interface.CACHES
         or not attention_interface.readable(mask)
-        or attention.config._attn_implementation not in _MASK_MAKERS
+        or not attention_interface.gets_readable_masks(attention)
         or checks.watched_globally()
     ):
         return None
     wanted = bool(kwargs.get("output_attentions"))
     cos, sin = positions
     return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted)
-
-
-def _is_form(module: Any, original: type | None) -> bool:
-    """Whether a module is the patched form of `original`, and a fused call may pass it by."""
-    kin: Any = getattr(type(module), "kin", None)
-    return kin is not None and original in kin.forms and checks.intact(module, kin.forms[original])
 
 
 def _scale(norm: Any, dtype: torch.dtype | None) -> Scale | None:
@@ -328,17 +313,13 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
         return f"head size {module.head_dim}; allowed are 1 to 256"
     if module.head_dim % 2:
         return f"head size {module.head_dim}; the rotary embedding needs an even one"
-    features = [_features(module.get_submodule(name)) for name in kin.qkv]
+    features = [checks.without_adapter(module.get_submodule(name)).out_features for name in kin.qkv]
     groups = module.num_key_value_groups
     if len(features) == 1:
         features = [features[0] * share // (groups + 2) for share in (groups, 1, 1)]
     if features[0] != groups * features[1] or features[1] != features[2] or features[1] % module.head_dim:
         return f"query, key and value have {features} features, which are not {groups} heads to one"
     return None
-
-
-def _features(projection: Any) -> int:
-    return int((projection.get_base_layer() if checks.is_lora(projection) else projection).out_features)
 
 
 def _check_mlp(kin: Kin, module: Any) -> str | None:
@@ -399,11 +380,7 @@ def family(name: str, kin: Kin) -> Family:
             *rules,
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
-        losses=tuple(
-            Rule(model, forms[model], ("linear_cross_entropy",), fused_loss.check, note=fused_loss.NOTE)
-            for model in (kin.causal_lm,)
-            if model in forms
-        ),
+        losses=tuple(fused_loss.rule(model, forms[model]) for model in (kin.causal_lm,) if model in forms),
         models=(kin.model,),
         mask_path=(kin.layer, kin.attention),
         left={} if kin.experts is None else {kin.experts: EXPERTS},
@@ -413,11 +390,5 @@ def family(name: str, kin: Kin) -> Family:
 EXPERTS = "a mixture of experts, called as it is between our other calls"
 
 
-def causal_lm(kin: Kin) -> Callable[[type], type]:
-    """Makes a patched form of a causal language model's class: its loss without logits, in training."""
-
-    def decorate(cls: type) -> type:
-        kin.forms[cls.__bases__[0]] = cls
-        return fused_loss.causal_lm(CausalLMOutputWithPast)(cls)
-
-    return decorate
+#: Makes the patched form of a causal language model's class: its loss without logits, in training.
+causal_lm = fused_loss.causal_lm_of

@@ -97,15 +97,7 @@ FAMILY = Family(
         ChildRule(hf.BertLMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
         bert_like.keeps_padding(KIN, hf.BertForQuestionAnswering, "bert.encoder", BigmodelBertPaddedEncoder),
     ),
-    losses=(
-        Rule(
-            hf.BertForMaskedLM,
-            BigmodelBertForMaskedLM,
-            ("linear_cross_entropy",),
-            fused_loss.check,
-            note=fused_loss.NOTE,
-        ),
-    ),
+    losses=(fused_loss.rule(hf.BertForMaskedLM, BigmodelBertForMaskedLM),),
     models=(hf.BertModel,),
     mask_path=bert_like.mask_path(KIN),
     left=bert_like.left(KIN),

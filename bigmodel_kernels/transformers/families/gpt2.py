@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
@@ -28,7 +28,7 @@ from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 
-_CACHES = (type(None), DynamicCache, StaticCache, EncoderDecoderCache)
+_CACHES = (*attention_interface.CACHES, EncoderDecoderCache)
 
 
 class BigmodelGPT2Attention(hf.GPT2Attention):
@@ -185,7 +185,7 @@ def _check_attention(module: Any) -> str | None:
         return why
     if getattr(module, "pruned_heads", None):
         return "it has pruned heads"
-    features = (module.c_attn.get_base_layer() if checks.is_lora(module.c_attn) else module.c_attn).nf
+    features = checks.without_adapter(module.c_attn).nf
     if features != 3 * module.num_heads * module.head_dim:
         return f"c_attn gives {features} features, not 3 x heads x head size"
     if module.head_dim > 256:
@@ -238,15 +238,7 @@ FAMILY = Family(
         ChildRule(hf.GPT2LMHeadModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.GPT2DoubleHeadsModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
     ),
-    losses=(
-        Rule(
-            hf.GPT2LMHeadModel,
-            BigmodelGPT2LMHeadModel,
-            ("linear_cross_entropy",),
-            fused_loss.check,
-            note=fused_loss.NOTE,
-        ),
-    ),
+    losses=(fused_loss.rule(hf.GPT2LMHeadModel, BigmodelGPT2LMHeadModel),),
     models=(hf.GPT2Model,),
     mask_path=(hf.GPT2Block, hf.GPT2Attention),
 )

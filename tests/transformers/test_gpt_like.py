@@ -6,13 +6,31 @@ from __future__ import annotations
 
 import copy
 import importlib
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from decoder_checks import (
+    GENERATION,
+    Doubled,
+    check_autocast,
+    check_compiled,
+    check_fused_loss,
+    check_generation,
+    check_gradient_checkpointing,
+    check_gradients,
+    check_gradients_under_autocast,
+    check_in_parts,
+    check_lora,
+    check_names_of_family,
+    check_padded_batch,
+    check_states_and_attentions,
+    check_unpatching_pickle_deepcopy_and_saving,
+    in_parts,
+    logits_of,
+)
 from tiny_models import (
     GPT_LIKE,
     assert_all_near,
@@ -28,8 +46,7 @@ from tiny_models import (
     token_ids,
     without_padding,
 )
-from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import blocks
@@ -119,10 +136,6 @@ def layers_of(model: Any, prefix: str) -> Any:
     return model.get_submodule(LAYERS[prefix])
 
 
-def logits_of(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    return [{"logits": out["logits"]} for out in outputs]
-
-
 @pytest.mark.parametrize("padding", [left_padding, right_padding])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
@@ -185,39 +198,10 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [17, 17, 1, 1, 1, 1]
 
 
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "static cache": {"do_sample": False, "cache_implementation": "static"},
-    "no cache": {"do_sample": False, "use_cache": False},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
-
-
 @pytest.mark.parametrize("kind", GENERATION)
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_generate(prefix: str, kind: str) -> None:
-    model = gpt_like(prefix)
-    eager = eager_of(model)
-    bk.patch(model)
-    for padded in (False, True):
-        batch = 1 if kind == "prompt lookup" else 3
-        ids = token_ids(batch, 9)
-        mask = left_padding(batch, 9) if padded else torch.ones_like(ids)
-        made = []
-        for network in (model, eager):
-            torch.manual_seed(5)
-            made.append(
-                network.generate(
-                    ids, attention_mask=mask, max_new_tokens=7, pad_token_id=0, **GENERATION[kind]
-                )
-            )
-        assert torch.equal(*made)
-
-
-def name_of_cache(model: Any) -> str:
-    return "cache" if "cache" in type(model).forward.__annotations__ else "past_key_values"
+    check_generation(gpt_like(prefix), kind, (False, True), length=9, new=7)
 
 
 @pytest.mark.parametrize("made_from", ["nothing", "config", "static"])
@@ -225,37 +209,13 @@ def name_of_cache(model: Any) -> str:
 def test_several_tokens_after_a_cache(prefix: str, made_from: str) -> None:
     if (prefix, made_from) == ("Bloom", "static"):
         pytest.skip("its own code wants a mask of all the cache, as generate makes it")
-    model = gpt_like(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask, outputs = token_ids(), left_padding(), []
-    for network in (model, eager):
-        cache: Any = DynamicCache() if made_from == "nothing" else DynamicCache(config=network.config)
-        if made_from == "static":
-            cache = StaticCache(config=network.config, max_cache_len=20)
-        parts = []
-        with torch.no_grad():
-            for start, stop in ((0, 7), (7, 10), (10, 16), (16, 17)):
-                given = {"attention_mask": mask[:, :stop], name_of_cache(network): cache, "use_cache": True}
-                parts.append(network(ids[:, start:stop], **given).logits)
-        outputs.append(torch.cat(parts, dim=1)[mask.bool()])
-    with torch.no_grad():
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
+    check_in_parts(gpt_like(prefix), made_from, (7, 10, 16, 17))
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_hidden_states_and_attentions(prefix: str) -> None:
-    for options in (
-        {"output_hidden_states": True},
-        {"output_hidden_states": True, "output_attentions": True},
-    ):
-        model = gpt_like(prefix)
-        torch.manual_seed(1)
-        mask = right_padding()
-        outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
-        assert "hidden_states.2" in outputs[0]
-        assert ("attentions.1" in outputs[0]) == ("output_attentions" in options)
-        assert_all_near(outputs, mask.bool())
+    for attentions in (False, True):
+        check_states_and_attentions(gpt_like(prefix), attentions)
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
@@ -275,63 +235,29 @@ def test_a_mask_of_the_users_own(prefix: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
-    model = gpt_like(prefix).to(dtype)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), right_padding()
-    with torch.no_grad():
-        outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, eager)]
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
+    check_padded_batch(gpt_like(prefix).to(dtype), right_padding())
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_autocast(prefix: str) -> None:
-    """Types are those of eager, and the result is as near to float64."""
-    model = gpt_like(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids = token_ids()
-    with torch.no_grad():
-        expected = reference(ids, output_hidden_states=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
-    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
-    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
-    assert_as_near(a.logits, b.logits, expected.logits)
+    check_autocast(gpt_like(prefix))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_gradients(prefix: str, recompute: bool) -> None:
-    model = gpt_like(prefix).train()
-    models = (model, eager_of(model).train(), float64_of(model).train())
-    bk.patch(model, recompute=recompute)
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    check_gradients(gpt_like(prefix), recompute=recompute)
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_gradients_under_autocast(prefix: str) -> None:
-    model = gpt_like(prefix).train()
-    models = (model, eager_of(model), float64_of(model).train())
-    bk.patch(model)
-    ids = token_ids()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, eager = (gradients(m, ids, None) for m in models[:2])
-    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+    check_gradients_under_autocast(gpt_like(prefix))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
-    model = gpt_like(prefix).train()
-    models = (model, eager_of(model), float64_of(model).train())
-    bk.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    check_gradient_checkpointing(gpt_like(prefix), reentrant)
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
@@ -367,17 +293,7 @@ def test_dropout(prefix: str) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
-    model = gpt_like(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), left_padding() if padded else None
-    where = torch.ones_like(ids) if mask is None else mask
-    with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
-            ids, attention_mask=mask, use_cache=False
-        )
-        expected = eager(ids, attention_mask=mask).logits[where.bool()]
-        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+    check_compiled(gpt_like(prefix), padded)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,41 +302,13 @@ def test_compile_fullgraph(prefix: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
-    model, mask, ids = gpt_like(prefix), left_padding(), token_ids()
-    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
-        bk.patch(model)
-        out = model(ids, attention_mask=mask).logits
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(ids, attention_mask=mask).logits, out)
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path)
-        assert type(layers_of(loaded, prefix)[0]).__module__.startswith("transformers.")
-        again = bk.patch(model)
-        assert not [row for row in again.rows if row.status == "patched"]
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
-    assert bk.unpatch(model) > 0
-    assert [type(m) for m in model.modules()] == classes
-    with torch.no_grad():
-        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    check_unpatching_pickle_deepcopy_and_saving(gpt_like(prefix), tmp_path, lambda m: layers_of(m, prefix)[0])
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     gpt_like(prefix)
-    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{HOMES[prefix]}")
-    for rule in (*family.FAMILY.rules, *family.FAMILY.losses):
-        assert issubclass(rule.patched, rule.original) and rule.original.__name__.startswith(prefix)
-        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there
-
-
-class Doubled(nn.Linear):
-    """As a quantised projection, in the place of a plain one."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * 2
+    check_names_of_family(prefix, HOMES[prefix])
 
 
 def change_projection(layer: Any, prefix: str) -> str:
@@ -490,21 +378,9 @@ def test_what_is_not_as_known_is_heard(prefix: str, change: Any, after: bool) ->
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_lora(prefix: str, after: bool) -> None:
-    peft = pytest.importorskip("peft")
-    targets = [PROJECTION[prefix], FIRST[prefix].split(".")[-1]]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
-    model = gpt_like(prefix)
-    if after:
-        bk.patch(model)
-    adapted = peft.get_peft_model(model, config).train()
-    reference = copy.deepcopy(adapted)
-    bk.unpatch(reference)
-    report = bk.patch(adapted)
-    assert any(f"{PROJECTION[prefix]}: LoRA" in row.reason for row in report.patched)
-    ids = token_ids()
-    models = (adapted, reference, copy.deepcopy(reference).double())
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    targets = [PROJECTION[prefix], FIRST[prefix].split(".")[-1]]
+    check_lora(gpt_like(prefix), targets, after, f"{PROJECTION[prefix]}: LoRA")
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
@@ -523,26 +399,7 @@ def test_heads_above_256_keep_their_own_code(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_fused_loss(prefix: str) -> None:
-    model = gpt_like(prefix).train()
-    eager, reference = eager_of(model).train(), float64_of(model).train()
-    report = bk.patch(model, fused_loss=True)
-    assert any("linear_cross_entropy" in row.ops for row in report.rows)
-    ids = token_ids()
-    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
-    outputs = [m(ids, labels=labels, use_cache=False) for m in (model, eager, reference)]
-    assert outputs[0].logits is None
-    assert_as_near(*(out.loss for out in outputs))
-    made = []
-    for network, out in zip((model, eager, reference), outputs, strict=True):
-        network.zero_grad()
-        out.loss.backward()
-        made.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
-    assert_gradients(*made)
-    model.eval()
-    assert model(ids, labels=labels).logits is not None
-    assert type(model).__name__ == f"{prefix}ForCausalLM"
-    bk.unpatch(model)
-    assert type(model) is getattr(transformers, f"{prefix}ForCausalLM")
+    check_fused_loss(gpt_like(prefix))
 
 
 @pytest.mark.parametrize("prefix", ["GPTNeo", "Bloom"])
@@ -557,16 +414,7 @@ def test_a_cache_that_is_not_known(prefix: str) -> None:
     bk.patch(model)
     ids, mask = token_ids(), left_padding()
     for given in (None, mask):
-        outputs = []
-        for network in (model, eager):
-            cache, parts = Counted(config=network.config), []
-            with torch.no_grad():
-                for start, stop in ((0, 7), (7, 16), (16, 17)):
-                    options: dict[str, Any] = {name_of_cache(network): cache, "use_cache": True}
-                    options["attention_mask"] = None if given is None else given[:, :stop]
-                    parts.append(network(ids[:, start:stop], **options).logits)
-            real = torch.cat(parts, dim=1)
-            outputs.append(real if given is None else real[mask.bool()])
+        outputs = [in_parts(m, ids, given, Counted(config=m.config), (7, 16, 17)) for m in (model, eager)]
         torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 

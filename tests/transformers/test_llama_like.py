@@ -5,32 +5,44 @@ what is left alone.
 from __future__ import annotations
 
 import copy
-import importlib
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from decoder_checks import (
+    GENERATION,
+    Doubled,
+    check_autocast,
+    check_compiled,
+    check_compiled_decoding,
+    check_fused_loss,
+    check_generation,
+    check_gradient_checkpointing,
+    check_gradients,
+    check_gradients_under_autocast,
+    check_in_parts,
+    check_lora,
+    check_names_of_family,
+    check_padded_batch,
+    check_states_and_attentions,
+    check_unpatching_pickle_deepcopy_and_saving,
+    logits_of,
+)
 from tiny_models import (
     DECODERS,
     assert_all_near,
     assert_as_near,
-    assert_gradients,
     build,
     decoder,
     eager_of,
     float64_of,
-    gradients,
     left_padding,
     right_padding,
     runs,
     token_ids,
-    without_padding,
 )
-from torch import nn
-from transformers import DynamicCache, StaticCache
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import blocks
@@ -54,23 +66,11 @@ def without_window(prefix: str) -> dict[str, Any]:
     return {"sliding_window": 32} if "sliding_window" in DECODERS[prefix] else {}
 
 
-def logits_of(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    return [{"logits": out["logits"]} for out in outputs]
-
-
 @pytest.mark.parametrize("padding", [left_padding, right_padding])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_padded_batches(prefix: str, padding: Any, use_cache: bool) -> None:
-    model = decoder(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), padding()
-    with torch.no_grad():
-        out, expected = (
-            m(ids, attention_mask=mask, use_cache=use_cache).logits[mask.bool()] for m in (model, eager)
-        )
-        assert_as_near(out, expected, without_padding(reference, ids, mask))
+    check_padded_batch(decoder(prefix), padding(), use_cache=use_cache)
 
 
 @pytest.mark.parametrize(
@@ -192,75 +192,22 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [17, 17, 1, 1, 1, 1]
 
 
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "static cache": {"do_sample": False, "cache_implementation": "static"},
-    "no cache": {"do_sample": False, "use_cache": False},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
-
-
 @pytest.mark.parametrize("kind", GENERATION)
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_generate(prefix: str, kind: str) -> None:
-    model = decoder(prefix)
-    eager = eager_of(model)
-    bk.patch(model)
-    for padded in (False, True):
-        batch = 1 if kind == "prompt lookup" else 3
-        ids = token_ids(batch, 9)
-        mask = left_padding(batch, 9) if padded else torch.ones_like(ids)
-        made = []
-        for network in (model, eager):
-            torch.manual_seed(5)
-            made.append(
-                network.generate(
-                    ids, attention_mask=mask, max_new_tokens=7, pad_token_id=0, **GENERATION[kind]
-                )
-            )
-        assert torch.equal(*made)
+    check_generation(decoder(prefix), kind, (False, True), length=9, new=7)
 
 
 @pytest.mark.parametrize("made_from", ["nothing", "config", "static"])
 @pytest.mark.parametrize("prefix", [*DIFFERENT, "Mistral"])
 def test_several_tokens_after_a_cache(prefix: str, made_from: str) -> None:
-    model = decoder(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask, outputs = token_ids(), left_padding(), []
-    for network in (model, eager):
-        cache: Any = DynamicCache() if made_from == "nothing" else DynamicCache(config=network.config)
-        if made_from == "static":
-            cache = StaticCache(config=network.config, max_cache_len=20)
-        parts = []
-        with torch.no_grad():
-            for start, stop in ((0, 7), (7, 10), (10, 16), (16, 17)):
-                given = {"attention_mask": mask[:, :stop], name_of_cache(network): cache, "use_cache": True}
-                parts.append(network(ids[:, start:stop], **given).logits)
-        outputs.append(torch.cat(parts, dim=1)[mask.bool()])
-    with torch.no_grad():
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
-
-
-def name_of_cache(model: Any) -> str:
-    return "cache" if "cache" in type(model.model).forward.__annotations__ else "past_key_values"
+    check_in_parts(decoder(prefix), made_from, (7, 10, 16, 17))
 
 
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_hidden_states_and_attentions(prefix: str) -> None:
-    for options in (
-        {"output_hidden_states": True},
-        {"output_hidden_states": True, "output_attentions": True},
-    ):
-        model = decoder(prefix, **without_window(prefix))
-        torch.manual_seed(1)
-        mask = right_padding()
-        outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
-        assert "hidden_states.2" in outputs[0]
-        assert ("attentions.1" in outputs[0]) == ("output_attentions" in options)
-        assert_all_near(outputs, mask.bool())
+    for attentions in (False, True):
+        check_states_and_attentions(decoder(prefix, **without_window(prefix)), attentions)
 
 
 @pytest.mark.parametrize("prefix", ["Llama", "Gemma2"])
@@ -289,63 +236,29 @@ def test_packed_sequences_by_their_positions() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
-    model = decoder(prefix).to(dtype)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), right_padding()
-    with torch.no_grad():
-        outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, eager)]
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
+    check_padded_batch(decoder(prefix).to(dtype), right_padding())
 
 
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_autocast(prefix: str) -> None:
-    """Types are those of eager, and the result is as near to float64."""
-    model = decoder(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids = token_ids()
-    with torch.no_grad():
-        expected = reference(ids, output_hidden_states=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
-    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
-    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
-    assert_as_near(a.logits, b.logits, expected.logits)
+    check_autocast(decoder(prefix))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_gradients(prefix: str, recompute: bool) -> None:
-    model = decoder(prefix).train()
-    models = (model, eager_of(model), float64_of(model).train())
-    bk.patch(model, recompute=recompute)
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    check_gradients(decoder(prefix), recompute=recompute)
 
 
 @pytest.mark.parametrize("prefix", DIFFERENT)
 def test_gradients_under_autocast(prefix: str) -> None:
-    model = decoder(prefix).train()
-    models = (model, eager_of(model), float64_of(model).train())
-    bk.patch(model)
-    ids = token_ids()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, eager = (gradients(m, ids, None) for m in models[:2])
-    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+    check_gradients_under_autocast(decoder(prefix))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("prefix", DIFFERENT)
 def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
-    model = decoder(prefix).train()
-    models = (model, eager_of(model), float64_of(model).train())
-    bk.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    check_gradient_checkpointing(decoder(prefix), reentrant)
 
 
 def test_dropout() -> None:
@@ -379,37 +292,11 @@ def test_dropout() -> None:
     ],
 )
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
-    model = decoder(prefix)
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), left_padding() if padded else None
-    where = torch.ones_like(ids) if mask is None else mask
-    with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
-            ids, attention_mask=mask, use_cache=False
-        )
-        expected = eager(ids, attention_mask=mask).logits[where.bool()]
-        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+    check_compiled(decoder(prefix), padded)
 
 
 def test_compile_fullgraph_of_decoding_with_a_static_cache() -> None:
-    model = decoder("Gemma3")
-    eager = eager_of(model)
-    bk.patch(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    ids, outputs = token_ids(3, 9), []
-    for network, decode in ((model, compiled), (eager, eager)):
-        cache = StaticCache(config=network.config, max_cache_len=16)
-        mask, parts = left_padding(3, 9), []
-        name = name_of_cache(network)
-        with torch.no_grad():
-            network(ids, attention_mask=mask, use_cache=True, **{name: cache})
-            for step in range(3):
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                given = {"attention_mask": mask, "position_ids": torch.full((3, 1), 9 + step), name: cache}
-                parts.append(decode(ids[:, step : step + 1], use_cache=True, **given).logits)
-        outputs.append(torch.cat(parts, dim=1))
-    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+    check_compiled_decoding(decoder("Gemma3"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -418,35 +305,14 @@ def test_compile_fullgraph_of_decoding_with_a_static_cache() -> None:
 
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
-    model, mask, ids = decoder(prefix), left_padding(), token_ids()
-    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
-        bk.patch(model)
-        out = model(ids, attention_mask=mask).logits
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(ids, attention_mask=mask).logits, out)
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path)
-        assert type(loaded.model.layers[0]).__module__.startswith("transformers.")
-        again = bk.patch(model)
-        assert not [row for row in again.rows if row.status == "patched"]
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert bk.unpatch(model) > 0
-    assert [type(m) for m in model.modules()] == classes
-    with torch.no_grad():
-        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    check_unpatching_pickle_deepcopy_and_saving(decoder(prefix), tmp_path, lambda m: m.model.layers[0])
 
 
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     decoder(prefix)
     name = {"GptOss": "gpt_oss", "Qwen3Moe": "qwen3_moe"}.get(prefix, prefix.lower())
-    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{name}")
-    for rule in (*family.FAMILY.rules, *family.FAMILY.losses):
-        assert issubclass(rule.patched, rule.original) and rule.original.__name__.startswith(prefix)
-        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there
+    check_names_of_family(prefix, name)
 
 
 def reasons_of(report: Any) -> dict[str, str]:
@@ -456,13 +322,6 @@ def reasons_of(report: Any) -> dict[str, str]:
 class HalvedMLP(transformers.models.llama.modeling_llama.LlamaMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) / 2
-
-
-class Doubled(nn.Linear):
-    """As a quantised projection, in the place of a plain one."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * 2
 
 
 def change_mlp(model: Any) -> None:
@@ -534,22 +393,8 @@ def test_what_is_not_as_known_is_heard(change: Any, name: str, reason: str, afte
 
 @pytest.mark.parametrize("after", [False, True])
 def test_lora(after: bool) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
     torch.manual_seed(1)
-    model = decoder("Llama")
-    if after:
-        bk.patch(model)
-    adapted = peft.get_peft_model(model, config).train()
-    reference = copy.deepcopy(adapted)
-    bk.unpatch(reference)
-    report = bk.patch(adapted)
-    assert any("q_proj, v_proj: LoRA" in row.reason for row in report.patched)
-    ids = token_ids()
-    models = (adapted, reference, copy.deepcopy(reference).double())
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    check_lora(decoder("Llama"), ["q_proj", "v_proj", "down_proj"], after, "q_proj, v_proj: LoRA")
 
 
 def test_heads_above_256_keep_their_own_code() -> None:
@@ -656,25 +501,6 @@ def test_within_a_model_that_sees_images(kind: str) -> None:
 
 @pytest.mark.parametrize("prefix", FUSES_ITS_LOSS)
 def test_fused_loss(prefix: str) -> None:
-    model = decoder(prefix).train()
-    eager, reference = eager_of(model).train(), float64_of(model).train()
-    report = bk.patch(model, fused_loss=True)
     fused = prefix not in ("Gemma2", "Granite")
-    assert fused == any("linear_cross_entropy" in row.ops for row in report.rows)
+    report = check_fused_loss(decoder(prefix), fused)
     assert fused or any("before the loss" in row.reason for row in report.left_alone)
-    ids = token_ids()
-    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
-    outputs = [m(ids, labels=labels, use_cache=False) for m in (model, eager, reference)]
-    assert (outputs[0].logits is None) == fused
-    assert_as_near(*(out.loss for out in outputs))
-    made = []
-    for network, out in zip((model, eager, reference), outputs, strict=True):
-        network.zero_grad()
-        out.loss.backward()
-        made.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
-    assert_gradients(*made)
-    model.eval()
-    assert model(ids, labels=labels).logits is not None
-    assert type(model).__name__ == f"{prefix}ForCausalLM"
-    bk.unpatch(model)
-    assert type(model) is getattr(transformers, f"{prefix}ForCausalLM")

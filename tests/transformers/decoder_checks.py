@@ -1,0 +1,286 @@
+"""What every patched decoder has to do as eager does; each check takes an unpatched model, and patches it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    assert_all_near,
+    assert_as_near,
+    assert_gradients,
+    eager_of,
+    float64_of,
+    gradients,
+    left_padding,
+    right_padding,
+    runs,
+    token_ids,
+    without_padding,
+)
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import bigmodel_kernels as bk
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+class Doubled(nn.Linear):
+    """As a quantised projection, in the place of a plain one."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+def logits_of(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return [{"logits": out["logits"]} for out in outputs]
+
+
+def name_of_cache(model: Any) -> str:
+    """The argument, under the name of the version of transformers."""
+    return "cache" if "cache" in type(model.base_model).forward.__annotations__ else "past_key_values"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# results
+
+
+def check_padded_batch(model: Any, mask: torch.Tensor, **options: Any) -> None:
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids = token_ids()
+    with torch.no_grad():
+        outputs = [m(ids, attention_mask=mask, **options).logits[mask.bool()] for m in (model, eager)]
+        assert_as_near(*outputs, without_padding(reference, ids, mask))
+
+
+def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
+    """The tokens of eager."""
+    eager = eager_of(model)
+    bk.patch(model)
+    for padding in padded:
+        batch = 1 if kind == "prompt lookup" else 3
+        ids = token_ids(batch, length)
+        mask = left_padding(batch, length) if padding else torch.ones_like(ids)
+        made = []
+        for network in (model, eager):
+            torch.manual_seed(5)
+            made.append(
+                network.generate(
+                    ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]
+                )
+            )
+        assert torch.equal(*made)
+
+
+def in_parts(
+    network: Any, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, stops: tuple[int, ...]
+) -> torch.Tensor:
+    """The logits of tokens that are given some at a time, each after what the cache has."""
+    parts, start = [], 0
+    with torch.no_grad():
+        for stop in stops:
+            seen = None if mask is None else mask[:, :stop]
+            given = {"attention_mask": seen, name_of_cache(network): cache, "use_cache": True}
+            parts.append(network(ids[:, start:stop], **given).logits)
+            start = stop
+    logits = torch.cat(parts, dim=1)
+    return logits if mask is None else logits[mask.bool()]
+
+
+def check_in_parts(model: Any, made_from: str, stops: tuple[int, ...]) -> None:
+    """With a cache made from "nothing", from the "config", or "static"."""
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask, outputs = token_ids(), left_padding(), []
+    for network in (model, eager):
+        cache: Any = DynamicCache() if made_from == "nothing" else DynamicCache(config=network.config)
+        if made_from == "static":
+            cache = StaticCache(config=network.config, max_cache_len=20)
+        outputs.append(in_parts(network, ids, mask, cache, stops))
+    with torch.no_grad():
+        assert_as_near(*outputs, without_padding(reference, ids, mask))
+
+
+def check_states_and_attentions(model: Any, attentions: bool) -> None:
+    options = {"output_hidden_states": True, **({"output_attentions": True} if attentions else {})}
+    torch.manual_seed(1)
+    mask = right_padding()
+    outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
+    assert "hidden_states.2" in outputs[0]
+    assert ("attentions.1" in outputs[0]) == attentions
+    assert_all_near(outputs, mask.bool())
+
+
+def check_autocast(model: Any) -> None:
+    """Types are those of eager, and the result is as near to float64."""
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids = token_ids()
+    with torch.no_grad():
+        expected = reference(ids, output_hidden_states=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
+    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
+    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
+    assert_as_near(a.logits, b.logits, expected.logits)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# gradients
+
+
+def check_gradients(model: Any, training: bool = True, **options: Any) -> None:
+    model.train(training)
+    models = (model, eager_of(model).train(training), float64_of(model).train(training))
+    bk.patch(model, **options)
+    ids = token_ids()
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+def check_gradients_under_autocast(model: Any) -> None:
+    models = (model.train(), eager_of(model), float64_of(model).train())
+    bk.patch(model)
+    ids = token_ids()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = (gradients(m, ids, None) for m in models[:2])
+    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+
+
+def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
+    models = (model.train(), eager_of(model), float64_of(model).train())
+    bk.patch(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    ids = token_ids()
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
+    """With adapters on the projections `targets`, put there after patching or before."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    if after:
+        bk.patch(model)
+    adapted = peft.get_peft_model(model, config).train()
+    reference = copy.deepcopy(adapted)
+    bk.unpatch(reference)
+    report = bk.patch(adapted)
+    assert any(note in row.reason for row in report.patched)
+    ids = token_ids()
+    models = (adapted, reference, copy.deepcopy(reference).double())
+    assert_gradients(*(gradients(m, ids, None) for m in models))
+
+
+def check_fused_loss(model: Any, fused: bool = True) -> Any:
+    """Loss and gradients; whether `fused`, without logits. Returns the report."""
+    original = type(model)
+    model.train()
+    eager, reference = eager_of(model).train(), float64_of(model).train()
+    report = bk.patch(model, fused_loss=True)
+    assert fused == any("linear_cross_entropy" in row.ops for row in report.rows)
+    ids = token_ids()
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    outputs = [m(ids, labels=labels, use_cache=False) for m in (model, eager, reference)]
+    assert (outputs[0].logits is None) == fused
+    assert_as_near(*(out.loss for out in outputs))
+    made = []
+    for network, out in zip((model, eager, reference), outputs, strict=True):
+        network.zero_grad()
+        out.loss.backward()
+        made.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert_gradients(*made)
+    model.eval()
+    assert model(ids, labels=labels).logits is not None
+    assert type(model).__name__ == original.__name__
+    bk.unpatch(model)
+    assert type(model) is original
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# compiled
+
+
+def check_compiled(model: Any, padded: bool) -> None:
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    ids, mask = token_ids(), left_padding() if padded else None
+    where = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
+            ids, attention_mask=mask, use_cache=False
+        )
+        expected = eager(ids, attention_mask=mask).logits[where.bool()]
+        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+
+
+def check_compiled_decoding(model: Any) -> None:
+    """With a static cache."""
+    eager = eager_of(model)
+    bk.patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids, outputs = token_ids(3, 9), []
+    for network, decode in ((model, compiled), (eager, eager)):
+        cache = StaticCache(config=network.config, max_cache_len=16)
+        mask, parts = left_padding(3, 9), []
+        name = name_of_cache(network)
+        with torch.no_grad():
+            network(ids, attention_mask=mask, use_cache=True, **{name: cache})
+            for step in range(3):
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                given = {"attention_mask": mask, "position_ids": torch.full((3, 1), 9 + step), name: cache}
+                parts.append(decode(ids[:, step : step + 1], use_cache=True, **given).logits)
+        outputs.append(torch.cat(parts, dim=1))
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# patching
+
+
+def check_unpatching_pickle_deepcopy_and_saving(
+    model: Any, tmp_path: Path, first_layer: Callable[[Any], Any]
+) -> None:
+    mask, ids = left_padding(), token_ids()
+    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+        bk.patch(model)
+        out = model(ids, attention_mask=mask).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(ids, attention_mask=mask).logits, out)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        assert type(first_layer(loaded)).__module__.startswith("transformers.")
+        again = bk.patch(model)
+        assert not [row for row in again.rows if row.status == "patched"]
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert bk.unpatch(model) > 0
+    assert [type(m) for m in model.modules()] == classes
+    with torch.no_grad():
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+def check_names_of_family(prefix: str, name: str) -> None:
+    """A family names only classes with the prefix, and pickle finds their forms in its file."""
+    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{name}")
+    for rule in (*family.FAMILY.rules, *family.FAMILY.losses):
+        assert issubclass(rule.patched, rule.original) and rule.original.__name__.startswith(prefix)
+        assert getattr(family, rule.patched.__qualname__) is rule.patched

@@ -50,6 +50,9 @@ _users = 0  # the blocks that are open, and one for the process
 _library: torch.library.Library | None = None
 _everywhere: _Process | None = None
 _here: ContextVar[bool] = ContextVar("sdpa", default=False)
+# What has stood in the dispatcher. A thread may have picked a kernel and not entered it yet while another
+# thread takes it out: torch would free it under that call.
+_kept: list[Any] = []
 
 
 def activate_sdpa() -> None:
@@ -173,6 +176,7 @@ def _registered() -> torch.library.Library:
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             for operator, key, ours in kernels:
                 library.impl(operator, ours, key, with_keyset=True, allow_override=True)
+                _kept.append(torch.library.get_kernel(f"aten::{operator}", key))
     except BaseException:
         library._destroy()
         raise

@@ -43,16 +43,6 @@ const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64
   return c;
 }
 
-// The options of attention, by the names and in the order of the operator.
-struct AttentionOptions {
-  OptionalTensor key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double softmax_scale;
-  bool is_causal;
-  int64_t window_left, window_right;
-  double softcap, dropout_p;
-};
-
 // Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row.
 void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides[3]) {
   const int rank = varlen ? 3 : 4;
@@ -62,7 +52,8 @@ void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides
   strides[2] = varlen ? t.stride(0) : t.stride(2);
 }
 
-// Everything but the results, checked.
+}  // namespace
+
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k, softmax_scale,
                is_causal, window_left, window_right, softcap, dropout_p] = options;
@@ -149,6 +140,8 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   args.value = value.const_data_ptr();
   return args;
 }
+
+namespace {
 
 // A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
 Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {

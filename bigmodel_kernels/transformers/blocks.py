@@ -13,7 +13,7 @@ autocast type, norms and sums in float32. So residual and norm are then calls of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,12 @@ import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm
 import bigmodel_kernels.ops.rotary  # noqa: F401  (all six define torch.ops.bigmodel.*)
+from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import checks
+from bigmodel_kernels.transformers import checks, whole_layer
+
+if TYPE_CHECKING:
+    from bigmodel_kernels.transformers.attention_interface import Visibility
 
 
 class Affine(NamedTuple):
@@ -54,8 +58,27 @@ def part(module: nn.Module, cls: type, dtype: torch.dtype | None) -> Part:
     return module if held is None else Affine(*held)
 
 
-#: Query, key and value, each (..., heads, head size), and the dropout of probabilities, to (..., hidden).
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+class Terms(NamedTuple):
+    """All that `bigmodel::attention` is told in a layer but for its dropout; the defaults are the operator's.
+
+    Query, key and value are (B, heads, S, head size), or (tokens, heads, head size) where `lengths`, the
+    cu_seqlens of both, says which sequences the rows belong to, of which none is longer than `longest`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    padding: Tensor | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    window_left: int = -1
+    lengths: Tensor | None = None
+    longest: int = 0
+
+
+#: From query, key and value, each (..., heads, head size).
+Attend = Callable[[Tensor, Tensor, Tensor], Terms]
 
 
 class FeedForward(NamedTuple):
@@ -195,6 +218,11 @@ def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tup
     return query, key, value
 
 
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Query, key and value, each (..., heads, head_dim), of as many heads, that lie side by side."""
+    return qkv.view(*qkv.shape[:-1], 3, -1, head_dim).unbind(-3)
+
+
 def side_by_side(
     x: Tensor, parts: tuple[Part, ...], layout: str, shares: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
@@ -294,9 +322,40 @@ def layer_norm(
     return out
 
 
+def terms(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Terms:
+    """Those of (B, heads, S, head size), with as many keys as are seen."""
+    if seen.keys != key.shape[2]:
+        key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
+    left = -1 if seen.window is None else seen.window - 1
+    return Terms(query, key, value, scale, seen.padding, seen.bias, seen.causal, left)
+
+
+def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
+    """The heads' results side by side, (..., hidden)."""
+    packed = terms.lengths is not None
+    if not packed:
+        ensure_sharding_rules(terms.query)
+    out: Tensor = call(
+        "attention",
+        *(terms.query, terms.key, terms.value, terms.padding, terms.bias, terms.lengths, terms.lengths),
+        draw_seed(dropout_p, terms.query.device),
+        max_seqlen_q=terms.longest,
+        max_seqlen_k=terms.longest,
+        softmax_scale=terms.scale,
+        is_causal=terms.is_causal,
+        window_left=terms.window_left,
+        dropout_p=dropout_p,
+    )[0]
+    return out.flatten(-2) if packed else out.transpose(1, 2).flatten(2)
+
+
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
-    """BERT's layer in four calls."""
-    context = attend(*heads(x, w.qkv, layout, w.head_dim), w.attention_p)
+    """BERT's layer: the projections, attention, the projection of its result, and the feed-forward block."""
+    held = whole_layer.held(x, w, layout)
+    if held is not None:
+        terms = attend(*split_heads(whole_layer.begin(x, None, 0.0, held), w.head_dim))
+        return whole_layer.end(x, terms, w, held, "post")
+    context = attended(attend(*heads(x, w.qkv, layout, w.head_dim)), w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return w.unfused(x)
@@ -304,10 +363,15 @@ def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "lin
 
 
 def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
-    """GPT-2's layer in five calls."""
-    context = attend(
-        *heads(normalized(x, w.attention_norm, w.attention_eps), w.qkv, layout, w.head_dim), w.attention_p
-    )
+    """GPT-2's layer: LayerNorm and then the same."""
+    held = whole_layer.held(x, w, layout)
+    if held is not None:
+        terms = attend(
+            *split_heads(whole_layer.begin(x, w.attention_norm, w.attention_eps, held), w.head_dim)
+        )
+        return whole_layer.end(x, terms, w, held, "pre")
+    states = normalized(x, w.attention_norm, w.attention_eps)
+    context = attended(attend(*heads(states, w.qkv, layout, w.head_dim)), w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))
@@ -386,22 +450,7 @@ class Packing:
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
     def attend(self, scale: float) -> Attend:
-        def run(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-            out: Any = call(
-                "attention",
-                query,
-                key,
-                value,
-                None,
-                None,
-                self.cu_seqlens,
-                self.cu_seqlens,
-                draw_seed(dropout_p, query.device),
-                max_seqlen_q=self.longest,
-                max_seqlen_k=self.longest,
-                softmax_scale=scale,
-                dropout_p=dropout_p,
-            )
-            return out[0].flatten(-2)  # type: ignore[no-any-return]
+        def terms(query: Tensor, key: Tensor, value: Tensor) -> Terms:
+            return Terms(query, key, value, scale, lengths=self.cu_seqlens, longest=self.longest)
 
-        return run
+        return terms

@@ -26,7 +26,7 @@ class _Entry:
     weights: tuple[weakref.ref[Tensor], ...]
     states: tuple[Any, ...]
     fingerprint: int
-    packed: Tensor
+    packed: tuple[Tensor, ...]
 
 
 _Key = tuple[Any, ...]
@@ -37,8 +37,14 @@ _lock = threading.RLock()
 
 def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
     """The weights side by side in the library's own layout, from the cache when they have not changed."""
-    key = (weight_layout, *(id(w) for w in weights))
-    states = tuple(_state(w) for w in weights)
+    return packed_together([weights], weight_layout)[0]
+
+
+def packed_together(groups: Sequence[Sequence[Tensor]], weight_layout: str) -> tuple[Tensor, ...]:
+    """`packed` of each group, the very same copies, found at once."""
+    weights = [w for group in groups for w in group]
+    key = (weight_layout, *map(len, groups), *map(id, weights))
+    states = tuple(map(_state, weights))
     fingerprint = torch.ops.bigmodel.cpu_fingerprint.default(weights)
     with _lock:
         entry = _entries.get(key)
@@ -49,7 +55,10 @@ def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
         and all(ref() is w for ref, w in zip(entry.weights, weights, strict=True))
     ):
         return entry.packed
-    result = _pack(list(weights), weight_layout)
+    if len(groups) == 1:
+        result: tuple[Tensor, ...] = (_pack(weights, weight_layout),)
+    else:
+        result = tuple(packed(group, weight_layout) for group in groups)
     references = tuple(weakref.ref(w, _forget(key)) for w in weights)
     with _lock:
         _entries[key] = _Entry(references, states, fingerprint, result)
@@ -84,9 +93,10 @@ def packed_bytes(what: torch.nn.Module | Iterable[Tensor]) -> int:
         entries = list(_entries.values())
     total = 0
     for entry in entries:
-        alive = [ref() for ref in entry.weights]
-        if any(w is not None and id(w) in wanted for w in alive):
-            total += entry.packed.numel() * entry.packed.element_size()
+        if len(entry.packed) > 1:
+            continue  # the copies of entries of their own
+        if any(w is not None and id(w) in wanted for w in (ref() for ref in entry.weights)):
+            total += entry.packed[0].numel() * entry.packed[0].element_size()
     return total
 
 

@@ -52,7 +52,7 @@ class BigmodelDistilBertSelfAttention(bert_like.SelfAttention, hf.DistilBertSelf
 
 
 class BigmodelDistilBertBlock(bert_like.Layer, hf.TransformerBlock, kin=KIN):
-    """The whole layer in four calls."""
+    """The whole layer in four calls, or two."""
 
     def gather(self) -> _Modules | None:
         modules = self.__dict__["_modules"]

@@ -124,6 +124,7 @@ class BuildWithNinja(build_ext):
         library = load_build().cuda(os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split())
         target = Path(self.get_ext_fullpath("bigmodel_kernels.libbigmodel_cuda")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         shutil.copy2(library, target)
 
     def build_extension(self, ext: Extension) -> None:
@@ -142,6 +143,7 @@ class BuildWithNinja(build_ext):
                 "its output is above). A C++20 compiler is needed, g++ 11 or clang++ 14 and newer; "
                 "BIGMODEL_CPU_EXTENSION=0 installs without it."
             ) from None
+        target.unlink(missing_ok=True)  # a process that runs with the old library keeps it
         shutil.copy2(library, target)
 
     def plan(

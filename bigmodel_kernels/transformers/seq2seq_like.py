@@ -67,9 +67,12 @@ class Kin:
         norms: tuple[str, ...] = (),
     ) -> Kin:
         """The classes of transformers' `module`, whose names begin with `prefix`."""
-        names = ("Attention", "EncoderLayer", "DecoderLayer", "Encoder", "Decoder")
         return cls(
-            *(getattr(module, prefix + name) for name in names),
+            attention=getattr(module, prefix + "Attention"),
+            encoder_layer=getattr(module, prefix + "EncoderLayer"),
+            decoder_layer=getattr(module, prefix + "DecoderLayer"),
+            encoder=getattr(module, prefix + "Encoder"),
+            decoder=getattr(module, prefix + "Decoder"),
             heads=tuple(getattr(module, prefix + name) for name in heads),
             head=head,
             order=order,
@@ -202,7 +205,7 @@ class Layer(Form):
                 norm.eps,
                 attention.projection(dtype),
                 p,
-                lambda y, attention=attention, given=given: attention.context(y, given)[0],
+                partial(_context, attention, given),
             )
         norm = modules["final_layer_norm"]
         x = blocks.feed_forward_half(
@@ -277,6 +280,10 @@ class Given(NamedTuple):
     output_attentions: bool
     dropout_p: float
     position_bias: Tensor | None
+
+
+def _context(attention: Any, given: Given, x: Tensor) -> Tensor:
+    return attention.context(x, given)[0]  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------------------------------

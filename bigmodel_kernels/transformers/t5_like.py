@@ -107,11 +107,8 @@ class SelfAttention(Form):
             return context  # type: ignore[no-any-return]
 
         dtype = checks.dtype_of(hidden_states)
-        out = blocks.attention_half(
-            *(hidden_states, "pre", llama_like.scale_of(norm, dtype) or norm, 0.0),
-            *(attention.projection(dtype), p, attend),
-        )
-        return out, *rest
+        scale, out = llama_like.scale_of(norm, dtype) or norm, attention.projection(dtype)
+        return blocks.attention_half(hidden_states, "pre", scale, 0.0, out, p or 0.0, attend), *rest
 
 
 class CrossAttention(SelfAttention):
@@ -129,10 +126,12 @@ class LayerFF(Form):
         dtype, ffn = checks.dtype_of(hidden_states), None
         if is_form(dense, self.kin.dense) or is_form(dense, self.kin.gated_dense):
             ffn = dense.ffn(dtype)
-        return blocks.feed_forward_half(
-            *(hidden_states, "pre", llama_like.scale_of(norm, dtype) or norm, 0.0, ffn),
-            *(lambda x: torch.dropout(dense(x), p, True) if p else dense(x), p),
-        )
+        scale = llama_like.scale_of(norm, dtype) or norm
+
+        def unfused(x: Tensor) -> Tensor:
+            return torch.dropout(dense(x), p, True) if p else dense(x)
+
+        return blocks.feed_forward_half(hidden_states, "pre", scale, 0.0, ffn, unfused, p)
 
 
 class Dense(Form):
@@ -154,6 +153,10 @@ class Dense(Form):
             return None
         return blocks.feed_forward_of(self, self.w_in, "wo", "act", dtype, self.w_gate, hidden_p)
 
+    @classmethod
+    def projections(cls) -> tuple[str, ...]:
+        return tuple(name for name in (cls.w_gate, cls.w_in, "wo") if name is not None)
+
 
 class GatedDense(Dense):
     w_in = "wi_1"
@@ -170,10 +173,9 @@ def _check_attention_layer(kin: Kin, inner: str, module: Any) -> str | None:
     )
 
 
-def _check_dense(form: Any, module: Any) -> str | None:
-    names = [name for name in (form.w_gate, form.w_in, "wo") if name is not None]
+def _check_dense(projections: tuple[str, ...], module: Any) -> str | None:
     return (
-        checks.reason_for_parts(module, dict.fromkeys(names, nn.Linear), lora=True)
+        checks.reason_for_parts(module, dict.fromkeys(projections, nn.Linear), lora=True)
         or checks.reason_for_parts(module, {"dropout": nn.Dropout})
         or checks.reason_for_activation(module.act)
     )
@@ -189,7 +191,8 @@ def _check_feed_forward(module: Any) -> str | None:
 
 def family(name: str, kin: Kin) -> Family:
     """The family of these kin."""
-    forms, note = kin.forms, "with its norm and its sum"
+    forms: dict[type, Any] = kin.forms
+    note = "with its norm and its sum"
     return Family(
         name=name,
         rules=(
@@ -204,8 +207,8 @@ def family(name: str, kin: Kin) -> Family:
                     dense,
                     forms[dense],
                     ("feed_forward",),
-                    partial(_check_dense, forms[dense]),
-                    projections=tuple(n for n in (forms[dense].w_gate, forms[dense].w_in, "wo") if n),
+                    partial(_check_dense, forms[dense].projections()),
+                    projections=forms[dense].projections(),
                 )
                 for dense in (kin.dense, kin.gated_dense)
             ),

@@ -1,4 +1,4 @@
-"""What every patched decoder, with an encoder or without, has to do as eager does; each check takes an unpatched
+"""What every patched decoder, with an encoder or without, does as eager does; each check takes an unpatched
 model, and patches it.
 """
 
@@ -86,12 +86,12 @@ def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: in
     bk.patch(model)
     for padding in padded:
         batch = 1 if kind == "prompt lookup" else 3
-        given = inputs_of(model, batch=batch)
-        given.pop("decoder_input_ids", None)
-        if "input_ids" in given:
+        if model.main_input_name == "input_ids":
             ids = token_ids(batch, length)
             mask = left_padding(batch, length) if padding else torch.ones_like(ids)
             given = {"input_ids": ids, "attention_mask": mask}
+        else:
+            given = {model.main_input_name: inputs_of(model, batch=batch)[model.main_input_name]}
         made = []
         for network in (model, eager):
             torch.manual_seed(5)
@@ -188,7 +188,7 @@ def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
 def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     """With adapters on the projections `targets`, put there after patching or before."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     if after:
         bk.patch(model)
     adapted = peft.get_peft_model(model, config).train()

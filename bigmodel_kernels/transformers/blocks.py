@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -265,7 +266,10 @@ def feed_forward(
 ) -> Tensor:
     """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
     if ffn.hidden_p:
-        return _feed_forward_in_steps(x, ffn, layout, residual, position, norm, eps, dropout_p)
+        args = (ffn, layout, residual, position, norm, eps, dropout_p)
+        if ffn.recompute and torch.is_grad_enabled():
+            return checkpoint(_feed_forward_in_steps, x, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return _feed_forward_in_steps(x, *args)
     if isinstance(norm, nn.Module) or (position == "pre" and (norm is None or lowered(x) or _offset(norm))):
         return feed_forward(normalized(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
     apart = residual is not None and lowered(x)

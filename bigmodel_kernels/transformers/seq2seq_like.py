@@ -1,4 +1,4 @@
-"""Encoder-decoders after BART: BART itself, mBART, Marian, Pegasus and Whisper; `t5_like` uses its attention.
+"""Encoder-decoders after BART: BART, mBART, Marian, Pegasus, M2M-100, Whisper. `t5_like` uses its attention.
 
 A family says in a `Kin` which its classes are and what their parts are called, and puts the forms below in
 front of them:

@@ -109,6 +109,7 @@ def test_configs(prefix: str, changes: dict[str, Any]) -> None:
 KEPT = {
     "Embedding",
     "Conv1d",
+    "M2M100ScaledWordEmbedding",
     *(
         f"{p}{name}"
         for p in ("Bart", "MBart")
@@ -326,12 +327,35 @@ def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
     check_gradient_checkpointing(seq2seq(prefix), reentrant)
 
 
+def dropping(prefix: str) -> Any:
+    """A model that drops everywhere, in the hidden layer of the feed-forward too."""
+    rates = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.25}
+    return seq2seq(prefix, **({"dropout_rate": 0.2} if prefix in T5_LIKE else rates))
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("prefix", SEQ2SEQ)
 def test_dropout(prefix: str, part: str) -> None:
-    rates = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.25}
-    model = seq2seq(prefix, **({"dropout_rate": 0.2} if prefix in T5_LIKE else rates))
-    check_dropout(model, lambda m: layer_of(m, part))
+    check_dropout(dropping(prefix), lambda m: layer_of(m, part))
+
+
+@pytest.mark.parametrize("prefix", ["T5", "MT5", "Bart"])
+def test_hidden_layers_with_dropout_that_are_made_again(prefix: str) -> None:
+    """The same gradients, and nothing of the hidden layer's size is kept."""
+    model = dropping(prefix).train()
+    inputs, made, kept = inputs_of(model), [], []
+    for recompute in (False, True):
+        bk.unpatch(model)
+        bk.patch(model, recompute=recompute)
+        widths: list[int] = []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, widths=widths: widths.append((1, *t.shape)[-1]) or t, lambda t: t
+        ):
+            made.append(gradients_for(model, inputs))
+        kept.append(widths.count(72))
+    assert all(torch.equal(made[0][name], gradient) for name, gradient in made[1].items())
+    assert kept[0] > 0 and kept[1] == 0
 
 
 @pytest.mark.parametrize("name", ["self", "cross"])
@@ -390,7 +414,7 @@ def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("prefix", SEQ2SEQ)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     seq2seq(prefix)
-    check_names_of_family(prefix, prefix.lower())
+    check_names_of_family(prefix, "m2m_100" if prefix == "M2M100" else prefix.lower())
 
 
 @pytest.mark.parametrize("prefix", SEQ2SEQ)

@@ -67,7 +67,7 @@ class FeedForward(NamedTuple):
     activation: str
     recompute: bool = False  # the hidden layer is made again in the backward, not kept
     w_gate: Affine | None = None
-    hidden_p: float = 0.0  # dropout of the hidden layer, which is then made and kept by itself
+    hidden_p: float = 0.0  # dropout of the hidden layer, which is then a tensor of its own
 
 
 def feed_forward_of(

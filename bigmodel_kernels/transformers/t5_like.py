@@ -48,7 +48,7 @@ class Kin:
     block: type[nn.Module]
     stack: type[nn.Module]
     causal_lm: type[nn.Module]
-    # Of `llama_like.RMSNorm`: nothing is added to weights; half-precision weights are what decides the type.
+    # Read by `llama_like.RMSNorm`: nothing is added to the weights, and the result keeps the type it gets.
     offset: float = 0.0
     keeps_dtype: bool = False
     forms: dict[type, type] = field(default_factory=dict)

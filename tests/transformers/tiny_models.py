@@ -179,7 +179,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "MBart": {**_BART, "scale_embedding": True},
     "Marian": {**_BART, "decoder_vocab_size": VOCABULARY, "activation_function": "swish"},
     "Pegasus": {**_BART, "activation_function": "relu"},
-    "M2M100": {**_BART, "activation_dropout": 0.0, "attention_dropout": 0.0},
+    "M2M100": {**_BART, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
     "Whisper": {
         **_BART,
         "num_mel_bins": 6,

@@ -39,6 +39,9 @@ from bigmodel_kernels.transformers.autoregister import NAME
 #: Caches whose `update` gives keys and values as the operator reads them.
 CACHES: tuple[type, ...] = (type(None), DynamicCache, StaticCache)
 
+#: Under which names a cache is given; the last is older.
+_CACHE_NAMES = ("cache", "layer_past", "past_key_values")
+
 #: Who makes masks that `visibility` reads; flash attention's say nothing of a window.
 _MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
@@ -203,6 +206,11 @@ class Visibility:
     window: int | None = None  # keys to the left, this one included
     padding: Tensor | None = None  # bool (B, keys)
     bias: Tensor | None = None  # added to the logits, broadcasts to (B, H, Sq, keys)
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a layer, under the name of the version of transformers."""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def readable(mask: Any) -> bool:

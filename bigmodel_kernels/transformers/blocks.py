@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -90,6 +91,27 @@ class FeedForward(NamedTuple):
     activation: str
     recompute: bool = False  # the hidden layer is made again in the backward, not kept
     w_gate: Affine | None = None
+    hidden_p: float = 0.0  # dropout of the hidden layer, which is then a tensor of its own
+
+
+def feed_forward_of(
+    module: nn.Module,
+    w_in: str,
+    w_out: str,
+    activation: str,
+    dtype: torch.dtype | None,
+    w_gate: str | None = None,
+    hidden_p: float = 0.0,
+) -> FeedForward | None:
+    """That of the projections and the activation of these names in `module`, if one call may read them."""
+    modules = module.__dict__["_modules"]
+    names = (w_in, w_out) if w_gate is None else (w_in, w_out, w_gate)
+    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in names]
+    kind = checks.activation(modules.get(activation))
+    if None in held or kind is None:
+        return None
+    first, last, *gate = (Affine(*tensors) for tensors in held if tensors is not None)
+    return FeedForward(first, last, kind, checks.recomputes(module), gate[0] if gate else None, hidden_p)
 
 
 class LayerParts(NamedTuple):
@@ -272,6 +294,11 @@ def feed_forward(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
+    if ffn.hidden_p:
+        args = (ffn, layout, residual, position, norm, eps, dropout_p)
+        if ffn.recompute and torch.is_grad_enabled():
+            return checkpoint(_feed_forward_in_steps, x, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return _feed_forward_in_steps(x, *args)
     if isinstance(norm, nn.Module) or (position == "pre" and (norm is None or lowered(x) or _offset(norm))):
         return feed_forward(normalized(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
     apart = residual is not None and lowered(x)
@@ -294,6 +321,31 @@ def feed_forward(
         recompute=ffn.recompute,
     )
     return out + residual if apart and residual is not None else out
+
+
+def _feed_forward_in_steps(
+    x: Tensor,
+    ffn: FeedForward,
+    layout: str,
+    residual: Tensor | None,
+    position: str,
+    norm: Part | Scale | None,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
+    """The same with the hidden layer as a tensor, for its dropout, which the operator does not have."""
+    states = normalized(x, norm, eps) if position == "pre" else x
+    if ffn.w_gate is None:
+        hidden = linear(states, (ffn.w_in,), layout, ffn.activation)
+    else:
+        hidden = linear(states, (ffn.w_gate,), layout, ffn.activation) * linear(states, (ffn.w_in,), layout)
+    hidden = torch.dropout(hidden, ffn.hidden_p, True)
+    if residual is None:
+        out = linear(hidden, (ffn.w_out,), layout)
+        return torch.dropout(out, dropout_p, True) if dropout_p else out
+    assert not isinstance(norm, Scale) or position == "pre"
+    behind = norm if position == "post" and not isinstance(norm, Scale) else None
+    return output(hidden, ffn.w_out, layout, residual, dropout_p, behind, eps)
 
 
 def normalized(x: Tensor, norm: Part | Scale | None, eps: float = 1e-5) -> Tensor:
@@ -380,22 +432,56 @@ def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "line
     return feed_forward(x, w.ffn, layout, x, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
 
 
+def attention_half(
+    x: Tensor,
+    order: str,
+    norm: Part | Scale,
+    eps: float,
+    out: Part,
+    dropout_p: float,
+    attend: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """x + drop(attend(norm(x)) W), or with `order` "post" norm(x + drop(attend(x) W))."""
+    if order == "post":
+        assert not isinstance(norm, Scale)
+        return output(attend(x), out, "linear", x, dropout_p, norm, eps)
+    return output(attend(normalized(x, norm, eps)), out, "linear", x, dropout_p)
+
+
+def feed_forward_half(
+    x: Tensor,
+    order: str,
+    norm: Part | Scale,
+    eps: float,
+    ffn: FeedForward | None,
+    unfused: Callable[[Tensor], Tensor],
+    dropout_p: float,
+) -> Tensor:
+    """The same of the feed-forward, which is `unfused`, dropout included, for a `ffn` of None."""
+    if order == "post":
+        assert not isinstance(norm, Scale)
+        if ffn is not None and isinstance(norm, Affine):
+            return feed_forward(x, ffn, "linear", x, "post", norm, eps, dropout_p)
+        y = unfused(x) if ffn is None else feed_forward(x, ffn, "linear", None, dropout_p=dropout_p)
+        return _close(y, x, 0.0, norm, eps)
+    if ffn is None:
+        return unfused(normalized(x, norm, eps)) + x
+    return feed_forward(x, ffn, "linear", x, "pre", norm, eps, dropout_p)
+
+
 def decoder_layer(x: Tensor, w: DecoderParts, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """A layer of OPT, GPT-NeoX or GPT-J: the calls of `attend`, and three more."""
-    if w.order == "post":
-        x = output(attend(x), w.attention_out, "linear", x, w.attention_p, w.attention_norm, w.attention_eps)
-        if w.ffn is not None and isinstance(w.ffn_norm, Affine):
-            return feed_forward(x, w.ffn, "linear", x, "post", w.ffn_norm, w.ffn_eps, w.ffn_p)
-        y = w.unfused(x) if w.ffn is None else feed_forward(x, w.ffn, "linear", None, dropout_p=w.ffn_p)
-        return _close(y, x, 0.0, w.ffn_norm, w.ffn_eps)
+    if w.order in ("pre", "post") and w.ffn_norm is not None:
+        x = attention_half(
+            *(x, w.order, w.attention_norm, w.attention_eps, w.attention_out, w.attention_p, attend)
+        )
+        return feed_forward_half(x, w.order, w.ffn_norm, w.ffn_eps, w.ffn, w.unfused, w.ffn_p)
     states = normalized(x, w.attention_norm, w.attention_eps)
     x = states if w.order == "normed" else x
     y = output(attend(states), w.attention_out, "linear", x, w.attention_p)
     if w.order == "normed":
         states = y = normalized(y, w.ffn_norm, w.ffn_eps)
         w = w._replace(ffn_norm=None)
-    elif w.order == "pre":
-        states = y
     elif w.ffn_norm is not None:
         states = x
     if w.ffn is None:

@@ -274,6 +274,19 @@ def dropout_p(dropout: Any) -> float:
     return float(dropout.p) if dropout.training else 0.0
 
 
+def probability(module: Any, name: str) -> float | None:
+    """With what probability a dropout of this (dotted) name, a module or a number, drops now; None if that
+    is not plain.
+    """
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step)
+    if isinstance(found, nn.Module):
+        return dropout_p(found) if plain_dropout(found) else None
+    p = float(found) if module.training else 0.0
+    return p if p < 1 else None
+
+
 def recomputes(module: Any) -> bool:
     """Whether `patch(model, recompute=True)` asked this module not to keep its hidden layer."""
     return RECOMPUTE in module.__dict__

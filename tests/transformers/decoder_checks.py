@@ -1,4 +1,6 @@
-"""What every patched decoder has to do as eager does; each check takes an unpatched model, and patches it."""
+"""What every patched decoder, with an encoder or without, does as eager does; each check takes an unpatched
+model, and patches it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,13 @@ from tiny_models import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
+    call,
     eager_of,
     float64_of,
-    gradients,
+    gradients_for,
+    inputs_of,
     left_padding,
+    real_of,
     right_padding,
     runs,
     token_ids,
@@ -59,13 +64,20 @@ def name_of_cache(model: Any) -> str:
 # results
 
 
-def check_padded_batch(model: Any, mask: torch.Tensor, **options: Any) -> None:
+def check_padded_batch(model: Any, padding: Any, **options: Any) -> None:
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    ids = token_ids()
+    inputs = inputs_of(model, padding)
     with torch.no_grad():
-        outputs = [m(ids, attention_mask=mask, **options).logits[mask.bool()] for m in (model, eager)]
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
+        outputs = [call(m, inputs, **options).logits[real_of(inputs)] for m in (model, eager)]
+        assert_as_near(*outputs, expected_logits(reference, inputs))
+
+
+def expected_logits(reference: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of real tokens, in float64."""
+    if "decoder_input_ids" in inputs:  # whose attention has no softmax in float32: masks do no harm
+        return call(reference, inputs).logits[real_of(inputs)]
+    return without_padding(reference, inputs["input_ids"], real_of(inputs))
 
 
 def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
@@ -74,16 +86,16 @@ def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: in
     bk.patch(model)
     for padding in padded:
         batch = 1 if kind == "prompt lookup" else 3
-        ids = token_ids(batch, length)
-        mask = left_padding(batch, length) if padding else torch.ones_like(ids)
+        if model.main_input_name == "input_ids":
+            ids = token_ids(batch, length)
+            mask = left_padding(batch, length) if padding else torch.ones_like(ids)
+            given = {"input_ids": ids, "attention_mask": mask}
+        else:
+            given = {model.main_input_name: inputs_of(model, batch=batch)[model.main_input_name]}
         made = []
         for network in (model, eager):
             torch.manual_seed(5)
-            made.append(
-                network.generate(
-                    ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]
-                )
-            )
+            made.append(network.generate(**given, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]))
         assert torch.equal(*made)
 
 
@@ -130,13 +142,15 @@ def check_autocast(model: Any) -> None:
     """Types are those of eager, and the result is as near to float64."""
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    ids = token_ids()
+    inputs = inputs_of(model)
     with torch.no_grad():
-        expected = reference(ids, output_hidden_states=True)
+        expected = call(reference, inputs, output_hidden_states=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
-    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
-    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
+            a, b = (call(m, inputs, output_hidden_states=True) for m in (model, eager))
+    for states in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        if a.get(states) is not None:
+            assert [t.dtype for t in a[states]] == [t.dtype for t in b[states]]
+            assert_as_near(a[states][-1], b[states][-1], expected[states][-1])
     assert_as_near(a.logits, b.logits, expected.logits)
 
 
@@ -148,17 +162,17 @@ def check_gradients(model: Any, training: bool = True, **options: Any) -> None:
     model.train(training)
     models = (model, eager_of(model).train(training), float64_of(model).train(training))
     bk.patch(model, **options)
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    inputs = inputs_of(model)
+    assert_gradients(*(gradients_for(m, inputs) for m in models))
 
 
 def check_gradients_under_autocast(model: Any) -> None:
     models = (model.train(), eager_of(model), float64_of(model).train())
     bk.patch(model)
-    ids = token_ids()
+    inputs = inputs_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, eager = (gradients(m, ids, None) for m in models[:2])
-    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+        ours, eager = (gradients_for(m, inputs) for m in models[:2])
+    assert_gradients(ours, eager, gradients_for(models[2], inputs), torch.bfloat16)
 
 
 def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
@@ -167,14 +181,14 @@ def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    inputs = inputs_of(model)
+    assert_gradients(*(gradients_for(m, inputs) for m in models))
 
 
 def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     """With adapters on the projections `targets`, put there after patching or before."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     if after:
         bk.patch(model)
     adapted = peft.get_peft_model(model, config).train()
@@ -182,9 +196,9 @@ def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     bk.unpatch(reference)
     report = bk.patch(adapted)
     assert any(note in row.reason for row in report.patched)
-    ids = token_ids()
+    inputs = inputs_of(model)
     models = (adapted, reference, copy.deepcopy(reference).double())
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    assert_gradients(*(gradients_for(m, inputs) for m in models))
 
 
 def check_fused_loss(model: Any, fused: bool = True) -> Any:
@@ -213,6 +227,36 @@ def check_fused_loss(model: Any, fused: bool = True) -> Any:
     return report
 
 
+def check_dropout(model: Any, layer_of: Callable[[Any], Any]) -> None:
+    """The same at the same seed, other at another; what a layer drops is what eager drops, in the mean."""
+    eager = eager_of(model.train())
+    bk.patch(model)
+    inputs, made, states = (
+        {k: v[:, :5] if v.dim() == 2 else v for k, v in inputs_of(model, batch=1).items()},
+        [],
+        [],
+    )
+    with torch.no_grad():
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            made.append(call(model, inputs, use_cache=False).logits)
+        assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        many = {name: t.expand(2000, *t.shape[1:]) for name, t in inputs.items()}
+        for network in (model, eager):
+            found: list[torch.Tensor] = []
+            handle = layer_of(network).register_forward_hook(
+                lambda m, args, out, found=found: found.append(
+                    torch.stack([args[0], out[0] if isinstance(out, tuple) else out])
+                )
+            )
+            call(network, many, use_cache=False)
+            handle.remove()
+            states.append(found[0][1] - found[0][0])
+    for moment in (torch.mean, torch.std):
+        ours, theirs = (moment(s, dim=0) for s in states)
+        assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # compiled
 
@@ -220,14 +264,12 @@ def check_fused_loss(model: Any, fused: bool = True) -> Any:
 def check_compiled(model: Any, padded: bool) -> None:
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    ids, mask = token_ids(), left_padding() if padded else None
-    where = torch.ones_like(ids) if mask is None else mask
+    inputs = inputs_of(model, left_padding if padded else None)
+    where = real_of(inputs)
     with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
-            ids, attention_mask=mask, use_cache=False
-        )
-        expected = eager(ids, attention_mask=mask).logits[where.bool()]
-        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+        out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, use_cache=False)
+        expected = call(eager, inputs).logits[where]
+        assert_as_near(out.logits[where], expected, expected_logits(reference, inputs))
 
 
 def check_compiled_decoding(model: Any) -> None:
@@ -257,14 +299,14 @@ def check_compiled_decoding(model: Any) -> None:
 def check_unpatching_pickle_deepcopy_and_saving(
     model: Any, tmp_path: Path, first_layer: Callable[[Any], Any]
 ) -> None:
-    mask, ids = left_padding(), token_ids()
+    inputs = inputs_of(model, left_padding)
     classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
+        before = model(**inputs).logits
         bk.patch(model)
-        out = model(ids, attention_mask=mask).logits
+        out = model(**inputs).logits
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(ids, attention_mask=mask).logits, out)
+            assert torch.equal(other(**inputs).logits, out)
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)
         assert type(first_layer(loaded)).__module__.startswith("transformers.")
@@ -275,7 +317,7 @@ def check_unpatching_pickle_deepcopy_and_saving(
     assert bk.unpatch(model) > 0
     assert [type(m) for m in model.modules()] == classes
     with torch.no_grad():
-        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+        assert torch.equal(model(**inputs).logits, before)
 
 
 def check_names_of_family(prefix: str, name: str) -> None:

@@ -146,6 +146,58 @@ def gpt_like(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
     return build(getattr(transformers, prefix + head), config)
 
 
+_BART: dict[str, Any] = {
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 72,
+    "decoder_ffn_dim": 72,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "decoder_start_token_id": 2,
+}
+_T5: dict[str, Any] = {
+    "d_model": 48,
+    "d_kv": 16,
+    "d_ff": 72,
+    "num_layers": 2,
+    "num_heads": 3,
+    "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8,  # few and near, so that sequences of tests meet them all
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+
+#: Encoder-decoders: the prefix of their classes, and the sizes by their names.
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "T5": _T5,
+    "MT5": {**_T5, "feed_forward_proj": "gated-gelu"},
+    "UMT5": {**_T5, "feed_forward_proj": "gated-gelu"},
+    "Bart": _BART,
+    "MBart": {**_BART, "scale_embedding": True},
+    "Marian": {**_BART, "decoder_vocab_size": VOCABULARY, "activation_function": "swish"},
+    "Pegasus": {**_BART, "activation_function": "relu"},
+    "M2M100": {**_BART, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    "Whisper": {
+        **_BART,
+        "num_mel_bins": 6,
+        "max_source_positions": 17,
+        "max_target_positions": 64,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    },
+}
+
+
+def seq2seq(prefix: str, head: str = "ForConditionalGeneration", **changes: Any) -> Any:
+    """One of `SEQ2SEQ`, with random weights."""
+    config = getattr(transformers, prefix + "Config")(**{**_TOKENS, **SEQ2SEQ[prefix], **changes})
+    head = "MTModel" if (prefix, head) == ("Marian", "ForConditionalGeneration") else head
+    return build(getattr(transformers, prefix + head), config)
+
+
 def bert_config(**changes: Any) -> BertConfig:
     return BertConfig(**{**SIZES, **changes})
 
@@ -195,6 +247,40 @@ def right_padding(batch: int = 3, length: int = 17) -> torch.Tensor:
 
 def left_padding(batch: int = 3, length: int = 17) -> torch.Tensor:
     return right_padding(batch, length).flip(1)
+
+
+def inputs_of(model: Any, padding: Any = None, batch: int = 3) -> dict[str, torch.Tensor]:
+    """Random inputs of a language model, with a mask by `right_padding` or `left_padding`; an encoder-decoder
+    gets a shorter sequence for its decoder, padded likewise.
+    """
+    inputs = {"input_ids": token_ids(batch)}
+    if model.main_input_name == "input_features":
+        encoder = model.model.encoder
+        inputs = {
+            "input_features": torch.randn(batch, encoder.num_mel_bins, 2 * encoder.max_source_positions)
+        }
+    elif padding is not None:
+        inputs["attention_mask"] = padding(batch)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_ids(batch, 9)
+        if padding is not None:
+            inputs["decoder_attention_mask"] = padding(batch, 9)
+    return inputs
+
+
+def real_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which of the positions that have logits are no padding."""
+    part = "decoder_" if "decoder_input_ids" in inputs else ""
+    mask = inputs.get(f"{part}attention_mask")
+    return torch.ones_like(inputs[f"{part}input_ids"]).bool() if mask is None else mask.bool()
+
+
+def call(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    """The output of a model for inputs in its own type."""
+    cast = {
+        k: v.to(model.dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+    return model(**cast, **options)
 
 
 def float64_of(model: Any) -> Any:
@@ -258,11 +344,8 @@ def runs(model: Any, **inputs: Any) -> list[dict[str, torch.Tensor]]:
     """Outputs of the patched model, of eager and of eager in float64; the model stays patched."""
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    doubled = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()
-    }
     with torch.no_grad():
-        return [tensors_of(m(**i)) for m, i in ((model, inputs), (eager, inputs), (reference, doubled))]
+        return [tensors_of(call(m, inputs)) for m in (model, eager, reference)]
 
 
 def assert_all_near(outputs: list[dict[str, torch.Tensor]], tokens: torch.Tensor | None = None) -> None:
@@ -273,10 +356,12 @@ def assert_all_near(outputs: list[dict[str, torch.Tensor]], tokens: torch.Tensor
 
 
 def gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return gradients_for(model, {"input_ids": ids, **({} if mask is None else {"attention_mask": mask})})
+
+
+def gradients_for(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    logits = model(ids, attention_mask=mask).logits
-    real = logits if mask is None else logits[mask.bool()]
-    real.double().square().mean().backward()
+    call(model, inputs).logits[real_of(inputs)].double().square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -1,0 +1,80 @@
+"""Words for the gaps of a text, by transformers' own pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive
+from bigmodel_kernels.tasks.classify import agree_on_best
+
+
+@dataclass
+class FillMask(Task):
+    """Words for every mask token in texts, such as "The cat [MASK] on the mat.", the likeliest first."""
+
+    top_k: Annotated[int, typer.Option(help="How many words for each mask.")] = 5
+
+    name = "fill-mask"
+    auto_class = "AutoModelForMaskedLM"
+    head = "a head for masked language modelling"
+
+    def check(self) -> None:
+        require_positive(self, "top_k")
+
+    def prepare(self, model: Any, tokenizer: Any, source: str) -> None:
+        super().prepare(model, tokenizer, source)
+        if tokenizer.mask_token is None:
+            raise ValueError(f"model={source!r}: its tokenizer has no mask token")
+        if self.top_k > len(tokenizer):
+            raise ValueError(f"top_k={self.top_k}; the model knows {len(tokenizer)} tokens")
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        limit, mask = self.longest(), self.tokenizer.mask_token_id
+        for text in texts:
+            ids = self.tokenizer(text, truncation=limit is not None, max_length=limit)["input_ids"]
+            if mask not in ids:
+                where = "" if limit is None else f" within its first {limit} tokens"
+                raise ValueError(
+                    f"text={text!r} has no mask{where}; the mask of this model is {self.tokenizer.mask_token!r}"
+                )
+
+    def runner(self, model: Any) -> Runner:
+        import transformers
+
+        pipe = transformers.pipeline("fill-mask", model=model, tokenizer=self.tokenizer, device=model.device)
+        limits = {"truncation": self.longest() is not None}
+
+        def run(texts: list[str]) -> list[Record]:
+            found = pipe(texts, batch_size=len(texts), top_k=self.top_k, tokenizer_kwargs=limits)
+            if len(texts) == 1:  # the pipeline takes a list of one text for that text
+                found = [found]
+            return [{"text": text, "masks": masks(row)} for text, row in zip(texts, found, strict=True)]
+
+        return run
+
+    def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
+        both = [
+            {(i, j): words for i, record in enumerate(records) for j, words in enumerate(record["masks"])}
+            for records in (expected, found)
+        ]
+        first = [[words[0]["token"] for words in each.values()] for each in both]
+        scores = [
+            {(place, word["token"]): word["score"] for place, words in each.items() for word in words}
+            for each in both
+        ]
+        return agree_on_best(first, scores, "words")
+
+    def lines(self, results: Sequence[Record]) -> Iterator[str]:
+        for record in results:
+            yield record["text"]
+            for words in record["masks"]:
+                yield "  " + "  ".join(f"{found['token_str'].strip()} {found['score']:.4f}" for found in words)
+
+
+def masks(row: list[Any]) -> list[list[Record]]:
+    """The words of each mask; the pipeline gives those of a single one alone."""
+    return row if isinstance(row[0], list) else [row]

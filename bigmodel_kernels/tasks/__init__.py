@@ -1,11 +1,12 @@
-"""Tasks of the field on patched models: `bigmodel-kernels classify`, `embed`, `qa` and others; and from Python
+"""Tasks of the field on patched models: `bigmodel-kernels classify`, `embed`, `qa` ...; and from Python
 
     from bigmodel_kernels.tasks import Classify, run
     outcome = run(Classify(top_k=2), ["A lovely film."], model="FOLDER_OR_NAME")
     print(outcome.results[0]["labels"])
 
-A task is a file here: its options are the fields of a dataclass. `base` is what they share, `generation` what
-those share that write text, `models` loads, `compare` runs eager beside patched, `command` is the shell's side.
+A task is a file here: its options are the fields of a dataclass. `base` is what they share, `generation`
+what those share that write text, `models` loads, `compare` runs eager beside patched, `command` is the
+shell's side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every task has, and `run`: load, patch, batches in order of length, results in the order of the texts."""
+"""What every task has, and `run`: load, patch, batches by length, results in the order of the texts."""
 
 from __future__ import annotations
 

@@ -40,7 +40,11 @@ class Classify(Task):
     def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
         first = [[record["labels"][0]["label"] for record in records] for records in (expected, found)]
         scores = [
-            {(i, label["label"]): label["score"] for i, record in enumerate(records) for label in record["labels"]}
+            {
+                (i, label["label"]): label["score"]
+                for i, record in enumerate(records)
+                for label in record["labels"]
+            }
             for records in (expected, found)
         ]
         return agree_on_best(first, scores, "labels")
@@ -54,7 +58,9 @@ class Classify(Task):
 def agree_on_best(best: list[list[Any]], scores: list[dict[Any, float]], what: str) -> dict[str, Any]:
     """Agreement of the best answers, and of the scores of all answers that both have."""
     number, total = same(*best), len(best[0])
-    apart = max((abs(scores[0][key] - scores[1][key]) for key in scores[0].keys() & scores[1].keys()), default=0.0)
+    apart = max(
+        (abs(scores[0][key] - scores[1][key]) for key in scores[0].keys() & scores[1].keys()), default=0.0
+    )
     return {
         "same": number,
         "of": total,

@@ -18,7 +18,7 @@ EAGER, PATCHED = "eager", "patched"
 
 
 def twins(model: Any) -> dict[str, Any]:
-    """The model as eager, and as what transformers takes by itself where that is another, with its weights."""
+    """The model as eager, and as what transformers takes by itself if that is another, with its weights."""
     own = model.config._attn_implementation
     found = {}
     for name in dict.fromkeys((EAGER, own)):
@@ -30,7 +30,7 @@ def twins(model: Any) -> dict[str, Any]:
 def compare(
     task: Task, models: dict[str, Any], batches: list[list[str]], device: str, budget_s: float, say: Say
 ) -> tuple[dict[str, Any], list[Record]]:
-    """Median times, peak memory, and how far results agree with eager's; and the results of the patched model.
+    """Median times, peak memory, how far results agree with eager's; and the results of the patched model.
 
     Memory is what one run of the first batch, the one with the longest texts, takes at its peak beyond what
     was held before.

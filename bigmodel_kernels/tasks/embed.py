@@ -39,7 +39,9 @@ def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     if how == "cls":
         return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(1)]
     if how == "lasttoken":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+        return hidden[
+            torch.arange(len(hidden), device=hidden.device), mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        ]
     if how == "max":
         return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
     weights = mask[..., None].to(hidden.dtype)
@@ -89,7 +91,11 @@ def recipe(source: str) -> Recipe:
         )
     settings = read("sentence_bert_config.json") or {}
     pooling = read(f"{kinds['Pooling']}/config.json") if "Pooling" in kinds else {}
-    how = pooling.get("pooling_mode") or [name for old, name in _OLD_NAMES.items() if pooling.get(old)] or "mean"
+    how = (
+        pooling.get("pooling_mode")
+        or [name for old, name in _OLD_NAMES.items() if pooling.get(old)]
+        or "mean"
+    )
     names = [how] if isinstance(how, str) else list(how)
     if len(names) != 1 or names[0] not in POOLINGS:
         raise ValueError(
@@ -113,7 +119,9 @@ class Embed(Task):
     ] = None
     normalise: Annotated[
         bool | None,
-        typer.Option("--normalise/--no-normalise", help="To length 1; default: as saved with the model, or yes."),
+        typer.Option(
+            "--normalise/--no-normalise", help="To length 1; default: as saved with the model, or yes."
+        ),
     ] = None
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="All embeddings as a float32 matrix of NumPy.")
@@ -136,7 +144,9 @@ class Embed(Task):
 
     def check_config(self, config: Any) -> None:
         if config.is_encoder_decoder:
-            raise ValueError(f"a {config.model_type} model has an encoder and a decoder; embed needs {self.head}")
+            raise ValueError(
+                f"a {config.model_type} model has an encoder and a decoder; embed needs {self.head}"
+            )
 
     def prepare(self, model: Any, tokenizer: Any, source: str) -> None:
         super().prepare(model, tokenizer, source)
@@ -157,7 +167,8 @@ class Embed(Task):
             if normalise:
                 vectors = torch.nn.functional.normalize(vectors, dim=-1)
             return [
-                {"text": text, "embedding": vector} for text, vector in zip(texts, vectors.tolist(), strict=True)
+                {"text": text, "embedding": vector}
+                for text, vector in zip(texts, vectors.tolist(), strict=True)
             ]
 
         return run
@@ -172,8 +183,8 @@ class Embed(Task):
             "of": total,
             "lowest_cosine": lowest,
             "largest_difference": apart,
-            "text": f"{number} of {total} embeddings have a cosine above {SAME_COSINE} (lowest {lowest:.7f}), "
-            f"numbers differ by {apart:.1e} at most",
+            "text": f"{number} of {total} embeddings have a cosine above {SAME_COSINE}, the lowest is "
+            f"{lowest:.7f}, numbers differ by {apart:.1e} at most",
         }
 
     def lines(self, results: Sequence[Record]) -> Iterator[str]:

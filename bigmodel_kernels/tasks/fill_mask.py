@@ -39,7 +39,7 @@ class FillMask(Task):
             if mask not in ids:
                 where = "" if limit is None else f" within its first {limit} tokens"
                 raise ValueError(
-                    f"text={text!r} has no mask{where}; the mask of this model is {self.tokenizer.mask_token!r}"
+                    f"text={text!r} has no mask{where}; the model's is {self.tokenizer.mask_token!r}"
                 )
 
     def runner(self, model: Any) -> Runner:
@@ -49,7 +49,7 @@ class FillMask(Task):
         limits = {"truncation": self.longest() is not None}
 
         def run(texts: list[str]) -> list[Record]:
-            found = pipe(texts, batch_size=len(texts), top_k=self.top_k, tokenizer_kwargs=limits)
+            found: list[Any] = pipe(texts, batch_size=len(texts), top_k=self.top_k, tokenizer_kwargs=limits)
             if len(texts) == 1:  # the pipeline takes a list of one text for that text
                 found = [found]
             return [{"text": text, "masks": masks(row)} for text, row in zip(texts, found, strict=True)]
@@ -72,7 +72,9 @@ class FillMask(Task):
         for record in results:
             yield record["text"]
             for words in record["masks"]:
-                yield "  " + "  ".join(f"{found['token_str'].strip()} {found['score']:.4f}" for found in words)
+                yield "  " + "  ".join(
+                    f"{found['token_str'].strip()} {found['score']:.4f}" for found in words
+                )
 
 
 def masks(row: list[Any]) -> list[list[Record]]:

@@ -34,7 +34,9 @@ def gather(arguments: Sequence[str], file: Path | None, *, whole: bool, called: 
     if file is not None and str(file) != "-":
         content, where = read(file, "file"), f"file={str(file)!r}"
     elif file is None and sys.stdin.isatty():
-        raise ValueError(f"there is no {called}: give it as an argument, by --file FILE, or on the standard input")
+        raise ValueError(
+            f"there is no {called}: give it as an argument, by --file FILE, or on the standard input"
+        )
     else:
         content, where = sys.stdin.read(), "the standard input"
     texts = [content] if whole else content.splitlines()

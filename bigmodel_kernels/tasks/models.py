@@ -34,8 +34,8 @@ def load(task: Task, source: str, device: str, dtype: str) -> tuple[Any, Any]:
         raise ValueError(f"model={source!r} cannot be loaded: {error}") from error
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
-            f"model={source!r} is a {config.model_type} model, for which transformers has no {task.auto_class}; "
-            f"{task.name} needs {task.head}"
+            f"model={source!r} is a {config.model_type} model, for which transformers has no "
+            f"{task.auto_class}; {task.name} needs {task.head}"
         )
     try:
         task.check_config(config)

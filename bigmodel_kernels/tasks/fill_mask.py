@@ -37,7 +37,7 @@ class FillMask(Task):
         for text in texts:
             ids = self.tokenizer(text, truncation=limit is not None, max_length=limit)["input_ids"]
             if mask not in ids:
-                where = "" if limit is None else f" within its first {limit} tokens"
+                where = f" within its first {limit} tokens" if len(ids) == limit else ""
                 raise ValueError(
                     f"text={text!r} has no mask{where}; the model's is {self.tokenizer.mask_token!r}"
                 )

@@ -112,7 +112,8 @@ class Generation(Task):
             out = model.generate(input_ids=ids, attention_mask=mask, **chosen, **stream)
             found = []
             for text, row in zip(texts, self.generated(out, ids.shape[1]).tolist(), strict=True):
-                tokens = without_end(row, ends, self.tokenizer.pad_token_id)
+                # A text that a stop has ended is filled up with padding while others go on.
+                tokens = without_end(row, ends, self.tokenizer.pad_token_id if stops else None)
                 words = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 found.append({"text": text, "generated": up_to(words, stops), "tokens": tokens})
             if self.write is not None:
@@ -202,9 +203,9 @@ def task_settings(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def without_end(tokens: list[int], ends: set[int | None], pad: int | None) -> list[int]:
-    """The tokens before the first end of a text, and without padding."""
+    """The tokens before the first end of a text, without the padding `pad` behind them."""
     stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    while stop and tokens[stop - 1] == pad:
+    while pad is not None and stop and tokens[stop - 1] == pad:
         stop -= 1
     return tokens[:stop]
 

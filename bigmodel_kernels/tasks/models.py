@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,8 @@ def load(task: Task, source: str, device: str, dtype: str) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model={source!r} cannot be loaded: {error}") from error
+        where = "" if Path(source).is_dir() else "there is no such folder, and by that name "
+        raise ValueError(f"model={source!r} cannot be loaded: {where}{error}") from error
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"model={source!r} is a {config.model_type} model, for which transformers has no "

@@ -71,10 +71,10 @@ class Translate(SequenceToSequence):
 def target_code(tokenizer: Any, source_language: str | None, target_language: str | None, model: str) -> int:
     """The token that the decoder begins with. Raises ValueError for a language that is not known."""
     m2m100 = getattr(tokenizer, "lang_code_to_token", None)
-    codes = set(m2m100 or getattr(tokenizer, "lang_code_to_id", None) or tokenizer.all_special_tokens)
+    named = m2m100 or getattr(tokenizer, "lang_code_to_id", None) or tokenizer.all_special_tokens
+    codes = {code for code in named if not code.startswith("<")}  # NLLB's are among its special tokens
     for option, code in (("--from", source_language), ("--to", target_language)):
         if code not in codes:
             what = "is needed" if code is None else f"{code} is not known"
-            some = sorted(code for code in codes if not code.startswith("<"))
-            raise ValueError(f"model={model!r}: {option} {what}; allowed are {', '.join(some)}")
+            raise ValueError(f"model={model!r}: {option} {what}; allowed are {', '.join(sorted(codes))}")
     return int(tokenizer.convert_tokens_to_ids(m2m100[target_language] if m2m100 else target_language))

@@ -176,8 +176,10 @@ def run(
     twins = comparing.twins(loaded) if compare else {}
     report = bk.patch(loaded)
 
-    # The longest first: batches of like lengths need little padding, and the largest is met at once.
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    order = list(range(len(texts)))
+    if size > 1:
+        # The longest first: batches of like lengths need little padding, and the largest is met at once.
+        order.sort(key=lambda i: -len(texts[i]))
     batches = [[texts[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
     start(len(batches))
     comparison = None

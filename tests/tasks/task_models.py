@@ -28,6 +28,7 @@ TEXTS = [
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "classifier": ("BertForSequenceClassification", "small-bert", {"num_labels": 3}),
     "reader": ("BertForQuestionAnswering", "small-bert", {}),
+    "tagger": ("BertForTokenClassification", "small-bert", {"num_labels": 3}),
     "masked": ("BertForMaskedLM", "small-bert", {}),
     "encoder": ("BertModel", "small-bert", {}),
     "distil": ("DistilBertForSequenceClassification", "small-bert", {"num_labels": 2}),
@@ -66,4 +67,7 @@ def build(kind: str, folder: Path) -> None:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    if words == "small-bert":  # as BERT's own tokenizer
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.save_pretrained(folder)

@@ -107,6 +107,7 @@ def progress(console: Console, total: int | None, title: str) -> Iterator[Callab
         *([] if total is None else [MofNCompleteColumn()]),
         TimeElapsedColumn(),
         console=console,
+        disable=not console.is_terminal,
         transient=True,
     )
     with bar:

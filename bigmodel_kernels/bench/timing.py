@@ -207,8 +207,8 @@ def race(
         results = {name: [] for name in contenders}
         for i, batch in enumerate(batches):
             say(f"round {number + 1}, batch {i + 1} of {len(batches)}")
-            turn = turn[1:] + turn[:1]
-            for name in turn:
+            shift = (number + i) % len(turn)
+            for name in turn[shift:] + turn[:shift]:
                 seconds, result = once(functools.partial(contenders[name], batch), device)
                 totals[name] += seconds
                 results[name].append(result)

@@ -16,6 +16,8 @@ import bigmodel_kernels as bk
 
 #: The result for one text, in the types of JSON.
 Record = dict[str, Any]
+#: (answer, score), the best first.
+Ranking = list[tuple[Any, float]]
 Runner = Callable[[list[str]], list[Record]]
 Say = Callable[[str], None]
 
@@ -103,6 +105,33 @@ def same(expected: Sequence[Any], found: Sequence[Any]) -> int:
     return sum(a == b for a, b in zip(expected, found, strict=True))
 
 
+class Ranked(Task):
+    """A task with answers that have scores, the best first."""
+
+    #: What the answers are called.
+    answers_are: ClassVar[str]
+
+    @abstractmethod
+    def ranked(self, results: Sequence[Record]) -> list[Ranking]:
+        """Answers and scores for each question that the texts ask."""
+
+    def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
+        """Of the best answers; and of the scores, where both have an answer."""
+        pairs = list(zip(self.ranked(expected), self.ranked(found), strict=True))
+        number = sum([answer for answer, _ in a[:1]] == [answer for answer, _ in b[:1]] for a, b in pairs)
+        apart = max(
+            (abs(score - dict(b)[answer]) for a, b in pairs for answer, score in a if answer in dict(b)),
+            default=0.0,
+        )
+        return {
+            "same": number,
+            "of": len(pairs),
+            "largest_difference_of_a_score": apart,
+            "text": f"{number} of {len(pairs)} {self.answers_are} are the same, "
+            f"scores differ by {apart:.1e} at most",
+        }
+
+
 @dataclass
 class Outcome:
     """Results in the order of the texts, and how they came about. `comparison` is that of `compare`."""
@@ -136,15 +165,13 @@ def run(
     batch_size: int | None = None,
     compare: bool = False,
     budget_s: float = 10.0,
-    start: Callable[[int], None] = lambda batches: None,
     say: Say = lambda text: None,
 ) -> Outcome:
     """Runs a task on texts with a patched model.
 
     model: a name or folder for transformers. dtype: auto (that of the checkpoint), float32, bfloat16 or
     float16. With `compare` the same texts also go through the model as transformers has it, for about
-    `budget_s` seconds, three times at least. `start` is told the number of batches, and `say` after each of
-    them what comes next.
+    `budget_s` seconds, three times at least. `say` is told of every batch.
 
     Raises ValueError for an option, model or text that cannot be, and MissingPackage without transformers.
     """
@@ -181,7 +208,6 @@ def run(
         # The longest first: batches of like lengths need little padding, and the largest is met at once.
         order.sort(key=lambda i: -len(texts[i]))
     batches = [[texts[i] for i in order[k : k + size]] for k in range(0, len(order), size)]
-    start(len(batches))
     comparison = None
     with torch.inference_mode():
         begin = time.perf_counter()

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive, same
+from bigmodel_kernels.tasks.base import Ranked, Ranking, Record, Runner, require_positive
 
 
 @dataclass
-class Classify(Task):
+class Classify(Ranked):
     """Labels of texts with their probabilities, the likeliest first."""
 
     top_k: Annotated[int, typer.Option(help="How many labels of each text.")] = 1
@@ -20,6 +20,7 @@ class Classify(Task):
     name = "classify"
     auto_class = "AutoModelForSequenceClassification"
     head = "a head for sequence classification"
+    answers_are = "labels"
 
     def check(self) -> None:
         require_positive(self, "top_k")
@@ -37,33 +38,10 @@ class Classify(Task):
 
         return run
 
-    def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
-        first = [[record["labels"][0]["label"] for record in records] for records in (expected, found)]
-        scores = [
-            {
-                (i, label["label"]): label["score"]
-                for i, record in enumerate(records)
-                for label in record["labels"]
-            }
-            for records in (expected, found)
-        ]
-        return agree_on_best(first, scores, "labels")
+    def ranked(self, results: Sequence[Record]) -> list[Ranking]:
+        return [[(label["label"], label["score"]) for label in record["labels"]] for record in results]
 
     def lines(self, results: Sequence[Record]) -> Iterator[str]:
         for record in results:
             labels = "  ".join(f"{found['label']} {found['score']:.4f}" for found in record["labels"])
             yield f"{labels}  {record['text']}"
-
-
-def agree_on_best(best: list[list[Any]], scores: list[dict[Any, float]], what: str) -> dict[str, Any]:
-    """Agreement of the best answers, and of the scores of all answers that both have."""
-    number, total = same(*best), len(best[0])
-    apart = max(
-        (abs(scores[0][key] - scores[1][key]) for key in scores[0].keys() & scores[1].keys()), default=0.0
-    )
-    return {
-        "same": number,
-        "of": total,
-        "largest_difference_of_a_score": apart,
-        "text": f"{number} of {total} {what} are the same, scores differ by {apart:.1e} at most",
-    }

@@ -3,6 +3,7 @@ and `summarise`. The options of a task are the fields of its dataclass; the othe
 """
 
 import inspect
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from bigmodel_kernels.console import (
@@ -24,6 +24,7 @@ from bigmodel_kernels.console import (
     console_for,
     emit,
     errors_of_usage,
+    progress,
     with_options,
 )
 from bigmodel_kernels.tasks import TASKS
@@ -107,25 +108,9 @@ def execute(task: Task, texts: list[str], json_to: str | None, **how: Any) -> Ou
     if isinstance(task, Causal) and task.beams is None and not asked_for_all:
         task.write = write
         return run(task, texts, **{**how, "batch_size": 1})
-    notes = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=notes,
-        disable=not notes.is_terminal,
-        transient=True,
-    )
-    with bar:
-        row = bar.add_task("loading", total=None)
-        return run(
-            task,
-            texts,
-            start=lambda batches: bar.update(row, description="running", total=batches),
-            say=lambda text: bar.update(row, description=text, advance=1),
-            **how,
-        )
+    batches = math.ceil(len(texts) / (how["batch_size"] or task.batch_size))
+    with progress(Console(stderr=True), None if how["compare"] else batches, "loading") as step:
+        return run(task, texts, say=step, **how)
 
 
 def write(text: str) -> None:

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive
-from bigmodel_kernels.tasks.classify import agree_on_best
+from bigmodel_kernels.tasks.base import Ranked, Ranking, Record, Runner, require_positive
 
 
 @dataclass
-class FillMask(Task):
+class FillMask(Ranked):
     """Words for every mask token in texts, such as "The cat [MASK] on the mat.", the likeliest first."""
 
     top_k: Annotated[int, typer.Option(help="How many words for each mask.")] = 5
@@ -21,6 +20,7 @@ class FillMask(Task):
     name = "fill-mask"
     auto_class = "AutoModelForMaskedLM"
     head = "a head for masked language modelling"
+    answers_are = "words"
 
     def check(self) -> None:
         require_positive(self, "top_k")
@@ -56,17 +56,12 @@ class FillMask(Task):
 
         return run
 
-    def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
-        both = [
-            {(i, j): words for i, record in enumerate(records) for j, words in enumerate(record["masks"])}
-            for records in (expected, found)
+    def ranked(self, results: Sequence[Record]) -> list[Ranking]:
+        return [
+            [(word["token"], word["score"]) for word in words]
+            for record in results
+            for words in record["masks"]
         ]
-        first = [[words[0]["token"] for words in each.values()] for each in both]
-        scores = [
-            {(place, word["token"]): word["score"] for place, words in each.items() for word in words}
-            for each in both
-        ]
-        return agree_on_best(first, scores, "words")
 
     def lines(self, results: Sequence[Record]) -> Iterator[str]:
         for record in results:

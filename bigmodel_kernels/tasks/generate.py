@@ -31,6 +31,7 @@ class Generate(Causal):
 
     def prepare(self, model: Any, tokenizer: Any, source: str) -> None:
         super().prepare(model, tokenizer, source)
+        self.adds_special_tokens = not self.chat  # a chat template has them
         if self.chat and tokenizer.chat_template is None:
             raise ValueError(f"model={source!r}: its tokenizer has no chat template; --chat needs one")
 

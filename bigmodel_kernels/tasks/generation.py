@@ -7,7 +7,7 @@ texts and not the tokens, which are what `--compare` counts; so both kinds of mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -37,8 +37,10 @@ class Generation(Task):
 
     batch_size = 8
     unit = "tokens"
+    #: False where the prompts already have them.
+    adds_special_tokens = True
     #: Where tokens go as they come; then texts come one at a time.
-    write: Callable[[str], object] | None = None
+    write: Callable[[str], object] | None = field(default=None, init=False, repr=False)
 
     def check(self) -> None:
         require_positive(self, "max_new_tokens", "beams", "temperature", "top_p")
@@ -99,17 +101,19 @@ class Generation(Task):
                 padding=len(texts) > 1,
                 truncation=limit is not None,
                 max_length=limit,
+                add_special_tokens=self.adds_special_tokens,
                 return_tensors="pt",
             ).to(model.device)
             # Other inputs, such as token types, would stand for the prompt alone.
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            if self.sample:
-                torch.manual_seed(self.seed)
             stream = {}
             if self.write is not None:
                 self.write(self.shown_before(texts[0]))
                 stream["streamer"] = streamer(self.tokenizer, self.write, stops)
-            out = model.generate(input_ids=ids, attention_mask=mask, **chosen, **stream)
+            with torch.random.fork_rng(enabled=self.sample):
+                if self.sample:
+                    torch.manual_seed(self.seed)
+                out = model.generate(input_ids=ids, attention_mask=mask, **chosen, **stream)
             found = []
             for text, row in zip(texts, self.generated(out, ids.shape[1]).tolist(), strict=True):
                 # A text that a stop has ended is filled up with padding while others go on.

@@ -13,8 +13,7 @@ import numpy
 import torch
 import typer
 
-from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive
-from bigmodel_kernels.tasks.classify import agree_on_best
+from bigmodel_kernels.tasks.base import Ranked, Ranking, Record, Runner, require_positive
 from bigmodel_kernels.tasks.inputs import read
 
 #: The window and the overlap of two windows that SQuAD's models are trained with.
@@ -24,7 +23,7 @@ TOGETHER = 16
 
 
 @dataclass
-class QuestionAnswering(Task):
+class QuestionAnswering(Ranked):
     """Answers that stand in a document, which may be longer than the model: windows over it overlap."""
 
     context: Annotated[str | None, typer.Option(help="The document itself.")] = None
@@ -45,6 +44,7 @@ class QuestionAnswering(Task):
     name = "qa"
     auto_class = "AutoModelForQuestionAnswering"
     head = "a head for question answering"
+    answers_are = "answers"
     argument = "QUESTION"
 
     def check(self) -> None:
@@ -153,21 +153,11 @@ class QuestionAnswering(Task):
             found.append({"answer": "", "score": float(nothing), "start": 0, "end": 0})
         return sorted(found, key=lambda answer: -answer["score"])[: self.top_k]
 
-    def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
-        places = [
-            [[(answer["start"], answer["end"]) for answer in record["answers"]] for record in records]
-            for records in (expected, found)
+    def ranked(self, results: Sequence[Record]) -> list[Ranking]:
+        return [
+            [((answer["start"], answer["end"]), answer["score"]) for answer in record["answers"]]
+            for record in results
         ]
-        best = [[each[:1] for each in one] for one in places]
-        scores = [
-            {
-                (i, answer["start"], answer["end"]): answer["score"]
-                for i, record in enumerate(records)
-                for answer in record["answers"]
-            }
-            for records in (expected, found)
-        ]
-        return agree_on_best(best, scores, "answers")
 
     def lines(self, results: Sequence[Record]) -> Iterator[str]:
         for record in results:

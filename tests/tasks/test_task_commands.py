@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import cli
-from bigmodel_kernels.tasks import TASKS
+from bigmodel_kernels.tasks import TASKS, Classify
 from bigmodel_kernels.tasks.inputs import gather
 
 LINES = [" ".join(text.split()) for text in TEXTS]
@@ -48,7 +48,8 @@ def test_help_names_every_task_and_its_options() -> None:
     text = run("--help").output
     for kind in TASKS:
         assert kind.name in text
-        assert "--compare" in run(kind.name, "--help").output
+        shown = run(kind.name, "--help").output
+        assert "--compare" in shown and "--write" not in shown
     assert "--stride" in run("qa", "--help").output and "--stop" in run("complete", "--help").output
 
 
@@ -228,6 +229,16 @@ def test_compare_runs_all_in_turn_and_they_agree(
     text = plain(run(*words).stdout)
     assert "speed-up" in text and "peak memory" in text
     assert f"patched and eager: {agreement['text'].split(',')[0]}" in text
+
+
+def test_agreement_is_of_the_best_answers_and_of_scores_that_both_have() -> None:
+    def rows(*labels: tuple[str, float]) -> list[dict[str, Any]]:
+        return [{"labels": [{"label": label, "score": score} for label, score in labels]}]
+
+    both = Classify().agreement(rows(("a", 0.6), ("b", 0.3)), rows(("b", 0.45), ("c", 0.4)))
+    assert (both["same"], both["of"]) == (0, 1)
+    assert both["largest_difference_of_a_score"] == pytest.approx(0.15)
+    assert Classify().agreement(rows(("a", 0.6)), rows(("a", 0.6)))["same"] == 1
 
 
 def test_compare_finds_a_patched_model_that_is_wrong(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

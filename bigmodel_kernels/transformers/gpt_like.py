@@ -1,4 +1,5 @@
-"""Decoders with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM.
+"""Layers with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM, and
+encoders with norms before their halves (ViT, CLIP, ...), which have no cache.
 
 A family says in a `Kin` which its classes are and what their parts are called, and puts the forms below in
 front of them:
@@ -53,13 +54,14 @@ class Kin:
     attention: type[nn.Module]
     layer: type[nn.Module]
     mlp: type[nn.Module] | None  # None: its projections are the layer's own
-    model: type[nn.Module]
-    causal_lm: type[nn.Module]
+    model: type[nn.Module] | tuple[type[nn.Module], ...]  # what makes the masks
+    causal_lm: type[nn.Module] | None
     # Names in the layer; dotted for what is deeper.
     attention_at: str
     mlp_at: str
     norms: tuple[str, str | None]  # None: one norm for both halves
-    dropouts: tuple[str, str]  # modules or numbers: of attention's output, of the feed-forward's
+    #: Modules or numbers, of attention's output and of the feed-forward's; "" for none.
+    dropouts: tuple[str, str] = ("", "")
     # Names in the attention.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     split: Callable[[Tensor, int], tuple[Tensor, ...]] = head_by_head  # of one weight for all three
@@ -74,6 +76,8 @@ class Kin:
     #: "half", "interleaved", or none. GPT-J has its sines first.
     rotary: str = ""
     sine_first: bool = False
+    #: What layer and attention may be given by position, after the states.
+    positional: tuple[str, ...] = ()
     #: Whether a layer gives the probabilities too.
     gives_weights: bool = False
     #: "pre", "post" or "parallel", of a layer.
@@ -87,7 +91,8 @@ class Kin:
     #: Whether attention and feed-forward get the residual after the states, and add it; attention then gets
     #: `alibi` too.
     adds_residual: bool = False
-    #: Classes between layer and attention.
+    #: Classes between model and layer, and between layer and attention.
+    above: tuple[type[nn.Module], ...] = ()
     around: tuple[type[nn.Module], ...] = ()
     #: Reasons of the family's own to leave an attention or a feed-forward alone.
     refuse: Callable[[Any], str | None] = lambda attention: None
@@ -96,6 +101,10 @@ class Kin:
     last_norms: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
     forms: dict[type, type] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[type[nn.Module], ...]:
+        return self.model if isinstance(self.model, tuple) else (self.model,)
 
     def inner(self, name: str) -> tuple[str, str]:
         """The half of the layer that has this dropout, or none, and its name there."""
@@ -244,6 +253,8 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
+    known = attention.kin.positional
+    kwargs, args = {**dict(zip(known, args, strict=False)), **kwargs}, args[len(known) :]
     mask, cache, angles = kwargs.get("attention_mask"), _cache_of(kwargs), None
     dropout_p = _probability(attention, attention.kin.attention_dropout)
     if (
@@ -307,6 +318,8 @@ def _attention_of(layer: Any) -> Any:
 
 def _probability(module: Any, name: str) -> float | None:
     """With what probability a dropout of this (dotted) name drops now; None if that is not plain."""
+    if not name:
+        return 0.0
     found: Any = module
     for step in name.split("."):
         found = getattr(found, step)
@@ -394,7 +407,7 @@ def _check_layer(kin: Kin, module: Any) -> str | None:
     own = [
         name
         for name in kin.dropouts
-        if not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
+        if name and not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
     ]
     why = checks.reason_for_parts(module, dict.fromkeys(own, nn.Dropout))
     why = why or (_check_mlp(kin, module) if kin.mlp is None else None)
@@ -415,9 +428,10 @@ def _check_norm(module: Any) -> str | None:
 # what a family says
 
 
-def family(name: str, kin: Kin) -> Family:
-    """The family of these kin."""
+def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
+    """The family of these kin; `left` is why other parts of it stay as they are, by class."""
     forms, rules = kin.forms, []
+    heads = () if kin.causal_lm is None else (kin.causal_lm,)
     ops: tuple[str, ...] = ("layer_norm",)
     if kin.mlp is not None:
         rules.append(
@@ -453,19 +467,22 @@ def family(name: str, kin: Kin) -> Family:
         ),
         children=(
             *(
-                ChildRule(kin.model, norm, nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",), _check_norm)
+                ChildRule(model, norm, nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",), _check_norm)
+                for model in kin.models
                 for norm in kin.last_norms
             ),
             *(
-                ChildRule(kin.model, projection, nn.Linear, BigmodelLinear, ("linear",))
+                ChildRule(model, projection, nn.Linear, BigmodelLinear, ("linear",))
+                for model in kin.models
                 for projection in kin.projections
             ),
-            ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
+            *(ChildRule(lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)) for lm in heads),
         ),
-        losses=(fused_loss.rule(kin.causal_lm, forms[kin.causal_lm]),),
-        models=(kin.model,),
-        mask_path=(kin.layer, *kin.around, kin.attention),
+        losses=tuple(fused_loss.rule(lm, forms[lm]) for lm in heads),
+        models=kin.models,
+        mask_path=(*kin.above, kin.layer, *kin.around, kin.attention),
         reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
+        left=left or {},
     )
 
 

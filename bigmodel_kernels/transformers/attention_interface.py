@@ -281,6 +281,11 @@ def additive(mask: Tensor | None, states: Tensor, keys: int) -> Tensor:
         visible = torch.ones(1, 1, query.shape[2], seen.keys, dtype=torch.bool, device=states.device)
     visible = torch.nn.functional.pad(visible, (0, keys - seen.keys))
     visible = visible if visible.dim() == 4 else visible[None, None]
+    return additive_of(visible, states)
+
+
+def additive_of(visible: Tensor, states: Tensor) -> Tensor:
+    """A boolean mask as transformers' eager code adds it to logits."""
     hidden = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
     return hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)
 

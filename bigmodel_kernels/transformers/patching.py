@@ -310,7 +310,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     """Lets a model keep masks two-dimensional, if everybody on the mask's way knows what to do with one."""
     config = root.__dict__.get("config")
     cls = next(cls for cls in family.models if isinstance(root, cls))
-    if config is None or config_view.is_view(config) or "forward" in root.__dict__:
+    if not family.mask_path or config is None or config_view.is_view(config) or "forward" in root.__dict__:
         return
     if type(root).forward is not cls.forward or getattr(
         type(root), "_create_attention_masks", None

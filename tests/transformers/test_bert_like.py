@@ -1,4 +1,4 @@
-"""RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT: what differs from BERT; the forms fit each."""
+"""Models with the layers of BERT under other names, or in other places: what differs; the forms fit each."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Camembert": ("camembert", {"type_vocab_size": 1}),
     "Electra": ("electra", {"embedding_size": 32}),
     "DistilBert": ("distilbert", {}),
+    # Four layers with the weights of two.
+    "Albert": (
+        "albert",
+        {"embedding_size": 32, "num_hidden_layers": 4, "num_hidden_groups": 2, "type_vocab_size": 2},
+    ),
+    "MPNet": ("mpnet", {"attn_implementation": "eager"}),  # it has no other
 }
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert"]
 #: What DistilBERT calls the options of the others.
@@ -49,7 +55,15 @@ RENAMED = {
     "attention_probs_dropout_prob": "attention_dropout",
 }
 PATCHED = ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput")))
-DISTILBERT = ("Embeddings", "Transformer", *(2 * ("TransformerBlock", "DistilBertSelfAttention")))
+#: Names of patched classes of models whose modules are not those of `PATCHED`.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "DistilBert": ("Embeddings", "Transformer", *(2 * ("TransformerBlock", "DistilBertSelfAttention"))),
+    "Albert": (
+        *("AlbertEmbeddings", "AlbertTransformer", "AlbertMLMHead"),
+        *(2 * ("AlbertLayer", "AlbertAttention")),
+    ),
+    "MPNet": ("MPNetEmbeddings", "MPNetEncoder", "MPNetLMHead", *(2 * ("MPNetLayer", "MPNetSelfAttention"))),
+}
 HEADS: dict[str, dict[str, tuple[int, ...]]] = {
     "Model": {},
     "ForMaskedLM": {"labels": (3, 17)},
@@ -118,13 +132,15 @@ def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> No
     }
     assert left == heads.get(prefix, set())
     patched = [row.module for row in report.rows if row.status == "patched"]
-    for name in DISTILBERT if prefix == "DistilBert" else [prefix + name for name in PATCHED]:
+    for name in OTHERS.get(prefix, [prefix + name for name in PATCHED]):
         assert name in patched
         patched.remove(name)
 
 
 @pytest.mark.parametrize("prefix", FAMILIES)
-def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_taken_out_where_attention_needs_no_bias(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, mask, shapes = model_of(prefix), right_padding(), []
     run = blocks.post_norm_layer
     monkeypatch.setattr(
@@ -133,7 +149,8 @@ def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     bk.patch(model)
     with torch.no_grad():
         model(ids_of(mask), attention_mask=mask)
-    assert shapes == [(int(mask.sum()), 48)] * 2
+    rows = tuple(mask.shape) if prefix == "MPNet" else (int(mask.sum()),)
+    assert shapes == [(*rows, 48)] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("prefix", FAMILIES)
@@ -238,5 +255,5 @@ def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     for rule in (*family.FAMILY.rules, *(r for r in family.FAMILY.children if r.parent is not None)):
         assert issubclass(rule.patched, rule.original)
     for rule in family.FAMILY.rules:
-        assert check(rule.original) or rule.original.__name__ in DISTILBERT
+        assert check(rule.original) or rule.original.__name__ in OTHERS["DistilBert"]
         assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there

@@ -669,7 +669,7 @@ def layer_rules(kin: Kin) -> tuple[Rule, ...]:
             attention,
             ("linear", "attention"),
             partial(check_self_attention, attention),
-            projections=("query", "key", "value"),
+            projections=attention.names,
         ),
         Rule(
             kin.self_output,

@@ -267,6 +267,22 @@ def feed_forward(
     return out + residual if apart and residual is not None else out
 
 
+def gated_of_one(
+    x: Tensor,
+    gate_and_up: Part,
+    activation: Callable[[Tensor], Tensor],
+    down: Part,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The gated feed-forward in two products, where one weight holds gate and up, one after the other.
+
+    `drop` is the dropout of the hidden layer.
+    """
+    gate, up = project(x, gate_and_up, "linear").chunk(2, dim=-1)
+    hidden = up * activation(gate)
+    return project(hidden if drop is None else drop(hidden), down, "linear")
+
+
 def normalized(x: Tensor, norm: Part | Scale | None, eps: float = 1e-5) -> Tensor:
     if norm is None:
         return x

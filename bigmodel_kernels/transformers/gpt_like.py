@@ -73,6 +73,8 @@ class Kin:
     w_in: str = "fc1"
     w_out: str = "fc2"
     activation: str = "act"
+    #: Whether `w_in` holds gate and up: two products, and all between by the model's own modules.
+    gated: bool = False
     #: "half", "interleaved", or none. GPT-J has its sines first.
     rotary: str = ""
     sine_first: bool = False
@@ -159,6 +161,7 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
+            sliding_window=getattr(self, "sliding_window", None),
             position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
             output_attentions=given.output_attentions,
         )
@@ -220,11 +223,11 @@ class Layer(Form):
         return DecoderParts(
             order=kin.order(self),
             attention_norm=blocks.part(first, nn.LayerNorm, dtype),
-            attention_eps=first.eps,
+            attention_eps=_eps(first),
             attention_out=blocks.part(attention.__dict__["_modules"][kin.out], nn.Linear, dtype),
             attention_p=attention_p,
             ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
-            ffn_eps=first.eps if second is None else second.eps,
+            ffn_eps=_eps(first if second is None else second),
             ffn=ffn,
             unfused=partial(_unfused, self, ffn_p),
             ffn_p=ffn_p,
@@ -324,6 +327,8 @@ def _probability(module: Any, name: str) -> float | None:
     for step in name.split("."):
         found = getattr(found, step)
     if isinstance(found, nn.Module):
+        if checks.intact(found, nn.Identity):
+            return 0.0
         return checks.dropout_p(found) if checks.plain_dropout(found) else None
     p = float(found) if module.training else 0.0
     return p if p < 1 else None
@@ -337,12 +342,18 @@ def _dropped_inside(half: Any, kin: Kin, which: int) -> float | None:
 
 def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     """Its weights, if one call may read them all."""
+    if kin.gated:
+        return None
     modules = mlp.__dict__["_modules"]
     w_in, w_out = (checks.parameters(modules[name], nn.Linear, dtype) for name in (kin.w_in, kin.w_out))
     activation = checks.activation(modules[kin.activation])
     if w_in is None or w_out is None or activation is None:
         return None
     return FeedForward(Affine(*w_in), Affine(*w_out), activation, checks.recomputes(mlp))
+
+
+def _eps(norm: Any) -> float:
+    return getattr(norm, "eps", 0.0)  # nn.Identity has none
 
 
 def _unfused(layer: Any, p: float, x: Tensor) -> Tensor:
@@ -373,7 +384,7 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), nn.Linear), lora=True)
     for place, name in (kin.inner(kin.dropouts[0]), (kin.attention_at, kin.attention_dropout)):
         if why is None and place and isinstance(getattr(module, name), nn.Module):
-            why = checks.reason_for_parts(module, {name: nn.Dropout})
+            why = checks.reason_for_parts(module, {name: _dropout_class(module, name)})
     if why is not None:
         return why
     head_dim = getattr(module, kin.head_dim)
@@ -383,6 +394,11 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
         return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
     return kin.refuse(module)
+
+
+def _dropout_class(module: Any, name: str) -> type[nn.Module]:
+    """What a dropout has to be: some models have nn.Identity for none."""
+    return nn.Identity if type(getattr(module, name)) is nn.Identity else nn.Dropout
 
 
 def refuse_rotary(attention: Any) -> str | None:
@@ -397,9 +413,10 @@ def _check_mlp(kin: Kin, module: Any) -> str | None:
     parts: dict[str, type] = dict.fromkeys((kin.w_in, kin.w_out), nn.Linear)
     place, name = kin.inner(kin.dropouts[1])
     if place and isinstance(getattr(module, name), nn.Module):
-        parts[name] = nn.Dropout
+        parts[name] = _dropout_class(module, name)
     why = checks.reason_for_parts(module, parts, lora=True)
-    why = why or checks.reason_for_activation(getattr(module, kin.activation))
+    if why is None and not kin.gated:  # else the activation is called as it is
+        why = checks.reason_for_activation(getattr(module, kin.activation))
     return why or kin.refuse_mlp(module)
 
 
@@ -438,8 +455,9 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
             Rule(
                 kin.mlp,
                 forms[kin.mlp],
-                ("feed_forward",),
+                ("linear",) if kin.gated else ("feed_forward",),
                 partial(_check_mlp, kin),
+                "two products: one weight holds gate and up" if kin.gated else "",
                 projections=(kin.w_in, kin.w_out),
             )
         )

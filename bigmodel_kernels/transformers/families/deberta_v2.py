@@ -2,8 +2,8 @@
 
 What position and content say of each other is a logit for each query and key, made from both: the model's own
 code makes it from the queries and keys that we have, and attention adds it. Batches keep their padding:
-attention without it takes no bias. Embeddings stay the model's own: they stand still at padding, between norm
-and dropout.
+attention without it takes no bias. Embeddings stay the model's own: between norm and dropout they multiply by
+the mask.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ KIN = Kin(
     encoder=hf.DebertaV2Encoder,
 )
 
-#: The logit of what is not seen. Queries at padding see nothing: as in the model's code, all keys weigh the same
-#: for them, because next to this number no other counts. Half of the smallest, so that a change of the base of
-#: exponentials leaves it finite.
+#: The logit of what is not seen. Queries at padding see nothing: as in the model's code, all keys weigh the
+#: same for them, because next to this number no other counts. It is half of the smallest, so that a change of
+#: the base of exponentials leaves it finite.
 _HIDDEN = torch.finfo(torch.float32).min / 2
 
 

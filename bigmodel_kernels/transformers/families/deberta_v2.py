@@ -31,11 +31,6 @@ KIN = Kin(
     encoder=hf.DebertaV2Encoder,
 )
 
-#: The logit of what is not seen. Queries at padding see nothing: as in the model's code, all keys weigh the
-#: same for them, because next to this number no other counts. It is half of the smallest, so that a change of
-#: the base of exponentials leaves it finite.
-_HIDDEN = torch.finfo(torch.float32).min / 2
-
 
 class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.DisentangledSelfAttention, kin=KIN):
     """One product for Q, K and V, and attention with a bias made from Q and K."""
@@ -65,15 +60,9 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         query, key, value = (
             t.transpose(1, 2) for t in blocks.heads(hidden_states, parts, "linear", self.attention_head_size)
         )
+        query, seen = self.seen(query, key, attention_mask, relative_pos, rel_embeddings)
         out, weights = attention_interface.attend(
-            self,
-            query,
-            key,
-            value,
-            self.seen(query, key, attention_mask, relative_pos, rel_embeddings),
-            self.scaling,
-            self.dropout_p(),
-            wanted=output_attentions,
+            *(self, query, key, value, seen, self.scaling), p=self.dropout_p(), wanted=output_attentions
         )
         return out.flatten(2), weights
 
@@ -87,8 +76,12 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
 
     def seen(
         self, query: Tensor, key: Tensor, mask: Tensor, relative_pos: Any, rel_embeddings: Any
-    ) -> Visibility:
-        """query and key (B, H, S, D), mask (B, 1, S, S)."""
+    ) -> tuple[Tensor, Visibility]:
+        """query and key (B, H, S, D), mask (B, 1, S, S). Returns the query too.
+
+        A query at padding sees nothing. As in the model's own code, all keys weigh the same for it: a query of
+        zeros gives that, with a bias of zeros.
+        """
         bias: Any = 0
         if self.relative_attention:
             bias = self.disentangled_attention_bias(
@@ -97,12 +90,16 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
                 self.pos_dropout(rel_embeddings),
                 self._terms(),
             )
-        if not isinstance(bias, Tensor):
-            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        if bias.dtype == torch.float16:
-            bias = bias.float()  # it has no such numbers
-        bias = bias.view(query.shape[0], -1, *bias.shape[-2:]).masked_fill(~mask.bool(), _HIDDEN)
-        return Visibility(key.shape[2], bias=bias)
+        if isinstance(bias, Tensor):
+            bias = bias.view(*query.shape[:2], *bias.shape[-2:])
+        else:
+            bias = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = mask.bool()
+        sees = mask.any(dim=-1, keepdim=True)
+        hidden = torch.zeros(sees.shape, dtype=bias.dtype, device=bias.device).masked_fill_(
+            sees, float("-inf")
+        )
+        return query.masked_fill(~sees, 0), Visibility(key.shape[2], bias=torch.where(mask, bias, hidden))
 
 
 class BigmodelDebertaV2SelfOutput(bert_like.SelfOutput, hf.DebertaV2SelfOutput, kin=KIN):
@@ -139,7 +136,7 @@ class BigmodelDebertaV2Layer(bert_like.Layer, hf.DebertaV2Layer, kin=KIN):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            seen = attention.seen(query, key, attention_mask, relative_pos, rel_embeddings)
+            query, seen = attention.seen(query, key, attention_mask, relative_pos, rel_embeddings)
             out = attention_interface.run(query, key, value, seen, attention.scaling, dropout_p=dropout_p)
             return out.transpose(1, 2).flatten(2)
 

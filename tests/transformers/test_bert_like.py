@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from encoder_checks import IN_THE_WAY, check_lora, check_what_stands_in_the_way
 from tiny_models import (
     SIZES,
     VOCABULARY,
@@ -70,6 +71,12 @@ HEADS: dict[str, dict[str, tuple[int, ...]]] = {
     "ForSequenceClassification": {"labels": (3,)},
     "ForTokenClassification": {"labels": (3, 17)},
     "ForQuestionAnswering": {"start_positions": (3,), "end_positions": (3,)},
+}
+#: Of those: where a layer is, in it attention, a projection of that, and the first of the feed-forward.
+PLACES = {
+    "DistilBert": ("transformer.layer.1", "attention", "q_lin", "ffn.lin1"),
+    "Albert": ("encoder.albert_layer_groups.1.albert_layers.0", "attention", "query", "ffn"),
+    "MPNet": ("encoder.layer.1", "attention.attn", "q", "intermediate.dense"),
 }
 PAD = 1
 
@@ -236,6 +243,39 @@ def test_attentions_and_hidden_states(prefix: str) -> None:
         )
     for i in range(3):
         assert_as_near(got.hidden_states[i], *(e.hidden_states[i] for e in expected), where=mask.bool())
+
+
+@pytest.mark.parametrize("prefix", PLACES)
+def test_bfloat16(prefix: str) -> None:
+    mask = right_padding()
+    outputs = runs(model_of(prefix).bfloat16(), input_ids=ids_of(mask), attention_mask=mask)
+    assert_all_near(outputs, mask.bool())
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", IN_THE_WAY)
+@pytest.mark.parametrize("prefix", PLACES)
+def test_what_stands_in_the_way_is_heard(prefix: str, what: str, after: bool) -> None:
+    """At padding too, which stays in where a layer cannot be fused."""
+    mask = right_padding()
+    inputs = {"input_ids": ids_of(mask), "attention_mask": mask}
+    check_what_stands_in_the_way(model_of(prefix), *PLACES[prefix], what, after, inputs)
+
+
+@pytest.mark.parametrize("prefix", PLACES)
+def test_lora(prefix: str) -> None:
+    *_, projection, first = PLACES[prefix]
+    model = model_of(
+        prefix, "ForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    mask = right_padding()
+    check_lora(model, [projection, first], {"input_ids": ids_of(mask), "attention_mask": mask})
+
+
+def test_groups_of_albert_with_several_layers() -> None:
+    model = model_of("Albert", inner_group_num=2, num_hidden_layers=3, num_hidden_groups=3)
+    mask = right_padding()
+    assert_all_near(runs(model, input_ids=ids_of(mask), attention_mask=mask), mask.bool())
 
 
 @pytest.mark.parametrize("prefix", ["Roberta", "Electra"])

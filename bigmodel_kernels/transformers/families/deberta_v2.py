@@ -79,8 +79,8 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
     ) -> tuple[Tensor, Visibility]:
         """query and key (B, H, S, D), mask (B, 1, S, S). Returns the query too.
 
-        A query at padding sees nothing. As in the model's own code, all keys weigh the same for it: a query of
-        zeros gives that, with a bias of zeros.
+        A query at padding sees nothing. As in the model's own code, all keys weigh the same for it: a query
+        of zeros gives that, with a bias of zeros.
         """
         bias: Any = 0
         if self.relative_attention:

@@ -655,7 +655,7 @@ def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
 
 def layer_rules(kin: Kin) -> tuple[Rule, ...]:
     """Those of the layer and its halves."""
-    attention = kin.forms[kin.self_attention]
+    attention: Any = kin.forms[kin.self_attention]
     return (
         Rule(
             kin.layer,

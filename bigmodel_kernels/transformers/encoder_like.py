@@ -66,16 +66,20 @@ class Layer(bert_like.Layer):
     places: ClassVar[Places]
 
     def gather(self) -> Modules | None:
-        places, kin = self.places, self.kin
-        at = partial(_at, self)
+        at, places = partial(_at, self), self.places
         found = Modules(
-            at(places.attention),
-            *(at(name) for name in (places.out, places.attention_norm)),
-            *(at(name) for name in (places.w_in, places.activation, places.w_out, places.ffn_norm)),
-            *(at(name) for name in (places.context_dropout, places.ffn_dropout)),
-            checks.recomputes(self),
+            attention=at(places.attention),
+            out=at(places.out),
+            attention_norm=at(places.attention_norm),
+            w_in=at(places.w_in),
+            activation=at(places.activation),
+            w_out=at(places.w_out),
+            ffn_norm=at(places.ffn_norm),
+            context_dropout=at(places.context_dropout),
+            ffn_dropout=at(places.ffn_dropout),
+            recompute=checks.recomputes(self),
         )
-        return found if _fusible(found, kin) and _holders_intact(self) else None
+        return found if _fusible(found, self.kin) and _holders_intact(self) else None
 
     def parts(self, modules: Any, dtype: torch.dtype | None) -> LayerParts:
         m: Modules = modules
@@ -152,8 +156,8 @@ def check_attention(form: Any, parts: dict[str, type], module: Any) -> str | Non
 
 def whole_layer(parts: dict[str, type], kin: Kin, layer: Any) -> str | None:
     """Why a layer as a whole cannot run fused; `parts` are those of its attention, as above."""
-    form, attention = kin.forms[kin.layer], kin.forms[kin.self_attention]
-    place = form.places.attention
+    form: Any = kin.forms[kin.layer]
+    attention, place = kin.forms[kin.self_attention], form.places.attention
     return (
         checks.reason_for_hooks(layer)
         or checks.inside(
@@ -174,7 +178,8 @@ def rules(
 
     `encoder` and `embeddings` are notes on those.
     """
-    form, attention = kin.forms[kin.layer], kin.forms[kin.self_attention]
+    form: Any = kin.forms[kin.layer]
+    attention: Any = kin.forms[kin.self_attention]
     return (
         bert_like.embeddings_rule(kin, embeddings),
         bert_like.encoder_rule(kin, partial(whole_layer, parts), encoder),

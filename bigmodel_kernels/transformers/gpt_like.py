@@ -73,6 +73,7 @@ class Kin:
     w_in: str = "fc1"
     w_out: str = "fc2"
     activation: str = "act"
+    w_gate: str = ""  # if it is gated
     #: Whether `w_in` holds gate and up: two products, and all between by the model's own modules.
     gated: bool = False
     #: "half", "interleaved", or none. GPT-J has its sines first.
@@ -107,6 +108,10 @@ class Kin:
     @property
     def models(self) -> tuple[type[nn.Module], ...]:
         return self.model if isinstance(self.model, tuple) else (self.model,)
+
+    @property
+    def ffn_projections(self) -> tuple[str, ...]:
+        return (self.w_in, self.w_out, self.w_gate) if self.w_gate else (self.w_in, self.w_out)
 
     def inner(self, name: str) -> tuple[str, str]:
         """The half of the layer that has this dropout, or none, and its name there."""
@@ -161,7 +166,9 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
-            sliding_window=getattr(self, "sliding_window", None),
+            sliding_window=getattr(
+                self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None)
+            ),
             position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
             output_attentions=given.output_attentions,
         )
@@ -216,7 +223,7 @@ class Layer(Form):
             return None
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
         first = modules[kin.norms[0]]
-        second = None if kin.norms[1] is None else modules[kin.norms[1]]
+        second = None if kin.norms[1] is None else modules[kin.norms[1]]  # a None in StableLM's
         ffn = _ffn(mlp, kin, dtype) if mlp is self or is_form(mlp, kin.mlp) else None
         if ffn is None and kin.adds_residual:
             return None
@@ -345,11 +352,12 @@ def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     if kin.gated:
         return None
     modules = mlp.__dict__["_modules"]
-    w_in, w_out = (checks.parameters(modules[name], nn.Linear, dtype) for name in (kin.w_in, kin.w_out))
+    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in kin.ffn_projections]
     activation = checks.activation(modules[kin.activation])
-    if w_in is None or w_out is None or activation is None:
+    if activation is None or None in held:
         return None
-    return FeedForward(Affine(*w_in), Affine(*w_out), activation, checks.recomputes(mlp))
+    w_in, w_out, *w_gate = (Affine(*tensors) for tensors in held if tensors is not None)
+    return FeedForward(w_in, w_out, activation, checks.recomputes(mlp), *w_gate)
 
 
 def _eps(norm: Any) -> float:
@@ -391,14 +399,26 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     if head_dim > 256:
         return f"head size {head_dim}; allowed are 1 to 256"
     features = [checks.without_adapter(module.get_submodule(name)).out_features for name in kin.qkv]
-    if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
-        return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
+    if len(features) == 1:
+        features = [features[0] // 3] * 3 if features[0] % 3 == 0 else features
+    query, *shared = features
+    if len(set(shared)) != 1 or shared[0] % head_dim or query % shared[0]:
+        return f"query, key and value have {features} features, not whole heads of {head_dim} that divide"
     return kin.refuse(module)
 
 
 def _dropout_class(module: Any, name: str) -> type[nn.Module]:
     """What a dropout has to be: some models have nn.Identity for none."""
     return nn.Identity if type(getattr(module, name)) is nn.Identity else nn.Dropout
+
+
+def refuse_head_norms(attention: Any) -> str | None:
+    """Of Phi and StableLM: norms of queries and keys are not among our calls."""
+    return (
+        "qk_layernorm=True; only models without norms of the heads are known"
+        if attention.qk_layernorm
+        else None
+    )
 
 
 def refuse_rotary(attention: Any) -> str | None:
@@ -410,7 +430,7 @@ def refuse_rotary(attention: Any) -> str | None:
 
 
 def _check_mlp(kin: Kin, module: Any) -> str | None:
-    parts: dict[str, type] = dict.fromkeys((kin.w_in, kin.w_out), nn.Linear)
+    parts: dict[str, type] = dict.fromkeys(kin.ffn_projections, nn.Linear)
     place, name = kin.inner(kin.dropouts[1])
     if place and isinstance(getattr(module, name), nn.Module):
         parts[name] = _dropout_class(module, name)
@@ -458,7 +478,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
                 ("linear",) if kin.gated else ("feed_forward",),
                 partial(_check_mlp, kin),
                 "two products: one weight holds gate and up" if kin.gated else "",
-                projections=(kin.w_in, kin.w_out),
+                projections=kin.ffn_projections,
             )
         )
     else:
@@ -472,7 +492,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
                 ops,
                 partial(_check_layer, kin),
                 "its halves with their norms and sums",
-                projections=() if kin.mlp is not None else (kin.w_in, kin.w_out),
+                projections=() if kin.mlp is not None else kin.ffn_projections,
             ),
             Rule(
                 kin.attention,

@@ -357,11 +357,7 @@ def test_compile_fullgraph_of_images(prefix: str) -> None:
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        outputs = [
-            tensors_of(m(**i)) for m, i in ((compiled, inputs), (eager, inputs), (reference, doubled(inputs)))
-        ]
-    assert_all_near(outputs)
+    assert_all_near(outputs_of((compiled, eager, reference), inputs))
 
 
 @pytest.mark.parametrize("prefix", ["CLIP", "Siglip"])

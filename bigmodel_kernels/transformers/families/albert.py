@@ -79,7 +79,8 @@ class BigmodelAlbertTransformer(bert_like.Encoder, hf.AlbertTransformer, kin=KIN
     def sequence(self) -> Iterator[Any]:
         count, groups = self.config.num_hidden_layers, self.config.num_hidden_groups
         for i in range(count):
-            yield from self.albert_layer_groups[int(i / (count / groups))].albert_layers
+            group: Any = self.albert_layer_groups[int(i / (count / groups))]
+            yield from group.albert_layers
 
     def enter(self, x: Tensor) -> Tensor:
         part = blocks.part(self.embedding_hidden_mapping_in, nn.Linear, checks.dtype_of(x))

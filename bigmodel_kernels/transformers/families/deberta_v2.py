@@ -85,7 +85,8 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         bias: Any = 0
         if self.relative_attention:
             bias = self.disentangled_attention_bias(
-                *(t.reshape(-1, *t.shape[2:]) for t in (query, key)),
+                query.reshape(-1, *query.shape[2:]),
+                key.reshape(-1, *key.shape[2:]),
                 relative_pos,
                 self.pos_dropout(rel_embeddings),
                 self._terms(),

@@ -223,7 +223,7 @@ class Layer(Form):
             return None
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
         first = modules[kin.norms[0]]
-        second = None if kin.norms[1] is None else modules[kin.norms[1]]  # a None in StableLM's
+        second = None if kin.norms[1] is None else modules.get(kin.norms[1])  # StableLM may have none
         ffn = _ffn(mlp, kin, dtype) if mlp is self or is_form(mlp, kin.mlp) else None
         if ffn is None and kin.adds_residual:
             return None

@@ -225,6 +225,12 @@ class Visibility:
     padding: Tensor | None = None  # bool (B, keys)
     bias: Tensor | None = None  # added to the logits, broadcasts to (B, H, Sq, keys)
 
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """The window as the operator has it: keys to the left and to the right, without this one."""
+        left = None if self.window is None else self.window - 1
+        return left, left if self.two_sided else None
+
 
 def readable(mask: Any) -> bool:
     """Whether `visibility` knows masks of this form."""
@@ -268,7 +274,13 @@ def visibility(
         two_sided = mask.dim() == 3 and mask.shape[1] == 2
         mask = mask[:, 0] if mask.dim() == 3 else mask
         mask = mask[:, -keys:]  # a sliding cache has dropped the first ones
-        result = Visibility(mask.shape[1], rows > 1 and not two_sided, window, two_sided, mask.to(torch.bool))
+        result = Visibility(
+            mask.shape[1],
+            causal=rows > 1 and not two_sided,
+            window=window,
+            two_sided=two_sided,
+            padding=mask.to(torch.bool),
+        )
     elif mask.dim() == 4:
         result = Visibility(keys)
         if mask.dtype != torch.bool:
@@ -397,6 +409,7 @@ def run(
     ensure_sharding_rules(query)
     if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
         sinks = sinks.float()
+    left, right = seen.sides
     out: Tensor = call(
         "attention",
         query,
@@ -410,8 +423,8 @@ def run(
         *(() if sinks is None else (None, sinks)),
         softmax_scale=scale,
         is_causal=seen.causal,
-        window_left=-1 if seen.window is None else seen.window - 1,
-        window_right=seen.window - 1 if seen.two_sided and seen.window is not None else -1,
+        window_left=-1 if left is None else left,
+        window_right=-1 if right is None else right,
         softcap=softcap,
         dropout_p=dropout_p,
     )[0]
@@ -421,13 +434,14 @@ def run(
 def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
     """Causal, window and padding as one boolean mask; the bias is apart."""
     mask = None if seen.padding is None else seen.padding[:, None, None, :]
-    if seen.causal or seen.two_sided:
+    left, right = seen.sides
+    if seen.causal or right is not None:
         rows = query.shape[2]
         last = torch.arange(rows, device=query.device)[:, None] + seen.keys - rows
         index = torch.arange(seen.keys, device=query.device)
-        pattern = index < last + (seen.window or 1) if seen.two_sided else index <= last
-        if seen.window is not None:
-            pattern = pattern & (index > last - seen.window)
+        pattern = index <= last + (right or 0)
+        if left is not None:
+            pattern = pattern & (index >= last - left)
         mask = pattern if mask is None else mask & pattern
     return mask
 
@@ -443,9 +457,7 @@ def of_operator(
         "bias": seen.bias,
         "softmax_scale": scale,
         "is_causal": seen.causal,
-        "window": None
-        if seen.window is None
-        else (seen.window - 1, seen.window - 1 if seen.two_sided else None),
+        "window": None if seen.window is None else seen.sides,
         "softcap": softcap or 0.0,
         "sinks": sinks,
     }

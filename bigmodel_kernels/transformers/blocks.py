@@ -188,7 +188,7 @@ def project(x: Tensor, part: Part, layout: str) -> Tensor:
 
 
 def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (..., heads, head_dim), as many heads in each."""
+    """Query, key and value, each (..., heads, head_dim); of one projection for all, as many heads in each."""
     query, key, value = (
         part.unflatten(-1, (-1, head_dim)) for part in side_by_side(x, parts, layout, (1, 1, 1))
     )

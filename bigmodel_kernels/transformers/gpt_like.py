@@ -403,7 +403,10 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
         features = [features[0] // 3] * 3 if features[0] % 3 == 0 else features
     query, *shared = features
     if len(set(shared)) != 1 or shared[0] % head_dim or query % shared[0]:
-        return f"query, key and value have {features} features, not whole heads of {head_dim} that divide"
+        return (
+            f"query, key and value have {features} features; allowed are heads of {head_dim}, as many for "
+            "key as for value, and a multiple of that for query"
+        )
     return kin.refuse(module)
 
 
@@ -414,11 +417,7 @@ def _dropout_class(module: Any, name: str) -> type[nn.Module]:
 
 def refuse_head_norms(attention: Any) -> str | None:
     """Of Phi and StableLM: norms of queries and keys are not among our calls."""
-    return (
-        "qk_layernorm=True; only models without norms of the heads are known"
-        if attention.qk_layernorm
-        else None
-    )
+    return "qk_layernorm=True: norms of the heads are not known" if attention.qk_layernorm else None
 
 
 def refuse_rotary(attention: Any) -> str | None:

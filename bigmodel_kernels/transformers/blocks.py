@@ -234,7 +234,7 @@ def project(x: Tensor, part: Part, layout: str) -> Tensor:
 
 
 def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (..., heads, head_dim), as many heads in each."""
+    """Query, key and value, each (..., heads, head_dim); of one projection for all, as many heads in each."""
     query, key, value = (
         part.unflatten(-1, (-1, head_dim)) for part in side_by_side(x, parts, layout, (1, 1, 1))
     )
@@ -348,6 +348,22 @@ def _feed_forward_in_steps(
     return output(hidden, ffn.w_out, layout, residual, dropout_p, behind, eps)
 
 
+def gated_of_one(
+    x: Tensor,
+    gate_and_up: Part,
+    activation: Callable[[Tensor], Tensor],
+    down: Part,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The gated feed-forward in two products, where one weight holds gate and up, one after the other.
+
+    `drop` is the dropout of the hidden layer.
+    """
+    gate, up = project(x, gate_and_up, "linear").chunk(2, dim=-1)
+    hidden = up * activation(gate)
+    return project(hidden if drop is None else drop(hidden), down, "linear")
+
+
 def normalized(x: Tensor, norm: Part | Scale | None, eps: float = 1e-5) -> Tensor:
     if norm is None:
         return x
@@ -379,8 +395,8 @@ def terms(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: fl
     """Those of (B, heads, S, head size), with as many keys as are seen."""
     if seen.keys != key.shape[2]:
         key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
-    left = -1 if seen.window is None else seen.window - 1
-    return Terms(query, key, value, scale, seen.padding, seen.bias, seen.causal, left)
+    left, right = (-1 if side is None else side for side in seen.sides)
+    return Terms(query, key, value, scale, seen.padding, seen.bias, seen.causal, left, right)
 
 
 def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:

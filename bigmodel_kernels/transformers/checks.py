@@ -276,12 +276,16 @@ def dropout_p(dropout: Any) -> float:
 
 def probability(module: Any, name: str) -> float | None:
     """With what probability a dropout of this (dotted) name, a module or a number, drops now; None if that
-    is not plain.
+    is not plain. No name is no dropout.
     """
+    if not name:
+        return 0.0
     found: Any = module
     for step in name.split("."):
         found = getattr(found, step)
     if isinstance(found, nn.Module):
+        if intact(found, nn.Identity):
+            return 0.0
         return dropout_p(found) if plain_dropout(found) else None
     p = float(found) if module.training else 0.0
     return p if p < 1 else None

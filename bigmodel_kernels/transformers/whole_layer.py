@@ -46,6 +46,7 @@ def held(x: Tensor, w: LayerParts, layout: str) -> Held | None:
         or w.attention_p
         or w.context_p
         or w.ffn_p
+        or ffn.hidden_p
         or any(
             isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)
         )

@@ -107,6 +107,15 @@ def decoder(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
+_HALF_ROTARY = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+_LLAMA_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": 64,
+}
+
 #: Decoders with LayerNorms, after GPT-2: the prefix of their classes, and the sizes by their names.
 GPT_LIKE: dict[str, dict[str, Any]] = {
     "OPT": {
@@ -123,7 +132,7 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 3,
         "intermediate_size": 72,
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": _HALF_ROTARY,
     },
     "GPTJ": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
     "CodeGen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
@@ -137,6 +146,14 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "Bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 3},
+    "Phi": {**_LLAMA_SIZES, "num_attention_heads": 3, "rope_parameters": _HALF_ROTARY},
+    "Starcoder2": {**_LLAMA_SIZES, "num_key_value_heads": 2, "sliding_window": 6},
+    "StableLm": {
+        **_LLAMA_SIZES,
+        "num_key_value_heads": 2,
+        "use_qkv_bias": True,
+        "rope_parameters": _HALF_ROTARY,
+    },
 }
 
 

@@ -29,6 +29,7 @@ Runtime runtime();
 Dtype dtype_of(const Tensor& tensor, const char* name);
 std::string shape_of(const Tensor& tensor);
 void check_cpu(const Tensor& tensor, const char* name);
+void check_aligned(const Tensor& tensor, const char* name);
 // A dense array of exactly this dtype and this many elements; null where there is no tensor.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel);
 const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel);
@@ -40,6 +41,8 @@ const PackedHeader& check_packed(const Tensor& packed, const char* name);
 inline WeightArgs packed_weight(const PackedHeader& header) { return {.k = header.k, .n = header.n, .packed = &header}; }
 int64_t rows_of(const Tensor& x, int64_t columns);
 NormKind norm_kind_of(const std::string& name);
+// Where a norm is there if it has a weight.
+bool has_norm(const OptionalTensor& weight, const OptionalTensor& bias);
 NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n,
                    NormKind kind = NormKind::layer_norm, double weight_offset = 0.0);
 size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);

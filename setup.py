@@ -133,7 +133,11 @@ class BuildWithNinja(build_ext):
         emulate = os.environ.get("BIGMODEL_EMULATE_AVX512") == "1"
         ninja = load_build()
         sanitizer = ninja.sanitizer()
-        build = ROOT / "build" / ("cpu" + ("-emulated" if emulate else "") + (f"-{sanitizer}" if sanitizer else ""))
+        build = (
+            ROOT
+            / "build"
+            / ("cpu" + ("-emulated" if emulate else "") + (f"-{sanitizer}" if sanitizer else ""))
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         library = build / ("threads" if sanitizer == "thread" else "libbigmodel_cpu.so")
         ninja.write_ninja(build, *self.plan(ninja, library.name, emulate, sanitizer))

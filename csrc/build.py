@@ -4,8 +4,8 @@
     python csrc/build.py cuda [80 90a]       build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
-MAX_JOBS limits parallel compilation. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own with
-AddressSanitizer and UndefinedBehaviorSanitizer (see csrc/sanitize.py).
+MAX_JOBS limits parallel compilation. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own
+with AddressSanitizer and UndefinedBehaviorSanitizer (see csrc/sanitize.py).
 """
 
 from __future__ import annotations

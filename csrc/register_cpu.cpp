@@ -334,8 +334,8 @@ Tensor empty_rows_like(const Tensor& x, int64_t columns) {
   return empty_result(shape, x.scalar_type());
 }
 
-NormKind norm_kind_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "layer_norm" || name == "rms_norm", "norm_kind: '", name, "' is not one of layer_norm, rms_norm");
+NormKind norm_kind_of(const std::string& name, const char* argument) {
+  STD_TORCH_CHECK(name == "layer_norm" || name == "rms_norm", argument, ": '", name, "' is not one of layer_norm, rms_norm");
   return name == "layer_norm" ? NormKind::layer_norm : NormKind::rms_norm;
 }
 
@@ -344,9 +344,11 @@ bool has_norm(const OptionalTensor& weight, const OptionalTensor& bias) {
   return weight.has_value();
 }
 
-NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n, NormKind kind, double weight_offset) {
-  STD_TORCH_CHECK(kind == NormKind::layer_norm || !bias, "norm_bias: must be None with rms_norm");
-  return {data_of(weight, "norm_weight", dtype, n), data_of(bias, "norm_bias", dtype, n), float(eps), kind, float(weight_offset)};
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n, NormKind kind, double weight_offset,
+                   const char* prefix) {
+  const std::string names[2] = {std::string(prefix) + "weight", std::string(prefix) + "bias"};
+  STD_TORCH_CHECK(kind == NormKind::layer_norm || !bias, names[1], ": must be None with rms_norm");
+  return {data_of(weight, names[0].c_str(), dtype, n), data_of(bias, names[1].c_str(), dtype, n), float(eps), kind, float(weight_offset)};
 }
 
 Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual,
@@ -392,13 +394,13 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
 }
 
 Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
-               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset) {
+               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
   const ScalarType dtype = x.scalar_type();
   Tensor out = empty_rows_like(x, n);
   const LayerNormArgs args = {dtype_of(x, "x"), rows, n, x.const_data_ptr(), data_of(residual, "residual", dtype, rows * n),
-                              norm_args(weight, bias, eps, dtype, n, kind, weight_offset), out.mutable_data_ptr(),
+                              norm_args(weight, bias, eps, dtype, n, kind, weight_offset, prefix), out.mutable_data_ptr(),
                               dropout_of(dropout_seed, dropout_p)};
   if (rows > 0) kernels().layer_norm(runtime(), args);
   return out;

@@ -11,7 +11,7 @@ namespace {
 // norm(x) W + b, without the norm where it has no weight.
 Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::string norm_kind, Tensor packed,
                        OptionalTensor bias) {
-  Tensor states = has_norm(norm_weight, norm_bias) ? norm_op(norm_kind_of(norm_kind), x, norm_weight, norm_bias, norm_eps, {}, {}, 0.0, 0.0) : x;
+  Tensor states = has_norm(norm_weight, norm_bias) ? norm_op(norm_kind_of(norm_kind), x, norm_weight, norm_bias, norm_eps, {}, {}, 0.0, 0.0, "norm_") : x;
   return cpu_linear(states, packed, bias, "none", {}, {}, {}, 1e-5, {}, "layer_norm", 0.0);
 }
 

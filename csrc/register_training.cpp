@@ -316,7 +316,7 @@ std::vector<Tensor> cpu_norm_backward(Tensor grad, Tensor x, OptionalTensor weig
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
   const ScalarType dtype = x.scalar_type();
   NormBackwardArgs args = {dtype_of(x, "x"), rows, n, data_of(grad, "grad", dtype, rows * n), x.const_data_ptr(),
-                           data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind), weight_offset),
+                           data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind, "kind"), weight_offset, ""),
                            dropout_of(dropout_seed, dropout_p), nullptr, nullptr, nullptr, nullptr};
   Gradients result(needs, 4, dtype);
   args.x_grad = result.next(shape_vector(x));

@@ -2,14 +2,15 @@
 
     python csrc/sanitize.py [cpu] [emulator] [threads]     all three by default
 
-cpu         the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of raw operators
-            (tests/fuzz, with many more examples than otherwise) and of kernels, on every instruction set that this
-            CPU has. Memory that torch allocates is guarded too, since the sanitizer is loaded before it.
+cpu         the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests of raw
+            operators (tests/fuzz, with many more examples than otherwise) and of kernels, on every
+            instruction set that this CPU has. Memory that torch allocates is guarded too, since the
+            sanitizer is loaded before it.
 emulator    the CUDA kernels in the emulator, with the same two, under the emulator's tests
 threads     csrc/testing/threads.cpp with ThreadSanitizer: the kernels on threads of its own, without torch
 
-Before anything else it runs programs with a fault of each kind, which must be reported: a harness that reports
-nothing when it should is worse than none. The libraries are built under build/, beside the usual ones.
+Before anything else it runs programs with a fault of each kind, which must be reported: a harness that
+reports nothing when it should is worse than none. The builds lie under build/, beside the usual ones.
 Linux, g++ or clang++ with its sanitizer libraries. CXX and MAX_JOBS as for setup.py.
 """
 
@@ -49,7 +50,9 @@ def preloaded(**more: str) -> dict[str, str]:
     """For Python, which is not built with the sanitizer itself. The C++ library comes with it: the sanitizer
     looks for the function that throws when it starts."""
     names = ["libasan.so", "libstdc++.so"]
-    found = [subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in names]
+    found = [
+        subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in names
+    ]
     if missing := [path for path in found if not Path(path).is_absolute()]:
         raise SystemExit(f"{COMPILER} has no {', '.join(missing)}: install its sanitizer libraries")
     return environment("address", LD_PRELOAD=" ".join(found), **more)
@@ -70,23 +73,20 @@ def pytest(files: list[str], environment: dict[str, str], *options: str) -> None
 
 
 # Name of the fault: (sanitizer, what the report says, C++).
+WRITE = "void fault(int n) { volatile char* p = new char[n]; p[n] = 1; delete[] p; }"
+OVERFLOW = "void fault(int n) { volatile int x = 2147483647; x = x + n; }"
+RACE = """#include <thread>
+int x = 0;
+void fault(int n) { std::thread t([&] { x += n; }); x += n; t.join(); }"""
 FAULTS = {
-    "a write past the end": (
-        "address",
-        "heap-buffer-overflow",
-        "void fault(int n) { volatile char* p = new char[n]; p[n] = 1; delete[] p; }",
-    ),
-    "a signed overflow": ("address", "runtime error", "void fault(int n) { volatile int x = 2147483647; x = x + n; }"),
-    "a race": (
-        "thread",
-        "data race",
-        "#include <thread>\nint x = 0; void fault(int n) { std::thread t([&] { x += n; }); x += n; t.join(); }",
-    ),
-}  # fmt: skip
+    "a write past the end": ("address", "heap-buffer-overflow", WRITE),
+    "a signed overflow": ("address", "runtime error", OVERFLOW),
+    "a race": ("thread", "data race", RACE),
+}
 
 
 def prove(sanitizers: set[str]) -> None:
-    """Each fault, planted in a library of its own (in a program for threads), must be seen and end in an error."""
+    """Each fault, planted in a library or, for threads, a program of its own, must be seen and end in an error."""
     with tempfile.TemporaryDirectory() as folder:
         for fault, (sanitizer, report, code) in FAULTS.items():
             if sanitizer not in sanitizers:
@@ -106,12 +106,17 @@ def prove(sanitizers: set[str]) -> None:
                 text=True,
             )
             if seen.returncode == 0 or report not in seen.stderr:
-                raise SystemExit(f"{fault} is not reported (exit code {seen.returncode}):\n{seen.stderr[-2000:]}")
+                raise SystemExit(
+                    f"{fault} is not reported (exit code {seen.returncode}):\n{seen.stderr[-2000:]}"
+                )
             print(f"{fault} is reported", flush=True)
 
 
 def build_cpu(sanitizer: str) -> Path:
-    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], environment(sanitizer, BIGMODEL_CUDA="0"))
+    run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        environment(sanitizer, BIGMODEL_CUDA="0"),
+    )
     return ROOT / "build" / f"cpu-{sanitizer}"
 
 

@@ -1,4 +1,4 @@
-"""What a process may do around a call: fork, call from many threads, be interrupted, run beside others, run long."""
+"""What a process may do around a call: fork, call from many threads, be interrupted, run beside others."""
 
 from __future__ import annotations
 
@@ -147,13 +147,13 @@ def test_threads_pack_once() -> None:
 
 def test_processes_give_the_same_bits() -> None:
     here = Path(__file__)
-    code = "import torch; torch.set_num_threads(1); from test_robustness import *; print(digest(Block().results()))"
+    code = "import torch; torch.set_num_threads(1); from test_robustness import Block, digest; "
+    code += "print(digest(Block().results()))"
     path = os.pathsep.join([str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
-        for _ in range(4)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(4)
     ]
     said = [process.communicate()[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
@@ -198,7 +198,7 @@ CALLS = list(Block().calls)
 @linux
 @pytest.mark.parametrize("name", CALLS)
 def test_memory_stays_flat(name: str) -> None:
-    """Ten thousand calls (a tenth of them through autograd) hold no more than a few: nothing stays behind a call."""
+    """Ten thousand calls, a thousand through autograd, hold no more than a few: nothing stays."""
     call = Block().calls[name]
     count = 1000 if name == "training" else 10_000
     with torch.no_grad(), backends.use("native"):

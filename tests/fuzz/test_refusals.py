@@ -29,7 +29,10 @@ def attend(query: Tensor, **given: Any) -> Tensor:
 
 def layer_end(x: Tensor, query: Tensor) -> Tensor:
     hidden, heads = x.shape[-1] or 8, query.shape[1] * query.shape[3]
-    weights = [native.cpu_pack_weight([torch.ones(*s, dtype=x.dtype)], "linear") for s in ((hidden, heads), (9, hidden), (hidden, 9))]
+    weights = [
+        native.cpu_pack_weight([torch.ones(*s, dtype=x.dtype)], "linear")
+        for s in ((hidden, heads), (9, hidden), (hidden, 9))
+    ]
     context, inner, outer = weights
     options = (None, None, None, 0, None, 1.0, False, -1, 0.0)
     norms = ("gelu", "none", None, None, 1e-5, "layer_norm")
@@ -68,7 +71,9 @@ def test_longest_beyond_what_is_there() -> None:
     assert torch.equal(attend(query, **packed, max_seqlen_q=MOST, max_seqlen_k=MOST), expected)
 
 
-@pytest.mark.parametrize("k, n", [(0, 5), (5, 0), (-1, 5), (2**32, 2**32), (2**61, 8), (MOST, MOST), (5, MOST)])
+@pytest.mark.parametrize(
+    "k, n", [(0, 5), (5, 0), (-1, 5), (2**32, 2**32), (2**61, 8), (MOST, MOST), (5, MOST)]
+)
 def test_forged_header(k: int, n: int) -> None:
     packed = native.cpu_pack_weight([torch.ones(16, 16)], "linear")
     packed[8:24] = torch.frombuffer(bytearray(struct.pack("=qq", k, n)), dtype=torch.uint8)
@@ -98,7 +103,9 @@ def test_norm_bias_alone() -> None:
     with pytest.raises(RuntimeError, match="norm_bias"):
         native.cpu_embedding(torch.zeros(3, dtype=torch.long), weight, *empty, None, bias, 1e-5)
     with pytest.raises(RuntimeError, match="norm_bias"):
-        native.cpu_layer_begin(x, None, bias, 1e-5, "layer_norm", native.cpu_pack_weight([weight], "linear"), None)
+        native.cpu_layer_begin(
+            x, None, bias, 1e-5, "layer_norm", native.cpu_pack_weight([weight], "linear"), None
+        )
 
 
 def test_misaligned() -> None:

@@ -48,13 +48,15 @@ const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64
   return c;
 }
 
-// Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row.
+// Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row; zeros
+// where there are none, since nothing may be added to the address of nothing.
 void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides[3]) {
   const int rank = varlen ? 3 : 4;
   STD_TORCH_CHECK(t.numel() == 0 || t.size(rank - 1) == 1 || t.stride(rank - 1) == 1, name, ": last dimension must be contiguous");
-  strides[0] = varlen ? 0 : t.stride(0);
-  strides[1] = t.stride(1);
-  strides[2] = varlen ? t.stride(0) : t.stride(2);
+  const bool rows = t.numel() > 0;
+  strides[0] = rows && !varlen ? t.stride(0) : 0;
+  strides[1] = rows ? t.stride(1) : 0;
+  strides[2] = !rows ? 0 : varlen ? t.stride(0) : t.stride(2);
 }
 
 }  // namespace

@@ -148,7 +148,7 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t by
 #endif
 }
 
-// A thread's scratch grows to what its largest call needed. Beyond `keep` bytes a block is given back by the next smaller request.
+// A thread's scratch grows to what its largest call needed; nothing of it is memory too, which may be cleared. Beyond `keep` bytes a block is given back by the next smaller request.
 void* thread_scratch(int slot, size_t bytes) {
   struct Block {
     void* memory = nullptr;
@@ -158,8 +158,9 @@ void* thread_scratch(int slot, size_t bytes) {
   constexpr size_t keep = size_t(64) << 20;
   thread_local Block blocks[scratch_slots];
   Block& block = blocks[slot];
-  if (bytes > block.size || (block.size > keep && bytes <= keep)) {
+  if (!block.memory || bytes > block.size || (block.size > keep && bytes <= keep)) {
     std::free(block.memory);
+    bytes = std::max<size_t>(bytes, 1);
     const size_t page = bytes < huge_page / 8 ? 4096 : huge_page;
     block.size = (bytes + page - 1) / page * page;
     block.memory = std::aligned_alloc(page, block.size);

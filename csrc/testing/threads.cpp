@@ -1,7 +1,8 @@
 // The CPU kernels on threads of this program's own, for ThreadSanitizer: torch's OpenMP pool synchronises in ways that it does not
 // see, so that under torch it would report every call.
 //
-// Each kernel runs on one thread, on four, and on four from two callers at once. Every result must have the same bits. A race is reported by the sanitizer that this is built with (BIGMODEL_SANITIZE=thread, see csrc/sanitize.py).
+// Each kernel runs on four threads, alone and from two callers at once. Every result must have the same bits (on another number of
+// threads a sum over rows may be split in other places, and round otherwise). A race is reported by the sanitizer that this is built with (BIGMODEL_SANITIZE=thread, see csrc/sanitize.py).
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -339,17 +340,16 @@ const std::pair<const char*, Kernel> all[] = {
 
 int main() {
   using namespace bigmodel;
-  const Runtime alone = {1, run_tasks, thread_scratch}, four = {4, run_tasks, thread_scratch};
+  const Runtime four = {4, run_tasks, thread_scratch};
   int failed = 0;
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const auto& [name, kernel] : all) {
-      Arrays expected(dtype, 0), threaded(dtype, 0), one(dtype, 0), other(dtype, 0);
-      kernel(alone, expected);
-      kernel(four, threaded);
+      Arrays expected(dtype, 0), one(dtype, 0), other(dtype, 0);
+      kernel(four, expected);
       std::thread caller([&, &run = kernel] { run(four, one); });
       kernel(four, other);
       caller.join();
-      const bool same = expected.same_as(threaded) && expected.same_as(one) && expected.same_as(other);
+      const bool same = expected.same_as(one) && expected.same_as(other);
       std::printf("%s %s: %s\n", name, dtype == Dtype::float32 ? "float32" : "bfloat16", same ? "the same bits" : "OTHER BITS");
       failed += !same;
     }

@@ -573,6 +573,13 @@ TEXTS = (
 def spoil(i: Inputs, arguments: dict[str, Any]) -> None:
     """Changes one argument, in place."""
     name = i.among(sorted(arguments))
+    if name in ("rows", "columns") and isinstance(
+        arguments[name], int
+    ):  # a result of 2^31 rows would be made
+        arguments[name] = i.among(
+            [n for n in INTEGERS if not isinstance(n, int) or abs(n) < 99 or abs(n) > 2**60]
+        )
+        return
     with torch.no_grad():
         arguments[name] = _spoiled(i, arguments[name], arguments)
 

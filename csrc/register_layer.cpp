@@ -11,7 +11,7 @@ namespace {
 // norm(x) W + b, without the norm where it has no weight.
 Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::string norm_kind, Tensor packed,
                        OptionalTensor bias) {
-  Tensor states = norm_weight ? norm_op(norm_kind_of(norm_kind), x, norm_weight, norm_bias, norm_eps, {}, {}, 0.0, 0.0) : x;
+  Tensor states = has_norm(norm_weight, norm_bias) ? norm_op(norm_kind_of(norm_kind), x, norm_weight, norm_bias, norm_eps, {}, {}, 0.0, 0.0, "norm_") : x;
   return cpu_linear(states, packed, bias, "none", {}, {}, {}, 1e-5, {}, "layer_norm", 0.0);
 }
 
@@ -19,7 +19,9 @@ Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm
 Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   AttentionArgs args = attention_args(query, key, value, options);
   const int64_t hidden = args.heads * args.head_dim, rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
-  STD_TORCH_CHECK(rows * x.size(x.dim() - 1) == x.numel(), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
+  STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "query: dtype differs from x's");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) > 0, "x: shape ", shape_of(x), " has no features");  // or its elements could not tell its rows
+  STD_TORCH_CHECK(x.numel() == rows * x.size(x.dim() - 1), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
   Tensor context = empty_rows_like(x, hidden);
   args.out = context.mutable_data_ptr();
   args.out_stride[0] = args.cu_seqlens_q ? 0 : args.query_length * hidden;

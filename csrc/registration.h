@@ -29,6 +29,7 @@ Runtime runtime();
 Dtype dtype_of(const Tensor& tensor, const char* name);
 std::string shape_of(const Tensor& tensor);
 void check_cpu(const Tensor& tensor, const char* name);
+void check_aligned(const Tensor& tensor, const char* name);
 // A dense array of exactly this dtype and this many elements; null where there is no tensor.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel);
 const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel);
@@ -39,9 +40,12 @@ NormPosition position_of(const std::string& name);
 const PackedHeader& check_packed(const Tensor& packed, const char* name);
 inline WeightArgs packed_weight(const PackedHeader& header) { return {.k = header.k, .n = header.n, .packed = &header}; }
 int64_t rows_of(const Tensor& x, int64_t columns);
-NormKind norm_kind_of(const std::string& name);
+NormKind norm_kind_of(const std::string& name, const char* argument = "norm_kind");
+// Where a norm is there if it has a weight.
+bool has_norm(const OptionalTensor& weight, const OptionalTensor& bias);
+// `prefix` is of the names of weight and bias in an error.
 NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n,
-                   NormKind kind = NormKind::layer_norm, double weight_offset = 0.0);
+                   NormKind kind = NormKind::layer_norm, double weight_offset = 0.0, const char* prefix = "norm_");
 size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);
 // Ids and tables of an embedding: word, position, token type; the last two may be missing. Ids are checked to be in range.
 void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tables)[3], const int64_t* (&id_data)[3], const void* (&table_data)[3]);
@@ -68,7 +72,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
 
 // Ops that others are made of.
 Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
-               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset);
+               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix = "");
 Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual, OptionalTensor norm_weight,
                   OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, std::string norm_kind, double dropout_p);
 Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,

@@ -329,8 +329,8 @@ def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     """Its weights, if one call may read them all."""
     if kin.gated:
         return None
-    w_in, w_out, *w_gate = kin.ffn_projections
-    return blocks.feed_forward_of(mlp, w_in, w_out, kin.activation, dtype, *w_gate)
+    w_in, w_out, *gate = kin.ffn_projections
+    return blocks.feed_forward_of(mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None)
 
 
 def _eps(norm: Any) -> float:

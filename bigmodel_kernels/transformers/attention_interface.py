@@ -315,7 +315,9 @@ def additive(mask: Tensor | None, states: Tensor, keys: int) -> Tensor:
     states (B, Sq, hidden).
     """
     if mask is not None and mask.dim() == 4:
-        return mask
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=states.dtype).masked_fill(~mask, torch.finfo(states.dtype).min)
     query = states[:, None]
     seen = visibility(query, keys, mask, is_causal=True)
     visible = _dense_mask(query, seen)

@@ -472,3 +472,18 @@ def test_a_file_that_does_not_call_the_interface_yet(monkeypatch: pytest.MonkeyP
         assert model.transformer.config._attn_implementation == model.config._attn_implementation == "sdpa"
         out = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_bloom_decodes_over_a_static_cache_as_over_a_dynamic_one() -> None:
+    """generate compiles the steps, whose masks are then dense and boolean; its own code adds its masks."""
+    model = gpt_like("Bloom")
+    eager, ids = eager_of(model), token_ids(3, 9)
+    bk.patch(model)
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    made = [
+        network.generate(
+            ids, **options, cache_implementation=kind, output_logits=True, return_dict_in_generate=True
+        )
+        for network, kind in ((model, "static"), (eager, "dynamic"))
+    ]
+    torch.testing.assert_close(*(torch.stack(m.logits) for m in made), atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bigmodel_kernels import _native, backends, cli, verify
+from bigmodel_kernels import _native, backends, cli, console, verify
 from bigmodel_kernels import demo as demo_module
 from bigmodel_kernels.bench import document
 
@@ -32,11 +32,11 @@ def plain(text: str) -> str:
 
 
 def test_json_may_stand_without_a_value() -> None:
-    assert cli.with_json_value(["--json"]) == ["--json", "-"]
-    assert cli.with_json_value(["--json", "--fast"]) == ["--json", "-", "--fast"]
-    assert cli.with_json_value(["--json", "norm"]) == ["--json", "-", "norm"]
-    assert cli.with_json_value(["--json", "-"]) == ["--json", "-"]
-    assert cli.with_json_value(["--json", "a.json", "norm"]) == ["--json", "a.json", "norm"]
+    assert console.with_json_value(["--json"]) == ["--json", "-"]
+    assert console.with_json_value(["--json", "--fast"]) == ["--json", "-", "--fast"]
+    assert console.with_json_value(["--json", "norm"]) == ["--json", "-", "norm"]
+    assert console.with_json_value(["--json", "-"]) == ["--json", "-"]
+    assert console.with_json_value(["--json", "a.json", "norm"]) == ["--json", "a.json", "norm"]
 
 
 def test_help_names_the_commands() -> None:

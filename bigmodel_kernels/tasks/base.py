@@ -100,11 +100,6 @@ def require_positive(task: Any, *names: str) -> None:
             raise ValueError(f"{name}={value}; it must be positive")
 
 
-def same(expected: Sequence[Any], found: Sequence[Any]) -> int:
-    """At how many places the two are equal."""
-    return sum(a == b for a, b in zip(expected, found, strict=True))
-
-
 class Ranked(Task):
     """A task with answers that have scores, the best first."""
 

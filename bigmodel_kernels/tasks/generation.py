@@ -14,7 +14,7 @@ import torch
 import typer
 
 from bigmodel_kernels.tasks import models
-from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive, same
+from bigmodel_kernels.tasks.base import Record, Runner, Task, require_positive
 
 
 @dataclass
@@ -127,10 +127,10 @@ class Generation(Task):
         return run
 
     def agreement(self, expected: Sequence[Record], found: Sequence[Record]) -> dict[str, Any]:
-        tokens = [[record["tokens"] for record in records] for records in (expected, found)]
-        agree = sum(alike(a, b) for a, b in zip(*tokens, strict=True))
-        total = sum(max(len(a), len(b)) for a, b in zip(*tokens, strict=True))
-        texts = same(*tokens)
+        pairs = [(a["tokens"], b["tokens"]) for a, b in zip(expected, found, strict=True)]
+        agree = sum(alike(a, b) for a, b in pairs)
+        total = sum(max(len(a), len(b)) for a, b in pairs)
+        texts = sum(a == b for a, b in pairs)
         return {
             "same": texts,
             "of": len(found),

@@ -163,7 +163,8 @@ class QuestionAnswering(Ranked):
         for record in results:
             yield record["text"]
             for answer in record["answers"]:
-                yield f"  {answer['score']:.4f}  {answer['answer'] or '(no answer)'}"
+                text = " ".join(answer["answer"].split())
+                yield f"  {answer['score']:.4f}  {text or '(no answer)'}"
 
 
 @dataclass

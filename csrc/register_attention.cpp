@@ -8,18 +8,18 @@
 namespace bigmodel {
 
 // The seed is read here, once: it decides the whole call.
-Dropout dropout_of(const OptionalTensor& seed, double p) {
+Dropout dropout_of(const OptionalTensor& seed, double p, const char* name) {
   STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p: ", p, " must be 0 to 1");
-  STD_TORCH_CHECK(seed.has_value() == (p > 0), "dropout_seed: must be given when dropout_p is not 0, and None when it is");
+  STD_TORCH_CHECK(seed.has_value() == (p > 0), name, ": must be given when dropout_p is not 0, and None when it is");
   if (!seed) return {};
-  const auto value = *static_cast<const uint64_t*>(data_of(*seed, "dropout_seed", ScalarType::Long, 1));
+  const auto value = *static_cast<const uint64_t*>(data_of(*seed, name, ScalarType::Long, 1));
   const auto threshold = uint32_t(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
   return {true, {uint32_t(value), uint32_t(value >> 32)}, threshold, p < 1 ? float(1 / (1 - p)) : 0.0f};
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t columns, std::string rule, int64_t first_row, int64_t head,
+std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t columns, Text rule, int64_t first_row, int64_t head,
                                               int64_t sequence, double dropout_p) {
   STD_TORCH_CHECK(rule == "attention" || rule == "elements", "rule: '", rule, "' is not one of attention, elements");
   STD_TORCH_CHECK(rows >= 0 && columns >= 0 && first_row >= 0, "rows, columns, first_row: must not be negative");
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t
   Tensor values = torch::stable::empty({rows, columns}, ScalarType::Float);
   auto* value = static_cast<float*>(values.mutable_data_ptr());
   for (int64_t i = 0; i < rows * columns; i++) value[i] = 1.0f;
-  const PhiloxArgs args = {dropout_of(seed, dropout_p), rule == "elements", rows, columns, first_row, head, sequence,
+  const PhiloxArgs args = {dropout_of(seed, dropout_p, "seed"), rule == "elements", rows, columns, first_row, head, sequence,
                            static_cast<uint32_t*>(words.mutable_data_ptr()), static_cast<uint8_t*>(kept.mutable_data_ptr()), value};
   kernels().philox_block(args);
   return {words, kept, values};

@@ -117,7 +117,7 @@ std::string cpu_isas() {
   return known;
 }
 
-void cpu_set_isa(std::string name) {
+void cpu_set_isa(Text name) {
   std::string known;
   const KernelTable* table = find_isa(name, &known);
   STD_TORCH_CHECK(table, "name: '", name, "' is not supported by this CPU and build; supported: ", known);
@@ -264,7 +264,7 @@ const PackedHeader& check_packed(const Tensor& packed, const char* name) {
 
 // ---- ops ----
 
-Tensor cpu_pack_weight(std::vector<Tensor> weights, std::string weight_layout) {
+Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
   STD_TORCH_CHECK(!weights.empty(), "weights: is empty");
   const WeightLayout layout = layout_of(weight_layout);
   const int out = layout == WeightLayout::linear ? 0 : 1;
@@ -352,8 +352,8 @@ NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, dou
   return {data_of(weight, names[0].c_str(), dtype, n), data_of(bias, names[1].c_str(), dtype, n), float(eps), kind, float(weight_offset)};
 }
 
-Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual,
-                  OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, std::string norm_kind,
+Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, Text activation, OptionalTensor residual,
+                  OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, Text norm_kind,
                   double dropout_p) {
   const PackedHeader& header = check_packed(packed, "packed");
   const ScalarType dtype = x.scalar_type();
@@ -369,9 +369,9 @@ Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string acti
   return out;
 }
 
-Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,
-                        OptionalTensor residual, std::string norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string norm_kind,
+Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, Text activation,
+                        OptionalTensor residual, Text norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, Text norm_kind,
                         double dropout_p) {
   const PackedHeader& in = check_packed(packed_in, "packed_in");
   const PackedHeader& second = check_packed(packed_out, "packed_out");

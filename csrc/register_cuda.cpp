@@ -23,6 +23,7 @@
 #include "attention/launch.h"
 #include "linear/launch.h"
 #include "norm/launch.h"
+#include "text.h"
 
 namespace bigmodel::cuda {
 namespace {
@@ -469,7 +470,7 @@ Activation activation_of(const std::string& name) {
 
 // (out, and the pre-activation where it is wanted: otherwise empty).
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
-                                  OptionalTensor dropout_seed, std::string weight_layout, std::string activation, double dropout_p,
+                                  OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
                                   bool keep_preactivation) {
   Call call(x);
 #if defined(__CUDACC__)
@@ -539,7 +540,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
 }
 
 // norm(x + residual) of rows, and x + residual where it is wanted: otherwise empty.
-std::tuple<Tensor, Tensor> norm(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, std::string kind, bool keep_sum) {
+std::tuple<Tensor, Tensor> norm(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, Text kind, bool keep_sum) {
   Call call(x);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());

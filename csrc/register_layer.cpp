@@ -9,7 +9,7 @@ namespace bigmodel {
 namespace {
 
 // norm(x) W + b, without the norm where it has no weight.
-Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::string norm_kind, Tensor packed,
+Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, Text norm_kind, Tensor packed,
                        OptionalTensor bias) {
   Tensor states = has_norm(norm_weight, norm_bias) ? norm_op(norm_kind_of(norm_kind), x, norm_weight, norm_bias, norm_eps, {}, {}, 0.0, 0.0, "norm_") : x;
   return cpu_linear(states, packed, bias, "none", {}, {}, {}, 1e-5, {}, "layer_norm", 0.0);
@@ -41,8 +41,8 @@ Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalT
                      OptionalTensor lengths, int64_t longest, OptionalTensor sinks, double softmax_scale, bool is_causal, int64_t window_left,
                      int64_t window_right, double softcap, Tensor packed_context, OptionalTensor b_context, OptionalTensor attention_norm_weight,
                      OptionalTensor attention_norm_bias, double attention_norm_eps, Tensor packed_in, OptionalTensor b_in, Tensor packed_out,
-                     OptionalTensor b_out, OptionalTensor packed_gate, OptionalTensor b_gate, std::string activation, std::string norm_position,
-                     OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::string norm_kind) {
+                     OptionalTensor b_out, OptionalTensor packed_gate, OptionalTensor b_gate, Text activation, Text norm_position,
+                     OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, Text norm_kind) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   Tensor context = context_of(x, query, key, value, {key_padding_mask, attention_bias, lengths, lengths, {}, {}, sinks, longest, longest,

@@ -123,7 +123,7 @@ std::vector<int64_t> shape_vector(const Tensor& tensor) { return {tensor.sizes()
 
 std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                                        OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
-                                                       std::string weight_layout, std::string activation, double norm_eps, std::string norm_kind,
+                                                       Text weight_layout, Text activation, double norm_eps, Text norm_kind,
                                                        double dropout_p) {
   const ScalarType dtype = x.scalar_type();
   const Dtype type = dtype_of(x, "x");
@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Ten
 
 std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                         OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
-                                        OptionalTensor preactivation, OptionalTensor prenorm, std::string weight_layout, std::string activation,
-                                        double norm_eps, std::string norm_kind, double dropout_p, std::vector<bool> needs) {
+                                        OptionalTensor preactivation, OptionalTensor prenorm, Text weight_layout, Text activation,
+                                        double norm_eps, Text norm_kind, double dropout_p, std::vector<bool> needs) {
   const ScalarType dtype = x.scalar_type();
   LinearBackwardArgs args = {};
   args.dtype = dtype_of(x, "x");
@@ -209,8 +209,8 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
     Tensor x, Tensor w_in, OptionalTensor b_in, Tensor w_out, OptionalTensor b_out, OptionalTensor residual, OptionalTensor norm_weight,
-    OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string activation,
-    std::string weight_layout, std::string norm_position, double norm_eps, std::string norm_kind, double dropout_p, bool recompute) {
+    OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, Text activation,
+    Text weight_layout, Text norm_position, double norm_eps, Text norm_kind, double dropout_p, bool recompute) {
   const ScalarType dtype = x.scalar_type();
   const Dtype type = dtype_of(x, "x");
   const WeightLayout layout = layout_of(weight_layout);
@@ -239,8 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
 std::vector<Tensor> cpu_feed_forward_backward(
     Tensor grad, Tensor x, Tensor w_in, OptionalTensor b_in, Tensor w_out, OptionalTensor b_out, OptionalTensor residual, OptionalTensor norm_weight,
     OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, OptionalTensor preactivation,
-    OptionalTensor gate_preactivation, OptionalTensor prenorm, std::string activation, std::string weight_layout, std::string norm_position,
-    double norm_eps, std::string norm_kind, double dropout_p, std::vector<bool> needs) {
+    OptionalTensor gate_preactivation, OptionalTensor prenorm, Text activation, Text weight_layout, Text norm_position,
+    double norm_eps, Text norm_kind, double dropout_p, std::vector<bool> needs) {
   const ScalarType dtype = x.scalar_type();
   FeedForwardBackwardArgs args = {};
   args.dtype = dtype_of(x, "x");
@@ -310,7 +310,7 @@ std::vector<Tensor> cpu_feed_forward_backward(
 // ---- norms ----
 
 std::vector<Tensor> cpu_norm_backward(Tensor grad, Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
-                                      OptionalTensor dropout_seed, std::string kind, double eps, double dropout_p, double weight_offset,
+                                      OptionalTensor dropout_seed, Text kind, double eps, double dropout_p, double weight_offset,
                                       std::vector<bool> needs) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
@@ -470,7 +470,7 @@ void check_reduction(const std::string& reduction) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> cpu_linear_cross_entropy(Tensor x, Tensor weight, Tensor target, OptionalTensor bias, int64_t ignore_index,
-                                                    double label_smoothing, std::string reduction) {
+                                                    double label_smoothing, Text reduction) {
   check_reduction(reduction);
   CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
   Tensor losses = call.per_row(), logsumexp = call.per_row();
@@ -482,7 +482,7 @@ std::tuple<Tensor, Tensor> cpu_linear_cross_entropy(Tensor x, Tensor weight, Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_linear_cross_entropy_training(Tensor x, Tensor weight, Tensor target, OptionalTensor bias,
                                                                                      int64_t ignore_index, double label_smoothing,
-                                                                                     std::string reduction, std::vector<bool> needs) {
+                                                                                     Text reduction, std::vector<bool> needs) {
   check_reduction(reduction);
   CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
   Tensor losses = call.per_row(), logsumexp = call.per_row();

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "text.h"
 
 namespace bigmodel {
 
@@ -52,7 +53,7 @@ void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tab
 const int64_t* ids_of(const OptionalTensor& ids, const char* name, const OptionalTensor& table, int64_t tokens);
 
 // Dropout with this seed (one int64) and chance; neither means none.
-Dropout dropout_of(const OptionalTensor& seed, double p);
+Dropout dropout_of(const OptionalTensor& seed, double p, const char* name = "dropout_seed");
 
 // Uninitialised results; large ones ask for large pages before their first touch.
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
@@ -73,11 +74,11 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
 // Ops that others are made of.
 Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
                const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix = "");
-Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual, OptionalTensor norm_weight,
-                  OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, std::string norm_kind, double dropout_p);
-Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,
-                        OptionalTensor residual, std::string norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
-                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string norm_kind,
+Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, Text activation, OptionalTensor residual, OptionalTensor norm_weight,
+                  OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, Text norm_kind, double dropout_p);
+Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, Text activation,
+                        OptionalTensor residual, Text norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, Text norm_kind,
                         double dropout_p);
 
 }  // namespace bigmodel

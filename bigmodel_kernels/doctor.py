@@ -82,7 +82,11 @@ def examine() -> dict[str, Any]:
                 "reason": _native.cuda_reason(),
                 "built_for": None if build is None else asdict(build),
             },
-            "gpu": {"names": list(gpus.names), "reason": None if gpus.names else no_gpu()},
+            "gpu": {
+                "names": list(gpus.names),
+                "reason": None if gpus.names else no_gpu(),
+                "torch_cuda": torch.version.cuda,
+            },
             "environment": {
                 name: os.environ[name]
                 for name in ("BIGMODEL_BACKEND", "BIGMODEL_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS")

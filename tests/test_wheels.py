@@ -165,14 +165,34 @@ def test_sizes_of_gpu_code() -> None:
     assert wheels.gpu_code(library) == {"sm_80": 100 + 64 + 6 + 64, "compute_80": 30 + 64, "sm_90": 50 + 64}
 
 
-def test_the_doctors_answer_is_read() -> None:
-    def answer(status: str) -> str:
-        checks = [("native, cpu", status, "instruction set avx2"), ("native, cuda", "off", "no GPU")]
-        return json.dumps({"checks": [{"name": n, "status": s, "detail": d} for n, s, d in checks]})
-
-    said = "native, cpu live: instruction set avx2; native, cuda off: no GPU"
-    assert wheels_check.doctors_answer(answer("live")) == (True, said)
-    assert wheels_check.doctors_answer(answer("broken"))[0] is False
+@pytest.mark.parametrize(
+    ("torch_cuda", "built_for", "loaded", "right"),
+    [
+        (None, None, False, True),  # the wheel for CPUs
+        (None, "13.0", False, True),
+        ("13.2", "13.0", True, True),
+        ("13.2", "13.0", False, False),  # should have been
+        ("12.8", "13.0", False, True),
+        ("12.8", "13.0", True, False),  # should not
+    ],
+)
+def test_the_doctors_answer_is_read(
+    torch_cuda: str | None, built_for: str | None, loaded: bool, right: bool
+) -> None:
+    found = {
+        "cpu": {"isa": "avx2"},
+        "native_library": {"loaded": True, "reason": None},
+        "cuda_library": {
+            "loaded": loaded,
+            "reason": None if loaded else "no fit",
+            "built_for": built_for and {"cuda": built_for, "architectures": ["80"]},
+        },
+        "gpu": {"torch_cuda": torch_cuda},
+    }
+    said = f"CPU: avx2; CUDA: {'loaded' if loaded else 'no fit'}"
+    assert wheels_check.doctors_answer(json.dumps(found)) == (right, said)
+    found["native_library"] = {"loaded": False, "reason": "broken"}
+    assert wheels_check.doctors_answer(json.dumps(found))[0] is False
 
 
 def test_wheels_are_tried_without_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

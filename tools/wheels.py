@@ -6,7 +6,7 @@
 
 NVCC names compilers to look at first, with colons between them; then come the one on PATH and those of
 /usr/local/cuda-*. BIGMODEL_CUDA_ARCHS, CXX, CXXFLAGS and MAX_JOBS are those of the build (docs/building.md).
-Needs auditwheel, patchelf and pip.
+Needs auditwheel and patchelf.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def build(variant: Variant, output: Path) -> Path:
     for stale in [*source.glob("build/lib*"), *source.glob("build/bdist*"), *source.glob("*.egg-info")]:
         shutil.rmtree(stale)  # setuptools would pack what another variant has left here
     environment = {**os.environ, **variant.environment()}
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    pack = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir"]
     audit = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--plat", PLATFORM, "--only-plat"]
     for library in FROM_TORCH:
         audit += ["--exclude", library]
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         raw, repaired = Path(folder, "raw"), Path(folder, "repaired")
-        subprocess.run([*pip, "--wheel-dir", str(raw), "."], cwd=source, env=environment, check=True)
+        subprocess.run([*pack, str(raw)], cwd=source, env=environment, check=True)
         (wheel,) = raw.glob("*.whl")
         subprocess.run([*audit, "--wheel-dir", str(repaired), str(wheel)], check=True)
         (wheel,) = repaired.glob("*.whl")

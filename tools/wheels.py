@@ -130,7 +130,7 @@ def build(variant: Variant, output: Path) -> Path:
     for stale in [*source.glob("build/lib*"), *source.glob("build/bdist*"), *source.glob("*.egg-info")]:
         shutil.rmtree(stale)  # setuptools would pack what another variant has left here
     environment = {**os.environ, **variant.environment()}
-    pack = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir"]
+    pack = [sys.executable, "-W", "ignore:setup.py install", "setup.py", "-q", "bdist_wheel", "--dist-dir"]
     audit = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--plat", PLATFORM, "--only-plat"]
     for library in FROM_TORCH:
         audit += ["--exclude", library]

@@ -154,9 +154,12 @@ def native_cuda(
 ) -> Check:
     """The CUDA library. torch_cuda is torch's CUDA version; reason is why the library is not loaded."""
     name = "native, cuda"
-    there = "" if build is None else f"; the library here is for CUDA {build.cuda}"
     if not gpus.names:
-        detail = no_gpu() + there
+        detail = no_gpu()
+        if build is not None:
+            detail += (
+                f"; {reason}" if torch_cuda and reason else f"; the library here is for CUDA {build.cuda}"
+            )
         if build is None or not gpus.driver:
             return Check(name, OFF, detail, "an NVIDIA GPU of sm_80 or newer, and a torch with CUDA")
         wanted = f"install a torch for CUDA {build.cuda.partition('.')[0]}, or a driver that it can use"
@@ -166,9 +169,8 @@ def native_cuda(
     major = torch_cuda.partition(".")[0]
     wanted = f"install the wheel for CUDA {major}, or build with nvcc of CUDA {major} (docs/building.md)"
     if reason is not None:
-        # A wheel without it is whole: Triton's kernels run in its place.
-        missing = build is None and "is missing" in reason
-        return Check(name, OFF if missing else BROKEN, reason, wanted)
+        # A wheel without the library is whole: Triton's kernels run in its place.
+        return Check(name, OFF if build is None else BROKEN, reason, wanted)
     assert gpus.capability is not None
     if gpus.capability < (8, 0):
         return Check(name, OFF, f"{gpus.names[0]} is older than sm_80", "Triton's kernels serve it")

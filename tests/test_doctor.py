@@ -84,6 +84,12 @@ def test_a_wheel_of_another_cuda(ran: list[tuple[str, str]]) -> None:
     assert not ran
 
 
+def test_a_wheel_of_another_cuda_is_named_without_a_gpu_too() -> None:
+    reason = "the CUDA extension is built for CUDA 13.0, and this torch (2.10.0+cu128) for CUDA 12.8"
+    check = doctor.native_cuda(Gpus(), "12.8", CUDA_13, reason)
+    assert check.status == OFF and check.detail.endswith(reason)
+
+
 def test_a_wheel_without_cuda_is_whole(ran: list[tuple[str, str]]) -> None:
     check = doctor.native_cuda(HOPPER, "13.0", None, "the CUDA extension is not built (x.so is missing)")
     assert (check.status, ran) == (OFF, [])

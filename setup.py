@@ -4,8 +4,9 @@ The library uses LibTorch's stable ABI and no Python symbol, so one binary serve
 every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
 test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers;
 BIGMODEL_CUDA=1 or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc
-is on PATH); BIGMODEL_SANITIZE=address or thread is a test build that stays under build/ (csrc/sanitize.py);
-CXX names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
+is on PATH); BIGMODEL_LOCAL_VERSION=cu130 adds +cu130 to the version; BIGMODEL_SANITIZE=address or thread is a
+test build that stays under build/ (csrc/sanitize.py); CXX names the compiler; CXXFLAGS is added to its flags;
+MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import ModuleType
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.resolve()
 KERNELS = [
@@ -40,7 +42,7 @@ BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
 TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "linear"]
 TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
-REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training"]
+REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -162,7 +164,8 @@ class BuildWithNinja(build_ext):
         compiler = os.environ.get("CXX", "g++")
         build = ninja.SANITIZERS[sanitizer] if sanitizer else "-O3 -g0"
         common = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-psabi"
-        common = f"{compiler} {common} {os.environ.get('CXXFLAGS', '')}"
+        common = f"{ninja.launcher()}{compiler} {common} {os.environ.get('CXXFLAGS', '')}"
+        common = f"{common} {' '.join(ninja.path_flags())}"
         result = "-pthread" if sanitizer == "thread" else f"-shared {libraries}"
         rules = {"link": f"{compiler} {build} -o $out $in {result}"}
         targets: list[tuple[str, str, list[str]]] = []
@@ -198,6 +201,15 @@ class BuildWithNinja(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
 
+class LocalVersion(egg_info):
+    """The version, with BIGMODEL_LOCAL_VERSION after a plus."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        if local := os.environ.get("BIGMODEL_LOCAL_VERSION"):
+            self.tag_build = f"+{local}"
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel for any Python 3 on this platform."""
 
@@ -207,5 +219,5 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("bigmodel_kernels.libbigmodel_cpu", sources=[])],
-    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildWithNinja, "bdist_wheel": PlatformWheel, "egg_info": LocalVersion},
 )

@@ -1,14 +1,34 @@
-"""Loads the compiled libraries once, on first need, and says why where it cannot."""
+"""Loads the compiled libraries once, on first need, and says why where it cannot.
+
+A library that is there and cannot be used is the subject of one RuntimeWarning: something else runs instead.
+"""
 
 from __future__ import annotations
 
 import functools
+import mmap
+import re
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _LIBRARY = Path(__file__).parent / "libbigmodel_cpu.so"
 _CUDA_LIBRARY = Path(__file__).parent / "libbigmodel_cuda.so"
+
+#: What csrc/cuda_build.cpp leaves in the CUDA library.
+_CUDA_BUILD = re.compile(
+    rb"bigmodel_kernels CUDA library: CUDART_VERSION (\d+), architectures ([0-9a-z ]+)\."
+)
+
+
+@dataclass(frozen=True)
+class CudaBuild:
+    """What the CUDA library was built for: a CUDA version such as "13.0", and architectures such as "90a"."""
+
+    cuda: str
+    architectures: tuple[str, ...]
 
 
 @functools.cache
@@ -22,13 +42,25 @@ def reason() -> str | None:
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
-        return f"the CPU extension does not load: {error}"
+        return _warned(f"the CPU extension does not load: {error}")
     return None
 
 
 def available() -> bool:
     """Whether the compiled CPU ops (``torch.ops.bigmodel.cpu_*``) can be called."""
     return reason() is None
+
+
+def cuda_build() -> CudaBuild | None:
+    """What the CUDA library was built for, read from its file; None without one, or where it does not say."""
+    if not _CUDA_LIBRARY.exists():
+        return None
+    with _CUDA_LIBRARY.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = _CUDA_BUILD.search(content)
+        if found is None:
+            return None
+        version = int(found[1])
+        return CudaBuild(f"{version // 1000}.{version % 1000 // 10}", tuple(found[2].decode().split()))
 
 
 @functools.cache
@@ -41,8 +73,22 @@ def cuda_reason() -> str | None:
         )
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
+    build = cuda_build()
+    # The CUDA runtime is linked in; what is built for one minor version runs with the others of its major.
+    if build is not None and build.cuda.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return _warned(
+            f"the CUDA extension is built for CUDA {build.cuda}, and this torch ({torch.__version__}) "
+            f"for CUDA {torch.version.cuda}"
+        )
     try:
         torch.ops.load_library(str(_CUDA_LIBRARY))
     except OSError as error:
-        return f"the CUDA extension does not load: {error}"
+        return _warned(f"the CUDA extension does not load: {error}")
     return None
+
+
+def _warned(text: str) -> str:
+    warnings.warn(
+        f"bigmodel_kernels: {text}; `bigmodel-kernels doctor` says what to do", RuntimeWarning, stacklevel=3
+    )
+    return text

@@ -6,8 +6,6 @@ next to the tables.
 
 from __future__ import annotations
 
-import os
-import platform
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +14,10 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-import bigmodel_kernels as bk
-from bigmodel_kernels import _native, backends
+from bigmodel_kernels import backends
 from bigmodel_kernels.console import (
-    DTYPES,
     STDOUT,
     Device,
     Json,
@@ -30,9 +27,9 @@ from bigmodel_kernels.console import (
     console_for,
     emit,
     errors_of_usage,
-    no_gpu,
     progress,
 )
+from bigmodel_kernels.doctor import BROKEN, DTYPES, LIVE, examine
 from bigmodel_kernels.finetune import command as finetune_command
 from bigmodel_kernels.tasks import command as tasks_command
 
@@ -55,118 +52,19 @@ def main() -> None:
 # doctor
 
 
-def _backend_rows(device: str) -> list[dict[str, Any]]:
-    """For each operator and dtype which backend runs a plain call, and why the others do not."""
-    rows = []
-    for op, dtype in ((op, dtype) for op in _examples(torch.float32, device) for dtype in DTYPES):
-        args, kwargs = _examples(getattr(torch, dtype), device)[op]
-        answer = bk.explain(op, *args, **kwargs)
-        rows.append(
-            {
-                "op": op,
-                "dtype": dtype,
-                "backend": answer.chosen,
-                "gradient": _gradient_backend(op, device, answer.chosen),
-                "reasons": answer.reasons,
-                "error": answer.error,
-            }
-        )
-    return rows
-
-
-def _examples(dtype: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    def new(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
-    length = torch.ones(1, dtype=torch.int32, device=device)
-    return {
-        "attention": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "linear": ((new(4, 64), new(64, 64), new(64)), {}),
-        "feed_forward": ((new(4, 64), new(128, 64), new(128), new(64, 128), new(64)), {"activation": "gelu"}),
-        "layer_norm": ((new(4, 64), new(64), new(64)), {}),
-        "rms_norm": ((new(4, 64), new(64)), {}),
-        "embedding": ((ids, new(8, 64)), {}),
-        "rotary": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(4, 32), new(4, 32)), {}),
-        "attention_decode": ((new(1, 2, 1, 64), new(1, 2, 8, 64), new(1, 2, 8, 64), length), {}),
-        "attention_statistics": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "attention_probabilities": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "linear_cross_entropy": ((new(4, 64), new(8, 64), ids[0]), {}),
-    }
-
-
-#: operator -> the operator of its gradient, where its name does not say it. The linear cross-entropy makes
-#: its gradient in its training form.
-_GRADIENTS = {
-    "layer_norm": "norm_backward",
-    "rms_norm": "norm_backward",
-    "linear_cross_entropy": "linear_cross_entropy_training",
-}
-
-
-def _gradient_backend(op: str, device: str, forward: str | None) -> str | None:
-    """The first backend with code for the gradient; None where there is no operator of it."""
-    if op == "rotary":  # its gradient is a rotation
-        return forward
-    for implementation in backends.TABLE.get((_GRADIENTS.get(op, f"{op}_backward"), device), ()):
-        if implementation.only_when_forced is None:
-            try:
-                implementation.load()
-            except (ImportError, NotImplementedError):
-                continue
-            return implementation.name
-    return None
-
-
-def examine() -> dict[str, Any]:
-    """Everything that `doctor` shows."""
-    from bigmodel_kernels.bench import machine
-
-    gpus = []
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    forced_error = None
-    try:
-        backends.forced()
-    except ValueError as error:
-        forced_error = str(error)
-    devices = ["cpu", *(["cuda"] if gpus else [])]
-    return {
-        "versions": {
-            "bigmodel_kernels": bk.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": machine.version_of("transformers"),
-            "triton": machine.version_of("triton"),
-        },
-        "cpu": {
-            "name": machine.cpu_name(),
-            "cores": machine.cores(),
-            "threads": torch.get_num_threads(),
-            "isa": machine.instruction_set(),
-            "isa_available": machine.instruction_sets(),
-            "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        },
-        "native_library": {"loaded": _native.available(), "reason": _native.reason()},
-        "gpu": {"names": gpus, "reason": None if gpus else no_gpu()},
-        "environment": {
-            name: os.environ[name]
-            for name in ("BIGMODEL_BACKEND", "BIGMODEL_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-            if name in os.environ
-        },
-        "problem": forced_error,
-        "backends": {} if forced_error else {device: _backend_rows(device) for device in devices},
-    }
-
-
 @app.command(cls=JsonCommand)
 def doctor(json_to: Json = None) -> None:
-    """What is installed, what this machine has, and which backend serves each operator."""
+    """What is installed, what this machine has, which backend serves each operator, and what to mend.
+
+    Exit code 1 when something that should work here does not.
+    """
     console = console_for(json_to)
     found = examine()
     if json_to != STDOUT:
         _show_doctor(found, console)
     emit(found, json_to, console)
+    if not found["ok"]:
+        raise typer.Exit(1)
 
 
 def _show_doctor(found: dict[str, Any], console: Console) -> None:
@@ -175,17 +73,21 @@ def _show_doctor(found: dict[str, Any], console: Console) -> None:
         facts.add_row(name, version or "not installed")
     cpu = found["cpu"]
     facts.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads")
-    if found["native_library"]["loaded"]:
-        facts.add_row("CPU kernels", f"{cpu['isa']} (available: {', '.join(cpu['isa_available'])})")
-    else:
-        facts.add_row("CPU kernels", found["native_library"]["reason"])
+    if cpu["isa"]:
+        facts.add_row("instruction sets", f"{cpu['isa']} (available: {', '.join(cpu['isa_available'])})")
     gpu = found["gpu"]
     facts.add_row("GPU", ", ".join(gpu["names"]) or f"none: {gpu['reason']}")
     for name, value in found["environment"].items():
         facts.add_row(name, value)
     console.print(facts)
-    if found["problem"]:
-        console.print(found["problem"], style="bold red", markup=False)
+    styles = {LIVE: "green", BROKEN: "bold red"}
+    for check in found["checks"]:
+        line = Text(f"{check['status']:<6} ", style=styles.get(check["status"], "yellow"))
+        line.append(f"{check['name']}: {check['detail']}", style="default")
+        console.print(line)
+        if check["fix"]:
+            verb = "mend" if check["status"] == BROKEN else "have"
+            console.print(f"       to {verb} it: {check['fix']}", markup=False, highlight=False)
     for device, rows in found["backends"].items():
         table = Table(title=f"Backends on {device}", title_justify="left")
         table.add_column("operator")

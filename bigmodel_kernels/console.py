@@ -22,9 +22,9 @@ from rich.progress import (
 )
 from typer.core import TyperCommand
 
+from bigmodel_kernels.doctor import DTYPES, no_gpu
 from bigmodel_kernels.extras import MissingPackage
 
-DTYPES = ("float32", "bfloat16", "float16")
 STDOUT = "-"
 
 
@@ -51,13 +51,6 @@ Json = Annotated[
     typer.Option("--json", metavar="[FILE.json]", help="Result as JSON: to the file, or instead of tables."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-
-
-def no_gpu() -> str:
-    """Why there is no GPU to use."""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    return "torch sees no GPU (torch.cuda.is_available() is False)"
 
 
 def console_for(json_to: str | None) -> Console:

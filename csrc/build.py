@@ -4,15 +4,21 @@
     python csrc/build.py cuda [80 90a]       build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
-MAX_JOBS limits parallel compilation. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own
-with AddressSanitizer and UndefinedBehaviorSanitizer (see csrc/sanitize.py).
+MAX_JOBS limits parallel compilation; ccache is used where it is on PATH. The same sources and compilers give
+the same bytes: host code in any folder, what nvcc makes in a folder of the same path, a hash of which it puts
+into names. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own with AddressSanitizer and
+UndefinedBehaviorSanitizer (see csrc/sanitize.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.resolve()
@@ -30,6 +36,23 @@ KERNELS = {
     "norm/rows.cu": "80",
 }
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# What the CUDA runtime, which is linked in, takes from the libraries that glibc 2.34 merged into libc.so.6.
+GLIBC_MERGED = {
+    "libdl.so.2": "dlclose dlerror dlmopen dlopen dlsym dlvsym",
+    "librt.so.1": "shm_open shm_unlink",
+    "libpthread.so.0": """
+        pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
+        pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy
+        pthread_mutexattr_init pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once
+        pthread_rwlock_destroy pthread_rwlock_init pthread_rwlock_rdlock pthread_rwlock_timedrdlock
+        pthread_rwlock_timedwrlock pthread_rwlock_tryrdlock pthread_rwlock_trywrlock pthread_rwlock_unlock
+        pthread_rwlock_wrlock pthread_rwlockattr_destroy pthread_rwlockattr_init
+        pthread_rwlockattr_setpshared pthread_setspecific pthread_spin_destroy pthread_spin_init
+        pthread_spin_lock pthread_spin_trylock pthread_spin_unlock sem_destroy sem_init sem_post
+        sem_timedwait sem_trywait sem_wait""",
+}
+# Symbol versions on the one architecture that the stand-ins are for; those not named are of GLIBC_2.2.5.
+GLIBC_VERSIONS = {"dlmopen": "GLIBC_2.3.4"}
 # A sanitized build ends the process at its first report, at -O1: at -O3 it compiles several times as long.
 SANITIZERS = {
     "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
@@ -45,10 +68,20 @@ def sanitizer() -> str | None:
     return name
 
 
-def write_ninja(folder: Path, rules: dict[str, str], targets: list[tuple[str, str, list[str]]]) -> None:
-    """rules: name -> command with $in and $out; targets: (output, rule, inputs)."""
+def write_ninja(
+    folder: Path,
+    rules: dict[str, str],
+    targets: list[tuple[str, str, list[str]]],
+    keep_logs: bool = False,
+) -> None:
+    """rules: name -> command with $in and $out; targets: (output, rule, inputs as ninja writes them).
+
+    What compilers print goes to $out.log if keep_logs.
+    """
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
+        log = " --log $out.log" if keep_logs and "$in" in command and "$out.d" in command else ""
+        command = f"{sys.executable} {CSRC / 'job.py'} $out{log} -- {command}"
         lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         if "$out.d" in command:
             lines += ["  depfile = $out.d", "  deps = gcc"]
@@ -63,14 +96,44 @@ def write_ninja(folder: Path, rules: dict[str, str], targets: list[tuple[str, st
 
 def run_ninja(folder: Path, *options: str) -> None:
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    start = time.time()
     subprocess.run(["ninja", *options, *jobs], cwd=folder, check=True)
+    if summary := usage_since(folder, start):
+        print(summary)
+
+
+def usage_since(folder: Path, start: float) -> str:
+    """What the jobs that have ended since then took, in one line; empty where there were none."""
+    usage = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.usage") if p.stat().st_mtime >= start}
+    if not usage:
+        return ""
+    largest = max(usage, key=lambda name: usage[name]["megabytes"])
+    return (
+        f"{folder.name}: {len(usage)} jobs in {time.time() - start:.0f} s "
+        f"({sum(u['seconds'] for u in usage.values()):.0f} s of jobs); "
+        f"the largest took {usage[largest]['megabytes']} MB ({largest})"
+    )
+
+
+def launcher() -> str:
+    """What compile commands begin with."""
+    return "ccache " if shutil.which("ccache") else ""
+
+
+def torch_include() -> Path:
+    import torch
+
+    return Path(torch.__file__).parent / "include"
 
 
 def torch_flags() -> tuple[str, str]:
-    import torch
+    include = torch_include()
+    return f"-isystem {include}", f"-L{include.parent / 'lib'} -ltorch_cpu -ltorch -lc10"
 
-    root = Path(torch.__file__).parent
-    return f"-isystem {root / 'include'}", f"-L{root / 'lib'} -ltorch_cpu -ltorch -lc10"
+
+def path_flags() -> list[str]:
+    """Paths in messages of errors are the sources' own and torch's, wherever both lie."""
+    return [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include()}/="]
 
 
 def emulator() -> Path:
@@ -83,7 +146,7 @@ def emulator() -> Path:
     flags = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
     extra = os.environ.get("CXXFLAGS", "")
     flags = f"{flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d"
-    compile_ = f"{compiler} {flags} -x c++ -c $in -o $out"
+    compile_ = f"{launcher()}{compiler} {flags} -x c++ -c $in -o $out"
     sources = [
         "emulator/emulator.cpp",
         "emulator/fiber.cpp",
@@ -105,6 +168,39 @@ def gencode(arch: str) -> str:
     return f"-gencode=arch=compute_{arch},code={code}"
 
 
+def older_glibc(folder: Path) -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
+    """Rules and targets of stand-ins for libraries that glibc 2.34 merged into libc.so.6.
+
+    Linked before libc, they give their symbols the versions of old, which every glibc still has, so that the
+    library loads with glibc 2.28 (manylinux_2_28). They are for the linker: a program loads glibc's own.
+    They lie in a folder of their own, for nvcc lets its programs load libraries from the current one.
+    """
+    if platform.machine() != "x86_64" or not sys.platform.startswith("linux"):
+        return {}, []
+    rules: dict[str, str] = {}
+    targets: list[tuple[str, str, list[str]]] = []
+    compiler = os.environ.get("CXX", "g++")
+    stand_ins = folder / "older_glibc"
+    stand_ins.mkdir(parents=True, exist_ok=True)
+    for library, names in GLIBC_MERGED.items():
+        source = "".join(
+            f'extern "C" void {name}_() {{}}\n'
+            f'__asm__(".symver {name}_, {name}@@@{GLIBC_VERSIONS.get(name, "GLIBC_2.2.5")}");\n'
+            for name in names.split()
+        )
+        versions = "".join(f"{v} {{}};\n" for v in sorted({"GLIBC_2.2.5", *GLIBC_VERSIONS.values()}))
+        for path, text in {
+            stand_ins / f"{library}.cpp": source,
+            stand_ins / f"{library}.map": versions,
+        }.items():
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
+        targets.append((f"older_glibc/{library}", f"stand_in_{library}", [f"older_glibc/{library}.cpp"]))
+        soname = f"-Wl,-soname,{library} -Wl,--version-script,older_glibc/{library}.map"
+        rules[f"stand_in_{library}"] = f"{compiler} -shared -nostdlib -fPIC {soname} -o $out $in"
+    return rules, targets
+
+
 def cuda(archs: list[str]) -> Path:
     """Both libraries for these architectures; each kernel file's own must be among them."""
     missing = sorted(set(KERNELS.values()) - set(archs))
@@ -113,31 +209,35 @@ def cuda(archs: list[str]) -> Path:
     nvcc = os.environ.get("NVCC", "nvcc")
     include, libraries = torch_flags()
     folder = ROOT / "build" / "cuda"
-    flags = (
-        "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -lineinfo"
-    )
+    host = ",".join(["-fPIC", "-fvisibility=hidden", *path_flags()])
+    flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler {host} -Xptxas -v -lineinfo"
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
+    # Names of what is local to a file hold a random number otherwise.
+    flags += " --frandom-seed $out"
     flags = f"{flags} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d"
+    rules, targets = older_glibc(folder)
+    stand_ins = [name for name, _, _ in targets]
     # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that,
     # though the torch that we link against, which may have no CUDA, resolves nothing by it.
-    libraries = f"-Xlinker --no-as-needed {libraries}"
-    rules = {"link": f"{nvcc} -shared -cudart static -o $out $in {libraries}"}
-    targets = []
+    for_linker = " ".join(f"-Xlinker {option}" for option in ["--no-as-needed", *stand_ins])
+    rules["link"] = f"{nvcc} -shared -cudart static -o $out $in {for_linker} {libraries}"
 
-    def add(source: str, kernel_archs: list[str]) -> str:
-        rule = "compile_" + "_".join(kernel_archs)
-        code = " ".join(map(gencode, kernel_archs))
-        rules[rule] = f"{nvcc} {flags} {code} -x cu -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)"
+    def add(source: str, kernel_archs: list[str], defines: str = "") -> str:
         name = source.replace("/", ".").rsplit(".", 1)[0] + ".o"
+        rule = f"compile_{'_'.join(kernel_archs)}" + (f"_{name.removesuffix('.o')}" if defines else "")
+        code = " ".join(map(gencode, kernel_archs))
+        rules[rule] = f"{launcher()}{nvcc} {flags} {defines} {code} -x cu -c $in -o $out"
         targets.append((name, rule, [str(CSRC / source)]))
         return name
 
     objects = [add(source, [arch]) for source, arch in KERNELS.items()]
     objects.append(add("register_cuda.cpp", archs))
-    targets.append(("libbigmodel_cuda.so", "link", objects))
-    targets.append(("libbigmodel_words.so", "link", [add("testing/register.cpp", archs)]))
-    write_ninja(folder, rules, targets)
+    objects.append(add("glibc.cpp", archs))
+    objects.append(add("cuda_build.cpp", archs, f"""'-DBIGMODEL_CUDA_ARCHS="{" ".join(archs)}"'"""))
+    targets.append(("libbigmodel_cuda.so", "link", [*objects, "|", *stand_ins]))
+    targets.append(("libbigmodel_words.so", "link", [add("testing/register.cpp", archs), "|", *stand_ins]))
+    write_ninja(folder, rules, targets, keep_logs=True)
     run_ninja(folder, "--quiet")
     return folder / "libbigmodel_cuda.so"
 

@@ -72,7 +72,7 @@ def test_doctor_json() -> None:
 
 def test_doctor_names_a_backend_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGMODEL_BACKEND", "magic")
-    text = plain(run("doctor").output)
+    text = plain(run("doctor", code=1).output)
     assert "BIGMODEL_BACKEND='magic' is unknown; allowed are native, triton, reference" in text
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmodel_kernels.console import (
-    DTYPES,
     STDOUT,
     Device,
     Json,
@@ -27,6 +26,7 @@ from bigmodel_kernels.console import (
     progress,
     with_options,
 )
+from bigmodel_kernels.doctor import DTYPES
 from bigmodel_kernels.tasks import TASKS
 from bigmodel_kernels.tasks.base import Outcome, Task, run
 from bigmodel_kernels.tasks.generation import Causal

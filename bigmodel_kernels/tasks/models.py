@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bigmodel_kernels.console import DTYPES
+from bigmodel_kernels.doctor import DTYPES
 from bigmodel_kernels.extras import package
 
 if TYPE_CHECKING:

@@ -354,7 +354,7 @@ def verify(
     detail: Annotated[bool, typer.Option("--detail", help="A line for each feature.")] = False,
     document: Annotated[
         Path | None,
-        typer.Option("--write", metavar="FILE.md", help="Put the errors into a document, between its markers."),
+        typer.Option("--write", metavar="FILE.md", help="Put the errors between the markers of a document."),
     ] = None,
     json_to: Json = None,
 ) -> None:

@@ -21,7 +21,7 @@ _NUMBERS = ("max", "eager_max", "mean", "eager_mean")
 
 
 def errors(verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, float]]:
-    """For the outputs and for the gradients of a case, those that it has: the largest error and the mean of the
+    """For the outputs of a case, and for its gradients if it has any: the largest error and the mean of the
     mean errors, here and of plain PyTorch.
     """
     groups: dict[str, list[Verdict]] = {}
@@ -61,11 +61,11 @@ def _cut(document: str) -> tuple[str, str]:
 
 
 def text(results: Sequence[Mapping[str, Any]], device: str) -> str:
-    """One table for results and one for gradients, a row for each operator and dtype that ran, in Markdown."""
+    """One table for results and one for gradients, a row for each operator and dtype that ran."""
     where = f"`{device}`"
     if torch.device(device).type == "cpu" and (isa := machine.instruction_set()) is not None:
         where += f", instruction set `{isa}`"
-    lines = ["", f"Written by `bigmodel-kernels verify --write` with torch {torch.__version__} on {where}.", ""]
+    lines = ["", f"By `bigmodel-kernels verify --write` with torch {torch.__version__} on {where}.", ""]
     for kind, title in KINDS.items():
         lines += [
             f"### {title}",

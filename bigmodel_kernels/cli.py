@@ -365,6 +365,10 @@ def verify(
     console = _console(json_to)
     _check_device(device)
     if document is not None:
+        if op or dtype or fast:
+            raise typer.BadParameter(
+                f"write={str(document)!r} with op, dtype or fast: the table has every operator and dtype"
+            )
         try:
             numerics.check_document(document)
         except (OSError, ValueError) as error:
@@ -397,7 +401,7 @@ def verify(
         verdict += f", {len(failed)} are wrong" if failed else ""
         verdict += f", {len(skipped)} cannot run on this backend" if skipped else ""
         console.print(verdict, style="green" if ok else "bold red")
-    if document is not None:
+    if document is not None and ok:
         numerics.write(document, results, device)
         console.print(f"wrote {document}", markup=False)
     _emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)

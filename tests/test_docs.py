@@ -101,7 +101,7 @@ def without_comments(block: str) -> list[str]:
 
 
 def outline(text: str) -> dict[str, list[Any]]:
-    """What a page and its translation share: levels of headings, rows of tables, and code but for comments."""
+    """What a page and its translation share: levels of headings, rows of tables, code but for comments."""
     code = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.S | re.M)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     return {

@@ -37,14 +37,14 @@ Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const
 // its residual and its norm, before ("pre") or behind ("post") it. `lengths` are the cu_seqlens of packed rows, as many keys as queries.
 Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor attention_bias,
                      OptionalTensor lengths, int64_t longest, OptionalTensor sinks, double softmax_scale, bool is_causal, int64_t window_left,
-                     double softcap, Tensor packed_context, OptionalTensor b_context, OptionalTensor attention_norm_weight,
+                     int64_t window_right, double softcap, Tensor packed_context, OptionalTensor b_context, OptionalTensor attention_norm_weight,
                      OptionalTensor attention_norm_bias, double attention_norm_eps, Tensor packed_in, OptionalTensor b_in, Tensor packed_out,
                      OptionalTensor b_out, OptionalTensor packed_gate, OptionalTensor b_gate, std::string activation, std::string norm_position,
                      OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::string norm_kind) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   Tensor context = context_of(x, query, key, value, {key_padding_mask, attention_bias, lengths, lengths, {}, {}, sinks, longest, longest,
-                                                     softmax_scale, is_causal, window_left, -1, softcap, 0.0});
+                                                     softmax_scale, is_causal, window_left, window_right, softcap, 0.0});
   Tensor y = cpu_linear(context, packed_context, b_context, "none", x, attention_norm_weight, attention_norm_bias, attention_norm_eps, {},
                         norm_kind, 0.0);
   return cpu_feed_forward(y, packed_in, b_in, packed_out, b_out, activation, y, norm_position, norm_weight, norm_bias, norm_eps, packed_gate,
@@ -57,7 +57,7 @@ Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalT
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_layer_begin(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind, Tensor packed, Tensor? bias) -> Tensor");
   m.def("cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? attention_bias, Tensor? lengths, "
-        "int longest, Tensor? sinks, float softmax_scale, bool is_causal, int window_left, float softcap, Tensor packed_context, "
+        "int longest, Tensor? sinks, float softmax_scale, bool is_causal, int window_left, int window_right, float softcap, Tensor packed_context, "
         "Tensor? b_context, Tensor? attention_norm_weight, Tensor? attention_norm_bias, float attention_norm_eps, Tensor packed_in, "
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.packed_weight import PackedWeight
+
 LIBRARY = torch.library.Library("bigmodel", "FRAGMENT")
 
 #: Floating types an operator accepts. float64 runs in the reference only.
@@ -15,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, PackedWeight))
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:

@@ -73,6 +73,7 @@ class Terms(NamedTuple):
     bias: Tensor | None = None
     is_causal: bool = False
     window_left: int = -1
+    window_right: int = -1
     lengths: Tensor | None = None
     longest: int = 0
 
@@ -344,6 +345,7 @@ def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
         softmax_scale=terms.scale,
         is_causal=terms.is_causal,
         window_left=terms.window_left,
+        window_right=terms.window_right,
         dropout_p=dropout_p,
     )[0]
     return out.flatten(-2) if packed else out.transpose(1, 2).flatten(2)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigmodel_kernels.ops.packed_weight import PackedWeight
+
 #: Parameters of these dtypes have kernels (float64 runs in plain PyTorch).
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,7 +83,7 @@ def reason_for_hooks(module: nn.Module) -> str | None:
 def reason_for_parameters(module: nn.Module) -> str | None:
     """Weights that the operators cannot read."""
     for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) not in (nn.Parameter, PackedWeight):
             return f"{name} is a {type(parameter).__qualname__}"
         if parameter.device.type == "meta":
             return f"{name} is on the meta device (not loaded, or offloaded)"
@@ -252,7 +254,7 @@ def parameters(module: Any, cls: type, dtype: torch.dtype | None) -> tuple[Any, 
 
 
 def _readable(tensor: Any, dtype: torch.dtype | None) -> bool:
-    if type(tensor) not in (nn.Parameter, torch.Tensor):
+    if type(tensor) not in (nn.Parameter, torch.Tensor, PackedWeight):
         return False
     return tensor.dtype in DTYPES[:3] if dtype is None else tensor.dtype == dtype
 

@@ -22,6 +22,7 @@ from bigmodel_kernels import backends
 from bigmodel_kernels.transformers import checks, config_view, families, report
 from bigmodel_kernels.transformers.autoregister import register
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.release import restore_weights
 from bigmodel_kernels.transformers.report import PatchReport, Row
 
 
@@ -51,8 +52,11 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every patched module its own class and config back. Returns how many modules that were."""
+    """Gives every patched module its own class and config back, and makes released weights parameters again.
+    Returns how many modules that were.
+    """
     _require_module(model)
+    restore_weights(model)
     originals = {rule.patched: rule.original for family in families.loaded() for rule in _all_rules(family)}
     restored = 0
     for module in model.modules():

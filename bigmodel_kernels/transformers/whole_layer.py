@@ -79,7 +79,7 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held, position: str) -> Te
     return torch.ops.bigmodel.cpu_layer_end.default(  # type: ignore[no-any-return]
         *(x.contiguous(), terms.query, terms.key, terms.value),
         *(contiguous(terms.padding), terms.bias, contiguous(terms.lengths), terms.longest, None),
-        *(terms.scale, terms.is_causal, terms.window_left, 0.0),
+        *(terms.scale, terms.is_causal, terms.window_left, terms.window_right, 0.0),
         *(
             held.context,
             contiguous(_affine(w.attention_out)[1]),

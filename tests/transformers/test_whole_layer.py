@@ -214,6 +214,7 @@ def arguments(**changes: Any) -> list[Any]:
             "softmax_scale": 0.5,
             "is_causal": False,
             "window_left": -1,
+            "window_right": -1,
             "softcap": 0.0,
         },
         **{"packed_context": pack(8, 8), "b_context": torch.randn(8)},
@@ -275,15 +276,15 @@ def test_the_raw_op_by_definition(form: str) -> None:
     x, query, key, value = given[:4]
     torch.manual_seed(1)
     weights = [torch.randn(8, 8), torch.randn(6, 8), torch.randn(8, 6)]
-    given[13], given[18], given[20] = (
+    given[14], given[19], given[21] = (
         torch.ops.bigmodel.cpu_pack_weight([weight], "linear") for weight in weights
     )
     context = torch.nn.functional.scaled_dot_product_attention(
         *(t.double() for t in (query, key, value)), is_causal=True, scale=0.5
     )
     projection, w_in, w_out = (weight.double() for weight in weights)
-    y = x + context.transpose(1, 2).flatten(2) @ projection.T + given[14]
-    inner = torch.nn.functional.gelu(torch.nn.functional.layer_norm(y, (8,)) @ w_in.T + given[19])
+    y = x + context.transpose(1, 2).flatten(2) @ projection.T + given[15]
+    inner = torch.nn.functional.gelu(torch.nn.functional.layer_norm(y, (8,)) @ w_in.T + given[20])
     expected = y + inner @ w_out.T
     if form == "packed":
         given[0] = x.flatten(0, 1)

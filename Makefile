@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify numerics docs clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -73,6 +73,14 @@ bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
 verify: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels verify
 
+# The errors of every operator and dtype, into the documentation.
+numerics: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels verify --write docs/numerics.md
+
+# The documentation site, in build/site; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 # Every install is editable and without build isolation, so that the extension is built against the torch it runs with.
 $(VENV)/.base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -93,6 +101,10 @@ $(VENV)/.wheels: $(VENV)/.base
 
 $(VENV)/.bench: $(VENV)/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[bench]"
+	touch $@ bigmodel_kernels/.built
+
+$(VENV)/.docs: $(VENV)/.demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install -q --no-build-isolation -e ".[docs]"
 	touch $@ bigmodel_kernels/.built
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -133,7 +133,8 @@ def _ratio(error: float, limit: float) -> float:
 
 
 def _summary(result: Any) -> dict[str, Any]:
-    """A result in the types of JSON: the worst of its verdicts, as parts of what is allowed."""
+    """A result in the types of JSON: the worst of its verdicts, as parts of what is allowed, and errors."""
+    from bigmodel_kernels import numerics
     from bigmodel_kernels import verify as verification
 
     assert isinstance(result, verification.Result)
@@ -146,6 +147,7 @@ def _summary(result: Any) -> dict[str, Any]:
         "ok": result.ok,
         "max_ratio": max((_ratio(v.max_error, v.max_limit) for v in verdicts), default=None),
         "mean_ratio": max((_ratio(v.mean_error, v.mean_limit) for v in verdicts), default=None),
+        "errors": numerics.errors(result.verdicts),
         "seconds": result.seconds,
         "skipped": result.skipped,
         "message": None if result.ok and not result.skipped else str(result),
@@ -162,13 +164,27 @@ def verify(
     device: Device = "cpu",
     fast: Annotated[bool, typer.Option("--fast", help="Every fourth case.")] = False,
     detail: Annotated[bool, typer.Option("--detail", help="A line for each feature.")] = False,
+    document: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="FILE.md", help="Put the errors between the markers of a document."),
+    ] = None,
     json_to: Json = None,
 ) -> None:
     """Holds every operator against float64, forward and backward. Exit code 1 when one is wrong."""
+    from bigmodel_kernels import numerics
     from bigmodel_kernels import verify as verification
 
     console = console_for(json_to)
     check_device(device)
+    if document is not None:
+        if op or dtype or fast:
+            raise typer.BadParameter(
+                f"write={str(document)!r} with op, dtype or fast: the table has every operator and dtype"
+            )
+        try:
+            numerics.check_document(document)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"write={str(document)!r}: {error}") from error
     dtypes = [getattr(torch, name) for name in check_dtypes(dtype)]
     if backend is not None and backend not in backends.NAMES:
         raise typer.BadParameter(f"backend={backend!r} is unknown; allowed are {', '.join(backends.NAMES)}")
@@ -197,6 +213,9 @@ def verify(
         verdict += f", {len(failed)} are wrong" if failed else ""
         verdict += f", {len(skipped)} cannot run on this backend" if skipped else ""
         console.print(verdict, style="green" if ok else "bold red")
+    if document is not None and ok:
+        numerics.write(document, results, device)
+        console.print(f"wrote {document}", markup=False)
     emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)
     if not ok:
         raise typer.Exit(1)

@@ -41,7 +41,10 @@ DTYPES = (torch.float32, *HALVES)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Errors of a result against float64, and what was allowed."""
+    """Errors of a result against float64, what was allowed, and the errors of plain PyTorch.
+
+    `eager_max` and `eager_mean` leave out elements where plain PyTorch is not finite and should be.
+    """
 
     ok: bool
     max_error: float
@@ -49,6 +52,8 @@ class Verdict:
     mean_error: float
     mean_limit: float
     reason: str = ""
+    eager_max: float = 0.0
+    eager_mean: float = 0.0
 
     def __str__(self) -> str:
         text = f"max {self.max_error:.3g} (limit {self.max_limit:.3g}), mean {self.mean_error:.3g} "
@@ -84,7 +89,8 @@ def compare(out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward") -> V
     spread = 1 + 3 / math.sqrt(exact.numel())
     mean_limit = mean_factor * spread * max(eager_mean, rounding.mean().item())
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN
-    return Verdict(ok, max_error, max_limit, mean_error, mean_limit, "" if ok else "error above the limit")
+    reason = "" if ok else "error above the limit"
+    return Verdict(ok, max_error, max_limit, mean_error, mean_limit, reason, eager_max, eager_mean)
 
 
 # The formulas, in the dtype of their arguments.
@@ -888,6 +894,9 @@ def poisoned() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
+#: What the name of a gradient begins with among the verdicts of a result.
+GRADIENT = "grad "
+
 #: Arguments without a gradient.
 _CONSTANTS = ("alibi_slopes",)
 
@@ -972,7 +981,7 @@ def run_case(case: Case, backend: str | None = None, device: str = "cpu", seed: 
     for name, out, eager, ref in zip(names, outs, eager_outs, ref_outs, strict=True):
         verdicts[name] = compare(out, eager, ref)
     for name, grad in grads.items():
-        verdicts[f"grad {name}"] = compare(grad, eager_grads[name], ref_grads[name], "gradient")
+        verdicts[GRADIENT + name] = compare(grad, eager_grads[name], ref_grads[name], "gradient")
     return Result(case, chosen, verdicts, time.perf_counter() - start)
 
 

@@ -274,7 +274,7 @@ def show_comparison(found: dict[str, Any], console: Console, output: str) -> Non
             ),
         ),
     ):
-        table.add_row(label, show_one(eager), show_one(patched))
+        table.add_row(label, show_one(eager), show_one(patched))  # type: ignore[no-untyped-call]
     console.print(table)
     apart = Table("loss curves", "largest", "mean", "last", title="Distance", title_justify="left")
     for seed, numbers in found["distance"].items():

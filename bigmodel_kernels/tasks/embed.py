@@ -70,7 +70,7 @@ def recipe(source: str) -> Recipe:
     """
 
     def read(name: str) -> Any:
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         path = cached_file(
             source,

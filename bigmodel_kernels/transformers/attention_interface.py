@@ -143,7 +143,7 @@ def is_tracing(tensor: Tensor | None) -> bool:
     """Whether values may not be looked at: torch.compile, export, jit.trace, fake tensors, CUDA graph
     capture.
     """
-    return bool(masking_utils.is_tracing(tensor))
+    return bool(masking_utils.is_tracing(tensor))  # type: ignore[attr-defined]
 
 
 def _tokens(mask: Tensor | None, length: int) -> Tensor | None:

@@ -31,7 +31,8 @@ TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}
 # What torch says before an operator sees its arguments, and of memory that it does not have.
 TORCH_REFUSES = re.compile(
     r"There were no tensor arguments|Could not run 'bigmodel::\w+'|not enough memory|can't allocate|overflow|"
-    r"DefaultCPUAllocator|out of memory|invalid combination of arguments|is not currently supported by the .* backend"
+    r"DefaultCPUAllocator|out of memory|invalid combination of arguments|"
+    r"is not currently supported by the .* backend"
 )
 # cpu_layer_end is made of other operators, and its errors speak of their arguments.
 INNER = {"cpu_layer_end": ("bias", "cu_seqlens_q", "cu_seqlens_k", "packed", "residual")}

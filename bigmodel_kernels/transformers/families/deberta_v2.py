@@ -85,7 +85,7 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         """
         bias: Any = 0
         if self.relative_attention:
-            bias = self.disentangled_attention_bias(
+            bias = self.disentangled_attention_bias(  # type: ignore[no-untyped-call]
                 query.reshape(-1, *query.shape[2:]),
                 key.reshape(-1, *key.shape[2:]),
                 relative_pos,

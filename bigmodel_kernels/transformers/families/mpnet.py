@@ -119,7 +119,7 @@ class BigmodelMPNetEncoder(bert_like.Encoder, hf.MPNetEncoder, kin=KIN):
     output = BaseModelOutput
 
     def position_bias(self, x: Tensor) -> Tensor:
-        return self.compute_position_bias(x[:1])  # type: ignore[no-any-return]
+        return self.compute_position_bias(x[:1])  # type: ignore[no-any-return, no-untyped-call]
 
     def _decodes(self) -> bool:
         return False

@@ -5,9 +5,9 @@
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
 MAX_JOBS limits parallel compilation; ccache is used where it is on PATH. The same sources and compilers give
-the same bytes: host code in any folder, what nvcc makes in a folder of the same path, a hash of which it puts
-into names. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own with AddressSanitizer and
-UndefinedBehaviorSanitizer (see csrc/sanitize.py).
+the same bytes: host code in any folder; what nvcc makes in a folder of the same path, a hash of which it puts
+into names, and with BIGMODEL_LINEINFO=0, without line numbers for profilers. BIGMODEL_SANITIZE=address builds
+the emulator in a folder of its own with AddressSanitizer and UndefinedBehaviorSanitizer (csrc/sanitize.py).
 """
 
 from __future__ import annotations
@@ -210,7 +210,9 @@ def cuda(archs: list[str]) -> Path:
     include, libraries = torch_flags()
     folder = ROOT / "build" / "cuda"
     host = ",".join(["-fPIC", "-fvisibility=hidden", *path_flags()])
-    flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler {host} -Xptxas -v -lineinfo"
+    flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler {host} -Xptxas -v"
+    # For profilers. Times of source files are part of it, so wheels go without.
+    flags += "" if os.environ.get("BIGMODEL_LINEINFO") == "0" else " -lineinfo"
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
     # Names of what is local to a file hold a random number otherwise.

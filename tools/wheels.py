@@ -51,7 +51,12 @@ class Variant:
         """What setup.py reads."""
         if self.nvcc is None:
             return {"BIGMODEL_CUDA": "0", "BIGMODEL_LOCAL_VERSION": ""}
-        return {"BIGMODEL_CUDA": "1", "BIGMODEL_LOCAL_VERSION": self.name, "NVCC": self.nvcc}
+        return {
+            "BIGMODEL_CUDA": "1",
+            "BIGMODEL_LINEINFO": "0",
+            "BIGMODEL_LOCAL_VERSION": self.name,
+            "NVCC": self.nvcc,
+        }
 
 
 def cuda_name(version_text: str) -> str:

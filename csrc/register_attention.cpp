@@ -67,7 +67,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   AttentionArgs args = {};
   const bool varlen = cu_seqlens_q.has_value();
   STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
-  const ScalarType dtype = query.scalar_type();
+  const ScalarType dtype = scalar_type_of(query, "query");
   args.dtype = dtype_of(query, "query");
   const int rank = varlen ? 3 : 4;
   const Tensor* tensors[3] = {&query, &key, &value};
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   forward = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
                                                max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap, dropout_p});
   const bool varlen = cu_seqlens_q.has_value();
-  const ScalarType dtype = query.scalar_type();
+  const ScalarType dtype = scalar_type_of(query, "query");
   const Tensor* tensors[2] = {&grad_out, &out};
   const char* names[2] = {"grad_out", "out"};
   int64_t* strides[2] = {args.grad_out_stride, forward.out_stride};

@@ -175,7 +175,11 @@ Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks
 
 // ---- checks ----
 
+// torch takes None where a schema says Tensor.
+void check_defined(const Tensor& tensor, const char* name) { STD_TORCH_CHECK(tensor.defined(), name, ": must be a tensor, not None"); }
+
 Dtype dtype_of(const Tensor& tensor, const char* name) {
+  check_defined(tensor, name);
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::BFloat16: return Dtype::bfloat16;
@@ -192,6 +196,7 @@ std::string shape_of(const Tensor& tensor) {
 }
 
 void check_cpu(const Tensor& tensor, const char* name) {
+  check_defined(tensor, name);
   STD_TORCH_CHECK(tensor.device().type() == torch::headeronly::DeviceType::CPU, name, ": must be on the CPU");
 }
 
@@ -356,7 +361,7 @@ Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, Text activation,
                   OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, Text norm_kind,
                   double dropout_p) {
   const PackedHeader& header = check_packed(packed, "packed");
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   STD_TORCH_CHECK(dtype_of(x, "x") == header.dtype, "packed: dtype differs from the input's");
   const int64_t rows = rows_of(x, header.k), n = header.n;
   Tensor out = empty_rows_like(x, n);
@@ -375,7 +380,7 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
                         double dropout_p) {
   const PackedHeader& in = check_packed(packed_in, "packed_in");
   const PackedHeader& second = check_packed(packed_out, "packed_out");
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   STD_TORCH_CHECK(dtype_of(x, "x") == in.dtype && in.dtype == second.dtype, "packed_in, packed_out: dtype differs from the input's");
   STD_TORCH_CHECK(in.n == second.k, "packed_out: in_features ", second.k, " must be packed_in's out_features ", in.n);
   const PackedHeader* gate = packed_gate ? &check_packed(*packed_gate, "packed_gate") : nullptr;
@@ -398,7 +403,7 @@ Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, con
                const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   Tensor out = empty_rows_like(x, n);
   const LayerNormArgs args = {dtype_of(x, "x"), rows, n, x.const_data_ptr(), data_of(residual, "residual", dtype, rows * n),
                               norm_args(weight, bias, eps, dtype, n, kind, weight_offset, prefix), out.mutable_data_ptr(),
@@ -450,7 +455,7 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   EmbeddingArgs args = {};
   embedding_tables({input_ids, position_ids, token_type_ids}, {word_weight, position_weight, token_type_weight}, args.ids, args.tables);
   const int64_t hidden = word_weight.size(1);
-  const ScalarType dtype = word_weight.scalar_type();
+  const ScalarType dtype = scalar_type_of(word_weight, "word_weight");
   args.dtype = dtype_of(word_weight, "word_weight");
   args.tokens = input_ids.numel();
   args.hidden = hidden;

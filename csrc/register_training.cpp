@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Ten
                                                        OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
                                                        Text weight_layout, Text activation, double norm_eps, Text norm_kind,
                                                        double dropout_p) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   const Dtype type = dtype_of(x, "x");
   const Activation act = activation_of(activation);
   const GivenWeight weight(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
@@ -147,7 +147,7 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
                                         OptionalTensor norm_weight, OptionalTensor norm_bias, OptionalTensor dropout_seed,
                                         OptionalTensor preactivation, OptionalTensor prenorm, Text weight_layout, Text activation,
                                         double norm_eps, Text norm_kind, double dropout_p, std::vector<bool> needs) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   LinearBackwardArgs args = {};
   args.dtype = dtype_of(x, "x");
   args.layout = layout_of(weight_layout);
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
     Tensor x, Tensor w_in, OptionalTensor b_in, Tensor w_out, OptionalTensor b_out, OptionalTensor residual, OptionalTensor norm_weight,
     OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, Text activation,
     Text weight_layout, Text norm_position, double norm_eps, Text norm_kind, double dropout_p, bool recompute) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   const Dtype type = dtype_of(x, "x");
   const WeightLayout layout = layout_of(weight_layout);
   const NormPosition position = position_of(norm_position);
@@ -241,7 +241,7 @@ std::vector<Tensor> cpu_feed_forward_backward(
     OptionalTensor norm_bias, OptionalTensor w_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, OptionalTensor preactivation,
     OptionalTensor gate_preactivation, OptionalTensor prenorm, Text activation, Text weight_layout, Text norm_position,
     double norm_eps, Text norm_kind, double dropout_p, std::vector<bool> needs) {
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   FeedForwardBackwardArgs args = {};
   args.dtype = dtype_of(x, "x");
   args.layout = layout_of(weight_layout);
@@ -314,7 +314,7 @@ std::vector<Tensor> cpu_norm_backward(Tensor grad, Tensor x, OptionalTensor weig
                                       std::vector<bool> needs) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = scalar_type_of(x, "x");
   NormBackwardArgs args = {dtype_of(x, "x"), rows, n, data_of(grad, "grad", dtype, rows * n), x.const_data_ptr(),
                            data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind, "kind"), weight_offset, ""),
                            dropout_of(dropout_seed, dropout_p), nullptr, nullptr, nullptr, nullptr};
@@ -373,7 +373,7 @@ std::vector<Tensor> cpu_embedding_backward(Tensor grad, Tensor input_ids, Tensor
   EmbeddingBackwardArgs args = {};
   const OptionalTensor tables[3] = {word_weight, position_weight, token_type_weight};
   embedding_tables({input_ids, position_ids, token_type_ids}, tables, args.ids, args.tables);
-  const ScalarType dtype = word_weight.scalar_type();
+  const ScalarType dtype = scalar_type_of(word_weight, "word_weight");
   args.dtype = dtype_of(word_weight, "word_weight");
   args.tokens = input_ids.numel();
   args.hidden = word_weight.size(1);
@@ -409,7 +409,7 @@ struct CrossEntropyCall {
   ScalarType dtype;
 
   CrossEntropyCall(const Tensor& x, const Tensor& weight, const Tensor& target, const OptionalTensor& bias, int64_t ignore_index, double label_smoothing)
-      : dtype(x.scalar_type()) {
+      : dtype(scalar_type_of(x, "x")) {
     args.dtype = dtype_of(x, "x");
     const LayerShape shape = weight_shape(weight, WeightLayout::linear, dtype, "weight");
     STD_TORCH_CHECK(x.dim() == 2, "x: shape ", shape_of(x), " must have two dimensions");

@@ -29,6 +29,11 @@ Runtime runtime();
 
 Dtype dtype_of(const Tensor& tensor, const char* name);
 std::string shape_of(const Tensor& tensor);
+void check_defined(const Tensor& tensor, const char* name);
+inline ScalarType scalar_type_of(const Tensor& tensor, const char* name) {
+  check_defined(tensor, name);
+  return tensor.scalar_type();
+}
 void check_cpu(const Tensor& tensor, const char* name);
 void check_aligned(const Tensor& tensor, const char* name);
 // A dense array of exactly this dtype and this many elements; null where there is no tensor.

@@ -103,47 +103,34 @@ def test_calls_after_fork() -> None:
     assert digest(block.results()) == expected
 
 
-def test_threads_share_weights() -> None:
-    block = Block()
-    expected = block.results()
-    wrong: list[list[str]] = []
-    failures: list[BaseException] = []
-    start = threading.Barrier(4)
-
-    def work() -> None:
-        try:
-            start.wait()
-            for _ in range(10):
-                wrong.append(different(block.results(), expected))
-        except BaseException as problem:
-            failures.append(problem)
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
-    assert len(wrong) == 40 and not any(wrong)
-
-
-def test_threads_pack_once() -> None:
-    """The first calls of all threads come together, before anything is packed."""
-    expected = Block().results()
-    block = Block()
+def together(block: Block, rounds: int) -> list[dict[str, Tensor]]:
+    """The results of four threads that start at the same time."""
     results: list[dict[str, Tensor]] = []
     start = threading.Barrier(4)
 
     def work() -> None:
         start.wait()
-        results.append(block.results())
+        results.extend(block.results() for _ in range(rounds))
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(results) == 4 and not any(different(each, expected) for each in results)
+    assert len(results) == 4 * rounds, "a thread has failed"
+    return results
+
+
+def test_threads_share_weights() -> None:
+    block = Block()
+    expected = block.results()
+    assert not any(different(each, expected) for each in together(block, 10))
+
+
+def test_threads_pack_together() -> None:
+    """The first calls of all threads come at once, before anything is packed."""
+    expected = Block().results()
+    assert not any(different(each, expected) for each in together(Block(), 1))
 
 
 def test_processes_give_the_same_bits() -> None:

@@ -50,7 +50,7 @@ class Inputs:
         return tuple(self.among(((), (1,), (0,), (5,), (2, 9), (33,), (2, 0), (1, 3, 6))))
 
     def tensor(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=self.generator) * scale).to(self.dtype)
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype)
 
     def maybe(self, *shape: int) -> Tensor | None:
         return self.tensor(*shape) if self.chance() else None

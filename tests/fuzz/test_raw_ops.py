@@ -28,11 +28,12 @@ native = torch.ops.bigmodel
 ISAS = native.cpu_isas().split(", ")
 # Of the largest element: sums of a hundred products, rounded in other orders.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-# What torch says before an operator sees its arguments, and of memory that it does not have.
+# What torch says before an operator sees its arguments, of memory that it does not have, and when it is asked
+# about None that stands for a tensor.
 TORCH_REFUSES = re.compile(
-    r"There were no tensor arguments|Could not run 'bigmodel::\w+'|not enough memory|can't allocate|overflow|"
-    r"DefaultCPUAllocator|out of memory|invalid combination of arguments|"
-    r"is not currently supported by the .* backend"
+    r"There were no tensor arguments|Could not run 'bigmodel::\w+'|not enough memory|can't allocate|"
+    r"DefaultCPUAllocator|out of memory|overflow|invalid combination of arguments|"
+    r"is not currently supported by the .* backend|with Meta tensors|aoti_torch_get_\w+\(.*\) API call failed"
 )
 # cpu_layer_end is made of other operators, and its errors speak of their arguments.
 INNER = {"cpu_layer_end": ("bias", "cu_seqlens_q", "cu_seqlens_k", "packed", "residual")}

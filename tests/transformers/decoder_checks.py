@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import copy
 import importlib
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    assert_all_near,
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models import checks
+from bigmodel_kernels.models.rule import (
     assert_as_near,
     assert_gradients,
     eager_of,
     float64_of,
     gradients,
-    left_padding,
-    right_padding,
-    runs,
-    token_ids,
     without_padding,
 )
-from torch import nn
-from transformers import DynamicCache, StaticCache
-
-import bigmodel_kernels as bk
-
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "static cache": {"do_sample": False, "cache_implementation": "static"},
-    "no cache": {"do_sample": False, "use_cache": False},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
+from bigmodel_kernels.models.tiny import left_padding, right_padding, token_ids, tokens
 
 
 class Doubled(nn.Linear):
@@ -60,31 +46,16 @@ def name_of_cache(model: Any) -> str:
 
 
 def check_padded_batch(model: Any, mask: torch.Tensor, **options: Any) -> None:
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids = token_ids()
-    with torch.no_grad():
-        outputs = [m(ids, attention_mask=mask, **options).logits[mask.bool()] for m in (model, eager)]
-        assert_as_near(*outputs, without_padding(reference, ids, mask))
+    checks.check_forward(model, tokens(model.config, mask), mask, causal=True, **options)
 
 
 def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
     """The tokens of eager."""
-    eager = eager_of(model)
-    bk.patch(model)
+    batch = 1 if kind == "prompt lookup" else 3
     for padding in padded:
-        batch = 1 if kind == "prompt lookup" else 3
         ids = token_ids(batch, length)
         mask = left_padding(batch, length) if padding else torch.ones_like(ids)
-        made = []
-        for network in (model, eager):
-            torch.manual_seed(5)
-            made.append(
-                network.generate(
-                    ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]
-                )
-            )
-        assert torch.equal(*made)
+        checks.check_generation(model, {"input_ids": ids, "attention_mask": mask}, kind, new)
 
 
 def in_parts(
@@ -117,13 +88,9 @@ def check_in_parts(model: Any, made_from: str, stops: tuple[int, ...]) -> None:
 
 
 def check_states_and_attentions(model: Any, attentions: bool) -> None:
-    options = {"output_hidden_states": True, **({"output_attentions": True} if attentions else {})}
     torch.manual_seed(1)
     mask = right_padding()
-    outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
-    assert "hidden_states.2" in outputs[0]
-    assert ("attentions.1" in outputs[0]) == attentions
-    assert_all_near(outputs, mask.bool())
+    checks.check_outputs(model, tokens(model.config, mask), mask, attentions, use_cache=False)
 
 
 def check_autocast(model: Any) -> None:
@@ -145,11 +112,7 @@ def check_autocast(model: Any) -> None:
 
 
 def check_gradients(model: Any, training: bool = True, **options: Any) -> None:
-    model.train(training)
-    models = (model, eager_of(model).train(training), float64_of(model).train(training))
-    bk.patch(model, **options)
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    checks.check_gradients(model, tokens(model.config), training=training, **options)
 
 
 def check_gradients_under_autocast(model: Any) -> None:
@@ -218,16 +181,9 @@ def check_fused_loss(model: Any, fused: bool = True) -> Any:
 
 
 def check_compiled(model: Any, padded: bool) -> None:
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    ids, mask = token_ids(), left_padding() if padded else None
-    where = torch.ones_like(ids) if mask is None else mask
-    with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(
-            ids, attention_mask=mask, use_cache=False
-        )
-        expected = eager(ids, attention_mask=mask).logits[where.bool()]
-        assert_as_near(out.logits[where.bool()], expected, without_padding(reference, ids, where))
+    mask = left_padding() if padded else None
+    inputs = tokens(model.config, mask)
+    checks.check_forward(model, inputs, mask, causal=True, compiled=True, use_cache=False)
 
 
 def check_compiled_decoding(model: Any) -> None:
@@ -254,28 +210,12 @@ def check_compiled_decoding(model: Any) -> None:
 # patching
 
 
-def check_unpatching_pickle_deepcopy_and_saving(
-    model: Any, tmp_path: Path, first_layer: Callable[[Any], Any]
-) -> None:
-    mask, ids = left_padding(), token_ids()
-    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
-        bk.patch(model)
-        out = model(ids, attention_mask=mask).logits
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(ids, attention_mask=mask).logits, out)
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path)
-        assert type(first_layer(loaded)).__module__.startswith("transformers.")
-        again = bk.patch(model)
-        assert not [row for row in again.rows if row.status == "patched"]
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
-    assert bk.unpatch(model) > 0
-    assert [type(m) for m in model.modules()] == classes
-    with torch.no_grad():
-        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+def check_unpatching_pickle_deepcopy_and_saving(model: Any, tmp_path: Path) -> None:
+    inputs = tokens(model.config, left_padding())
+    checks.check_unpatching(model, inputs)
+    checks.check_copies(model, inputs)
+    bk.unpatch(model)
+    checks.check_saving(model, inputs, tmp_path)
 
 
 def check_names_of_family(prefix: str, name: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from decoder_checks import (
-    GENERATION,
     Doubled,
     check_autocast,
     check_compiled,
@@ -31,36 +30,32 @@ from decoder_checks import (
     in_parts,
     logits_of,
 )
-from tiny_models import (
-    GPT_LIKE,
+from transformers import DynamicCache
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models.checks import GENERATION
+from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
     eager_of,
     float64_of,
-    gpt_like,
     gradients,
-    left_padding,
-    right_padding,
     runs,
-    token_ids,
     without_padding,
 )
-from transformers import DynamicCache
-
-import bigmodel_kernels as bk
+from bigmodel_kernels.models.tiny import (
+    GPT_LIKE,
+    family_of,
+    gpt_like,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 from bigmodel_kernels.transformers import gpt_like as gpt_like_module
 
-#: The module of each, and where its layers, its attentions and its dropouts are.
-HOMES = {
-    "OPT": "opt",
-    "GPTNeoX": "gpt_neox",
-    "GPTJ": "gptj",
-    "GPTNeo": "gpt_neo",
-    "Bloom": "bloom",
-    "CodeGen": "codegen",
-}
+#: Where the layers of each, its attentions and its dropouts are.
 LAYERS = {
     "OPT": "model.decoder.layers",
     "GPTNeoX": "gpt_neox.layers",
@@ -302,13 +297,13 @@ def test_compile_fullgraph(prefix: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
-    check_unpatching_pickle_deepcopy_and_saving(gpt_like(prefix), tmp_path, lambda m: layers_of(m, prefix)[0])
+    check_unpatching_pickle_deepcopy_and_saving(gpt_like(prefix), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     gpt_like(prefix)
-    check_names_of_family(prefix, HOMES[prefix])
+    check_names_of_family(prefix, family_of(prefix))
 
 
 def change_projection(layer: Any, prefix: str) -> str:

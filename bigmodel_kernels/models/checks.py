@@ -1,0 +1,183 @@
+"""What a patched model has to do as the unpatched one does.
+
+Each check takes an unpatched model and the arguments of its forward, patches the model, and raises CheckFailed
+with the numbers where they differ by more than the rule allows. Those that measure return the largest error as a
+part of what is allowed.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_as_near,
+    assert_gradients,
+    converted,
+    eager_of,
+    float64_of,
+    gradients_of,
+    require,
+    runs,
+    without_padding,
+)
+from bigmodel_kernels.transformers.report import PatchReport
+
+Inputs = Mapping[str, Any]
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static"},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# results
+
+
+def check_report(model: Any) -> PatchReport:
+    """Something is patched, or every other check would compare a model with itself."""
+    report = bk.patch(model)
+    reasons = "; ".join(dict.fromkeys(f"{row.name}: {row.reason}" for row in report.left_alone))
+    require(bool(report.patched), f"no module is patched: {'; '.join([*report.notes, reasons])}")
+    return report
+
+
+def check_outputs(
+    model: Any, inputs: Inputs, mask: Tensor | None = None, attentions: bool = False, **options: Any
+) -> float:
+    """All outputs with the hidden states, at real tokens; with attention probabilities where they are asked for."""
+    asked = {"output_hidden_states": True, **({"output_attentions": True} if attentions else {})}
+    outputs = runs(model, **inputs, **asked, **options)
+    for what, wanted in (("hidden_states", True), ("attentions", attentions)):
+        found = any(what in name for name in outputs[0])
+        require(found == wanted, f"{what} are{'' if found else ' not'} among the outputs")
+    return assert_all_near(outputs, None if mask is None else mask.bool())
+
+
+def check_forward(
+    model: Any,
+    inputs: Inputs,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    compiled: bool = False,
+    **options: Any,
+) -> float:
+    """The first output, at real tokens; of a compiled model, which must trace without a break.
+
+    causal: padding of a decoder, of which the reference is each sequence on its own.
+    """
+    eager, reference = eager_of(model), float64_of(model)
+    bk.patch(model)
+    network = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with torch.no_grad():
+        out, expected = (
+            _at_tokens(m(**converted(inputs, model.dtype), **options)[0], mask) for m in (network, eager)
+        )
+        if causal and mask is not None:
+            exact = without_padding(reference, inputs["input_ids"], mask)
+        else:
+            exact = _at_tokens(reference(**converted(inputs, torch.float64), **options)[0], mask)
+    return assert_as_near(out, expected, exact, name="first output")
+
+
+def _at_tokens(out: Tensor, mask: Tensor | None) -> Tensor:
+    return out[mask.bool()] if mask is not None and out.shape[:2] == mask.shape else out
+
+
+def check_generation(model: Any, inputs: Inputs, kind: str, new: int) -> None:
+    """The tokens of eager, of `GENERATION[kind]`; `inputs` are those of `generate`."""
+    eager = eager_of(model)
+    bk.patch(model)
+    made = []
+    for network in (model, eager):
+        torch.manual_seed(5)
+        made.append(network.generate(**inputs, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]))
+    same = made[0].shape == made[1].shape and torch.equal(*made)
+    require(same, f"{kind} generation makes {made[0].tolist()}, eager {made[1].tolist()}")
+
+
+def check_gradients(
+    model: Any, inputs: Inputs, mask: Tensor | None = None, training: bool = True, **options: Any
+) -> float:
+    """Those of all parameters. The model has no dropout; `options` are those of `patch`."""
+    models = (model.train(training), eager_of(model).train(training), float64_of(model).train(training))
+    bk.patch(model, **options)
+    return assert_gradients(*(gradients_of(m, inputs, mask) for m in models))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# patching
+
+
+def check_unpatching(model: Any, inputs: Inputs) -> None:
+    """Patching again patches nothing more; unpatched, the model is the same to the last bit."""
+    classes = [type(m) for m in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        bk.patch(model)
+        model(**inputs)
+        again = [row.name for row in bk.patch(model).rows if row.status == "patched"]
+        require(not again, f"patched a second time: {', '.join(again)}")
+        require(model.state_dict().keys() == state.keys(), "the names of the state_dict have changed")
+        for name, value in model.state_dict().items():
+            require(torch.equal(value, state[name]), f"{name} has changed")
+        require(bk.unpatch(model) > 0, "unpatch has restored nothing")
+        changed = [
+            new.__name__
+            for new, old in zip(map(type, model.modules()), classes, strict=True)
+            if new is not old
+        ]
+        require(not changed, f"still patched: {', '.join(changed)}")
+        after = model(**inputs)[0]
+    require(
+        torch.equal(after, before), f"after unpatch the output is off by {(after - before).abs().max():.3e}"
+    )
+
+
+def check_copies(model: Any, inputs: Inputs) -> None:
+    """deepcopy and pickle of a patched model give patched ones, with the same output."""
+    bk.patch(model)
+    with torch.no_grad():
+        out = model(**inputs)[0]
+        for name, copied in (
+            ("deepcopy", copy.deepcopy(model)),
+            ("pickle", pickle.loads(pickle.dumps(model))),
+        ):
+            require(
+                [*map(type, copied.modules())] == [*map(type, model.modules())], f"{name} loses the patch"
+            )
+            difference = (copied(**inputs)[0] - out).abs().max()
+            require(difference == 0, f"after {name} the output is off by {difference:.3e}")
+
+
+def check_saving(model: Any, inputs: Inputs, folder: Path) -> None:
+    """A patched model saves as the unpatched one, and what is loaded is as that, and patches to the same."""
+    with torch.no_grad():
+        before = model(**inputs)[0]
+        bk.patch(model)
+        out = model(**inputs)[0]
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+        ours = [
+            type(m).__name__ for m in loaded.modules() if type(m).__module__.startswith("bigmodel_kernels.")
+        ]
+        require(not ours, f"the loaded model is patched: {', '.join(ours)}")
+        for expected in (before, out):
+            difference = (loaded(**inputs)[0] - expected).abs().max()
+            require(difference == 0, f"after loading the output is off by {difference:.3e}")
+            bk.patch(loaded)

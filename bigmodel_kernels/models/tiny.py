@@ -1,0 +1,341 @@
+"""Tiny models with random weights, of every family that can be patched, and what each of them reads.
+
+`TINY`, at the end, has a row for each file of `transformers/families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import BertConfig, GPT2Config
+
+VOCABULARY = 101
+
+#: Of BERT, and of every model whose config has the same names.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": 64,
+    "attn_implementation": "sdpa",
+}
+
+
+_EXPERTS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 4,  # all: which are chosen must not hang on rounding
+    "experts_implementation": "batched_mm",  # has float64, and compiles
+}
+
+#: Decoders of Llama's kind: the prefix of their classes, and what their config has beside Llama's. Windows
+#: are shorter than the sequences of the tests.
+DECODERS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Qwen3": {"head_dim": 16},
+    "Gemma": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 9},
+    "Gemma3": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 9,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Phi3": {"sliding_window": 6},
+    "Olmo2": {},
+    "Granite": {
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+    },
+    "Olmo3": {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Mixtral": {"sliding_window": 6, **_EXPERTS},
+    "Qwen3Moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+        **_EXPERTS,
+    },
+    "GptOss": {
+        "head_dim": 16,
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **_EXPERTS,
+    },
+}
+
+
+def decoder_config(prefix: str, **changes: Any) -> Any:
+    config = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(prefix, prefix + "Config"))
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **DECODERS[prefix],
+        **changes,
+    }
+    return config(**options)
+
+
+def decoder(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
+    """One of `DECODERS`, with random weights."""
+    head = "TextModel" if (prefix, head) == ("Gemma3", "Model") else head
+    return build(getattr(transformers, prefix + head), decoder_config(prefix, **changes))
+
+
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+#: Decoders with LayerNorms, after GPT-2: the prefix of their classes, and the sizes by their names.
+GPT_LIKE: dict[str, dict[str, Any]] = {
+    "OPT": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 72,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+    },
+    "GPTNeoX": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 72,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    },
+    "GPTJ": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
+    "CodeGen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
+    "GPTNeo": {
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "intermediate_size": 72,
+        "window_size": 5,
+        "max_position_embeddings": 64,
+    },
+    "Bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 3},
+}
+
+
+def gpt_like_config(prefix: str, **changes: Any) -> Any:
+    return getattr(transformers, prefix + "Config")(**{**_TOKENS, **GPT_LIKE[prefix], **changes})
+
+
+def gpt_like(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
+    """One of `GPT_LIKE`, with random weights."""
+    return build(getattr(transformers, prefix + head), gpt_like_config(prefix, **changes))
+
+
+#: Encoders after BERT: the prefix of their classes, and what their config has beside BERT's.
+BERT_LIKE: dict[str, dict[str, Any]] = {
+    "Roberta": {"type_vocab_size": 2},
+    "XLMRoberta": {"type_vocab_size": 1},
+    "Camembert": {"type_vocab_size": 1},
+    "Electra": {"embedding_size": 32},
+    "DistilBert": {},
+}
+#: What DistilBERT calls the options of the others.
+_DISTILBERT = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+#: Their token of padding. Of RoBERTa and its kin positions count from it.
+PAD = 1
+
+
+def bert_like_config(prefix: str, **changes: Any) -> Any:
+    options = {**SIZES, "pad_token_id": PAD, **BERT_LIKE[prefix], **changes}
+    if prefix == "DistilBert":
+        options = {_DISTILBERT.get(name, name): value for name, value in options.items()}
+    return getattr(transformers, prefix + "Config")(**options)
+
+
+def bert_like(prefix: str, head: str = "Model", **changes: Any) -> Any:
+    """One of `BERT_LIKE`, with random weights."""
+    return build(getattr(transformers, prefix + head), bert_like_config(prefix, **changes))
+
+
+def bert_config(**changes: Any) -> BertConfig:
+    return BertConfig(**{**SIZES, **changes})
+
+
+def gpt2_config(**changes: Any) -> GPT2Config:
+    options = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "attn_implementation": "sdpa",
+        **changes,
+    }
+    return GPT2Config(**options)
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that every part matters: fresh models have zero biases and unit norms."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def build(cls: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    return randomize(cls(config)).eval()
+
+
+def token_ids(batch: int = 3, length: int = 17) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length))
+
+
+def right_padding(batch: int = 3, length: int = 17) -> Tensor:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, length - 6 :] = 0
+    mask[-1, 4:] = 0
+    return mask
+
+
+def left_padding(batch: int = 3, length: int = 17) -> Tensor:
+    return right_padding(batch, length).flip(1)
+
+
+PADDINGS: dict[str, Callable[..., Tensor]] = {"right": right_padding, "left": left_padding}
+
+# ------------------------------------------------------------------------------------------------------------
+# what models read: functions of the config and of a mask of real tokens, None where there is no padding
+
+
+def tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Three sequences; padding is the token that a tokenizer puts there, since RoBERTa counts positions by it."""
+    ids = token_ids()
+    if mask is None:
+        return {"input_ids": ids}
+    text = getattr(config, "text_config", config)
+    return {"input_ids": ids.masked_fill(mask == 0, text.pad_token_id or 0), "attention_mask": mask}
+
+
+def images(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    vision = getattr(config, "vision_config", config)
+    return {"pixel_values": torch.randn(3, vision.num_channels, vision.image_size, vision.image_size)}
+
+
+def images_and_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    return {**tokens(config, mask), **images(config)}
+
+
+def tokens_to_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """For an encoder and a decoder; the padding is the encoder's."""
+    return {**tokens(config, mask), "decoder_input_ids": token_ids(3, 9)}
+
+
+def audio_to_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Log-mel features of the one length that Whisper's encoder takes."""
+    features = torch.randn(3, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": features, "decoder_input_ids": token_ids(3, 9)}
+
+
+def without_dropout(config: Any) -> Any:
+    """The config with every dropout at 0, those of configs in it too."""
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The small model that stands for a family.
+
+    architecture: its class in transformers.
+    config: makes its config.
+    reads: one of the functions above.
+    causal: the tokens that it reads are seen by later ones alone. Eager in float64 then gives NaN for padding,
+        and the reference is each sequence by itself.
+    pads: the sides on which its batches may be padded; where there is none, `unpadded` says why.
+    lacks: checks that make no sense for it, with the reason.
+    """
+
+    architecture: str
+    config: Callable[..., Any]
+    reads: Callable[[Any, Tensor | None], dict[str, Tensor]] = tokens
+    causal: bool = False
+    pads: tuple[str, ...] = ("right", "left")
+    unpadded: str = ""
+    lacks: tuple[tuple[str, str], ...] = ()
+
+    def model(self, **changes: Any) -> Any:
+        """With seeded random weights and no dropout, as transformers makes it, in evaluation mode."""
+        config = without_dropout(self.config(**changes))
+        return build(getattr(transformers, self.architecture), config)
+
+    def inputs(self, model: Any, padding: str | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Arguments of the model's forward, and the mask of real tokens (batch, sequence) if they are padded."""
+        mask = None if padding is None else PADDINGS[padding]()
+        return self.reads(model.config, mask), mask
+
+
+_FAMILIES = {
+    "XLMRoberta": "xlm_roberta",
+    "GptOss": "gpt_oss",
+    "Qwen3Moe": "qwen3_moe",
+    "GPTNeoX": "gpt_neox",
+    "GPTNeo": "gpt_neo",
+}
+
+
+def family_of(prefix: str) -> str:
+    """The name of the family, for the prefix of its classes."""
+    return _FAMILIES.get(prefix, prefix.lower())
+
+
+def _rows(prefixes: Any, head: str, config: Callable[..., Any], **options: Any) -> dict[str, Tiny]:
+    """A row for each model that a prefix of classes names."""
+    return {family_of(prefix): Tiny(prefix + head, partial(config, prefix), **options) for prefix in prefixes}
+
+
+#: By the name of the family, which is that of transformers' module.
+TINY: dict[str, Tiny] = {
+    "bert": Tiny("BertForMaskedLM", bert_config),
+    **_rows(BERT_LIKE, "ForMaskedLM", bert_like_config),
+    "gpt2": Tiny("GPT2LMHeadModel", gpt2_config, causal=True),
+    **_rows(GPT_LIKE, "ForCausalLM", gpt_like_config, causal=True),
+    **_rows(DECODERS, "ForCausalLM", decoder_config, causal=True),
+}

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -56,6 +56,10 @@ bench: $(VENV)/.demo bigmodel_kernels/.built
 # BERT, GPT-2 and attention against every way to run them on this CPU: transformers' own, torch.compile, and other runtimes.
 bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels bench bert gpt2 attention --peers --compile --save
+
+# Every family, patched and not, with small random models.
+models: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels models
 
 verify: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels verify

@@ -1,4 +1,4 @@
-"""The command `bigmodel-kernels`: doctor, verify, bench, demo, attention-map and finetune.
+"""The command `bigmodel-kernels`: doctor, verify, models, bench, demo, attention-map and finetune.
 
 Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
 next to the tables.
@@ -31,7 +31,7 @@ from typer.core import TyperCommand
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends
-from bigmodel_kernels.extras import MissingPackage
+from bigmodel_kernels.extras import MissingPackage, package
 from bigmodel_kernels.finetune import command as finetune_command
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -417,6 +417,43 @@ def _verify_table(results: list[dict[str, Any]], detail: bool) -> Table:
             op, dtype, feature[0] if detail else str(len(members)), used, largest, mean, last, style=style
         )
     return table
+
+
+# models
+
+
+@app.command(cls=JsonCommand)
+def models(
+    family: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Default: all.")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Only this check (may be repeated).")] = None,
+    json_to: Json = None,
+) -> None:
+    """Patches a small random model of every family, and compares it with transformers' own, on the CPU.
+
+    Exit code 1 when one fails.
+    """
+    console = _console(json_to)
+    try:
+        logging = package("transformers", "transformers", "transformers").logging
+    except MissingPackage as error:
+        Console(stderr=True).print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
+    from bigmodel_kernels.models import show, table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        families, checks = table.chosen(family), table.chosen_checks(check)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with _progress(console, len(families) * len(checks), "checking") as step:
+        rows = [table.run_family(name, checks, step) for name in families]
+    if json_to != STDOUT:
+        show.show(rows, console)
+    ok = all(row.ok for row in rows)
+    _emit({"ok": ok, "families": [row.to_dict() for row in rows]}, json_to, console)
+    if not ok:
+        raise typer.Exit(1)
 
 
 # bench

@@ -90,7 +90,7 @@ def _gradients(tiny: Tiny) -> float:
 
 def _compiled(tiny: Tiny) -> float:
     model = tiny.model()
-    without_cache = {"use_cache": False} if model.can_generate() else {}
+    without_cache: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
     try:
         return checks.check_forward(model, tiny.inputs(model)[0], compiled=True, **without_cache)
     finally:

@@ -242,7 +242,7 @@ PADDINGS: dict[str, Callable[..., Tensor]] = {"right": right_padding, "left": le
 
 
 def tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Three sequences; padding is the token that a tokenizer puts there, since RoBERTa counts positions by it."""
+    """Three sequences. Padding is the token that a tokenizer puts there: RoBERTa counts positions by it."""
     ids = token_ids()
     if mask is None:
         return {"input_ids": ids}
@@ -287,8 +287,8 @@ class Tiny:
     architecture: its class in transformers.
     config: makes its config.
     reads: one of the functions above.
-    causal: the tokens that it reads are seen by later ones alone. Eager in float64 then gives NaN for padding,
-        and the reference is each sequence by itself.
+    causal: the tokens that it reads are seen by later ones alone. Eager in float64 then gives NaN for
+        padding, and the reference is each sequence by itself.
     pads: the sides on which its batches may be padded; where there is none, `unpadded` says why.
     lacks: checks that make no sense for it, with the reason.
     """
@@ -307,7 +307,7 @@ class Tiny:
         return build(getattr(transformers, self.architecture), config)
 
     def inputs(self, model: Any, padding: str | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Arguments of the model's forward, and the mask of real tokens (batch, sequence) if they are padded."""
+        """Arguments of the model's forward, and, with padding, the mask of real tokens (batch, sequence)."""
         mask = None if padding is None else PADDINGS[padding]()
         return self.reads(model.config, mask), mask
 

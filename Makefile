@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models support clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -60,6 +60,10 @@ bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
 # Every family, patched and not, with small random models.
 models: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels models
+
+# docs/support.md, from what the backends answer; needs neither a GPU nor a compiled library.
+support: $(VENV)/.dev
+	$(BIN)/bigmodel-kernels support --write docs/support.md
 
 verify: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels verify

@@ -456,6 +456,31 @@ def models(
         raise typer.Exit(1)
 
 
+# support
+
+
+@app.command()
+def support(
+    write: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Default: standard output.")] = None,
+) -> None:
+    """Which backend runs which operator, dtype and feature, and what is patched in each model.
+
+    The text of docs/support.md, the same on any machine.
+    """
+    from bigmodel_kernels import support as text
+
+    try:
+        found = text.markdown()
+    except MissingPackage as error:
+        Console(stderr=True).print(str(error), style="bold red", markup=False)
+        raise typer.Exit(2) from error
+    if write is None:
+        typer.echo(found, nl=False)
+        return
+    write.write_text(found, encoding="utf-8")
+    _console(None).print(f"wrote {write}", markup=False)
+
+
 # bench
 
 

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models support clean
+.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models models-transformers test-matrix support clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -60,6 +60,15 @@ bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
 # Every family, patched and not, with small random models.
 models: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels models
+
+# The tests of the transformers layer with the oldest and the newest transformers that are supported.
+test-matrix: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/python tools/transformers_matrix.py
+
+# transformers' own tests, with our kernels and without; TRANSFORMERS_SOURCE is a checkout of transformers.
+models-transformers: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/pip install -q parameterized
+	$(BIN)/python tools/transformers_tests.py
 
 # docs/support.md, from what the backends answer; needs neither a GPU nor a compiled library.
 support: $(VENV)/.dev

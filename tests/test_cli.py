@@ -277,7 +277,15 @@ def test_snippets_of_the_documentation_run(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "name", [*DOCUMENTS, "docs/benchmarks.md", "docs/architecture.md", "docs/cuda.md", "CONTRIBUTING.md"]
+    "name",
+    [
+        *DOCUMENTS,
+        "docs/benchmarks.md",
+        "docs/architecture.md",
+        "docs/cuda.md",
+        "docs/support.md",
+        "CONTRIBUTING.md",
+    ],
 )
 def test_links_of_the_documentation_lead_somewhere(name: str) -> None:
     path = ROOT / name

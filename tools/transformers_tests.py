@@ -2,10 +2,10 @@
 
     TRANSFORMERS_SOURCE=folder python tools/transformers_tests.py [--models bert gpt2 ...] [-- PYTEST...]
 
-The folder is a checkout of transformers, of the version that is installed: its tests are not in the wheel.
-A test that passes as it is, by transformers' default attention, has to pass in the other runs. Those that
-do not are named, and the exit status is 1. A run without any model of ours is an error, and so is one
-without tests.
+The folder is a checkout of transformers: the tests are not in the wheel, and they run with the sources beside
+them. A test that passes as it is, by transformers' default attention, has to pass in the other runs. Those
+that do not are named, and the exit status is 1. A run without any model of ours is an error, and so is one
+in which no test passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -35,17 +34,18 @@ def source() -> Path:
             "TRANSFORMERS_SOURCE is not set; it must be a checkout of transformers, with its tests"
         )
     folder = Path(given).resolve()
-    if not (folder / "tests/test_modeling_common.py").exists():
-        raise SystemExit(f"TRANSFORMERS_SOURCE={given!r} has no tests/test_modeling_common.py")
+    for needed in ("tests/test_modeling_common.py", "src/transformers/__init__.py"):
+        if not (folder / needed).exists():
+            raise SystemExit(f"TRANSFORMERS_SOURCE={given!r} has no {needed}")
     return folder
 
 
-def note_on_version(folder: Path) -> str:
-    """The versions of the tests and of what they test; those of another fail for reasons of their own."""
-    installed = metadata.version("transformers")
-    setup = folder / "setup.py"
-    found = re.search(r'version="([^"]+)"', setup.read_text(encoding="utf-8")) if setup.exists() else None
-    return f"tests of transformers {found[1] if found else 'an unknown version'}, transformers {installed}"
+def version_of(folder: Path) -> str:
+    text = (folder / "src/transformers/__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{folder}/src/transformers/__init__.py has no __version__")
+    return found[1]
 
 
 def failures(folder: Path, mode: str, files: list[str], more: list[str], logs: Path) -> set[str]:
@@ -63,7 +63,7 @@ def failures(folder: Path, mode: str, files: list[str], more: list[str], logs: P
         "no:cacheprovider",
         "-q",
     ]
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    settings = {**os.environ, "PYTHONPATH": f"{folder / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as file:
         subprocess.run(
             [*command, f"--junitxml={report}", *files, *more], cwd=folder, env=settings, stdout=file,
@@ -96,7 +96,7 @@ def main() -> int:
         raise SystemExit(f"{folder} has no {', '.join(missing)}")
     options.logs.mkdir(parents=True, exist_ok=True)
     logs = options.logs.resolve()
-    print(note_on_version(folder))
+    print(f"transformers {version_of(folder)}", flush=True)
     found = {mode: failures(folder, mode, files, options.pytest, logs) for mode in MODES}
     worse = {mode: sorted(found[mode] - found["none"]) for mode in MODES[1:]}
     for mode, tests in worse.items():

@@ -72,13 +72,13 @@ def check_forward(
     inputs: Inputs,
     mask: Tensor | None = None,
     *,
-    causal: bool = False,
+    alone: bool = False,
     compiled: bool = False,
     **options: Any,
 ) -> float:
     """The first output, at real tokens; of a compiled model, which must trace without a break.
 
-    causal: padding of a decoder, of which the reference is each sequence on its own.
+    alone: the reference is each sequence by itself, see `without_padding`.
     """
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
@@ -87,7 +87,7 @@ def check_forward(
         out, expected = (
             _at_tokens(m(**converted(inputs, model.dtype), **options)[0], mask) for m in (network, eager)
         )
-        if causal and mask is not None:
+        if alone and mask is not None:
             exact = without_padding(reference, inputs["input_ids"], mask)
         else:
             exact = _at_tokens(reference(**converted(inputs, torch.float64), **options)[0], mask)

@@ -62,18 +62,16 @@ def _near(tiny: Tiny, dtype: torch.dtype) -> float:
 
 
 def _padded(tiny: Tiny, side: str) -> float:
-    if side not in tiny.pads:
-        raise LeftAlone(tiny.unpadded)
     model = tiny.model()
     inputs, mask = tiny.inputs(model, side)
-    return checks.check_forward(model, inputs, mask, causal=tiny.causal)
+    return checks.check_forward(model, inputs, mask, alone=tiny.alone)
 
 
 def _generated(tiny: Tiny, kind: str) -> None:
     model = tiny.model()
     if not model.can_generate():
         raise LeftAlone(f"{tiny.architecture} does not generate")
-    side = "left" if tiny.causal and "left" in tiny.pads else None
+    side = None if model.config.is_encoder_decoder else "left"
     inputs = {k: v for k, v in tiny.inputs(model, side)[0].items() if k != "decoder_input_ids"}
     checks.check_generation(model, inputs, kind, new=8)
 
@@ -182,7 +180,7 @@ def run_family(
 
 
 def _cell(tiny: Tiny, check: str) -> Cell:
-    reason = dict(tiny.lacks).get(check)
+    reason = tiny.lacks.get(check)
     if reason is not None:
         return Cell(LEFT, reason)
     try:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,15 @@ def decoder(prefix: str, head: str = "ForCausalLM", **changes: Any) -> Any:
 
 _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
+_HALF_ROTARY = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+_LLAMA_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "max_position_embeddings": 64,
+}
+
 #: Decoders with LayerNorms, after GPT-2: the prefix of their classes, and the sizes by their names.
 GPT_LIKE: dict[str, dict[str, Any]] = {
     "OPT": {
@@ -125,7 +134,7 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 3,
         "intermediate_size": 72,
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": _HALF_ROTARY,
     },
     "GPTJ": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
     "CodeGen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 64, "rotary_dim": 10},
@@ -139,6 +148,14 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "Bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 3},
+    "Phi": {**_LLAMA_SIZES, "num_attention_heads": 3, "rope_parameters": _HALF_ROTARY},
+    "Starcoder2": {**_LLAMA_SIZES, "num_key_value_heads": 2, "sliding_window": 6},
+    "StableLm": {
+        **_LLAMA_SIZES,
+        "num_key_value_heads": 2,
+        "use_qkv_bias": True,
+        "rope_parameters": _HALF_ROTARY,
+    },
 }
 
 
@@ -158,6 +175,9 @@ BERT_LIKE: dict[str, dict[str, Any]] = {
     "Camembert": {"type_vocab_size": 1},
     "Electra": {"embedding_size": 32},
     "DistilBert": {},
+    # Four layers with the weights of two.
+    "Albert": {"embedding_size": 32, "num_hidden_layers": 4, "num_hidden_groups": 2, "type_vocab_size": 2},
+    "MPNet": {"attn_implementation": "eager"},  # it has no other
 }
 #: What DistilBERT calls the options of the others.
 _DISTILBERT = {
@@ -182,6 +202,70 @@ def bert_like_config(prefix: str, **changes: Any) -> Any:
 def bert_like(prefix: str, head: str = "Model", **changes: Any) -> Any:
     """One of `BERT_LIKE`, with random weights."""
     return build(getattr(transformers, prefix + head), bert_like_config(prefix, **changes))
+
+
+_ENCODER_LAYERS = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+}
+_IMAGES = {**_ENCODER_LAYERS, "image_size": 12, "patch_size": 4}
+_TEXTS = {
+    **_ENCODER_LAYERS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": VOCABULARY - 1,
+}
+#: Encoders with norms before their halves, and DeBERTa v2: the prefix of their classes, the head, the config.
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("ForImageClassification", _IMAGES),
+    "DeiT": ("ForImageClassification", _IMAGES),
+    "CLIP": ("Model", {"text_config": _TEXTS, "vision_config": _IMAGES, "projection_dim": 32}),
+    "Siglip": ("Model", {"text_config": _TEXTS, "vision_config": _IMAGES}),
+    "ModernBert": (
+        "ForMaskedLM",
+        {
+            **_TEXTS,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "local_attention": 8,
+        },
+    ),
+    "DebertaV2": (
+        "ForMaskedLM",
+        {
+            **{name: value for name, value in SIZES.items() if name != "attn_implementation"},
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 8,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
+}
+
+
+def encoder_config(prefix: str, **changes: Any) -> Any:
+    """The changes of a model with two encoders are those of both."""
+    _, options = ENCODERS[prefix]
+    if "text_config" in options:
+        parts = {name: {**options[name], **changes} for name in ("text_config", "vision_config")}
+        options, changes = {**options, **parts}, {}
+    return getattr(transformers, prefix + "Config")(**{**options, **changes})
+
+
+def encoder(prefix: str, head: str = "", **changes: Any) -> Any:
+    """One of `ENCODERS`, with random weights."""
+    return build(
+        getattr(transformers, prefix + (head or ENCODERS[prefix][0])), encoder_config(prefix, **changes)
+    )
 
 
 def bert_config(**changes: Any) -> BertConfig:
@@ -287,19 +371,16 @@ class Tiny:
     architecture: its class in transformers.
     config: makes its config.
     reads: one of the functions above.
-    causal: the tokens that it reads are seen by later ones alone. Eager in float64 then gives NaN for
-        padding, and the reference is each sequence by itself.
-    pads: the sides on which its batches may be padded; where there is none, `unpadded` says why.
-    lacks: checks that make no sense for it, with the reason.
+    alone: with padding the reference is each sequence by itself, because a query at padding may see no key,
+        for which eager in float64 gives NaN: decoders, and windows.
+    lacks: checks that do not concern it, with the reason.
     """
 
     architecture: str
     config: Callable[..., Any]
     reads: Callable[[Any, Tensor | None], dict[str, Tensor]] = tokens
-    causal: bool = False
-    pads: tuple[str, ...] = ("right", "left")
-    unpadded: str = ""
-    lacks: tuple[tuple[str, str], ...] = ()
+    alone: bool = False
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     def model(self, **changes: Any) -> Any:
         """With seeded random weights and no dropout, as transformers makes it, in evaluation mode."""
@@ -318,6 +399,7 @@ _FAMILIES = {
     "Qwen3Moe": "qwen3_moe",
     "GPTNeoX": "gpt_neox",
     "GPTNeo": "gpt_neo",
+    "DebertaV2": "deberta_v2",
 }
 
 
@@ -326,16 +408,26 @@ def family_of(prefix: str) -> str:
     return _FAMILIES.get(prefix, prefix.lower())
 
 
-def _rows(prefixes: Any, head: str, config: Callable[..., Any], **options: Any) -> dict[str, Tiny]:
+def _rows(prefixes: Iterable[str], config: Callable[..., Any], head: str, **options: Any) -> dict[str, Tiny]:
     """A row for each model that a prefix of classes names."""
     return {family_of(prefix): Tiny(prefix + head, partial(config, prefix), **options) for prefix in prefixes}
 
 
+_UNPADDED = dict.fromkeys(("padding right", "padding left"), "images and spectrograms have no padding")
+_CAUSAL_TEXT = {
+    "padding left": "its text is causal: eager in float64 has NaN where the first queries see no key"
+}
+
 #: By the name of the family, which is that of transformers' module.
 TINY: dict[str, Tiny] = {
     "bert": Tiny("BertForMaskedLM", bert_config),
-    **_rows(BERT_LIKE, "ForMaskedLM", bert_like_config),
-    "gpt2": Tiny("GPT2LMHeadModel", gpt2_config, causal=True),
-    **_rows(GPT_LIKE, "ForCausalLM", gpt_like_config, causal=True),
-    **_rows(DECODERS, "ForCausalLM", decoder_config, causal=True),
+    **_rows(BERT_LIKE, bert_like_config, "ForMaskedLM"),
+    **_rows(["ViT", "DeiT"], encoder_config, "ForImageClassification", reads=images, lacks=_UNPADDED),
+    **_rows(["CLIP"], encoder_config, "Model", reads=images_and_tokens, lacks=_CAUSAL_TEXT),
+    **_rows(["Siglip"], encoder_config, "Model", reads=images_and_tokens),
+    **_rows(["ModernBert"], encoder_config, "ForMaskedLM", alone=True),
+    **_rows(["DebertaV2"], encoder_config, "ForMaskedLM"),
+    "gpt2": Tiny("GPT2LMHeadModel", gpt2_config, alone=True),
+    **_rows(GPT_LIKE, gpt_like_config, "ForCausalLM", alone=True),
+    **_rows(DECODERS, decoder_config, "ForCausalLM", alone=True),
 }

@@ -7,6 +7,7 @@ trip through any model, `torch.compile` included:
     (B, S)          causal; True is a real token; the last query is at position S - 1. A static cache has keys
                     past S, which do not exist yet; a sliding cache has only the last ones of S
     (B, 1, S)       the same within a sliding window, which rides along as an attribute of the tensor
+    (B, 2, S)       padding, and a sliding window to both sides, which rides along as well
     (B, 1, 1, S)    padding only, every query sees every real key
     (B, 1, Sq, Sk)  any other pattern, dense, as sdpa has it; also what a user passes, boolean or additive
 
@@ -94,8 +95,15 @@ def attention_mask(
         return dense()  # the caller goes on to combine it with another mask
 
     if not causal:
-        if window is not None:
-            return dense()
+        if window is not None and window < kv_length:
+            if kv_offset or isinstance(q_offset, Tensor) or q_offset or q_length != kv_length:
+                return dense()
+            padding = _tokens(attention_mask, kv_length)
+            if padding is None:
+                padding = torch.ones(
+                    batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu")
+                )
+            return _windowed(padding[:, None].expand(-1, 2, -1), window)
         padding = _tokens(attention_mask, kv_offset + kv_length)
         if padding is None or (not tracing and bool(padding[:, kv_offset:].all())):
             return None
@@ -115,14 +123,17 @@ def attention_mask(
     if window is not None and window < keys:
         if padding is None:
             padding = torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
-        mask = padding[:, None]
-        setattr(mask, _WINDOW, window)
-        return mask
+        return _windowed(padding[:, None], window)
     if padding is not None:
         return padding
     if keys == q_length or (q_length == 1 and keys == kv_length):
         return None  # as for sdpa: causal over the first q_length keys, or one query that sees all
     return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def _windowed(mask: Tensor, window: int) -> Tensor:
+    setattr(mask, _WINDOW, window)
+    return mask
 
 
 def is_tracing(tensor: Tensor | None) -> bool:
@@ -142,7 +153,10 @@ def _tokens(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 def _pattern(function: Any, tracing: bool) -> tuple[bool, int | None] | None:
-    """(causal, window) of a mask function of transformers, or None for one that we do not know."""
+    """(causal, window) of a mask function of transformers, or None for one that we do not know.
+
+    A window counts the keys on a side, and that of the query.
+    """
     if function is masking_utils.causal_mask_function:
         return True, None
     if function is masking_utils.bidirectional_mask_function:
@@ -150,10 +164,15 @@ def _pattern(function: Any, tracing: bool) -> tuple[bool, int | None] | None:
     if tracing:
         return None  # the closures below cannot be looked into while tracing; a dense mask is as right
     parts = _closure(function, _AND_MASK).get("mask_functions")
-    if parts is None or len(parts) != 2 or parts[1] is not masking_utils.causal_mask_function:
+    if parts is None or len(parts) != 2:
         return None
-    window = _closure(parts[0], _WINDOW_OVERLAY).get("sliding_window")
-    return (True, window) if isinstance(window, int) and window > 0 else None
+    causal = parts[1] is masking_utils.causal_mask_function
+    if not causal and parts[1] is not masking_utils.bidirectional_mask_function:
+        return None
+    window = _closure(parts[0], _WINDOW_OVERLAY if causal else _TWO_SIDED_OVERLAY).get("sliding_window")
+    if not isinstance(window, int) or window < causal:
+        return None
+    return causal, window if causal else window + 1
 
 
 def _closure(function: Any, maker: Any) -> dict[str, Any]:
@@ -167,6 +186,7 @@ def _closure(function: Any, maker: Any) -> dict[str, Any]:
 
 _AND_MASK = masking_utils.and_masks()
 _WINDOW_OVERLAY = masking_utils.sliding_window_overlay(1)
+_TWO_SIDED_OVERLAY = masking_utils.sliding_window_bidirectional_overlay(1)
 
 
 _reads_the_interface: set[type] = set()
@@ -201,8 +221,15 @@ class Visibility:
     keys: int
     causal: bool = False
     window: int | None = None  # keys to the left, this one included
+    two_sided: bool = False  # and to the right as many
     padding: Tensor | None = None  # bool (B, keys)
     bias: Tensor | None = None  # added to the logits, broadcasts to (B, H, Sq, keys)
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """The window as the operator has it: keys to the left and to the right, without this one."""
+        left = None if self.window is None else self.window - 1
+        return left, left if self.two_sided else None
 
 
 def readable(mask: Any) -> bool:
@@ -244,9 +271,16 @@ def visibility(
                     f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
                     "If it was made for a sliding window, it was copied on the way to the attention"
                 )
-            mask = mask[:, 0]
+        two_sided = mask.dim() == 3 and mask.shape[1] == 2
+        mask = mask[:, 0] if mask.dim() == 3 else mask
         mask = mask[:, -keys:]  # a sliding cache has dropped the first ones
-        result = Visibility(mask.shape[1], causal=rows > 1, window=window, padding=mask.to(torch.bool))
+        result = Visibility(
+            mask.shape[1],
+            causal=rows > 1 and not two_sided,
+            window=window,
+            two_sided=two_sided,
+            padding=mask.to(torch.bool),
+        )
     elif mask.dim() == 4:
         result = Visibility(keys)
         if mask.dtype != torch.bool:
@@ -281,6 +315,11 @@ def additive(mask: Tensor | None, states: Tensor, keys: int) -> Tensor:
         visible = torch.ones(1, 1, query.shape[2], seen.keys, dtype=torch.bool, device=states.device)
     visible = torch.nn.functional.pad(visible, (0, keys - seen.keys))
     visible = visible if visible.dim() == 4 else visible[None, None]
+    return additive_of(visible, states)
+
+
+def additive_of(visible: Tensor, states: Tensor) -> Tensor:
+    """A boolean mask as transformers' eager code adds it to logits."""
     hidden = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
     return hidden.masked_fill_(~visible, torch.finfo(states.dtype).min)
 
@@ -370,6 +409,7 @@ def run(
     ensure_sharding_rules(query)
     if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
         sinks = sinks.float()
+    left, right = seen.sides
     out: Tensor = call(
         "attention",
         query,
@@ -383,7 +423,8 @@ def run(
         *(() if sinks is None else (None, sinks)),
         softmax_scale=scale,
         is_causal=seen.causal,
-        window_left=-1 if seen.window is None else seen.window - 1,
+        window_left=-1 if left is None else left,
+        window_right=-1 if right is None else right,
         softcap=softcap,
         dropout_p=dropout_p,
     )[0]
@@ -393,13 +434,14 @@ def run(
 def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
     """Causal, window and padding as one boolean mask; the bias is apart."""
     mask = None if seen.padding is None else seen.padding[:, None, None, :]
-    if seen.causal:
+    left, right = seen.sides
+    if seen.causal or right is not None:
         rows = query.shape[2]
         last = torch.arange(rows, device=query.device)[:, None] + seen.keys - rows
         index = torch.arange(seen.keys, device=query.device)
-        pattern = index <= last
-        if seen.window is not None:
-            pattern = pattern & (index > last - seen.window)
+        pattern = index <= last + (right or 0)
+        if left is not None:
+            pattern = pattern & (index >= last - left)
         mask = pattern if mask is None else mask & pattern
     return mask
 
@@ -415,7 +457,7 @@ def of_operator(
         "bias": seen.bias,
         "softmax_scale": scale,
         "is_causal": seen.causal,
-        "window": None if seen.window is None else (seen.window - 1, None),
+        "window": None if seen.window is None else seen.sides,
         "softcap": softcap or 0.0,
         "sinks": sinks,
     }

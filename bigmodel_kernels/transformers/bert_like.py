@@ -25,7 +25,7 @@ same Q and K.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -162,9 +162,10 @@ COUNTED_NOTE = "by its own code where the table of positions is trained"
 class SelfAttention(Form):
     """One product for Q, K and V."""
 
-    #: The projections, and the attribute that says how many heads there are.
+    #: The projections, the attribute that says how many heads there are, and the dropout of probabilities.
     names: ClassVar[tuple[str, ...]] = ("query", "key", "value")
     heads: ClassVar[str] = "num_attention_heads"
+    drops: ClassVar[str] = "dropout"
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
@@ -194,7 +195,7 @@ class SelfAttention(Form):
             key.transpose(1, 2),
             value.transpose(1, 2),
             attention_mask if self.is_causal else _bidirectional(attention_mask),
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout_p(),
             scaling=self.scaling,
             **{k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")},
         )
@@ -202,9 +203,12 @@ class SelfAttention(Form):
 
     def readable(self) -> bool:
         modules = self.__dict__["_modules"]
-        return checks.plain_dropout(modules["dropout"]) and all(
+        return checks.plain_dropout(modules[self.drops]) and all(
             checks.row_wise(modules[name], nn.Linear) for name in self.names
         )
+
+    def dropout_p(self) -> float:
+        return float(self.__dict__["_modules"][self.drops].p) if self.training else 0.0
 
     def projections(self, dtype: torch.dtype | None) -> tuple[Part, ...]:
         modules = self.__dict__["_modules"]
@@ -245,24 +249,23 @@ class Layer(Form):
         bigmodel_run: tuple[Any, Attend] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if (
-            bigmodel_run is None
-            and _plain_call(args, kwargs)
-            and attention_interface.readable(attention_mask)
-        ):
-            decodes = getattr(self, "is_decoder", False)
-            modules = None if decodes or checks.watched_globally() else _gathered(self, self.kin)
-            if modules is not None:
-                bigmodel_run = (
-                    modules,
-                    _dense(_seen(hidden_states, attention_mask), modules.attention.scaling),
-                )
+        if bigmodel_run is None and _plain_call(args, kwargs):
+            bigmodel_run = self.alone(hidden_states, attention_mask)
         if bigmodel_run is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
-        modules, attend = bigmodel_run
-        return blocks.post_norm_layer(
-            hidden_states, self.parts(modules, checks.dtype_of(hidden_states)), attend
-        )
+        return self.fused(hidden_states, *bigmodel_run)
+
+    def alone(self, x: Tensor, mask: Any, position_bias: Tensor | None = None) -> tuple[Any, Attend] | None:
+        """How this layer runs by itself; None if its own code has to do it."""
+        if not attention_interface.readable(mask) or getattr(self, "is_decoder", False):
+            return None
+        modules = None if checks.watched_globally() else gathered(self, self.kin)
+        if modules is None:
+            return None
+        return modules, _dense(_seen(x, mask, position_bias), modules.attention.scaling)
+
+    def fused(self, x: Tensor, modules: Any, attend: Attend) -> Tensor:
+        return blocks.post_norm_layer(x, self.parts(modules, checks.dtype_of(x)), attend)
 
     def gather(self) -> Any:
         """The modules of the layer if it can run fused, on packed rows too, else None; `attention` is one."""
@@ -307,7 +310,7 @@ class Encoder(Form):
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
-        seen = _seen(hidden_states, attention_mask)
+        seen = _seen(hidden_states, attention_mask, self.position_bias(hidden_states))
         packing = None
         # Whether to pack is a question about values.
         padding = seen.padding if self.packs else None
@@ -317,7 +320,8 @@ class Encoder(Form):
             x, attend = packing.pack(hidden_states), packing.attend(scale)
         else:
             x, attend = hidden_states, _dense(seen, scale)
-        for layer, modules in zip(self.layer, layers, strict=True):
+        x = self.enter(x)
+        for layer, modules in zip(self.sequence(), layers, strict=True):
             x = layer(x, bigmodel_run=(modules, attend))
         if packing is not None:
             x = packing.unpack(x)
@@ -327,8 +331,20 @@ class Encoder(Form):
         """The modules of all layers, if every layer can run fused."""
         if self._decodes() or attention_interface.collected() or checks.watched_globally():
             return None
-        layers = [_gathered(layer, self.kin) for layer in self.layer]
+        layers = [gathered(layer, self.kin) for layer in self.sequence()]
         return None if None in layers else layers
+
+    def sequence(self) -> Iterable[Any]:
+        """The layers, in their order."""
+        return self.layer  # type: ignore[no-any-return]
+
+    def position_bias(self, x: Tensor) -> Tensor | None:
+        """What all layers add to their logits; only for a form whose `packs` is False."""
+        return None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What comes before the first layer, on rows that may be packed."""
+        return x
 
     def _decodes(self) -> bool:
         return bool(self.config.is_decoder)
@@ -350,6 +366,22 @@ class LMHead(Form):
         if states is None:
             return super().forward(features, **kwargs)  # type: ignore[no-any-return]
         return self.decoder(states)  # type: ignore[no-any-return]
+
+
+class Transform(Form):
+    """Projection, activation and LayerNorm of a language-model head in one call."""
+
+    activation_at: ClassVar[str] = "transform_act_fn"
+    norm_at: ClassVar[str] = "LayerNorm"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out = self.transformed(hidden_states)
+        return super().forward(hidden_states) if out is None else out
+
+    def transformed(self, x: Tensor) -> Tensor | None:
+        """None where it cannot be fused."""
+        activation = checks.activation(getattr(self, self.activation_at))
+        return transform(x, self.dense, activation, getattr(self, self.norm_at))
 
 
 def transform(x: Tensor, dense: Any, activation: str | None, norm: Any) -> Tensor | None:
@@ -384,9 +416,12 @@ def _plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def _seen(x: Tensor, mask: Any) -> attention_interface.Visibility:
+def _seen(x: Tensor, mask: Any, position_bias: Tensor | None = None) -> attention_interface.Visibility:
     """Which of its own positions x (B, S, hidden) sees."""
-    return attention_interface.visibility(x[:, None], x.shape[1], _bidirectional(mask), is_causal=False)
+    mask = _bidirectional(mask)
+    return attention_interface.visibility(
+        x[:, None], x.shape[1], mask, is_causal=False, position_bias=position_bias
+    )
 
 
 def _dense(seen: attention_interface.Visibility, scale: float) -> Attend:
@@ -413,7 +448,7 @@ class _Modules(NamedTuple):
     recompute: bool
 
 
-def _gathered(layer: Any, kin: Kin) -> Any:
+def gathered(layer: Any, kin: Kin) -> Any:
     """What a layer of these kin gathers; None too for one that is not as known or has hooks."""
     return layer.gather() if checks.callable_as(layer, kin.forms[kin.layer]) else None
 
@@ -478,7 +513,7 @@ def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
         attention_out=blocks.part(attention_output.dense, nn.Linear, dtype),
         attention_norm=blocks.part(attention_output.LayerNorm, nn.LayerNorm, dtype),
         attention_eps=attention_output.LayerNorm.eps,
-        attention_p=attention.dropout.p if attention.training else 0.0,
+        attention_p=attention.dropout_p(),
         context_p=checks.dropout_p(attention_output.dropout),
         ffn=_ffn(intermediate, output, dtype, recompute),
         ffn_norm=blocks.part(output.LayerNorm, nn.LayerNorm, dtype),
@@ -509,7 +544,7 @@ def check_embeddings(form: Any, module: Any) -> str | None:
 def check_self_attention(form: Any, module: Any) -> str | None:
     """For a `SelfAttention` form and the module that may get it."""
     parts: dict[str, type] = dict.fromkeys(form.names, nn.Linear)
-    why = checks.reason_for_parts(module, {**parts, "dropout": nn.Dropout}, lora=True)
+    why = checks.reason_for_parts(module, {**parts, form.drops: nn.Dropout}, lora=True)
     if why is not None:
         return why
     kind = getattr(module, "position_embedding_type", None) or "absolute"
@@ -590,6 +625,12 @@ def _check_pooler(module: Any) -> str | None:
     return checks.reason_for_parts(module, {"dense": nn.Linear, "activation": nn.Tanh})
 
 
+def _check_transform(form: type[Transform], module: Any) -> str | None:
+    return checks.reason_for_parts(
+        module, {"dense": nn.Linear, form.norm_at: nn.LayerNorm}
+    ) or checks.reason_for_activation(getattr(module, form.activation_at))
+
+
 def _check_lm_head(module: Any) -> str | None:
     return checks.reason_for_parts(module, {"dense": nn.Linear, "layer_norm": nn.LayerNorm})
 
@@ -598,16 +639,24 @@ def _check_lm_head(module: Any) -> str | None:
 # what a family says
 
 
+def transform_rule(form: type[Transform]) -> Rule:
+    return Rule(form.__bases__[1], form, ("linear",), partial(_check_transform, form))
+
+
 #: Why a layer of these kin as a whole cannot run fused.
 WholeLayer = Callable[[Kin, Any], str | None]
 
 
 def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
     """The rules of BERT's own layers; `embeddings` is the note on the embeddings."""
-    attention = kin.forms[kin.self_attention]
-    layers = (
-        embeddings_rule(kin, embeddings),
-        encoder_rule(kin),
+    layers = (embeddings_rule(kin, embeddings), encoder_rule(kin), *layer_rules(kin))
+    return layers if kin.pooler is None else (*layers, pooler_rule(kin))
+
+
+def layer_rules(kin: Kin) -> tuple[Rule, ...]:
+    """Those of the layer and its halves."""
+    attention: Any = kin.forms[kin.self_attention]
+    return (
         Rule(
             kin.layer,
             kin.forms[kin.layer],
@@ -620,7 +669,7 @@ def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
             attention,
             ("linear", "attention"),
             partial(check_self_attention, attention),
-            projections=("query", "key", "value"),
+            projections=attention.names,
         ),
         Rule(
             kin.self_output,
@@ -630,9 +679,14 @@ def rules(kin: Kin, embeddings: str = "") -> tuple[Rule, ...]:
             projections=("dense",),
         ),
     )
-    if kin.pooler is None:
-        return layers
-    return (*layers, Rule(kin.pooler, kin.forms[kin.pooler], ("linear",), _check_pooler))
+
+
+def pooler_rule(kin: Kin) -> Rule:
+    return Rule(kin.pooler, kin.forms[kin.pooler], ("linear",), _check_pooler)
+
+
+def lm_head_rule(kin: Kin, lm_head: type[nn.Module]) -> Rule:
+    return Rule(lm_head, kin.forms[lm_head], ("linear",), _check_lm_head)
 
 
 def embeddings_rule(kin: Kin, note: str = "") -> Rule:
@@ -640,9 +694,12 @@ def embeddings_rule(kin: Kin, note: str = "") -> Rule:
     return Rule(kin.embeddings, form, ("embedding",), partial(check_embeddings, form), note)
 
 
-def encoder_rule(kin: Kin, whole_layer: WholeLayer = _whole_bert_layer) -> Rule:
+PACKS_NOTE = "runs its layers without padding"
+
+
+def encoder_rule(kin: Kin, whole_layer: WholeLayer = _whole_bert_layer, note: str = PACKS_NOTE) -> Rule:
     check = partial(check_encoder, kin, whole_layer)
-    return Rule(kin.encoder, kin.forms[kin.encoder], (), check, "runs its layers without padding")
+    return Rule(kin.encoder, kin.forms[kin.encoder], (), check, note)
 
 
 def keeps_padding(
@@ -671,7 +728,7 @@ def roberta_family(
         name=name,
         rules=(
             *rules(kin, embeddings=COUNTED_NOTE),
-            Rule(lm_head, kin.forms[lm_head], ("linear",), _check_lm_head),
+            lm_head_rule(kin, lm_head),
         ),
         children=(
             ChildRule(lm_head, "decoder", nn.Linear, BigmodelLinear, ("linear",)),

@@ -188,7 +188,7 @@ def project(x: Tensor, part: Part, layout: str) -> Tensor:
 
 
 def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each (..., heads, head_dim), as many heads in each."""
+    """Query, key and value, each (..., heads, head_dim); of one projection for all, as many heads in each."""
     query, key, value = (
         part.unflatten(-1, (-1, head_dim)) for part in side_by_side(x, parts, layout, (1, 1, 1))
     )
@@ -265,6 +265,22 @@ def feed_forward(
         recompute=ffn.recompute,
     )
     return out + residual if apart and residual is not None else out
+
+
+def gated_of_one(
+    x: Tensor,
+    gate_and_up: Part,
+    activation: Callable[[Tensor], Tensor],
+    down: Part,
+    drop: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The gated feed-forward in two products, where one weight holds gate and up, one after the other.
+
+    `drop` is the dropout of the hidden layer.
+    """
+    gate, up = project(x, gate_and_up, "linear").chunk(2, dim=-1)
+    hidden = up * activation(gate)
+    return project(hidden if drop is None else drop(hidden), down, "linear")
 
 
 def normalized(x: Tensor, norm: Part | Scale | None, eps: float = 1e-5) -> Tensor:

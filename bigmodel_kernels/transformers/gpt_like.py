@@ -1,4 +1,5 @@
-"""Decoders with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM.
+"""Layers with LayerNorms and a plain feed-forward, after GPT-2: OPT, GPT-NeoX, GPT-J, GPT-Neo and BLOOM, and
+encoders with norms before their halves (ViT, CLIP, ...), which have no cache.
 
 A family says in a `Kin` which its classes are and what their parts are called, and puts the forms below in
 front of them:
@@ -53,13 +54,14 @@ class Kin:
     attention: type[nn.Module]
     layer: type[nn.Module]
     mlp: type[nn.Module] | None  # None: its projections are the layer's own
-    model: type[nn.Module]
-    causal_lm: type[nn.Module]
+    model: type[nn.Module] | tuple[type[nn.Module], ...]  # what makes the masks
+    causal_lm: type[nn.Module] | None
     # Names in the layer; dotted for what is deeper.
     attention_at: str
     mlp_at: str
     norms: tuple[str, str | None]  # None: one norm for both halves
-    dropouts: tuple[str, str]  # modules or numbers: of attention's output, of the feed-forward's
+    #: Modules or numbers, of attention's output and of the feed-forward's; "" for none.
+    dropouts: tuple[str, str] = ("", "")
     # Names in the attention.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     split: Callable[[Tensor, int], tuple[Tensor, ...]] = head_by_head  # of one weight for all three
@@ -71,9 +73,14 @@ class Kin:
     w_in: str = "fc1"
     w_out: str = "fc2"
     activation: str = "act"
+    w_gate: str = ""  # if it is gated
+    #: Whether `w_in` holds gate and up: two products, and all between by the model's own modules.
+    gated: bool = False
     #: "half", "interleaved", or none. GPT-J has its sines first.
     rotary: str = ""
     sine_first: bool = False
+    #: What layer and attention may be given by position, after the states.
+    positional: tuple[str, ...] = ()
     #: Whether a layer gives the probabilities too.
     gives_weights: bool = False
     #: "pre", "post" or "parallel", of a layer.
@@ -87,7 +94,8 @@ class Kin:
     #: Whether attention and feed-forward get the residual after the states, and add it; attention then gets
     #: `alibi` too.
     adds_residual: bool = False
-    #: Classes between layer and attention.
+    #: Classes between model and layer, and between layer and attention.
+    above: tuple[type[nn.Module], ...] = ()
     around: tuple[type[nn.Module], ...] = ()
     #: Reasons of the family's own to leave an attention or a feed-forward alone.
     refuse: Callable[[Any], str | None] = lambda attention: None
@@ -96,6 +104,14 @@ class Kin:
     last_norms: tuple[str, ...] = ()
     projections: tuple[str, ...] = ()
     forms: dict[type, type] = field(default_factory=dict)
+
+    @property
+    def models(self) -> tuple[type[nn.Module], ...]:
+        return self.model if isinstance(self.model, tuple) else (self.model,)
+
+    @property
+    def ffn_projections(self) -> tuple[str, ...]:
+        return (self.w_in, self.w_out, self.w_gate) if self.w_gate else (self.w_in, self.w_out)
 
     def inner(self, name: str) -> tuple[str, str]:
         """The half of the layer that has this dropout, or none, and its name there."""
@@ -150,6 +166,9 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
+            sliding_window=getattr(
+                self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None)
+            ),
             position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
             output_attentions=given.output_attentions,
         )
@@ -204,18 +223,18 @@ class Layer(Form):
             return None
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
         first = modules[kin.norms[0]]
-        second = None if kin.norms[1] is None else modules[kin.norms[1]]
+        second = None if kin.norms[1] is None else modules.get(kin.norms[1])  # StableLM may have none
         ffn = _ffn(mlp, kin, dtype) if mlp is self or is_form(mlp, kin.mlp) else None
         if ffn is None and kin.adds_residual:
             return None
         return DecoderParts(
             order=kin.order(self),
             attention_norm=blocks.part(first, nn.LayerNorm, dtype),
-            attention_eps=first.eps,
+            attention_eps=_eps(first),
             attention_out=blocks.part(attention.__dict__["_modules"][kin.out], nn.Linear, dtype),
             attention_p=attention_p,
             ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
-            ffn_eps=first.eps if second is None else second.eps,
+            ffn_eps=_eps(first if second is None else second),
             ffn=ffn,
             unfused=partial(_unfused, self, ffn_p),
             ffn_p=ffn_p,
@@ -244,6 +263,8 @@ def _cache_of(kwargs: dict[str, Any]) -> Any:
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
+    known = attention.kin.positional
+    kwargs, args = {**dict(zip(known, args, strict=False)), **kwargs}, args[len(known) :]
     mask, cache, angles = kwargs.get("attention_mask"), _cache_of(kwargs), None
     dropout_p = _probability(attention, attention.kin.attention_dropout)
     if (
@@ -307,10 +328,14 @@ def _attention_of(layer: Any) -> Any:
 
 def _probability(module: Any, name: str) -> float | None:
     """With what probability a dropout of this (dotted) name drops now; None if that is not plain."""
+    if not name:
+        return 0.0
     found: Any = module
     for step in name.split("."):
         found = getattr(found, step)
     if isinstance(found, nn.Module):
+        if checks.intact(found, nn.Identity):
+            return 0.0
         return checks.dropout_p(found) if checks.plain_dropout(found) else None
     p = float(found) if module.training else 0.0
     return p if p < 1 else None
@@ -324,12 +349,19 @@ def _dropped_inside(half: Any, kin: Kin, which: int) -> float | None:
 
 def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     """Its weights, if one call may read them all."""
-    modules = mlp.__dict__["_modules"]
-    w_in, w_out = (checks.parameters(modules[name], nn.Linear, dtype) for name in (kin.w_in, kin.w_out))
-    activation = checks.activation(modules[kin.activation])
-    if w_in is None or w_out is None or activation is None:
+    if kin.gated:
         return None
-    return FeedForward(Affine(*w_in), Affine(*w_out), activation, checks.recomputes(mlp))
+    modules = mlp.__dict__["_modules"]
+    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in kin.ffn_projections]
+    activation = checks.activation(modules[kin.activation])
+    if activation is None or None in held:
+        return None
+    w_in, w_out, *w_gate = (Affine(*tensors) for tensors in held if tensors is not None)
+    return FeedForward(w_in, w_out, activation, checks.recomputes(mlp), *w_gate)
+
+
+def _eps(norm: Any) -> float:
+    return getattr(norm, "eps", 0.0)  # nn.Identity has none
 
 
 def _unfused(layer: Any, p: float, x: Tensor) -> Tensor:
@@ -360,16 +392,32 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), nn.Linear), lora=True)
     for place, name in (kin.inner(kin.dropouts[0]), (kin.attention_at, kin.attention_dropout)):
         if why is None and place and isinstance(getattr(module, name), nn.Module):
-            why = checks.reason_for_parts(module, {name: nn.Dropout})
+            why = checks.reason_for_parts(module, {name: _dropout_class(module, name)})
     if why is not None:
         return why
     head_dim = getattr(module, kin.head_dim)
     if head_dim > 256:
         return f"head size {head_dim}; allowed are 1 to 256"
     features = [checks.without_adapter(module.get_submodule(name)).out_features for name in kin.qkv]
-    if len(set(features)) > 1 or features[0] * len(features) % (3 * head_dim):
-        return f"query, key and value have {features} features, not as many heads of {head_dim} in each"
+    if len(features) == 1:
+        features = [features[0] // 3] * 3 if features[0] % 3 == 0 else features
+    query, *shared = features
+    if len(set(shared)) != 1 or shared[0] % head_dim or query % shared[0]:
+        return (
+            f"query, key and value have {features} features; allowed are heads of {head_dim}, as many for "
+            "key as for value, and a multiple of that for query"
+        )
     return kin.refuse(module)
+
+
+def _dropout_class(module: Any, name: str) -> type[nn.Module]:
+    """What a dropout has to be: some models have nn.Identity for none."""
+    return nn.Identity if type(getattr(module, name)) is nn.Identity else nn.Dropout
+
+
+def refuse_head_norms(attention: Any) -> str | None:
+    """Of Phi and StableLM: norms of queries and keys are not among our calls."""
+    return "qk_layernorm=True: norms of the heads are not known" if attention.qk_layernorm else None
 
 
 def refuse_rotary(attention: Any) -> str | None:
@@ -381,12 +429,13 @@ def refuse_rotary(attention: Any) -> str | None:
 
 
 def _check_mlp(kin: Kin, module: Any) -> str | None:
-    parts: dict[str, type] = dict.fromkeys((kin.w_in, kin.w_out), nn.Linear)
+    parts: dict[str, type] = dict.fromkeys(kin.ffn_projections, nn.Linear)
     place, name = kin.inner(kin.dropouts[1])
     if place and isinstance(getattr(module, name), nn.Module):
-        parts[name] = nn.Dropout
+        parts[name] = _dropout_class(module, name)
     why = checks.reason_for_parts(module, parts, lora=True)
-    why = why or checks.reason_for_activation(getattr(module, kin.activation))
+    if why is None and not kin.gated:  # else the activation is called as it is
+        why = checks.reason_for_activation(getattr(module, kin.activation))
     return why or kin.refuse_mlp(module)
 
 
@@ -394,7 +443,7 @@ def _check_layer(kin: Kin, module: Any) -> str | None:
     own = [
         name
         for name in kin.dropouts
-        if not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
+        if name and not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
     ]
     why = checks.reason_for_parts(module, dict.fromkeys(own, nn.Dropout))
     why = why or (_check_mlp(kin, module) if kin.mlp is None else None)
@@ -415,18 +464,20 @@ def _check_norm(module: Any) -> str | None:
 # what a family says
 
 
-def family(name: str, kin: Kin) -> Family:
-    """The family of these kin."""
+def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
+    """The family of these kin; `left` is why other parts of it stay as they are, by class."""
     forms, rules = kin.forms, []
+    heads = () if kin.causal_lm is None else (kin.causal_lm,)
     ops: tuple[str, ...] = ("layer_norm",)
     if kin.mlp is not None:
         rules.append(
             Rule(
                 kin.mlp,
                 forms[kin.mlp],
-                ("feed_forward",),
+                ("linear",) if kin.gated else ("feed_forward",),
                 partial(_check_mlp, kin),
-                projections=(kin.w_in, kin.w_out),
+                "two products: one weight holds gate and up" if kin.gated else "",
+                projections=kin.ffn_projections,
             )
         )
     else:
@@ -440,7 +491,7 @@ def family(name: str, kin: Kin) -> Family:
                 ops,
                 partial(_check_layer, kin),
                 "its halves with their norms and sums",
-                projections=() if kin.mlp is not None else (kin.w_in, kin.w_out),
+                projections=() if kin.mlp is not None else kin.ffn_projections,
             ),
             Rule(
                 kin.attention,
@@ -453,19 +504,22 @@ def family(name: str, kin: Kin) -> Family:
         ),
         children=(
             *(
-                ChildRule(kin.model, norm, nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",), _check_norm)
+                ChildRule(model, norm, nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",), _check_norm)
+                for model in kin.models
                 for norm in kin.last_norms
             ),
             *(
-                ChildRule(kin.model, projection, nn.Linear, BigmodelLinear, ("linear",))
+                ChildRule(model, projection, nn.Linear, BigmodelLinear, ("linear",))
+                for model in kin.models
                 for projection in kin.projections
             ),
-            ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
+            *(ChildRule(lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)) for lm in heads),
         ),
-        losses=(fused_loss.rule(kin.causal_lm, forms[kin.causal_lm]),),
-        models=(kin.model,),
-        mask_path=(kin.layer, *kin.around, kin.attention),
+        losses=tuple(fused_loss.rule(lm, forms[lm]) for lm in heads),
+        models=kin.models,
+        mask_path=(*kin.above, kin.layer, *kin.around, kin.attention),
         reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
+        left=left or {},
     )
 
 

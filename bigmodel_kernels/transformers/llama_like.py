@@ -185,9 +185,8 @@ class MLP(Form):
         dtype, modules = checks.dtype_of(hidden_states), self.__dict__["_modules"]
         if len(self.kin.gate_and_up) == 1:
             both = blocks.part(modules[self.kin.gate_and_up[0]], nn.Linear, dtype)
-            gate, up = blocks.project(hidden_states, both, "linear").chunk(2, dim=-1)
             down = blocks.part(modules["down_proj"], nn.Linear, dtype)
-            return blocks.project(up * getattr(self, self.kin.activation)(gate), down, "linear")
+            return blocks.gated_of_one(hidden_states, both, getattr(self, self.kin.activation), down)
         ffn = self.ffn(dtype)
         if ffn is None:
             return super().forward(hidden_states)  # type: ignore[no-any-return]

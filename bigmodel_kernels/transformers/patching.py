@@ -29,19 +29,21 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     """Lets the model's modules run our operators, in place, and says what became of each.
 
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
-    CamemBERT, ELECTRA, DistilBERT, GPT-2, OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Llama, Mistral,
-    Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3 and GPT-OSS. What is
-    not exactly as known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation
-    or a config that the operators do not have, weights that are not loaded) is left alone, and the report
-    says why. Modules that are patched already stay so. If anything fails on the way, nothing is patched.
+    CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa v2, ModernBERT, ViT, DeiT, CLIP, SigLIP, GPT-2,
+    OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral, Qwen2,
+    Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3 and GPT-OSS. What is not exactly as
+    known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a config
+    that the operators do not have, weights that are not loaded) is left alone, and the report says why.
+    Modules that are patched already stay so. If anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
     it until they are unpatched.
 
     fused_loss: GPT2LMHeadModel, BertForMaskedLM and the causal language models of OPT, GPT-NeoX, GPT-J,
-    CodeGen, GPT-Neo, BLOOM and Llama's kind compute their loss without logits, in training mode and when
-    labels are given by name. Their output then has `logits=None`. Evaluation has logits as ever.
+    CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM and Llama's kind compute their loss without logits, in
+    training mode and when labels are given by name. Their output then has `logits=None`. Evaluation has
+    logits as ever.
 
     Raises TypeError for something that is not a module.
     """
@@ -322,7 +324,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     """Lets a model keep masks two-dimensional, if everybody on the mask's way knows what to do with one."""
     config = root.__dict__.get("config")
     cls = next(cls for cls in family.models if isinstance(root, cls))
-    if config is None or config_view.is_view(config) or "forward" in root.__dict__:
+    if not family.mask_path or config is None or config_view.is_view(config) or "forward" in root.__dict__:
         return
     if type(root).forward is not cls.forward or getattr(
         type(root), "_create_attention_masks", None

@@ -80,13 +80,8 @@ def test_an_unpatch_that_forgets_something_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_reasons_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = tiny.Tiny(
-        "BertForMaskedLM",
-        tiny.bert_config,
-        pads=("right",),
-        unpadded="reads no padding there",
-        lacks=(("attentions", "has none"),),
-    )
+    lacks = {"padding left": "reads no padding there", "attentions": "has none"}
+    changed = tiny.Tiny("BertForMaskedLM", tiny.bert_config, lacks=lacks)
     monkeypatch.setitem(tiny.TINY, "bert", changed)
     row = table.run_family("bert", ["padding left", "padding right", "attentions"])
     assert row.cells["padding left"] == table.Cell(table.LEFT, "reads no padding there")

@@ -46,7 +46,7 @@ def name_of_cache(model: Any) -> str:
 
 
 def check_padded_batch(model: Any, mask: torch.Tensor, **options: Any) -> None:
-    checks.check_forward(model, tokens(model.config, mask), mask, causal=True, **options)
+    checks.check_forward(model, tokens(model.config, mask), mask, alone=True, **options)
 
 
 def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
@@ -183,7 +183,7 @@ def check_fused_loss(model: Any, fused: bool = True) -> Any:
 def check_compiled(model: Any, padded: bool) -> None:
     mask = left_padding() if padded else None
     inputs = tokens(model.config, mask)
-    checks.check_forward(model, inputs, mask, causal=True, compiled=True, use_cache=False)
+    checks.check_forward(model, inputs, mask, alone=True, compiled=True, use_cache=False)
 
 
 def check_compiled_decoding(model: Any) -> None:

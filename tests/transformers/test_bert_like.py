@@ -1,4 +1,4 @@
-"""RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT: what differs from BERT; the forms fit each."""
+"""Models with the layers of BERT under other names, or in other places: what differs; the forms fit each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_checks import IN_THE_WAY, check_lora, check_what_stands_in_the_way
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.models import checks
@@ -35,13 +36,27 @@ from bigmodel_kernels.transformers import blocks
 
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert"]
 PATCHED = ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput")))
-DISTILBERT = ("Embeddings", "Transformer", *(2 * ("TransformerBlock", "DistilBertSelfAttention")))
+#: Names of patched classes of models whose modules are not those of `PATCHED`.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "DistilBert": ("Embeddings", "Transformer", *(2 * ("TransformerBlock", "DistilBertSelfAttention"))),
+    "Albert": (
+        *("AlbertEmbeddings", "AlbertTransformer", "AlbertMLMHead"),
+        *(2 * ("AlbertLayer", "AlbertAttention")),
+    ),
+    "MPNet": ("MPNetEmbeddings", "MPNetEncoder", "MPNetLMHead", *(2 * ("MPNetLayer", "MPNetSelfAttention"))),
+}
 HEADS: dict[str, dict[str, tuple[int, ...]]] = {
     "Model": {},
     "ForMaskedLM": {"labels": (3, 17)},
     "ForSequenceClassification": {"labels": (3,)},
     "ForTokenClassification": {"labels": (3, 17)},
     "ForQuestionAnswering": {"start_positions": (3,), "end_positions": (3,)},
+}
+#: Of those: where a layer is, in it attention, a projection of that, and the first of the feed-forward.
+PLACES = {
+    "DistilBert": ("transformer.layer.1", "attention", "q_lin", "ffn.lin1"),
+    "Albert": ("encoder.albert_layer_groups.1.albert_layers.0", "attention", "query", "ffn"),
+    "MPNet": ("encoder.layer.1", "attention.attn", "q", "intermediate.dense"),
 }
 
 
@@ -91,13 +106,15 @@ def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> No
     }
     assert left == heads.get(prefix, set())
     patched = [row.module for row in report.rows if row.status == "patched"]
-    for name in DISTILBERT if prefix == "DistilBert" else [prefix + name for name in PATCHED]:
+    for name in OTHERS.get(prefix, [prefix + name for name in PATCHED]):
         assert name in patched
         patched.remove(name)
 
 
 @pytest.mark.parametrize("prefix", BERT_LIKE)
-def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_taken_out_where_attention_needs_no_bias(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, mask, shapes = bert_like(prefix), right_padding(), []
     run = blocks.post_norm_layer
     monkeypatch.setattr(
@@ -106,7 +123,8 @@ def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     bk.patch(model)
     with torch.no_grad():
         model(ids_of(mask), attention_mask=mask)
-    assert shapes == [(int(mask.sum()), 48)] * 2
+    rows = tuple(mask.shape) if prefix == "MPNet" else (int(mask.sum()),)
+    assert shapes == [(*rows, 48)] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("prefix", BERT_LIKE)
@@ -179,6 +197,39 @@ def test_attentions_and_hidden_states(prefix: str) -> None:
         assert_as_near(got.hidden_states[i], *(e.hidden_states[i] for e in expected), where=mask.bool())
 
 
+@pytest.mark.parametrize("prefix", PLACES)
+def test_bfloat16(prefix: str) -> None:
+    mask = right_padding()
+    outputs = runs(bert_like(prefix).bfloat16(), input_ids=ids_of(mask), attention_mask=mask)
+    assert_all_near(outputs, mask.bool())
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", IN_THE_WAY)
+@pytest.mark.parametrize("prefix", PLACES)
+def test_what_stands_in_the_way_is_heard(prefix: str, what: str, after: bool) -> None:
+    """At padding too, which stays in where a layer cannot be fused."""
+    mask = right_padding()
+    inputs = {"input_ids": ids_of(mask), "attention_mask": mask}
+    check_what_stands_in_the_way(bert_like(prefix), *PLACES[prefix], what, after, inputs)
+
+
+@pytest.mark.parametrize("prefix", PLACES)
+def test_lora(prefix: str) -> None:
+    *_, projection, first = PLACES[prefix]
+    model = bert_like(
+        prefix, "ForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    mask = right_padding()
+    check_lora(model, [projection, first], {"input_ids": ids_of(mask), "attention_mask": mask})
+
+
+def test_groups_of_albert_with_several_layers() -> None:
+    model = bert_like("Albert", inner_group_num=2, num_hidden_layers=3, num_hidden_groups=3)
+    mask = right_padding()
+    assert_all_near(runs(model, input_ids=ids_of(mask), attention_mask=mask), mask.bool())
+
+
 @pytest.mark.parametrize("prefix", ["Roberta", "Electra"])
 def test_a_decoder_generates_what_eager_does(prefix: str) -> None:
     model = bert_like(prefix, "ForCausalLM", is_decoder=True)
@@ -196,5 +247,5 @@ def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     for rule in (*family.FAMILY.rules, *(r for r in family.FAMILY.children if r.parent is not None)):
         assert issubclass(rule.patched, rule.original)
     for rule in family.FAMILY.rules:
-        assert check(rule.original) or rule.original.__name__ in DISTILBERT
+        assert check(rule.original) or rule.original.__name__ in OTHERS["DistilBert"]
         assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there

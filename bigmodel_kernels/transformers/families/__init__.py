@@ -52,11 +52,11 @@ class Family:
     """Everything that patching knows about a family.
 
     `models` are the classes whose forward makes the attention mask from `self.config`, `mask_path` the ones
-    that the mask passes on its way to the attention. Where all modules of `mask_path` are exactly of these
-    classes, and the model's forward is its class's own, the config is seen through a view that says
-    "bigmodel", so that the mask stays two-dimensional. `reads_masks_patched` are those of them that read such
-    a mask only in their patched form, because their own code does not call transformers' attention interface:
-    then all of these must be patched.
+    that the mask passes on its way to the attention; none for models that make masks in a way of their own.
+    Where all modules of `mask_path` are exactly of these classes, and the model's forward is its class's own,
+    the config is seen through a view that says "bigmodel", so that the mask stays two-dimensional.
+    `reads_masks_patched` are those of them that read such a mask only in their patched form, because their
+    own code does not call transformers' attention interface: then all of these must be patched.
     """
 
     name: str

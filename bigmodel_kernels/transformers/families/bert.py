@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
 
 from bigmodel_kernels.transformers import bert_like, checks, fused_loss
 from bigmodel_kernels.transformers.bert_like import Kin
-from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.families import ChildRule, Family
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 KIN = Kin.of(hf, "Bert")
@@ -48,13 +48,8 @@ class BigmodelBertPooler(bert_like.Pooler, hf.BertPooler, kin=KIN):
     pass
 
 
-class BigmodelBertPredictionHeadTransform(hf.BertPredictionHeadTransform):
-    """Projection, activation and LayerNorm in one call."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        activation = checks.activation(self.transform_act_fn)
-        out = bert_like.transform(hidden_states, self.dense, activation, self.LayerNorm)
-        return super().forward(hidden_states) if out is None else out
+class BigmodelBertPredictionHeadTransform(bert_like.Transform, hf.BertPredictionHeadTransform):
+    pass
 
 
 @fused_loss.named_like_its_original
@@ -79,20 +74,9 @@ class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
         return MaskedLMOutput(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-def _check_transform(module: Any) -> str | None:
-    return checks.reason_for_parts(
-        module, {"dense": nn.Linear, "LayerNorm": nn.LayerNorm}
-    ) or checks.reason_for_activation(module.transform_act_fn)
-
-
 FAMILY = Family(
     name="bert",
-    rules=(
-        *bert_like.rules(KIN),
-        Rule(
-            hf.BertPredictionHeadTransform, BigmodelBertPredictionHeadTransform, ("linear",), _check_transform
-        ),
-    ),
+    rules=(*bert_like.rules(KIN), bert_like.transform_rule(BigmodelBertPredictionHeadTransform)),
     children=(
         ChildRule(hf.BertLMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
         bert_like.keeps_padding(KIN, hf.BertForQuestionAnswering, "bert.encoder", BigmodelBertPaddedEncoder),

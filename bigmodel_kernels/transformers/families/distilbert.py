@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks
+from bigmodel_kernels.transformers import bert_like, blocks, checks, encoder_like
 from bigmodel_kernels.transformers.bert_like import Kin
-from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
-from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.encoder_like import Places
+from bigmodel_kernels.transformers.families import ChildRule, Family
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 KIN = Kin(
@@ -21,6 +21,8 @@ KIN = Kin(
     layer=hf.TransformerBlock,
     encoder=hf.Transformer,
 )
+#: What the attention has beside query, key and value.
+PARTS: dict[str, type[nn.Module]] = {"out_lin": nn.Linear}
 
 
 class BigmodelDistilBertEmbeddings(bert_like.Embeddings, hf.Embeddings, kin=KIN):
@@ -51,44 +53,18 @@ class BigmodelDistilBertSelfAttention(bert_like.SelfAttention, hf.DistilBertSelf
         return blocks.project(found[0], out, "linear"), found[1]
 
 
-class BigmodelDistilBertBlock(bert_like.Layer, hf.TransformerBlock, kin=KIN):
-    """The whole layer in four calls."""
-
-    def gather(self) -> _Modules | None:
-        modules = self.__dict__["_modules"]
-        attention, ffn = modules["attention"], modules["ffn"]
-        norms = modules["sa_layer_norm"], modules["output_layer_norm"]
-        if (
-            not checks.intact(attention, BigmodelDistilBertSelfAttention)
-            or not attention.readable()
-            or not checks.row_wise(attention.__dict__["_modules"]["out_lin"], nn.Linear)
-            or not all(checks.callable_as(norm, nn.LayerNorm) for norm in norms)
-            or not _plain_ffn(ffn)
-        ):
-            return None
-        return _Modules(attention, norms[0], ffn, norms[1], checks.recomputes(self))
-
-    def parts(self, modules: Any, dtype: torch.dtype | None) -> LayerParts:
-        attention, attention_norm, ffn, ffn_norm, recompute = modules
-        w_in, w_out = (checks.parameters(part, nn.Linear, dtype) for part in (ffn.lin1, ffn.lin2))
-        activation = checks.activation(ffn.activation)
-        fused = None
-        if w_in is not None and w_out is not None and activation is not None:
-            fused = FeedForward(Affine(*w_in), Affine(*w_out), activation, recompute)
-        return LayerParts(
-            qkv=attention.projections(dtype),
-            head_dim=attention.attention_head_size,
-            attention_out=blocks.part(attention.out_lin, nn.Linear, dtype),
-            attention_norm=blocks.part(attention_norm, nn.LayerNorm, dtype),
-            attention_eps=attention_norm.eps,
-            attention_p=attention.dropout.p if attention.training else 0.0,
-            context_p=0.0,
-            ffn=fused,
-            ffn_norm=blocks.part(ffn_norm, nn.LayerNorm, dtype),
-            ffn_eps=ffn_norm.eps,
-            ffn_p=checks.dropout_p(ffn.dropout),
-            unfused=lambda x: ffn_norm(ffn.ff_chunk(x) + x),  # a row alone: chunks are all the same
-        )
+class BigmodelDistilBertBlock(encoder_like.Layer, hf.TransformerBlock, kin=KIN):
+    places = Places(
+        attention="attention",
+        out="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        w_in="ffn.lin1",
+        activation="ffn.activation",
+        w_out="ffn.lin2",
+        ffn_norm="output_layer_norm",
+        ffn_dropout="ffn.dropout",
+        holders=(("ffn", hf.FFN),),
+    )
 
 
 class BigmodelDistilBertTransformer(bert_like.Encoder, hf.Transformer, kin=KIN):
@@ -102,79 +78,9 @@ class BigmodelDistilBertPaddedTransformer(BigmodelDistilBertTransformer):
     packs = False
 
 
-class _Modules(NamedTuple):
-    attention: Any
-    attention_norm: Any
-    ffn: Any
-    ffn_norm: Any
-    recompute: bool
-
-
-def _plain_ffn(ffn: Any) -> bool:
-    modules = ffn.__dict__["_modules"]
-    return (
-        checks.intact(ffn, hf.FFN)
-        and checks.plain_dropout(modules["dropout"])
-        and checks.activation(ffn.activation) is not None
-        and all(checks.row_wise(modules[name], nn.Linear) for name in ("lin1", "lin2"))
-    )
-
-
-def _check_attention(module: Any) -> str | None:
-    return bert_like.check_self_attention(BigmodelDistilBertSelfAttention, module) or checks.reason_for_parts(
-        module, {"out_lin": nn.Linear}, lora=True
-    )
-
-
-def _check_block(module: Any) -> str | None:
-    return checks.reason_for_parts(
-        module,
-        {
-            "sa_layer_norm": nn.LayerNorm,
-            "ffn": hf.FFN,
-            "ffn.lin1": nn.Linear,
-            "ffn.lin2": nn.Linear,
-            "ffn.dropout": nn.Dropout,
-            "output_layer_norm": nn.LayerNorm,
-        },
-        lora=True,
-    ) or checks.reason_for_activation(module.ffn.activation)
-
-
-def _whole_block(kin: Kin, block: Any) -> str | None:
-    return (
-        checks.reason_for_hooks(block)
-        or checks.inside(
-            block.attention,
-            "attention",
-            hf.DistilBertSelfAttention,
-            BigmodelDistilBertSelfAttention,
-            _check_attention,
-        )
-        or checks.prefixed("block", _check_block(block))
-    )
-
-
 FAMILY = Family(
     name="distilbert",
-    rules=(
-        bert_like.embeddings_rule(KIN),
-        bert_like.encoder_rule(KIN, _whole_block),
-        Rule(
-            hf.TransformerBlock,
-            BigmodelDistilBertBlock,
-            ("linear", "feed_forward"),
-            _check_block,
-            projections=("ffn.lin1", "ffn.lin2"),
-        ),
-        Rule(
-            hf.DistilBertSelfAttention,
-            BigmodelDistilBertSelfAttention,
-            ("linear", "attention"),
-            _check_attention,
-            projections=("q_lin", "k_lin", "v_lin", "out_lin"),
-        ),
-    ),
+    rules=encoder_like.rules(KIN, "out_lin", PARTS),
     children=(
         ChildRule(hf.DistilBertForMaskedLM, "vocab_transform", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.DistilBertForMaskedLM, "vocab_projector", nn.Linear, BigmodelLinear, ("linear",)),
@@ -183,7 +89,7 @@ FAMILY = Family(
             hf.DistilBertForQuestionAnswering,
             "distilbert.transformer",
             BigmodelDistilBertPaddedTransformer,
-            _whole_block,
+            partial(encoder_like.whole_layer, PARTS),
         ),
     ),
     models=(hf.DistilBertModel,),

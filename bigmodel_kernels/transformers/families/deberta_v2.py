@@ -1,0 +1,168 @@
+"""DeBERTa v2 and v3: BERT's layer with disentangled attention.
+
+What position and content say of each other is a logit for each query and key, made from both: the model's own
+code makes it from the queries and keys that we have, and attention adds it. Batches keep their padding:
+attention without it takes no bias. Embeddings stay the model's own: between norm and dropout they multiply by
+the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
+
+from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks
+from bigmodel_kernels.transformers.attention_interface import Visibility
+from bigmodel_kernels.transformers.bert_like import Kin
+from bigmodel_kernels.transformers.families import ChildRule, Family
+from bigmodel_kernels.transformers.generic import BigmodelLinear
+
+KIN = Kin(
+    embeddings=hf.DebertaV2Embeddings,
+    self_attention=hf.DisentangledSelfAttention,
+    self_output=hf.DebertaV2SelfOutput,
+    attention=hf.DebertaV2Attention,
+    intermediate=hf.DebertaV2Intermediate,
+    output=hf.DebertaV2Output,
+    layer=hf.DebertaV2Layer,
+    encoder=hf.DebertaV2Encoder,
+)
+
+
+class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.DisentangledSelfAttention, kin=KIN):
+    """One product for Q, K and V, and attention with a bias made from Q and K."""
+
+    names = ("query_proj", "key_proj", "value_proj")
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        output_attentions: bool = False,
+        query_states: Any = None,
+        relative_pos: Any = None,
+        rel_embeddings: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if query_states is not None or not self.readable() or checks.watched_globally():
+            return hf.DisentangledSelfAttention.forward(  # type: ignore[no-any-return]
+                self,
+                hidden_states,
+                attention_mask,
+                output_attentions,
+                query_states,
+                relative_pos,
+                rel_embeddings,
+            )
+        parts = self.projections(checks.dtype_of(hidden_states))
+        query, key, value = (
+            t.transpose(1, 2) for t in blocks.heads(hidden_states, parts, "linear", self.attention_head_size)
+        )
+        query, seen = self.seen(query, key, attention_mask, relative_pos, rel_embeddings)
+        out, weights = attention_interface.attend(
+            *(self, query, key, value, seen, self.scaling), p=self.dropout_p(), wanted=output_attentions
+        )
+        return out.flatten(2), weights
+
+    @property
+    def scaling(self) -> float:
+        return float(self.attention_head_size * self._terms()) ** -0.5
+
+    def _terms(self) -> int:
+        """How many terms a logit is the sum of."""
+        return 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
+
+    def seen(
+        self, query: Tensor, key: Tensor, mask: Tensor, relative_pos: Any, rel_embeddings: Any
+    ) -> tuple[Tensor, Visibility]:
+        """query and key (B, H, S, D), mask (B, 1, S, S). Returns the query too.
+
+        A query at padding sees nothing. As in the model's own code, all keys weigh the same for it: a query
+        of zeros gives that, with a bias of zeros.
+        """
+        bias: Any = 0
+        if self.relative_attention:
+            bias = self.disentangled_attention_bias(
+                query.reshape(-1, *query.shape[2:]),
+                key.reshape(-1, *key.shape[2:]),
+                relative_pos,
+                self.pos_dropout(rel_embeddings),
+                self._terms(),
+            )
+        if isinstance(bias, Tensor):
+            bias = bias.view(*query.shape[:2], *bias.shape[-2:])
+        else:
+            bias = torch.zeros((), dtype=query.dtype, device=query.device)
+        mask = mask.bool()
+        sees = mask.any(dim=-1, keepdim=True)
+        hidden = torch.zeros(sees.shape, dtype=bias.dtype, device=bias.device).masked_fill_(
+            sees, float("-inf")
+        )
+        return query.masked_fill(~sees, 0), Visibility(key.shape[2], bias=torch.where(mask, bias, hidden))
+
+
+class BigmodelDebertaV2SelfOutput(bert_like.SelfOutput, hf.DebertaV2SelfOutput, kin=KIN):
+    pass
+
+
+class BigmodelDebertaV2Layer(bert_like.Layer, hf.DebertaV2Layer, kin=KIN):
+    """The whole layer in four calls, and those that make the bias."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        query_states: Any = None,
+        relative_pos: Any = None,
+        rel_embeddings: Any = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        modules = None
+        asked = attention_interface.wants_attentions({"output_attentions": output_attentions})
+        if query_states is None and not asked and not checks.watched_globally():
+            modules = bert_like.gathered(self, KIN)
+        if modules is None:
+            return hf.DebertaV2Layer.forward(  # type: ignore[no-any-return]
+                self,
+                hidden_states,
+                attention_mask,
+                query_states,
+                relative_pos,
+                rel_embeddings,
+                output_attentions,
+            )
+        attention = modules.attention
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            query, seen = attention.seen(query, key, attention_mask, relative_pos, rel_embeddings)
+            out = attention_interface.run(query, key, value, seen, attention.scaling, dropout_p=dropout_p)
+            return out.transpose(1, 2).flatten(2)
+
+        return self.fused(hidden_states, modules, attend), None
+
+
+class BigmodelLegacyDebertaV2PredictionHeadTransform(
+    bert_like.Transform, hf.LegacyDebertaV2PredictionHeadTransform
+):
+    pass
+
+
+FAMILY = Family(
+    name="deberta_v2",
+    rules=(
+        *bert_like.layer_rules(KIN),
+        bert_like.transform_rule(BigmodelLegacyDebertaV2PredictionHeadTransform),
+    ),
+    children=(
+        ChildRule(hf.LegacyDebertaV2LMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
+        ChildRule(hf.ContextPooler, "dense", nn.Linear, BigmodelLinear, ("linear",)),
+    ),
+    models=(hf.DebertaV2Model,),
+    left={
+        hf.DebertaV2Embeddings: "it multiplies by the mask between its norm and its dropout",
+        hf.ConvLayer: "a convolution over positions, once a model",
+    },
+)

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa emulate cuda-build triton-build lint format bench bench-cpu verify models models-transformers test-matrix support clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build lint format bench bench-cpu verify models models-transformers test-matrix support clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -29,6 +29,10 @@ test-isa: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" BIGMODEL_EMULATE_AVX512=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pytest -n 2 tests/csrc; status=$$?; \
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace; exit $$status
+
+# The kernels under the address, undefined-behaviour and thread sanitizers, and raw operators with arguments of every kind.
+sanitize: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python csrc/sanitize.py
 
 # The CUDA kernels in the emulator, and compiled for GPUs; neither needs one.
 emulate: $(VENV)/.dev

@@ -4,7 +4,8 @@ The library uses LibTorch's stable ABI and no Python symbol, so one binary serve
 every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIGMODEL_EMULATE_AVX512=1 is a
 test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers;
 BIGMODEL_CUDA=1 or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc
-is on PATH); CXX names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
+is on PATH); BIGMODEL_SANITIZE=address or thread is a test build that stays under build/ (csrc/sanitize.py);
+CXX names the compiler; CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
 TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "linear"]
 TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
-REGISTRATION = ["register_cpu", "register_attention", "register_training"]
+REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -124,16 +125,22 @@ class BuildWithNinja(build_ext):
         library = load_build().cuda(os.environ.get("BIGMODEL_CUDA_ARCHS", "80 90a").split())
         target = Path(self.get_ext_fullpath("bigmodel_kernels.libbigmodel_cuda")).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         shutil.copy2(library, target)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         emulate = os.environ.get("BIGMODEL_EMULATE_AVX512") == "1"
-        build = ROOT / "build" / ("cpu-emulated" if emulate else "cpu")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        library = build / "libbigmodel_cpu.so"
         ninja = load_build()
-        ninja.write_ninja(build, *self.plan(ninja, library.name, emulate))
+        sanitizer = ninja.sanitizer()
+        build = (
+            ROOT
+            / "build"
+            / ("cpu" + ("-emulated" if emulate else "") + (f"-{sanitizer}" if sanitizer else ""))
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        library = build / ("threads" if sanitizer == "thread" else "libbigmodel_cpu.so")
+        ninja.write_ninja(build, *self.plan(ninja, library.name, emulate, sanitizer))
         try:
             ninja.run_ninja(build)
         except subprocess.CalledProcessError as error:
@@ -142,27 +149,38 @@ class BuildWithNinja(build_ext):
                 "its output is above). A C++20 compiler is needed, g++ 11 or clang++ 14 and newer; "
                 "BIGMODEL_CPU_EXTENSION=0 installs without it."
             ) from None
+        if sanitizer:  # stays where it was built: `make sanitize` runs it from there
+            return
+        target.unlink(missing_ok=True)  # a process that runs with the old library keeps it
         shutil.copy2(library, target)
 
     def plan(
-        self, ninja: ModuleType, library: str, emulate: bool
+        self, ninja: ModuleType, library: str, emulate: bool, sanitizer: str | None
     ) -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
         """Rules and targets: a rule for each instruction set, and one for what torch sees."""
         include, libraries = ninja.torch_flags()
         compiler = os.environ.get("CXX", "g++")
-        common = "-std=c++20 -O3 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-psabi"
+        build = ninja.SANITIZERS[sanitizer] if sanitizer else "-O3 -g0"
+        common = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-psabi"
         common = f"{compiler} {common} {os.environ.get('CXXFLAGS', '')}"
-        rules = {"link": f"{compiler} -shared -o $out $in {libraries}"}
+        result = "-pthread" if sanitizer == "thread" else f"-shared {libraries}"
+        rules = {"link": f"{compiler} {build} -o $out $in {result}"}
         targets: list[tuple[str, str, list[str]]] = []
 
         def add(rule: str, flags: list[str], sources: dict[str, str]) -> None:
             rules[rule] = f"{common} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out"
             targets.extend((name, rule, [str(ROOT / "csrc" / source)]) for name, source in sources.items())
 
-        defines = [*ninja.DEFINES, *(["-DBIGMODEL_X86"] if X86 else [])]
-        defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
-        add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
-        for isa, (flags, bits, bf16) in INSTRUCTION_SETS.items():
+        sets = INSTRUCTION_SETS
+        if sanitizer == "thread":  # a program instead of torch: what threads share is the same in every set
+            isa = "avx2" if X86 else "portable"
+            sets = {isa: INSTRUCTION_SETS[isa]}
+            add("driver", [f"-DBIGMODEL_DRIVEN={isa}"], {"threads.o": "testing/threads.cpp"})
+        else:
+            defines = [*ninja.DEFINES, *(["-DBIGMODEL_X86"] if X86 else [])]
+            defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
+            add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
+        for isa, (flags, bits, bf16) in sets.items():
             amx = isa == "amx"
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
         collect_attention,
         patch,
         patched,
+        release_weights,
+        restore_weights,
         unpatch,
     )
 
@@ -66,6 +68,8 @@ __all__ = [
     "linear_cross_entropy",
     "patch",
     "patched",
+    "release_weights",
+    "restore_weights",
     "rms_norm",
     "rotary",
     "sdpa",
@@ -75,7 +79,7 @@ __all__ = [
 
 _FROM_TRANSFORMERS_LAYER = (
     *("AttentionMaps", "attention_maps", "collect_attention"),
-    *("PatchReport", "patch", "patched", "unpatch"),
+    *("PatchReport", "patch", "patched", "unpatch", "release_weights", "restore_weights"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The command `bigmodel-kernels`: doctor, verify, models, bench, demo, attention-map and finetune.
+"""The command `bigmodel-kernels`: doctor, verify, models, bench, demo, attention-map, finetune and the tasks.
 
 Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
 next to the tables.
@@ -6,11 +6,8 @@ next to the tables.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,58 +15,37 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
-from typer.core import TyperCommand
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends
-from bigmodel_kernels.extras import MissingPackage, package
+from bigmodel_kernels.console import (
+    DTYPES,
+    STDOUT,
+    Device,
+    Json,
+    JsonCommand,
+    check_device,
+    check_dtypes,
+    console_for,
+    emit,
+    errors_of_usage,
+    no_gpu,
+    progress,
+)
+from bigmodel_kernels.extras import package
 from bigmodel_kernels.finetune import command as finetune_command
-
-DTYPES = ("float32", "bfloat16", "float16")
-STDOUT = "-"
-
-
-class JsonCommand(TyperCommand):
-    """A command whose `--json` may stand without a value."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_json_value(args))
-
-
-def with_json_value(args: list[str]) -> list[str]:
-    """`--json` followed by something that is no .json file gets the value "-", the standard output."""
-    completed: list[str] = []
-    for i, argument in enumerate(args):
-        completed.append(argument)
-        following = args[i + 1] if i + 1 < len(args) else ""
-        if argument == "--json" and following != STDOUT and not following.endswith(".json"):
-            completed.append(STDOUT)
-    return completed
-
+from bigmodel_kernels.tasks import command as tasks_command
 
 app = typer.Typer(
     name="bigmodel-kernels",
-    help="Fused kernels for transformers: look at it, verify it, measure it, train.",
+    help="Fused kernels for transformers: look at it, verify it, measure it, train, use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(finetune_command.app)
-
-Json = Annotated[
-    str | None,
-    typer.Option("--json", metavar="[FILE.json]", help="Result as JSON: to the file, or instead of tables."),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+app.add_typer(tasks_command.app)
 
 
 def main() -> None:
@@ -77,72 +53,7 @@ def main() -> None:
     app()
 
 
-def _console(json_to: str | None) -> Console:
-    """Tables go to the standard output, but to the standard error where that is taken by JSON."""
-    return Console(stderr=json_to == STDOUT)
-
-
-def _emit(value: dict[str, Any], json_to: str | None, console: Console) -> None:
-    if json_to is None:
-        return
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    if json_to == STDOUT:
-        typer.echo(text)
-        return
-    path = Path(json_to)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
-    console.print(f"wrote {path}", markup=False)
-
-
-def _check_device(device: str) -> str:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device={device!r} is unknown; allowed are cpu, cuda and cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"device={device!r}: {no_gpu()}")
-    return device
-
-
-def _check_dtypes(names: list[str] | None) -> list[str]:
-    for name in names or ():
-        if name not in DTYPES:
-            raise typer.BadParameter(f"dtype={name!r} is unknown; allowed are {', '.join(DTYPES)}")
-    return names or list(DTYPES)
-
-
-@contextmanager
-def _progress(console: Console, total: int | None, title: str) -> Iterator[Callable[[str], None]]:
-    """A bar (a spinner without a total); the function moves it on and says what comes next."""
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *([] if total is None else [MofNCompleteColumn()]),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(title, total=total)
-
-        def step(text: str) -> None:
-            bar.update(task, advance=1, description=text)
-
-        yield step
-
-
 # doctor
-
-
-def no_gpu() -> str:
-    """Why there is no GPU to use."""
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    return "torch sees no GPU (torch.cuda.is_available() is False)"
 
 
 def _backend_rows(device: str) -> list[dict[str, Any]]:
@@ -252,11 +163,11 @@ def examine() -> dict[str, Any]:
 @app.command(cls=JsonCommand)
 def doctor(json_to: Json = None) -> None:
     """What is installed, what this machine has, and which backend serves each operator."""
-    console = _console(json_to)
+    console = console_for(json_to)
     found = examine()
     if json_to != STDOUT:
         _show_doctor(found, console)
-    _emit(found, json_to, console)
+    emit(found, json_to, console)
 
 
 def _show_doctor(found: dict[str, Any], console: Console) -> None:
@@ -355,9 +266,9 @@ def verify(
     """Holds every operator against float64, forward and backward. Exit code 1 when one is wrong."""
     from bigmodel_kernels import verify as verification
 
-    console = _console(json_to)
-    _check_device(device)
-    dtypes = [getattr(torch, name) for name in _check_dtypes(dtype)]
+    console = console_for(json_to)
+    check_device(device)
+    dtypes = [getattr(torch, name) for name in check_dtypes(dtype)]
     if backend is not None and backend not in backends.NAMES:
         raise typer.BadParameter(f"backend={backend!r} is unknown; allowed are {', '.join(backends.NAMES)}")
     try:
@@ -368,7 +279,7 @@ def verify(
     if fast:
         cases = _fast(cases)
     results = []
-    with _progress(console, len(cases), "verifying") as step:
+    with progress(console, len(cases), "verifying") as step:
         for case in cases:
             results.append(_summary(verification.run_case(case, backend, device)))
             step(str(case))
@@ -385,7 +296,7 @@ def verify(
         verdict += f", {len(failed)} are wrong" if failed else ""
         verdict += f", {len(skipped)} cannot run on this backend" if skipped else ""
         console.print(verdict, style="green" if ok else "bold red")
-    _emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)
+    emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)
     if not ok:
         raise typer.Exit(1)
 
@@ -432,26 +343,20 @@ def models(
 
     Exit code 1 when one fails.
     """
-    console = _console(json_to)
-    try:
+    console = console_for(json_to)
+    with errors_of_usage(ValueError):
         logging = package("transformers", "transformers", "transformers").logging
-    except MissingPackage as error:
-        Console(stderr=True).print(str(error), style="bold red", markup=False)
-        raise typer.Exit(2) from error
-    from bigmodel_kernels.models import show, table
+        from bigmodel_kernels.models import show, table
 
+        families, checks = table.chosen(family), table.chosen_checks(check)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        families, checks = table.chosen(family), table.chosen_checks(check)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    with _progress(console, len(families) * len(checks), "checking") as step:
+    with progress(console, len(families) * len(checks), "checking") as step:
         rows = [table.run_family(name, checks, step) for name in families]
     if json_to != STDOUT:
         show.show(rows, console)
     ok = all(row.ok for row in rows)
-    _emit({"ok": ok, "families": [row.to_dict() for row in rows]}, json_to, console)
+    emit({"ok": ok, "families": [row.to_dict() for row in rows]}, json_to, console)
     if not ok:
         raise typer.Exit(1)
 
@@ -469,16 +374,13 @@ def support(
     """
     from bigmodel_kernels import support as text
 
-    try:
+    with errors_of_usage():
         found = text.markdown()
-    except MissingPackage as error:
-        Console(stderr=True).print(str(error), style="bold red", markup=False)
-        raise typer.Exit(2) from error
     if write is None:
         typer.echo(found, nl=False)
         return
     write.write_text(found, encoding="utf-8")
-    _console(None).print(f"wrote {write}", markup=False)
+    console_for(None).print(f"wrote {write}", markup=False)
 
 
 # bench
@@ -512,15 +414,15 @@ def bench(
     """Measures speed against torch and transformers, and against what this machine can do at best."""
     from bigmodel_kernels.bench import document, machine, suite, tables
 
-    console = _console(json_to)
+    console = console_for(json_to)
     if show is not None:
         try:
             tables.show(document.read(show), console)
         except (OSError, ValueError) as error:
             raise typer.BadParameter(f"show={str(show)!r}: {error}") from error
         return
-    _check_device(device)
-    dtypes = _check_dtypes(dtype)
+    check_device(device)
+    dtypes = check_dtypes(dtype)
     if peers and torch.device(device).type != "cpu":
         raise typer.BadParameter(f"device={device!r} with --peers: these runtimes are measured on a CPU")
     if budget <= 0:
@@ -532,7 +434,7 @@ def bench(
         raise typer.BadParameter(str(error)) from error
     if threads is not None:
         torch.set_num_threads(threads)
-    with _progress(console, steps, "measuring") as step:
+    with progress(console, steps, "measuring") as step:
         setting = suite.Setting(device, compiled, peers)
         measured = suite.run(
             chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, only=only, progress=step
@@ -545,7 +447,7 @@ def bench(
         path = (folder or suite.default_folder()) / "results" / f"{name}.json"
         document.write(measured, path)
         console.print(f"wrote {path}", markup=False)
-    _emit(measured, json_to, console)
+    emit(measured, json_to, console)
 
 
 # demo
@@ -564,28 +466,24 @@ def demo(
     """Embeds real sentences with a real pretrained BERT: eager, sdpa and patched, side by side."""
     from bigmodel_kernels import demo as job
 
-    console = _console(json_to)
-    _check_device(device)
+    console = console_for(json_to)
+    check_device(device)
     for name, value in (("texts", texts), ("batch_size", batch_size), ("budget", budget)):
         if value is not None and value <= 0:
             raise typer.BadParameter(f"{name}={value}; it must be positive")
-    try:
-        with _progress(console, None, "starting") as step:
-            outcome = job.run(
-                texts=texts,
-                batch_size=batch_size,
-                budget_s=budget,
-                device=device,
-                seed=seed,
-                generate=generation,
-                progress=step,
-            )
-    except MissingPackage as error:
-        Console(stderr=True).print(str(error), style="bold red", markup=False)
-        raise typer.Exit(2) from error
+    with errors_of_usage(), progress(console, None, "starting") as step:
+        outcome = job.run(
+            texts=texts,
+            batch_size=batch_size,
+            budget_s=budget,
+            device=device,
+            seed=seed,
+            generate=generation,
+            progress=step,
+        )
     if json_to != STDOUT:
         _show_demo(outcome, console)
-    _emit(outcome.to_dict(), json_to, console)
+    emit(outcome.to_dict(), json_to, console)
 
 
 def _show_demo(outcome: Any, console: Console) -> None:
@@ -679,10 +577,10 @@ def attention_map(
     from bigmodel_kernels.attention_map import compute, html, terminal
     from bigmodel_kernels.attention_map import png as picture
 
-    console = _console(json_to)
-    _check_device(device)
+    console = console_for(json_to)
+    check_device(device)
     numbers = {name: _number_or_all(name, value) for name, value in (("layer", layer), ("head", head))}
-    try:
+    with errors_of_usage(OSError, ValueError):
         found = compute.compute(text, model=model, max_tokens=max_tokens, device=device, **numbers)
         if json_to != STDOUT:
             terminal.show(found, console)
@@ -692,12 +590,7 @@ def attention_map(
         if png is not None:
             problem = picture.write(found, png)
             console.print(f"wrote {png}{'; ' if problem else ''}{problem or ''}", markup=False)
-    except MissingPackage as error:
-        Console(stderr=True).print(str(error), style="bold red", markup=False)
-        raise typer.Exit(2) from error
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    _emit(found.to_dict(), json_to, console)
+    emit(found.to_dict(), json_to, console)
 
 
 if __name__ == "__main__":

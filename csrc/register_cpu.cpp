@@ -148,7 +148,7 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t by
 #endif
 }
 
-// A thread's scratch grows to what its largest call needed. Beyond `keep` bytes a block is given back by the next smaller request.
+// A thread's scratch grows to what its largest call needed; nothing of it is memory too, which may be cleared. Beyond `keep` bytes a block is given back by the next smaller request.
 void* thread_scratch(int slot, size_t bytes) {
   struct Block {
     void* memory = nullptr;
@@ -158,8 +158,9 @@ void* thread_scratch(int slot, size_t bytes) {
   constexpr size_t keep = size_t(64) << 20;
   thread_local Block blocks[scratch_slots];
   Block& block = blocks[slot];
-  if (bytes > block.size || (block.size > keep && bytes <= keep)) {
+  if (!block.memory || bytes > block.size || (block.size > keep && bytes <= keep)) {
     std::free(block.memory);
+    bytes = std::max<size_t>(bytes, 1);
     const size_t page = bytes < huge_page / 8 ? 4096 : huge_page;
     block.size = (bytes + page - 1) / page * page;
     block.memory = std::aligned_alloc(page, block.size);
@@ -194,12 +195,20 @@ void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.device().type() == torch::headeronly::DeviceType::CPU, name, ": must be on the CPU");
 }
 
+// Compilers may use loads that need it; torch makes such tensors of a caller's buffer.
+void check_aligned(const Tensor& tensor, const char* name) {
+  const size_t size = tensor.element_size();
+  STD_TORCH_CHECK(tensor.numel() == 0 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % size == 0, name,
+                  ": its address must be a multiple of its element size, ", size, " bytes");
+}
+
 // A dense array of exactly this dtype and this many elements.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
   check_cpu(tensor, name);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": dtype differs from the input's");
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": shape ", shape_of(tensor), " does not have ", numel, " elements");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
+  check_aligned(tensor, name);
   return tensor.const_data_ptr();
 }
 const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
@@ -233,7 +242,8 @@ size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table) 
   return sizeof(PackedHeader) + size_t(rows) * size_t((n + table.panel - 1) / table.panel * table.panel) * size_t(dtype_size(dtype));
 }
 
-// A packed weight made by this build for the instruction set now in use, as large as its header says.
+// A packed weight made by this build for the instruction set now in use, as large as its header says. A header is bytes of a tensor:
+// whatever stands there, it must not send a kernel out of the tensor.
 const PackedHeader& check_packed(const Tensor& packed, const char* name) {
   check_cpu(packed, name);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.dim() == 1 &&
@@ -244,8 +254,11 @@ const PackedHeader& check_packed(const Tensor& packed, const char* name) {
   const KernelTable& table = kernels();
   STD_TORCH_CHECK(header.panel == table.panel && header.pairs == (header.dtype == Dtype::bfloat16 && table.bf16_pairs),
                   name, ": was packed for another instruction set than ", table.isa);
-  STD_TORCH_CHECK(header.k >= 0 && header.n >= 0 && size_t(packed.numel()) == packed_size(header.k, header.n, header.dtype, table),
+  const int64_t most = packed.numel();  // of either: each feature has an element at least, so that packed_size cannot overflow
+  STD_TORCH_CHECK(header.k >= 1 && header.n >= 1 && header.k <= most / header.n &&
+                      size_t(packed.numel()) == packed_size(header.k, header.n, header.dtype, table),
                   name, ": is damaged, its size does not fit its header");
+  check_aligned(packed, name);
   return header;
 }
 
@@ -259,6 +272,7 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, std::string weight_layout) {
   int64_t k = 0, n = 0;
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(weight.dim() == 2, "weights: shape ", shape_of(weight), " must have two dimensions");
+    STD_TORCH_CHECK(weight.numel() > 0, "weights: shape ", shape_of(weight), " has no elements");
     STD_TORCH_CHECK(n == 0 || weight.size(1 - out) == k, "weights: shape ", shape_of(weight), " must have in_features ", k);
     k = weight.size(1 - out);
     n += weight.size(out);
@@ -290,7 +304,8 @@ int64_t cpu_fingerprint(std::vector<Tensor> weights) {
     const char* data = static_cast<const char*>(weight.const_data_ptr());
     const int64_t count = std::min(samples, numel);
     for (int64_t i = 0; i < count; i++) {
-      const int64_t at = count == 1 ? 0 : i * (numel - 1) / (count - 1);
+      // i * (numel - 1) / (count - 1), which an expanded weight's numel would make overflow
+      const int64_t gaps = std::max<int64_t>(count - 1, 1), at = i * ((numel - 1) / gaps) + i * ((numel - 1) % gaps) / gaps;
       uint32_t bits = 0;
       std::memcpy(&bits, data + (at / columns * stride_row + at % columns * stride_column) * size, size_t(size));
       hash = (hash ^ bits) * 0x100000001b3ull;
@@ -303,6 +318,7 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == columns, "x: shape ", shape_of(x), " must end in ", columns);
   STD_TORCH_CHECK(x.is_contiguous(), "x: must be contiguous");
+  check_aligned(x, "x");
   return columns == 0 ? 0 : x.numel() / columns;
 }
 
@@ -319,14 +335,21 @@ Tensor empty_rows_like(const Tensor& x, int64_t columns) {
   return empty_result(shape, x.scalar_type());
 }
 
-NormKind norm_kind_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "layer_norm" || name == "rms_norm", "norm_kind: '", name, "' is not one of layer_norm, rms_norm");
+NormKind norm_kind_of(const std::string& name, const char* argument) {
+  STD_TORCH_CHECK(name == "layer_norm" || name == "rms_norm", argument, ": '", name, "' is not one of layer_norm, rms_norm");
   return name == "layer_norm" ? NormKind::layer_norm : NormKind::rms_norm;
 }
 
-NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n, NormKind kind, double weight_offset) {
-  STD_TORCH_CHECK(kind == NormKind::layer_norm || !bias, "norm_bias: must be None with rms_norm");
-  return {data_of(weight, "norm_weight", dtype, n), data_of(bias, "norm_bias", dtype, n), float(eps), kind, float(weight_offset)};
+bool has_norm(const OptionalTensor& weight, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(weight || !bias, "norm_bias: must be None without norm_weight");
+  return weight.has_value();
+}
+
+NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n, NormKind kind, double weight_offset,
+                   const char* prefix) {
+  const std::string names[2] = {std::string(prefix) + "weight", std::string(prefix) + "bias"};
+  STD_TORCH_CHECK(kind == NormKind::layer_norm || !bias, names[1], ": must be None with rms_norm");
+  return {data_of(weight, names[0].c_str(), dtype, n), data_of(bias, names[1].c_str(), dtype, n), float(eps), kind, float(weight_offset)};
 }
 
 Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual,
@@ -339,7 +362,7 @@ Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string acti
   Tensor out = empty_rows_like(x, n);
   if (rows == 0 || n == 0) return out;
   const LinearArgs args = {header.dtype, rows, x.const_data_ptr(), packed_weight(header), data_of(bias, "bias", dtype, n), activation_of(activation),
-                           data_of(residual, "residual", dtype, rows * n), norm_weight.has_value(),
+                           data_of(residual, "residual", dtype, rows * n), has_norm(norm_weight, norm_bias),
                            norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
                            dropout_of(dropout_seed, dropout_p), nullptr, nullptr};
   kernels().linear(runtime(), args);
@@ -372,13 +395,13 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
 }
 
 Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
-               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset) {
+               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
   const ScalarType dtype = x.scalar_type();
   Tensor out = empty_rows_like(x, n);
   const LayerNormArgs args = {dtype_of(x, "x"), rows, n, x.const_data_ptr(), data_of(residual, "residual", dtype, rows * n),
-                              norm_args(weight, bias, eps, dtype, n, kind, weight_offset), out.mutable_data_ptr(),
+                              norm_args(weight, bias, eps, dtype, n, kind, weight_offset, prefix), out.mutable_data_ptr(),
                               dropout_of(dropout_seed, dropout_p)};
   if (rows > 0) kernels().layer_norm(runtime(), args);
   return out;
@@ -431,7 +454,7 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   args.dtype = dtype_of(word_weight, "word_weight");
   args.tokens = input_ids.numel();
   args.hidden = hidden;
-  args.has_norm = norm_weight.has_value();
+  args.has_norm = has_norm(norm_weight, norm_bias);
   args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, hidden);
   args.dropout = dropout_of(dropout_seed, dropout_p);
   std::vector<int64_t> shape(input_ids.sizes().begin(), input_ids.sizes().end());
@@ -444,12 +467,13 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
 
 std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: must have 4 dimensions");
+  STD_TORCH_CHECK(cos.dim() == 3, "cos: shape ", shape_of(cos), " must have three dimensions");
   RotaryArgs args = {.dtype = dtype_of(query, "query"), .batch = query.size(0), .rows = query.size(2), .head_dim = query.size(3),
                      .angles_dtype = dtype_of(cos, "cos"), .angles = cos.size(cos.dim() - 1), .interleaved = interleaved};
   const int64_t batch = args.batch, rows = args.rows, dim = args.head_dim, angles = args.angles;
   STD_TORCH_CHECK(key.size(0) == batch && key.size(2) == rows && key.size(3) == dim, "key: shape ", shape_of(key), " does not fit query's ",
                   shape_of(query));
-  STD_TORCH_CHECK(cos.dim() == 3 && (cos.size(0) == batch || cos.size(0) == 1) && cos.size(1) == rows && 2 * angles <= dim, "cos: shape ",
+  STD_TORCH_CHECK((cos.size(0) == batch || cos.size(0) == 1) && cos.size(1) == rows && angles <= dim / 2, "cos: shape ",
                   shape_of(cos), " does not fit query's ", shape_of(query));
   args.shared_angles = cos.size(0) == 1;
   args.cosine = data_of(cos, "cos", cos.scalar_type(), cos.numel());
@@ -461,6 +485,7 @@ std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tens
     check_cpu(x, name);
     STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, ": dtype differs from the input's");
     STD_TORCH_CHECK(x.numel() == 0 || dim == 1 || x.stride(3) == 1, name, ": last dimension must be contiguous");
+    check_aligned(x, name);
     args.heads[i] = x.size(1);
     args.x[i] = x.const_data_ptr();
     for (int d = 0; d < 3; d++) args.stride[i][d] = x.stride(d);

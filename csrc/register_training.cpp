@@ -27,6 +27,7 @@ LayerShape weight_shape(const Tensor& weight, WeightLayout layout, ScalarType dt
   STD_TORCH_CHECK(weight.scalar_type() == dtype, name, ": dtype differs from the input's");
   STD_TORCH_CHECK(weight.is_contiguous(), name, ": must be contiguous");
   STD_TORCH_CHECK(weight.numel() > 0, name, ": shape ", shape_of(weight), " has no elements");
+  check_aligned(weight, name);
   const int out = layout == WeightLayout::linear ? 0 : 1;
   return {weight.size(1 - out), weight.size(out)};
 }
@@ -78,6 +79,7 @@ const void* joined(const std::vector<Tensor>& biases, ScalarType dtype, int64_t 
   char* memory = static_cast<char*>(runtime().scratch(scratch_bias, size_t(n) * size));
   size_t at = 0;
   for (const Tensor& bias : biases) {
+    if (bias.numel() == 0) continue;  // has no address that memcpy may be given
     std::memcpy(memory + at, data_of(bias, name, dtype, bias.numel()), size_t(bias.numel()) * size);
     at += size_t(bias.numel()) * size;
   }
@@ -128,15 +130,15 @@ std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Ten
   const Activation act = activation_of(activation);
   const GivenWeight weight(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
   const int64_t rows = rows_of(x, weight.args.k), n = weight.args.n;
-  const bool has_norm = norm_weight.has_value();
+  const bool normed = has_norm(norm_weight, norm_bias);
   Tensor out = empty_rows_like(x, n);
   Tensor preactivation = act == Activation::none ? nothing(dtype) : empty_rows_like(x, n);
-  Tensor prenorm = has_norm ? empty_rows_like(x, n) : nothing(dtype);
+  Tensor prenorm = normed ? empty_rows_like(x, n) : nothing(dtype);
   const LinearArgs args = {type, rows, x.const_data_ptr(), weight.args, joined(biases, dtype, n, "biases"), act,
-                           data_of(residual, "residual", dtype, rows * n), has_norm,
+                           data_of(residual, "residual", dtype, rows * n), normed,
                            norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind)), out.mutable_data_ptr(),
                            dropout_of(dropout_seed, dropout_p), act == Activation::none ? nullptr : preactivation.mutable_data_ptr(),
-                           has_norm ? prenorm.mutable_data_ptr() : nullptr};
+                           normed ? prenorm.mutable_data_ptr() : nullptr};
   if (rows > 0 && n > 0) kernels().linear(runtime(), args);
   return {out, preactivation, prenorm};
 }
@@ -166,7 +168,7 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
   const int64_t rows = args.rows = rows_of(x, args.k), n = args.n;
   args.x = x.const_data_ptr();
   args.grad = data_of(grad, "grad", dtype, rows * n);
-  args.has_norm = norm_weight.has_value();
+  args.has_norm = has_norm(norm_weight, norm_bias);
   args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, n, norm_kind_of(norm_kind));
   args.dropout = dropout_of(dropout_seed, dropout_p);
   const void* addend = data_of(residual, "residual", dtype, rows * n);
@@ -314,7 +316,7 @@ std::vector<Tensor> cpu_norm_backward(Tensor grad, Tensor x, OptionalTensor weig
   const int64_t n = x.size(x.dim() - 1), rows = rows_of(x, n);
   const ScalarType dtype = x.scalar_type();
   NormBackwardArgs args = {dtype_of(x, "x"), rows, n, data_of(grad, "grad", dtype, rows * n), x.const_data_ptr(),
-                           data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind), weight_offset),
+                           data_of(residual, "residual", dtype, rows * n), norm_args(weight, bias, eps, dtype, n, norm_kind_of(kind, "kind"), weight_offset, ""),
                            dropout_of(dropout_seed, dropout_p), nullptr, nullptr, nullptr, nullptr};
   Gradients result(needs, 4, dtype);
   args.x_grad = result.next(shape_vector(x));
@@ -376,7 +378,7 @@ std::vector<Tensor> cpu_embedding_backward(Tensor grad, Tensor input_ids, Tensor
   args.tokens = input_ids.numel();
   args.hidden = word_weight.size(1);
   args.grad = data_of(grad, "grad", dtype, args.tokens * args.hidden);
-  args.has_norm = norm_weight.has_value();
+  args.has_norm = has_norm(norm_weight, norm_bias);
   args.norm = norm_args(norm_weight, norm_bias, norm_eps, dtype, args.hidden);
   args.dropout = dropout_of(dropout_seed, dropout_p);
   Gradients result(needs, 5, dtype);
@@ -434,7 +436,7 @@ struct CrossEntropyCall {
 
   Tensor per_row() const {
     Tensor made = torch::stable::empty({all}, ScalarType::Float);
-    std::memset(made.mutable_data_ptr(), 0, size_t(all) * sizeof(float));
+    if (all > 0) std::memset(made.mutable_data_ptr(), 0, size_t(all) * sizeof(float));
     return made;
   }
 

@@ -29,6 +29,7 @@ Runtime runtime();
 Dtype dtype_of(const Tensor& tensor, const char* name);
 std::string shape_of(const Tensor& tensor);
 void check_cpu(const Tensor& tensor, const char* name);
+void check_aligned(const Tensor& tensor, const char* name);
 // A dense array of exactly this dtype and this many elements; null where there is no tensor.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel);
 const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel);
@@ -39,10 +40,12 @@ NormPosition position_of(const std::string& name);
 const PackedHeader& check_packed(const Tensor& packed, const char* name);
 inline WeightArgs packed_weight(const PackedHeader& header) { return {.k = header.k, .n = header.n, .packed = &header}; }
 int64_t rows_of(const Tensor& x, int64_t columns);
-NormKind norm_kind_of(const std::string& name);
+NormKind norm_kind_of(const std::string& name, const char* argument = "norm_kind");
+// Where a norm is there if it has a weight.
+bool has_norm(const OptionalTensor& weight, const OptionalTensor& bias);
+// `prefix` is of the names of weight and bias in an error.
 NormArgs norm_args(const OptionalTensor& weight, const OptionalTensor& bias, double eps, ScalarType dtype, int64_t n,
-                   NormKind kind = NormKind::layer_norm, double weight_offset = 0.0);
-Dropout dropout_of(const OptionalTensor& seed, double p);
+                   NormKind kind = NormKind::layer_norm, double weight_offset = 0.0, const char* prefix = "norm_");
 size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table);
 // Ids and tables of an embedding: word, position, token type; the last two may be missing. Ids are checked to be in range.
 void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tables)[3], const int64_t* (&id_data)[3], const void* (&table_data)[3]);
@@ -54,5 +57,27 @@ Dropout dropout_of(const OptionalTensor& seed, double p);
 // Uninitialised results; large ones ask for large pages before their first touch.
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_rows_like(const Tensor& x, int64_t columns);
+
+// The options of attention, by the names and in the order of the operator.
+struct AttentionOptions {
+  OptionalTensor key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks;
+  int64_t max_seqlen_q, max_seqlen_k;
+  double softmax_scale;
+  bool is_causal;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+};
+// Everything but the results, checked.
+AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options);
+
+// Ops that others are made of.
+Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,
+               const OptionalTensor& dropout_seed, double dropout_p, double weight_offset, const char* prefix = "");
+Tensor cpu_linear(Tensor x, Tensor packed, OptionalTensor bias, std::string activation, OptionalTensor residual, OptionalTensor norm_weight,
+                  OptionalTensor norm_bias, double norm_eps, OptionalTensor dropout_seed, std::string norm_kind, double dropout_p);
+Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor packed_out, OptionalTensor b_out, std::string activation,
+                        OptionalTensor residual, std::string norm_position, OptionalTensor norm_weight, OptionalTensor norm_bias,
+                        double norm_eps, OptionalTensor packed_gate, OptionalTensor b_gate, OptionalTensor dropout_seed, std::string norm_kind,
+                        double dropout_p);
 
 }  // namespace bigmodel

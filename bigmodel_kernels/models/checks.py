@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
-    converted,
+    at_real_tokens,
+    call,
     eager_of,
     float64_of,
     gradients_of,
+    real_of,
     require,
     runs,
     without_padding,
@@ -55,26 +56,18 @@ def check_report(model: Any) -> PatchReport:
     return report
 
 
-def check_outputs(
-    model: Any, inputs: Inputs, mask: Tensor | None = None, attentions: bool = False, **options: Any
-) -> float:
+def check_outputs(model: Any, inputs: Inputs, attentions: bool = False, **options: Any) -> float:
     """All outputs at real tokens, with the hidden states and, where asked for, attention probabilities."""
     asked = {"output_hidden_states": True, **({"output_attentions": True} if attentions else {})}
     outputs = runs(model, **inputs, **asked, **options)
     for what, wanted in (("hidden_states", True), ("attentions", attentions)):
         found = any(what in name for name in outputs[0])
         require(found == wanted, f"{what} are{'' if found else ' not'} among the outputs")
-    return assert_all_near(outputs, None if mask is None else mask.bool())
+    return assert_all_near(outputs, real_of(inputs) if "attention_mask" in inputs else None)
 
 
 def check_forward(
-    model: Any,
-    inputs: Inputs,
-    mask: Tensor | None = None,
-    *,
-    alone: bool = False,
-    compiled: bool = False,
-    **options: Any,
+    model: Any, inputs: Inputs, *, alone: bool = False, compiled: bool = False, **options: Any
 ) -> float:
     """The first output, at real tokens; of a compiled model, which must trace without a break.
 
@@ -84,18 +77,12 @@ def check_forward(
     bk.patch(model)
     network = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     with torch.no_grad():
-        out, expected = (
-            _at_tokens(m(**converted(inputs, model.dtype), **options)[0], mask) for m in (network, eager)
-        )
-        if alone and mask is not None:
-            exact = without_padding(reference, inputs["input_ids"], mask)
+        out, expected = (at_real_tokens(call(m, inputs, **options)[0], inputs) for m in (network, eager))
+        if alone:
+            exact = without_padding(reference, inputs["input_ids"], real_of(inputs))
         else:
-            exact = _at_tokens(reference(**converted(inputs, torch.float64), **options)[0], mask)
+            exact = at_real_tokens(call(reference, inputs, **options)[0], inputs)
     return assert_as_near(out, expected, exact, name="first output")
-
-
-def _at_tokens(out: Tensor, mask: Tensor | None) -> Tensor:
-    return out[mask.bool()] if mask is not None and out.shape[:2] == mask.shape else out
 
 
 def check_generation(model: Any, inputs: Inputs, kind: str, new: int) -> None:
@@ -110,13 +97,11 @@ def check_generation(model: Any, inputs: Inputs, kind: str, new: int) -> None:
     require(same, f"{kind} generation makes {made[0].tolist()}, eager {made[1].tolist()}")
 
 
-def check_gradients(
-    model: Any, inputs: Inputs, mask: Tensor | None = None, training: bool = True, **options: Any
-) -> float:
+def check_gradients(model: Any, inputs: Inputs, training: bool = True, **options: Any) -> float:
     """Those of all parameters. The model has no dropout; `options` are those of `patch`."""
     models = (model.train(training), eager_of(model).train(training), float64_of(model).train(training))
     bk.patch(model, **options)
-    ours, eager, reference = (gradients_of(m, inputs, mask) for m in models)
+    ours, eager, reference = (gradients_of(m, inputs) for m in models)
     return assert_gradients(ours, eager, reference)
 
 

@@ -52,12 +52,28 @@ def float64_of(model: Any) -> Any:
     return reference.eval()
 
 
-def converted(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The inputs of a model with the floating ones in the dtype of its weights."""
-    return {
-        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+def call(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """The output of a model for inputs, of which floating ones are converted to the dtype of its weights."""
+    converted = {
+        name: value.to(model.dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+    return model(**converted, **options)
+
+
+def real_of(inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens that have logits are no padding: bool (batch, sequence)."""
+    part = "decoder_" if "decoder_input_ids" in inputs else ""
+    mask = inputs.get(f"{part}attention_mask")
+    return torch.ones_like(inputs[f"{part}input_ids"]).bool() if mask is None else mask.bool()
+
+
+def at_real_tokens(out: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The rows of real tokens, of an output that has a row for each token; else all of it."""
+    if "input_ids" not in inputs and "decoder_input_ids" not in inputs:
+        return out
+    real = real_of(inputs)
+    return out[real] if out.shape[:2] == real.shape else out
 
 
 def tensors_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -116,7 +132,7 @@ def runs(model: Any, **inputs: Any) -> list[dict[str, Tensor]]:
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     with torch.no_grad():
-        return [tensors_of(m(**converted(inputs, m.dtype))) for m in (model, eager, reference)]
+        return [tensors_of(call(m, inputs)) for m in (model, eager, reference)]
 
 
 def assert_all_near(outputs: list[dict[str, Tensor]], tokens: Tensor | None = None) -> float:
@@ -152,16 +168,13 @@ def without_padding(reference: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 def gradients(model: Any, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
     """Those of the mean square of the logits of real tokens."""
-    return gradients_of(model, {"input_ids": ids, "attention_mask": mask}, mask)
+    return gradients_of(model, {"input_ids": ids, **({} if mask is None else {"attention_mask": mask})})
 
 
-def gradients_of(model: Any, inputs: Mapping[str, Any], where: Tensor | None = None) -> dict[str, Tensor]:
-    """Those of the mean square of the model's first output, at the tokens of `where` (batch, sequence)."""
+def gradients_of(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of the mean square of the model's first output, at real tokens."""
     model.zero_grad()
-    out = model(**converted(inputs, model.dtype))[0]
-    if where is not None:
-        out = out[where.bool()]
-    out.double().square().mean().backward()
+    at_real_tokens(call(model, inputs)[0], inputs).double().square().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

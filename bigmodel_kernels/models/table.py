@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bigmodel_kernels.models import checks
-from bigmodel_kernels.models.tiny import TINY, Tiny
+from bigmodel_kernels.models.tiny import PADDINGS, TINY, Tiny, inputs_of
 from bigmodel_kernels.transformers import families
 
 OK, LEFT, FAILED = "ok", "left alone", "FAILED"
@@ -58,57 +58,55 @@ class FamilyRow:
 
 def _near(tiny: Tiny, dtype: torch.dtype) -> float:
     model = tiny.model().to(dtype)
-    return checks.check_outputs(model, tiny.inputs(model)[0])
+    return checks.check_outputs(model, inputs_of(model))
 
 
 def _padded(tiny: Tiny, side: str) -> float:
     model = tiny.model()
-    inputs, mask = tiny.inputs(model, side)
-    return checks.check_forward(model, inputs, mask, alone=tiny.alone)
+    return checks.check_forward(model, inputs_of(model, PADDINGS[side]), alone=tiny.alone)
 
 
 def _generated(tiny: Tiny, kind: str) -> None:
     model = tiny.model()
     if not model.can_generate():
         raise LeftAlone(f"{tiny.architecture} does not generate")
-    side = None if model.config.is_encoder_decoder else "left"
-    inputs = {k: v for k, v in tiny.inputs(model, side)[0].items() if k != "decoder_input_ids"}
+    inputs = {k: v for k, v in inputs_of(model, PADDINGS["left"]).items() if not k.startswith("decoder_")}
     checks.check_generation(model, inputs, kind, new=8)
 
 
 def _attentions(tiny: Tiny) -> float:
     model = tiny.model()
-    return checks.check_outputs(model, tiny.inputs(model)[0], attentions=True)
+    return checks.check_outputs(model, inputs_of(model), attentions=True)
 
 
 def _gradients(tiny: Tiny) -> float:
     model = tiny.model()
-    return checks.check_gradients(model, tiny.inputs(model)[0])
+    return checks.check_gradients(model, inputs_of(model))
 
 
 def _compiled(tiny: Tiny) -> float:
     model = tiny.model()
     without_cache: dict[str, Any] = {"use_cache": False} if model.can_generate() else {}
     try:
-        return checks.check_forward(model, tiny.inputs(model)[0], compiled=True, **without_cache)
+        return checks.check_forward(model, inputs_of(model), compiled=True, **without_cache)
     finally:
         torch._dynamo.reset()
 
 
 def _unpatched(tiny: Tiny) -> None:
     model = tiny.model()
-    checks.check_unpatching(model, tiny.inputs(model)[0])
+    checks.check_unpatching(model, inputs_of(model))
 
 
 def _copied(tiny: Tiny) -> None:
     model = tiny.model()
-    checks.check_copies(model, tiny.inputs(model)[0])
+    checks.check_copies(model, inputs_of(model))
 
 
 def _saved(tiny: Tiny) -> None:
     model = tiny.model()
     with tempfile.TemporaryDirectory() as folder:
-        checks.check_saving(model, tiny.inputs(model)[0], Path(folder))
+        checks.check_saving(model, inputs_of(model), Path(folder))
 
 
 CHECKS: dict[str, Callable[[Tiny], float | None]] = {

@@ -268,6 +268,61 @@ def encoder(prefix: str, head: str = "", **changes: Any) -> Any:
     )
 
 
+_BART: dict[str, Any] = {
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 72,
+    "decoder_ffn_dim": 72,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "decoder_start_token_id": 2,
+}
+_T5: dict[str, Any] = {
+    "d_model": 48,
+    "d_kv": 16,
+    "d_ff": 72,
+    "num_layers": 2,
+    "num_heads": 3,
+    "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8,  # few and near, so that sequences of tests meet them all
+    "relative_attention_max_distance": 12,
+    "decoder_start_token_id": 0,
+}
+
+#: Encoder-decoders: the prefix of their classes, and the sizes by their names.
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "T5": _T5,
+    "MT5": {**_T5, "feed_forward_proj": "gated-gelu"},
+    "UMT5": {**_T5, "feed_forward_proj": "gated-gelu"},
+    "Bart": _BART,
+    "MBart": {**_BART, "scale_embedding": True},
+    "Marian": {**_BART, "decoder_vocab_size": VOCABULARY, "activation_function": "swish"},
+    "Pegasus": {**_BART, "activation_function": "relu"},
+    "M2M100": {**_BART, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+    "Whisper": {
+        **_BART,
+        "num_mel_bins": 6,
+        "max_source_positions": 17,
+        "max_target_positions": 64,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    },
+}
+
+
+def seq2seq_config(prefix: str, **changes: Any) -> Any:
+    return getattr(transformers, prefix + "Config")(**{**_TOKENS, **SEQ2SEQ[prefix], **changes})
+
+
+def seq2seq(prefix: str, head: str = "ForConditionalGeneration", **changes: Any) -> Any:
+    """One of `SEQ2SEQ`, with random weights."""
+    head = "MTModel" if (prefix, head) == ("Marian", "ForConditionalGeneration") else head
+    return build(getattr(transformers, prefix + head), seq2seq_config(prefix, **changes))
+
+
 def bert_config(**changes: Any) -> BertConfig:
     return BertConfig(**{**SIZES, **changes})
 
@@ -319,39 +374,53 @@ def left_padding(batch: int = 3, length: int = 17) -> Tensor:
     return right_padding(batch, length).flip(1)
 
 
-PADDINGS: dict[str, Callable[..., Tensor]] = {"right": right_padding, "left": left_padding}
+Padding = Callable[[int, int], Tensor]
+PADDINGS: dict[str, Padding] = {"right": right_padding, "left": left_padding}
 
 # ------------------------------------------------------------------------------------------------------------
-# what models read: functions of the config and of a mask of real tokens, None where there is no padding
+# what models read: functions of the config, of a padding or None, and of how many
 
 
-def tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Three sequences. Padding is the token that a tokenizer puts there: RoBERTa counts positions by it."""
-    ids = token_ids()
-    if mask is None:
+def tokens(config: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
+    """Padding is the token that a tokenizer puts there: RoBERTa counts positions by it."""
+    ids = token_ids(batch)
+    if padding is None:
         return {"input_ids": ids}
-    text = getattr(config, "text_config", config)
+    mask, text = padding(*ids.shape), getattr(config, "text_config", config)
     return {"input_ids": ids.masked_fill(mask == 0, text.pad_token_id or 0), "attention_mask": mask}
 
 
-def images(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+def images(config: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
     vision = getattr(config, "vision_config", config)
-    return {"pixel_values": torch.randn(3, vision.num_channels, vision.image_size, vision.image_size)}
+    return {"pixel_values": torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size)}
 
 
-def images_and_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-    return {**tokens(config, mask), **images(config)}
+def images_and_tokens(config: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
+    return {**tokens(config, padding, batch), **images(config, batch=batch)}
 
 
-def tokens_to_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """For an encoder and a decoder; the padding is the encoder's."""
-    return {**tokens(config, mask), "decoder_input_ids": token_ids(3, 9)}
+def tokens_to_tokens(config: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
+    """For an encoder, and a shorter sequence for its decoder, padded likewise."""
+    return {**tokens(config, padding, batch), **_decoder_tokens(padding, batch)}
 
 
-def audio_to_tokens(config: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Log-mel features of the one length that Whisper's encoder takes."""
-    features = torch.randn(3, config.num_mel_bins, 2 * config.max_source_positions)
-    return {"input_features": features, "decoder_input_ids": token_ids(3, 9)}
+def audio_to_tokens(config: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
+    """Log-mel features of the one length that Whisper's encoder takes; padded is its decoder's sequence."""
+    features = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": features, **_decoder_tokens(padding, batch)}
+
+
+def _decoder_tokens(padding: Padding | None, batch: int) -> dict[str, Tensor]:
+    ids = token_ids(batch, 9)
+    mask = {} if padding is None else {"decoder_attention_mask": padding(*ids.shape)}
+    return {"decoder_input_ids": ids, **mask}
+
+
+def inputs_of(model: Any, padding: Padding | None = None, batch: int = 3) -> dict[str, Tensor]:
+    """Random inputs for any model of a family, as the family's row of `TINY` has it."""
+    modules = (cls.__module__.split(".") for cls in type(model).__mro__)
+    family = next(parts[2] for parts in modules if parts[:2] == ["transformers", "models"])
+    return TINY[family].reads(model.config, padding, batch)
 
 
 def without_dropout(config: Any) -> Any:
@@ -378,7 +447,7 @@ class Tiny:
 
     architecture: str
     config: Callable[..., Any]
-    reads: Callable[[Any, Tensor | None], dict[str, Tensor]] = tokens
+    reads: Callable[..., dict[str, Tensor]] = tokens
     alone: bool = False
     lacks: Mapping[str, str] = field(default_factory=dict)
 
@@ -386,11 +455,6 @@ class Tiny:
         """With seeded random weights and no dropout, as transformers makes it, in evaluation mode."""
         config = without_dropout(self.config(**changes))
         return build(getattr(transformers, self.architecture), config)
-
-    def inputs(self, model: Any, padding: str | None = None) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Arguments of the model's forward, and, with padding, the mask of real tokens (batch, sequence)."""
-        mask = None if padding is None else PADDINGS[padding]()
-        return self.reads(model.config, mask), mask
 
 
 _FAMILIES = {
@@ -400,6 +464,7 @@ _FAMILIES = {
     "GPTNeoX": "gpt_neox",
     "GPTNeo": "gpt_neo",
     "DebertaV2": "deberta_v2",
+    "M2M100": "m2m_100",
 }
 
 
@@ -413,7 +478,7 @@ def _rows(prefixes: Iterable[str], config: Callable[..., Any], head: str, **opti
     return {family_of(prefix): Tiny(prefix + head, partial(config, prefix), **options) for prefix in prefixes}
 
 
-_UNPADDED = dict.fromkeys(("padding right", "padding left"), "images and spectrograms have no padding")
+_UNPADDED = dict.fromkeys(("padding right", "padding left"), "images have no padding")
 _CAUSAL_TEXT = {
     "padding left": "its text is causal: eager in float64 has NaN where the first queries see no key"
 }
@@ -427,6 +492,14 @@ TINY: dict[str, Tiny] = {
     **_rows(["Siglip"], encoder_config, "Model", reads=images_and_tokens),
     **_rows(["ModernBert"], encoder_config, "ForMaskedLM", alone=True),
     **_rows(["DebertaV2"], encoder_config, "ForMaskedLM"),
+    **_rows(
+        [prefix for prefix in SEQ2SEQ if prefix not in ("Marian", "Whisper")],
+        seq2seq_config,
+        "ForConditionalGeneration",
+        reads=tokens_to_tokens,
+    ),
+    **_rows(["Marian"], seq2seq_config, "MTModel", reads=tokens_to_tokens),
+    **_rows(["Whisper"], seq2seq_config, "ForConditionalGeneration", reads=audio_to_tokens),
     "gpt2": Tiny("GPT2LMHeadModel", gpt2_config, alone=True),
     **_rows(GPT_LIKE, gpt_like_config, "ForCausalLM", alone=True),
     **_rows(DECODERS, decoder_config, "ForCausalLM", alone=True),

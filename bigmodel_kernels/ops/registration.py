@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.packed_weight import PackedWeight
+
 LIBRARY = torch.library.Library("bigmodel", "FRAGMENT")
 
 #: Floating types an operator accepts. float64 runs in the reference only.
@@ -15,7 +17,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, PackedWeight))
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:
@@ -28,11 +30,7 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
         for option in _TRAINING.get(name, ()):
             options.pop(option, None)
-        if (
-            not torch.compiler.is_compiling()
-            and _nobody_listens(args[0].device.type)
-            and all(map(_plain, args))
-        ):
+        if nobody_listens(args[0].device.type) and all(map(plain, args)):
             return _IMPLEMENTATIONS[name](*args, **options)
         return getattr(torch.ops.bigmodel, name).default(*args, **options)
     return differentiable(name, args, options)
@@ -88,9 +86,13 @@ def implementation(name: str) -> Callable[..., Any]:
     return _IMPLEMENTATIONS[name]
 
 
-def _nobody_listens(device_type: str) -> bool:
+def nobody_listens(device_type: str) -> bool:
+    """No autocast, tracing, mode or function transform is there, which a call past the dispatcher would not
+    meet; gradients and tensor subclasses aside.
+    """
     return (
-        device_type in ("cpu", "cuda")
+        not torch.compiler.is_compiling()
+        and device_type in ("cpu", "cuda")
         and unobserved()
         and torch._C._len_torch_function_stack() == 0
         and not torch.is_autocast_enabled(device_type)
@@ -106,11 +108,11 @@ def unobserved() -> bool:
     )
 
 
-def _plain(value: Any) -> bool:
+def plain(value: Any) -> bool:
     """No tensor whose class answers for itself."""
     if isinstance(value, Tensor):
         return type(value) in _PLAIN
-    return not isinstance(value, list) or all(map(_plain, value))
+    return not isinstance(value, list) or all(map(plain, value))
 
 
 def define(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         collect_attention,
     )
     from bigmodel_kernels.transformers.patching import explain, patch, patched, unpatch
+    from bigmodel_kernels.transformers.release import release_weights, restore_weights
     from bigmodel_kernels.transformers.report import PatchReport, Row
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "patched",
     "register",
     "register_when_imported",
+    "release_weights",
+    "restore_weights",
     "unpatch",
 ]
 
@@ -45,6 +48,8 @@ _HOMES = {
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",
+    "release_weights": "release",
+    "restore_weights": "release",
     "unpatch": "patching",
 }
 

@@ -40,6 +40,9 @@ from bigmodel_kernels.transformers.autoregister import NAME
 #: Caches whose `update` gives keys and values as the operator reads them.
 CACHES: tuple[type, ...] = (type(None), DynamicCache, StaticCache)
 
+#: Under which names a cache is given; the last is older.
+_CACHE_NAMES = ("cache", "layer_past", "past_key_values")
+
 #: Who makes masks that `visibility` reads; flash attention's say nothing of a window.
 _MASK_MAKERS = (NAME, "sdpa", "eager", None)
 
@@ -230,6 +233,11 @@ class Visibility:
         """The window as the operator has it: keys to the left and to the right, without this one."""
         left = None if self.window is None else self.window - 1
         return left, left if self.two_sided else None
+
+
+def cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a layer, under the name of the version of transformers."""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def readable(mask: Any) -> bool:

@@ -36,7 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
-from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part
+from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form
 
@@ -234,7 +234,7 @@ class SelfOutput(Form):
 
 
 class Layer(Form):
-    """The whole layer in four calls.
+    """The whole layer in four calls, or two.
 
     The encoder passes `bigmodel_run` when it knows how all layers run: the layer's modules, and the attention
     on rows that may be packed. Going through the call of the module, gradient checkpointing, sharded
@@ -427,13 +427,9 @@ def _seen(x: Tensor, mask: Any, position_bias: Tensor | None = None) -> attentio
 def _dense(seen: attention_interface.Visibility, scale: float) -> Attend:
     """Attention of (B, S, H, D) with whatever mask there is."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Terms:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return (
-            attention_interface.run(query, key, value, seen, scale, dropout_p=dropout_p)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        return blocks.terms(query, key, value, seen, scale)
 
     return attend
 

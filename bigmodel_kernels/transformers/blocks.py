@@ -13,10 +13,11 @@ autocast type, norms and sums in float32. So residual and norm are then calls of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -24,8 +25,12 @@ import bigmodel_kernels.ops.feed_forward
 import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm
 import bigmodel_kernels.ops.rotary  # noqa: F401  (all six define torch.ops.bigmodel.*)
+from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import checks
+from bigmodel_kernels.transformers import checks, whole_layer
+
+if TYPE_CHECKING:
+    from bigmodel_kernels.transformers.attention_interface import Visibility
 
 
 class Affine(NamedTuple):
@@ -54,8 +59,28 @@ def part(module: nn.Module, cls: type, dtype: torch.dtype | None) -> Part:
     return module if held is None else Affine(*held)
 
 
-#: Query, key and value, each (..., heads, head size), and the dropout of probabilities, to (..., hidden).
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+class Terms(NamedTuple):
+    """All that `bigmodel::attention` is told in a layer but for its dropout; the defaults are the operator's.
+
+    Query, key and value are (B, heads, S, head size), or (tokens, heads, head size) where `lengths`, the
+    cu_seqlens of both, says which sequences the rows belong to, of which none is longer than `longest`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    padding: Tensor | None = None
+    bias: Tensor | None = None
+    is_causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    lengths: Tensor | None = None
+    longest: int = 0
+
+
+#: From query, key and value, each (..., heads, head size).
+Attend = Callable[[Tensor, Tensor, Tensor], Terms]
 
 
 class FeedForward(NamedTuple):
@@ -66,6 +91,27 @@ class FeedForward(NamedTuple):
     activation: str
     recompute: bool = False  # the hidden layer is made again in the backward, not kept
     w_gate: Affine | None = None
+    hidden_p: float = 0.0  # dropout of the hidden layer, which is then a tensor of its own
+
+
+def feed_forward_of(
+    module: nn.Module,
+    w_in: str,
+    w_out: str,
+    activation: str,
+    dtype: torch.dtype | None,
+    w_gate: str | None = None,
+    hidden_p: float = 0.0,
+) -> FeedForward | None:
+    """That of the projections and the activation of these names in `module`, if one call may read them."""
+    modules = module.__dict__["_modules"]
+    names = (w_in, w_out) if w_gate is None else (w_in, w_out, w_gate)
+    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in names]
+    kind = checks.activation(modules.get(activation))
+    if None in held or kind is None:
+        return None
+    first, last, *gate = (Affine(*tensors) for tensors in held if tensors is not None)
+    return FeedForward(first, last, kind, checks.recomputes(module), gate[0] if gate else None, hidden_p)
 
 
 class LayerParts(NamedTuple):
@@ -195,6 +241,11 @@ def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tup
     return query, key, value
 
 
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Query, key and value, each (..., heads, head_dim), of as many heads, that lie side by side."""
+    return qkv.view(*qkv.shape[:-1], 3, -1, head_dim).unbind(-3)
+
+
 def side_by_side(
     x: Tensor, parts: tuple[Part, ...], layout: str, shares: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
@@ -243,6 +294,11 @@ def feed_forward(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See `bigmodel_kernels.feed_forward`; residual and norm are as exact under autocast as without it."""
+    if ffn.hidden_p:
+        args = (ffn, layout, residual, position, norm, eps, dropout_p)
+        if ffn.recompute and torch.is_grad_enabled():
+            return checkpoint(_feed_forward_in_steps, x, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return _feed_forward_in_steps(x, *args)
     if isinstance(norm, nn.Module) or (position == "pre" and (norm is None or lowered(x) or _offset(norm))):
         return feed_forward(normalized(x, norm, eps), ffn, layout, residual, dropout_p=dropout_p)
     apart = residual is not None and lowered(x)
@@ -265,6 +321,31 @@ def feed_forward(
         recompute=ffn.recompute,
     )
     return out + residual if apart and residual is not None else out
+
+
+def _feed_forward_in_steps(
+    x: Tensor,
+    ffn: FeedForward,
+    layout: str,
+    residual: Tensor | None,
+    position: str,
+    norm: Part | Scale | None,
+    eps: float,
+    dropout_p: float,
+) -> Tensor:
+    """The same with the hidden layer as a tensor, for its dropout, which the operator does not have."""
+    states = normalized(x, norm, eps) if position == "pre" else x
+    if ffn.w_gate is None:
+        hidden = linear(states, (ffn.w_in,), layout, ffn.activation)
+    else:
+        hidden = linear(states, (ffn.w_gate,), layout, ffn.activation) * linear(states, (ffn.w_in,), layout)
+    hidden = torch.dropout(hidden, ffn.hidden_p, True)
+    if residual is None:
+        out = linear(hidden, (ffn.w_out,), layout)
+        return torch.dropout(out, dropout_p, True) if dropout_p else out
+    assert not isinstance(norm, Scale) or position == "pre"
+    behind = norm if position == "post" and not isinstance(norm, Scale) else None
+    return output(hidden, ffn.w_out, layout, residual, dropout_p, behind, eps)
 
 
 def gated_of_one(
@@ -310,9 +391,41 @@ def layer_norm(
     return out
 
 
+def terms(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: float) -> Terms:
+    """Those of (B, heads, S, head size), with as many keys as are seen."""
+    if seen.keys != key.shape[2]:
+        key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
+    left, right = (-1 if side is None else side for side in seen.sides)
+    return Terms(query, key, value, scale, seen.padding, seen.bias, seen.causal, left, right)
+
+
+def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
+    """The heads' results side by side, (..., hidden)."""
+    packed = terms.lengths is not None
+    if not packed:
+        ensure_sharding_rules(terms.query)
+    out: Tensor = call(
+        "attention",
+        *(terms.query, terms.key, terms.value, terms.padding, terms.bias, terms.lengths, terms.lengths),
+        draw_seed(dropout_p, terms.query.device),
+        max_seqlen_q=terms.longest,
+        max_seqlen_k=terms.longest,
+        softmax_scale=terms.scale,
+        is_causal=terms.is_causal,
+        window_left=terms.window_left,
+        window_right=terms.window_right,
+        dropout_p=dropout_p,
+    )[0]
+    return out.flatten(-2) if packed else out.transpose(1, 2).flatten(2)
+
+
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
-    """BERT's layer in four calls."""
-    context = attend(*heads(x, w.qkv, layout, w.head_dim), w.attention_p)
+    """BERT's layer: the projections, attention, the projection of its result, and the feed-forward block."""
+    held = whole_layer.held(x, w, layout)
+    if held is not None:
+        terms = attend(*split_heads(whole_layer.begin(x, None, 0.0, held), w.head_dim))
+        return whole_layer.end(x, terms, w, held, "post")
+    context = attended(attend(*heads(x, w.qkv, layout, w.head_dim)), w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return w.unfused(x)
@@ -320,32 +433,71 @@ def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "lin
 
 
 def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
-    """GPT-2's layer in five calls."""
-    context = attend(
-        *heads(normalized(x, w.attention_norm, w.attention_eps), w.qkv, layout, w.head_dim), w.attention_p
-    )
+    """GPT-2's layer: LayerNorm and then the same."""
+    held = whole_layer.held(x, w, layout)
+    if held is not None:
+        terms = attend(
+            *split_heads(whole_layer.begin(x, w.attention_norm, w.attention_eps, held), w.head_dim)
+        )
+        return whole_layer.end(x, terms, w, held, "pre")
+    states = normalized(x, w.attention_norm, w.attention_eps)
+    context = attended(attend(*heads(states, w.qkv, layout, w.head_dim)), w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))
     return feed_forward(x, w.ffn, layout, x, "pre", w.ffn_norm, w.ffn_eps, w.ffn_p)
 
 
+def attention_half(
+    x: Tensor,
+    order: str,
+    norm: Part | Scale,
+    eps: float,
+    out: Part,
+    dropout_p: float,
+    attend: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """x + drop(attend(norm(x)) W), or with `order` "post" norm(x + drop(attend(x) W))."""
+    if order == "post":
+        assert not isinstance(norm, Scale)
+        return output(attend(x), out, "linear", x, dropout_p, norm, eps)
+    return output(attend(normalized(x, norm, eps)), out, "linear", x, dropout_p)
+
+
+def feed_forward_half(
+    x: Tensor,
+    order: str,
+    norm: Part | Scale,
+    eps: float,
+    ffn: FeedForward | None,
+    unfused: Callable[[Tensor], Tensor],
+    dropout_p: float,
+) -> Tensor:
+    """The same of the feed-forward, which is `unfused`, dropout included, for a `ffn` of None."""
+    if order == "post":
+        assert not isinstance(norm, Scale)
+        if ffn is not None and isinstance(norm, Affine):
+            return feed_forward(x, ffn, "linear", x, "post", norm, eps, dropout_p)
+        y = unfused(x) if ffn is None else feed_forward(x, ffn, "linear", None, dropout_p=dropout_p)
+        return _close(y, x, 0.0, norm, eps)
+    if ffn is None:
+        return unfused(normalized(x, norm, eps)) + x
+    return feed_forward(x, ffn, "linear", x, "pre", norm, eps, dropout_p)
+
+
 def decoder_layer(x: Tensor, w: DecoderParts, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """A layer of OPT, GPT-NeoX or GPT-J: the calls of `attend`, and three more."""
-    if w.order == "post":
-        x = output(attend(x), w.attention_out, "linear", x, w.attention_p, w.attention_norm, w.attention_eps)
-        if w.ffn is not None and isinstance(w.ffn_norm, Affine):
-            return feed_forward(x, w.ffn, "linear", x, "post", w.ffn_norm, w.ffn_eps, w.ffn_p)
-        y = w.unfused(x) if w.ffn is None else feed_forward(x, w.ffn, "linear", None, dropout_p=w.ffn_p)
-        return _close(y, x, 0.0, w.ffn_norm, w.ffn_eps)
+    if w.order in ("pre", "post") and w.ffn_norm is not None:
+        x = attention_half(
+            *(x, w.order, w.attention_norm, w.attention_eps, w.attention_out, w.attention_p, attend)
+        )
+        return feed_forward_half(x, w.order, w.ffn_norm, w.ffn_eps, w.ffn, w.unfused, w.ffn_p)
     states = normalized(x, w.attention_norm, w.attention_eps)
     x = states if w.order == "normed" else x
     y = output(attend(states), w.attention_out, "linear", x, w.attention_p)
     if w.order == "normed":
         states = y = normalized(y, w.ffn_norm, w.ffn_eps)
         w = w._replace(ffn_norm=None)
-    elif w.order == "pre":
-        states = y
     elif w.ffn_norm is not None:
         states = x
     if w.ffn is None:
@@ -402,22 +554,7 @@ class Packing:
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
     def attend(self, scale: float) -> Attend:
-        def run(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
-            out: Any = call(
-                "attention",
-                query,
-                key,
-                value,
-                None,
-                None,
-                self.cu_seqlens,
-                self.cu_seqlens,
-                draw_seed(dropout_p, query.device),
-                max_seqlen_q=self.longest,
-                max_seqlen_k=self.longest,
-                softmax_scale=scale,
-                dropout_p=dropout_p,
-            )
-            return out[0].flatten(-2)  # type: ignore[no-any-return]
+        def terms(query: Tensor, key: Tensor, value: Tensor) -> Terms:
+            return Terms(query, key, value, scale, lengths=self.cu_seqlens, longest=self.longest)
 
-        return run
+        return terms

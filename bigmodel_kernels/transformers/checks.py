@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bigmodel_kernels.ops.packed_weight import PackedWeight
+
 #: Parameters of these dtypes have kernels (float64 runs in plain PyTorch).
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,7 +83,7 @@ def reason_for_hooks(module: nn.Module) -> str | None:
 def reason_for_parameters(module: nn.Module) -> str | None:
     """Weights that the operators cannot read."""
     for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) not in (nn.Parameter, PackedWeight):
             return f"{name} is a {type(parameter).__qualname__}"
         if parameter.device.type == "meta":
             return f"{name} is on the meta device (not loaded, or offloaded)"
@@ -252,7 +254,7 @@ def parameters(module: Any, cls: type, dtype: torch.dtype | None) -> tuple[Any, 
 
 
 def _readable(tensor: Any, dtype: torch.dtype | None) -> bool:
-    if type(tensor) not in (nn.Parameter, torch.Tensor):
+    if type(tensor) not in (nn.Parameter, torch.Tensor, PackedWeight):
         return False
     return tensor.dtype in DTYPES[:3] if dtype is None else tensor.dtype == dtype
 
@@ -270,6 +272,23 @@ def plain_dropout(module: Any) -> bool:
 def dropout_p(dropout: Any) -> float:
     """The probability with which a plain nn.Dropout drops now."""
     return float(dropout.p) if dropout.training else 0.0
+
+
+def probability(module: Any, name: str) -> float | None:
+    """With what probability a dropout of this (dotted) name, a module or a number, drops now; None if that
+    is not plain. No name is no dropout.
+    """
+    if not name:
+        return 0.0
+    found: Any = module
+    for step in name.split("."):
+        found = getattr(found, step)
+    if isinstance(found, nn.Module):
+        if intact(found, nn.Identity):
+            return 0.0
+        return dropout_p(found) if plain_dropout(found) else None
+    p = float(found) if module.training else 0.0
+    return p if p < 1 else None
 
 
 def recomputes(module: Any) -> bool:

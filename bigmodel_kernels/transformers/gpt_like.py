@@ -34,12 +34,9 @@ from transformers.cache_utils import StaticCache
 
 from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.blocks import Affine, DecoderParts, FeedForward
+from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
-
-#: Under which names a cache is given; the last is older.
-_CACHE_NAMES = ("cache", "layer_past", "past_key_values")
 
 
 def head_by_head(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
@@ -218,7 +215,7 @@ class Layer(Form):
     def _parts(self, attention: Any, dtype: torch.dtype | None) -> DecoderParts | None:
         """All of it, or None if a dropout is not plain."""
         kin, modules = self.kin, self.__dict__["_modules"]
-        attention_p, ffn_p = (_probability(self, name) for name in kin.dropouts)
+        attention_p, ffn_p = (checks.probability(self, name) for name in kin.dropouts)
         if attention_p is None or ffn_p is None:
             return None
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
@@ -257,16 +254,12 @@ class Given(NamedTuple):
     alibi: Tensor | None = None
 
 
-def _cache_of(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-
-
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
     known = attention.kin.positional
     kwargs, args = {**dict(zip(known, args, strict=False)), **kwargs}, args[len(known) :]
-    mask, cache, angles = kwargs.get("attention_mask"), _cache_of(kwargs), None
-    dropout_p = _probability(attention, attention.kin.attention_dropout)
+    mask, cache, angles = kwargs.get("attention_mask"), attention_interface.cache_of(kwargs), None
+    dropout_p = checks.probability(attention, attention.kin.attention_dropout)
     if (
         args
         or dropout_p is None
@@ -294,7 +287,7 @@ def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) ->
     """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
     if attention.kin.interface:
         return kwargs
-    keys, cache = states.shape[1], _cache_of(kwargs)
+    keys, cache = states.shape[1], attention_interface.cache_of(kwargs)
     if cache is not None:
         keys = cache.get_mask_sizes(keys, getattr(attention, attention.kin.index))[0]
     return {
@@ -326,38 +319,18 @@ def _attention_of(layer: Any) -> Any:
     return part if is_form(part, layer.kin.attention) else None
 
 
-def _probability(module: Any, name: str) -> float | None:
-    """With what probability a dropout of this (dotted) name drops now; None if that is not plain."""
-    if not name:
-        return 0.0
-    found: Any = module
-    for step in name.split("."):
-        found = getattr(found, step)
-    if isinstance(found, nn.Module):
-        if checks.intact(found, nn.Identity):
-            return 0.0
-        return checks.dropout_p(found) if checks.plain_dropout(found) else None
-    p = float(found) if module.training else 0.0
-    return p if p < 1 else None
-
-
 def _dropped_inside(half: Any, kin: Kin, which: int) -> float | None:
     """The same for the dropout of a half of the layer, 0 where the layer has it."""
     place, name = kin.inner(kin.dropouts[which])
-    return _probability(half, name) if place else 0.0
+    return checks.probability(half, name) if place else 0.0
 
 
 def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     """Its weights, if one call may read them all."""
     if kin.gated:
         return None
-    modules = mlp.__dict__["_modules"]
-    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in kin.ffn_projections]
-    activation = checks.activation(modules[kin.activation])
-    if activation is None or None in held:
-        return None
-    w_in, w_out, *w_gate = (Affine(*tensors) for tensors in held if tensors is not None)
-    return FeedForward(w_in, w_out, activation, checks.recomputes(mlp), *w_gate)
+    w_in, w_out, *gate = kin.ffn_projections
+    return blocks.feed_forward_of(mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None)
 
 
 def _eps(norm: Any) -> float:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.blocks import Affine, FeedForward, GatedParts, Scale
+from bigmodel_kernels.transformers.blocks import FeedForward, GatedParts, Scale
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
 
@@ -115,7 +115,7 @@ class Kin:
 
 class RMSNorm(Form):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        norm = None if checks.watched_globally() else _scale(self, checks.dtype_of(hidden_states))
+        norm = None if checks.watched_globally() else scale_of(self, checks.dtype_of(hidden_states))
         if norm is None:
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         out = blocks.rms_norm(hidden_states, norm)
@@ -196,15 +196,8 @@ class MLP(Form):
         """Its weights, if one call may read them all."""
         if len(self.kin.gate_and_up) == 1:
             return None
-        modules = self.__dict__["_modules"]
-        gate, up, down = (
-            checks.parameters(modules[name], nn.Linear, dtype)
-            for name in (*self.kin.gate_and_up, "down_proj")
-        )
-        activation = checks.activation(modules.get(self.kin.activation))
-        if gate is None or up is None or down is None or activation is None:
-            return None
-        return FeedForward(Affine(*up), Affine(*down), activation, checks.recomputes(self), Affine(*gate))
+        gate, up = self.kin.gate_and_up
+        return blocks.feed_forward_of(self, up, "down_proj", self.kin.activation, dtype, gate)
 
 
 class Layer(Form):
@@ -229,7 +222,7 @@ class Layer(Form):
             attention_out=blocks.part(modules["self_attn"].o_proj, nn.Linear, dtype),
             attention_outer_norm=norms.attention_outer,
             attention_p=drops[0],
-            ffn_norm=None if inner is None else _scale(inner, dtype) or inner,
+            ffn_norm=None if inner is None else scale_of(inner, dtype) or inner,
             ffn=mlp.ffn(dtype) if is_form(mlp, kin.mlp) else None,
             unfused=partial(_first, mlp),
             ffn_outer_norm=norms.ffn_outer,
@@ -260,8 +253,7 @@ class Given(NamedTuple):
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
     positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
-    cache = kwargs.get("cache")
-    cache = kwargs.get("past_key_values") if cache is None else cache  # its older name
+    cache = attention_interface.cache_of(kwargs)
     if (
         args
         or not isinstance(positions, (tuple, list))
@@ -278,7 +270,7 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted)
 
 
-def _scale(norm: Any, dtype: torch.dtype | None) -> Scale | None:
+def scale_of(norm: Any, dtype: torch.dtype | None) -> Scale | None:
     """The weight of a norm that is in its patched form."""
     kin: Any = getattr(type(norm), "kin", None)
     held = None if kin is None else checks.parameters(norm, kin.forms[kin.norm], dtype)
@@ -299,7 +291,7 @@ def _eps(norm: Any) -> float:
 # what can be patched
 
 
-def _check_norm(module: Any) -> str | None:
+def check_norm(module: Any) -> str | None:
     return None if module.weight.dim() == 1 else "its weight is not a vector"
 
 
@@ -375,7 +367,7 @@ def family(name: str, kin: Kin) -> Family:
                 partial(_check_attention, kin),
                 projections=(*kin.qkv, "o_proj"),
             ),
-            Rule(kin.norm, forms[kin.norm], ("rms_norm",), _check_norm),
+            Rule(kin.norm, forms[kin.norm], ("rms_norm",), check_norm),
             *rules,
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),

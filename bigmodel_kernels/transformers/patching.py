@@ -22,6 +22,7 @@ from bigmodel_kernels import backends
 from bigmodel_kernels.transformers import checks, config_view, families, report
 from bigmodel_kernels.transformers.autoregister import register
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.release import restore_weights
 from bigmodel_kernels.transformers.report import PatchReport, Row
 
 
@@ -31,10 +32,11 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
     CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa v2, ModernBERT, ViT, DeiT, CLIP, SigLIP, GPT-2,
     OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral, Qwen2,
-    Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3 and GPT-OSS. What is not exactly as
-    known (a subclass, a hook, a replaced, quantised or parametrized projection, an activation or a config
-    that the operators do not have, weights that are not loaded) is left alone, and the report says why.
-    Modules that are patched already stay so. If anything fails on the way, nothing is patched.
+    Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3, GPT-OSS, T5, mT5, UMT5, BART,
+    mBART, Marian, Pegasus, M2M-100 (NLLB) and Whisper. What is not exactly as known (a subclass, a hook, a
+    replaced, quantised or parametrized projection, an activation or a config that the operators do not have,
+    weights that are not loaded) is left alone, and the report says why. Modules that are patched already stay
+    so. If anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
@@ -53,8 +55,11 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every patched module its own class and config back. Returns how many modules that were."""
+    """Gives every patched module its own class and config back, and makes released weights parameters again.
+    Returns how many modules that were.
+    """
     _require_module(model)
+    restore_weights(model)
     originals = {rule.patched: rule.original for family in families.loaded() for rule in _all_rules(family)}
     restored = 0
     for module in model.modules():

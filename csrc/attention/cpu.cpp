@@ -13,7 +13,7 @@
 //
 // The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
 // taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32, but where a
-// tile unit (AMX) multiplies bf16 P is rounded to bf16 for P V, as in eager (tile_unit.h). A chunk of very few rows (decoding) skips the
+// tile unit (AMX) multiplies (tile_unit.h) and inputs are bf16 P is rounded to bf16 for P V, as in eager. A chunk of very few rows (decoding) skips the
 // packing, which would cost more than it saves, and takes K and V as they lie in memory.
 #include "attention.h"
 #if BIGMODEL_AMX
@@ -26,7 +26,7 @@ namespace {
 
 template <class T>
 struct Forward : Attention<T> {
-  static constexpr bool by_unit = BIGMODEL_AMX && __is_same(T, bf16);
+  static constexpr bool by_unit = BIGMODEL_AMX && !__is_same(T, fp16);
   using Base = Attention<T>;
   using typename Base::Sequence;
   using Base::args, Base::depth, Base::depth_padded, Base::draw, Base::group, Base::head_of, Base::high, Base::low, Base::modify, Base::padding,
@@ -35,18 +35,19 @@ struct Forward : Attention<T> {
   // ---- a chunk: queries [first, first + count) of one sequence and kv head ----
 
   void chunk(const Sequence& s, int64_t first, int64_t count) const {
-    const bool direct = count * group <= direct_rows || (by_unit && count * group * s.keys <= direct_scores);
+    const bool few = count * group <= direct_rows;
 #if BIGMODEL_AMX
     if constexpr (by_unit)
-      if (!direct) {
+      if (!few && Operands<T>::worthwhile(count * group, s.keys)) {
         const TileUnit registers;
-        const UnitChunk c{*this, s, first, count};
+        UnitChunk<T> c{*this, s, first, count};
         c.run();
         for (int64_t row = 0; row < c.rows; row++)
-          finish(s, query_of(first, row), head_of(s, row), c.output + row * c.padded, c.statistics[row].sum, c.reference(row));
+          finish(s, query_of(first, row), head_of(s, row), c.output + row * c.padded, c.statistics[row].sum, c.statistics[row].maximum * unit);
         return;
       }
 #endif
+    const bool direct = few || (BIGMODEL_AMX && __is_same(T, bf16));
     const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
     auto floats = [&](ScratchSlot slot, int64_t n) { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); };
     float* query = floats(scratch_query, rows * depth_padded);
@@ -107,7 +108,7 @@ struct Forward : Attention<T> {
 
   static BIGMODEL_INLINE void store_row(F32 x, T* out, int64_t left) {
 #if BIGMODEL_AMX  // has the conversion, which takes subnormal numbers for zero
-    if constexpr (by_unit) return _mm256_mask_storeu_epi16(out, __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1), __m256i(_mm512_cvtneps_pbh(x.v)));
+    if constexpr (__is_same(T, bf16)) return _mm256_mask_storeu_epi16(out, __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1), __m256i(_mm512_cvtneps_pbh(x.v)));
 #endif
     if (left >= F32::width) x.store(out);
     else store_partial(x, out, int(left));

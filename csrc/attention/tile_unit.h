@@ -1,8 +1,8 @@
-// The attention forward in bf16 by the tile unit (AMX).
+// The attention forward by the tile unit (AMX), in bf16, and in float32 as sums of three bf16 (gemm/split.h).
 //
 //                 K: pairs along depth             V: pairs along keys
 //                +----+----+----+----+            +----+----+
-//   Q: rows      |    |    |    |    |            |    |    |     [panel of 32 columns][16 pairs][half of the panel][16 x 16 pairs]:
+//   Q: rows      |    |    |    |    |            |    |    |     bf16: [panel of 32 columns][16 pairs][half of the panel][16 x 16 pairs]:
 //   of bf16      +----+----+----+----+            |    |    |     a register of pairs is 1 KB in one piece
 //     +----+                                      |    |    |
 //     |    |  ->   S -> P, rows of bf16      ->   +----+----+     a product is made of 2 x 2 registers of 16 x 16 floats,
@@ -11,17 +11,19 @@
 // A block of rows and keys goes through three steps one after the other: S = Q K^T, P in the place of its S, O += P V. (Measured slower:
 // the products dealt out between the rows of the softmax of another block, and shorter blocks of keys, whose scores fit L1.)
 //
+// Float32 goes the same way: Q, K and V are split once for a chunk, and P as it is made, beside its S; each product is six. P V is then
+// as exact as with float32 instructions.
+//
 // What a block lacks in rows, depth, keys or columns is there as zeros, so that only whole registers are loaded and stored.
 #pragma once
+#include "../gemm/split.h"
 #include "attention.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
-// A line of scores is an odd number of cache lines, or the rows of a tile would share their cache sets.
-constexpr int64_t block_rows = 2 * unit_rows, block_keys = 512;
-constexpr int64_t score_line = block_keys + 16, keep_line = block_keys / 8;
+constexpr int64_t block_rows = 2 * unit_rows;
 constexpr int64_t unit_pairs = unit_steps * 16;     // in a register
 
 // ---- packing ----
@@ -183,13 +185,13 @@ struct TableOfPowers {
   }
 };
 
-// The softmax of `rows` (up to 16) rows of `width` scores, score_line apart, each of which becomes a row of P in its own place. As
-// Attention::softmax, for the rows together; `base` is what a score is multiplied by to be an exponent of 2. Exponents are score * base -
-// round(maximum * base), one operation, so the sum is relative to 2^round(maximum * base). The factors by which what was summed before
-// shrinks go to `factors`.
-template <bool DROP>
-static void softmax_rows(int64_t rows, int64_t width, float* scores, float base, Statistics* statistics, const uint8_t* keep, float* factors) {
-  alignas(64) float old_maximum[16], old_sum[16], shifts[16];
+// The softmax of `rows` (up to 16) rows of `width` scores, Operands::score_line apart, each of which becomes a row of P, which `put` takes
+// by 32. As Attention::softmax, for the rows together; `base` is what a score is multiplied by to be an exponent of 2. The factors by
+// which what was summed before shrinks go to `factors`.
+template <class Operands, bool DROP, class Put>
+static void softmax_rows(int64_t rows, int64_t width, const float* scores, float base, Statistics* statistics, const uint8_t* keep, float* factors, const Put& put) {
+  constexpr int64_t score_line = Operands::score_line, keep_line = Operands::keep_line;
+  alignas(64) float maximum[16], sums[16], references[16];
   F32 partial[16];
   for (int64_t r = 0; r < 16; r++) {
     F32 m0 = F32::set(-infinity), m1 = m0;
@@ -200,27 +202,24 @@ static void softmax_rows(int64_t rows, int64_t width, float* scores, float base,
         m1 = max(m1, F32::load(line + j + F32::width));
       }
     partial[r] = max(m0, m1);
-    old_maximum[r] = r < rows ? statistics[r].maximum : -infinity;
-    old_sum[r] = r < rows ? statistics[r].sum : 0.0f;
+    maximum[r] = r < rows ? statistics[r].maximum : -infinity;
+    sums[r] = r < rows ? statistics[r].sum : 0.0f;
   }
-  const F32 none = F32::set(-infinity), factor_of_score = F32::set(base), before = F32::load(old_maximum);
+  const F32 none = F32::set(-infinity), factor_of_score = F32::set(base), before = F32::load(maximum);
   const F32 top = max(reduce_rows(partial, [](F32 a, F32 b) { return max(a, b); }), before);
-  // No key seen yet: -inf - 0 stays -inf and 2^-inf is 0. The selection also keeps the product rounded, where a compiler would make one
-  // operation of it and the difference, and of an unchanged maximum a factor that is not 1.
-  const F32 shift = select_less(none, top, top * factor_of_score, F32::zero());
-  const F32 factor = exp2(select_less(none, before, before * factor_of_score, none) - shift);
-  shift.store(shifts);
+  const F32 reference = select_less(none, top, top, F32::zero());  // no key seen yet: -inf - 0 stays -inf and 2^-inf is 0
+  const F32 factor = exp2((before - reference) * factor_of_score);
+  reference.store(references);
   factor.store(factors);
-  top.store(old_maximum);
+  top.store(maximum);
 
   const TableOfPowers power;
   for (int64_t r = 0; r < rows; r++) {
-    const F32 by = F32::set(-shifts[r]);
+    const F32 from = F32::set(references[r]);
     const float* line = scores + r * score_line;
-    bf16* out = reinterpret_cast<bf16*>(scores + r * score_line);
     F32 t0 = F32::zero(), t1 = t0;
     for (int64_t j = 0; j < width; j += 2 * F32::width) {
-      F32 p0 = power(fma(F32::load(line + j), factor_of_score, by)), p1 = power(fma(F32::load(line + j + F32::width), factor_of_score, by));
+      F32 p0 = power((F32::load(line + j) - from) * factor_of_score), p1 = power((F32::load(line + j + F32::width) - from) * factor_of_score);
       t0 = t0 + p0;
       t1 = t1 + p1;
       if constexpr (DROP) {
@@ -229,27 +228,139 @@ static void softmax_rows(int64_t rows, int64_t width, float* scores, float base,
         p0 = keep_lanes(p0, bits & 0xffff);
         p1 = keep_lanes(p1, bits >> 16);
       }
-      _mm512_storeu_si512(out + j, __m512i(_mm512_cvtne2ps_pbh(p1.v, p0.v)));
+      put(r, j, p0, p1);
     }
     partial[r] = t0 + t1;
   }
   for (int64_t r = rows; r < 16; r++) partial[r] = F32::zero();
-  fma(F32::load(old_sum), factor, reduce_rows(partial, [](F32 a, F32 b) { return a + b; })).store(old_sum);
-  for (int64_t r = 0; r < rows; r++) statistics[r] = {old_maximum[r], old_sum[r]};
+  fma(F32::load(sums), factor, reduce_rows(partial, [](F32 a, F32 b) { return a + b; })).store(sums);
+  for (int64_t r = 0; r < rows; r++) statistics[r] = {maximum[r], sums[r]};
 }
+
+// ---- what is multiplied ----
+
+// Queries of a chunk, a block of keys and values, and the probabilities of a block of rows, for one type of element. A line of scores is
+// an odd number of cache lines, or the rows of a tile would share their cache sets.
+template <class T>
+struct Operands;
+
+template <>
+struct Operands<bf16> {
+  static constexpr int64_t block_keys = 512, score_line = block_keys + 16, keep_line = block_keys / 8;
+  static bool worthwhile(int64_t rows, int64_t keys) { return rows * keys > direct_scores; }  // so few fill too little of the registers
+
+  const Runtime& runtime;
+  const int64_t depth, padded, padded_rows;
+  bf16* const query = static_cast<bf16*>(runtime.scratch(scratch_query, size_t(padded_rows * padded) * sizeof(bf16)));
+  uint32_t* const key = static_cast<uint32_t*>(runtime.scratch(scratch_key, size_t(block_keys * padded / 2) * sizeof(uint32_t)));
+  uint32_t* const value = static_cast<uint32_t*>(runtime.scratch(scratch_value, size_t(block_keys * padded / 2) * sizeof(uint32_t)));
+  int64_t keys = 0;                    // that are packed, rounded up to whole blocks
+
+  void put_query(int64_t row, const bf16* source) {  // null: a row of zeros
+    bf16* line = query + row * padded;
+    if (source) memcpy(line, source, size_t(depth) * sizeof(bf16));
+    memset(line + (source ? depth : 0), 0, size_t(padded - (source ? depth : 0)) * sizeof(bf16));
+  }
+  void pack(const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, int64_t n) {
+    keys = round_up(n, 32);
+    pack_key_pairs(k, k_stride, n, depth, key);
+    pack_value_pairs(v, v_stride, n, depth, value);
+  }
+  // 32 x 32 scores of `here` rows and the panel of keys that begins at `from`.
+  void multiply_scores(int64_t row, int64_t here, int64_t from, float* scores) const {
+    (here > unit_rows ? multiply_unit<true> : multiply_unit<false>)(padded / 32, query + row * padded, padded, key + from * (padded / 2), scores, score_line, false);
+  }
+  // P in the place of the scores: 16 lines from `row` on.
+  template <class Softmax>
+  void make_probabilities(int64_t row, float* scores, const Softmax& softmax) {
+    softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) __attribute__((always_inline)) {
+      _mm512_storeu_si512(reinterpret_cast<bf16*>(scores + (row + r) * score_line) + j, __m512i(_mm512_cvtne2ps_pbh(p1.v, p0.v)));
+    });
+  }
+  // Output columns from d on += P of `width` keys from `from` on times V.
+  void multiply_values(int64_t here, const float* scores, int64_t from, int64_t width, int64_t d, float* output) const {
+    (here > unit_rows ? multiply_unit<true> : multiply_unit<false>)(width / 32, reinterpret_cast<const bf16*>(scores), 2 * score_line,
+                                                                    value + d / 2 * keys + from / 2 * panel, output, padded, true);
+  }
+};
+
+template <>
+struct Operands<float> {
+  static constexpr int64_t block_keys = 256, score_line = block_keys + 16, keep_line = block_keys / 8;
+  static_assert(block_keys <= deepest_block, "multiply_joined");
+  // Below, splitting costs more than the unit saves.
+  static bool worthwhile(int64_t rows, int64_t keys) { return rows >= 64 && keys >= 64; }
+
+  const Runtime& runtime;
+  const int64_t depth, padded, padded_rows;
+  template <class P> P* scratch(ScratchSlot slot, int64_t bytes) const { return static_cast<P*>(runtime.scratch(slot, size_t(bytes))); }
+  Parts<3>* const query = scratch<Parts<3>>(scratch_query, padded_rows * padded * int64_t(sizeof(Parts<3>)) + padded_rows);
+  Parts<3>* const key = scratch<Parts<3>>(scratch_key, block_keys * padded * int64_t(sizeof(Parts<3>)));
+  Parts<3>* const value = scratch<Parts<3>>(scratch_value, block_keys * padded * int64_t(sizeof(Parts<3>)));
+  Parts<3>* const probabilities = scratch<Parts<3>>(scratch_a, block_rows * block_keys * int64_t(sizeof(Parts<3>)));
+  // Whether a tile holds numbers without parts: of rows of queries, panels of keys, panels of V's columns, and P.
+  uint8_t* const query_marks = reinterpret_cast<uint8_t*>(query + padded_rows * padded);
+  bool key_marks[block_keys / panel], value_marks[256 / panel], probabilities_mark = false;
+  int64_t keys = 0;
+
+  void put_query(int64_t row, const float* source) {
+    constexpr float zeros[256] = {};
+    if (row % block_rows == 0) query_marks[row / block_rows] = 0;
+    query_marks[row / block_rows] |= !split_row(source ? source : zeros, depth, query + row / block_rows * block_rows * padded, row % block_rows);
+  }
+  void pack(const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t n) {
+    alignas(64) float buffer[256 * panel];  // a panel of keys, or 32 values of the last columns
+    keys = round_up(n, panel);
+    for (int64_t first = 0; first < n; first += panel) {
+      const int64_t here = smaller(panel, n - first), ahead = smaller(panel, n - first - here);
+      for (int64_t i = 0; i < ahead; i++)  // strides are long, and no hardware prefetcher follows
+        for (int64_t d = 0; d < depth; d += 16) {
+          __builtin_prefetch(k + (first + here + i) * k_stride + d);
+          __builtin_prefetch(v + (first + here + i) * v_stride + d);
+        }
+      pack_transposed(k + first * k_stride, k_stride, here, depth, buffer);
+      key_marks[first / panel] = !split_panel(buffer, depth, key + first * padded);
+      for (int64_t d = 0; d < padded; d += panel) {
+        const float* source = v + first * v_stride + d;
+        const bool whole = d + panel <= depth;
+        if (!whole) pack_columns(source, v_stride, here, depth - d, buffer);
+        const bool marked = !split_panel(whole ? source : buffer, here, value + (d * keys + first * panel), whole ? v_stride : panel);
+        value_marks[d / panel] = marked || (first > 0 && value_marks[d / panel]);
+      }
+    }
+  }
+  void multiply_scores(int64_t row, int64_t here, int64_t from, float* scores) const {
+    multiply_split(!query_marks[row / block_rows] && !key_marks[from / panel], here > unit_rows ? block_rows : unit_rows, padded, query + row * padded,
+                   key + from * padded, scores, score_line, false);
+  }
+  template <class Softmax>
+  void make_probabilities(int64_t row, float*, const Softmax& softmax) {
+    __m512i largest = _mm512_setzero_si512();
+    softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) __attribute__((always_inline)) {
+      put_row(probabilities + j * block_rows, row + r, split<3>(p0.v, largest), split<3>(p1.v, largest));
+    });
+    const bool marked = without_parts(largest);  // NaN
+    probabilities_mark = marked || (row > 0 && probabilities_mark);
+    if (marked)
+      softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) { put_row(probabilities + j * block_rows, row + r, split_any<3>(p0.v), split_any<3>(p1.v)); });
+  }
+  void multiply_values(int64_t here, const float*, int64_t from, int64_t width, int64_t d, float* output) const {
+    multiply_split(!probabilities_mark && !value_marks[d / panel], here, width, probabilities, value + d * keys + from * panel, output, padded, true);
+  }
+};
 
 // ---- the chunk ----
 
+template <class T>
 struct UnitChunk {
-  const Attention<bf16>& of;
-  const Attention<bf16>::Sequence& s;
+  static constexpr int64_t block_keys = Operands<T>::block_keys, score_line = Operands<T>::score_line, keep_line = Operands<T>::keep_line;
+  const Attention<T>& of;
+  const typename Attention<T>::Sequence& s;
   const int64_t first, count;          // queries
   const int64_t rows = count * of.group, padded_rows = round_up(rows, block_rows), padded = round_up(of.depth, 32);
   const float base = of.unit * log2e;
-  template <class T> T* scratch(ScratchSlot slot, int64_t n) const { return static_cast<T*>(of.runtime.scratch(slot, size_t(n) * sizeof(T))); }
-  bf16* const query = scratch<bf16>(scratch_query, padded_rows * padded);
-  uint32_t* const packed_key = scratch<uint32_t>(scratch_key, block_keys * padded / 2);
-  uint32_t* const packed_value = scratch<uint32_t>(scratch_value, block_keys * padded / 2);
+  Operands<T> operands = {of.runtime, of.depth, padded, padded_rows};
+  template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(of.runtime.scratch(slot, size_t(n) * sizeof(P))); }
   float* const output = scratch<float>(scratch_output, padded_rows * padded);
   float* const scores = scratch<float>(scratch_scores, (block_rows + 1) * score_line);  // the last line holds the padding mask
   Statistics* const statistics = scratch<Statistics>(scratch_statistics, rows);
@@ -260,21 +371,16 @@ struct UnitChunk {
     const float* mask;
   };
 
-  const bf16* source(int64_t row) const {
+  const T* source(int64_t row) const {
     return s.query + of.query_of(first, row) * of.args.query_stride[2] + of.head_of(s, row) * of.args.query_stride[1];
   }
 
-  void run() const {
+  void run() {
     for (int64_t row = 0; row < padded_rows; row++) {
-      bf16* line = query + row * padded;
-      const int64_t here = row < rows ? of.depth : 0;
-      if (here) {
-        if (row + 16 < rows)
-          for (int64_t d = 0; d < here; d += 32) __builtin_prefetch(source(row + 16) + d);
-        memcpy(line, source(row), size_t(here) * sizeof(bf16));
-        statistics[row] = of.start(s, of.head_of(s, row));
-      }
-      memset(line + here, 0, size_t(padded - here) * sizeof(bf16));
+      if (row + 16 < rows)
+        for (int64_t d = 0; d < of.depth; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(source(row + 16) + d);
+      operands.put_query(row, row < rows ? source(row) : nullptr);
+      if (row < rows) statistics[row] = of.start(s, of.head_of(s, row));
     }
     memset(output, 0, size_t(padded_rows * padded) * sizeof(float));
     const int64_t low = of.low(s, first), end = of.high(s, first + count - 1);
@@ -284,21 +390,18 @@ struct UnitChunk {
       const float* mask = of.padding(s, key, n, round_up(n, panel), scores + block_rows * score_line, visible);
       if (!visible) continue;
       if (bits) of.draw(s, first, count, key, n, bits, keep_line);
-      pack_key_pairs(s.key + key * of.args.key_stride[2], of.args.key_stride[2], n, of.depth, packed_key);
-      pack_value_pairs(s.value + key * of.args.value_stride[2], of.args.value_stride[2], n, of.depth, packed_value);
+      operands.pack(s.key + key * of.args.key_stride[2], of.args.key_stride[2], s.value + key * of.args.value_stride[2], of.args.value_stride[2], n);
       for (int64_t row = 0; row < rows; row += block_rows) block(row, smaller(block_rows, rows - row), {key, n, mask});
     }
   }
 
   // Rows [row, row + here) against the packed keys, of which those that no row sees are left out by whole panels.
-  void block(int64_t row, int64_t here, const Keys& k) const {
+  void block(int64_t row, int64_t here, const Keys& k) {
     const int64_t first_query = of.query_of(first, row), last_query = of.query_of(first, row + here - 1);
     const int64_t from = larger(0, of.low(s, first_query) - k.first) / panel * panel;
     const int64_t width = round_up(smaller(k.n, of.high(s, last_query) - k.first) - from, panel);
     if (width <= 0) return;
-    const auto multiply = here > unit_rows ? multiply_unit<true> : multiply_unit<false>;
-    for (int64_t p = 0; p < width; p += panel)
-      multiply(padded / 32, query + row * padded, padded, packed_key + (from + p) * (padded / 2), scores + p, score_line, false);
+    for (int64_t p = 0; p < width; p += panel) operands.multiply_scores(row, here, from + p, scores + p);
 
     // Nothing is to be done to scores of which every row sees all.
     const bool plain = of.raw && !k.mask && from + width <= smaller(k.n, of.high(s, first_query) - k.first) && from >= of.low(s, last_query) - k.first;
@@ -308,21 +411,17 @@ struct UnitChunk {
     alignas(64) float factors[block_rows];
     for (int64_t r = 0; r < here; r += unit_rows) {
       const int64_t count = smaller(unit_rows, here - r);
-      float* lines = scores + r * score_line;
-      if (bits) softmax_rows<true>(count, width, lines, base, statistics + row + r, bits + (row + r) * keep_line + from / 8, factors + r);
-      else softmax_rows<false>(count, width, lines, base, statistics + row + r, nullptr, factors + r);
+      const float* lines = scores + r * score_line;
+      Statistics before[unit_rows];
+      memcpy(before, statistics + row + r, size_t(count) * sizeof(Statistics));
+      operands.make_probabilities(r, scores, [&](const auto& put) __attribute__((always_inline)) {
+        memcpy(statistics + row + r, before, size_t(count) * sizeof(Statistics));
+        if (bits) softmax_rows<Operands<T>, true>(count, width, lines, base, statistics + row + r, bits + (row + r) * keep_line + from / 8, factors + r, put);
+        else softmax_rows<Operands<T>, false>(count, width, lines, base, statistics + row + r, nullptr, factors + r, put);
+      });
     }
     for (int64_t r = 0; r < here; r++) of.rescale(output + (row + r) * padded, padded, factors[r]);
-    for (int64_t d = 0; d < padded; d += panel)
-      multiply(width / 32, reinterpret_cast<const bf16*>(scores), 2 * score_line, packed_value + d / 2 * round_up(k.n, 32) + from / 2 * panel,
-               output + row * padded + d, padded, true);
-  }
-
-  // A row's logsumexp less the logarithm of its sum: the maximum, and what its rounded product lacks.
-  float reference(int64_t row) const {
-    const float maximum = statistics[row].maximum;
-    const float residue = statistics[row].sum == 0.0f ? 0.0f : __builtin_fmaf(maximum, base, -(maximum * base));
-    return maximum * of.unit - residue * (1 / log2e);
+    for (int64_t d = 0; d < padded; d += panel) operands.multiply_values(here, scores, from, width, d, output + row * padded + d);
   }
 };
 

@@ -2,6 +2,11 @@
 
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace bigmodel::emulator {
 
 void Fiber::allocate() {
@@ -47,8 +52,7 @@ bigmodel_fiber_start:
 .size bigmodel_fiber_start, .-bigmodel_fiber_start
 )");
 
-void Fiber::prepare(void (*body)(void*), void* argument) {
-  allocate();
+void Fiber::start(void (*body)(void*), void* argument) {
   void** top = reinterpret_cast<void**>(stack_ + stack_bytes) - 2;
   *--top = reinterpret_cast<void*>(&bigmodel_fiber_start);  // where the first switch returns to; the stack is 16-byte aligned there
   *--top = nullptr;                                         // rbp
@@ -102,8 +106,7 @@ bigmodel_fiber_start:
   brk #1
 )");
 
-void Fiber::prepare(void (*body)(void*), void* argument) {
-  allocate();
+void Fiber::start(void (*body)(void*), void* argument) {
   void** frame = reinterpret_cast<void**>(stack_ + stack_bytes - 160);
   for (int i = 0; i < 20; i++) frame[i] = nullptr;
   frame[0] = argument;                                          // x19
@@ -114,8 +117,7 @@ void Fiber::prepare(void (*body)(void*), void* argument) {
 
 #else
 
-void Fiber::prepare(void (*body)(void*), void* argument) {
-  allocate();
+void Fiber::start(void (*body)(void*), void* argument) {
   getcontext(&context_);
   context_.uc_stack.ss_sp = stack_ + 4096;
   context_.uc_stack.ss_size = stack_bytes - 4096;
@@ -131,9 +133,49 @@ void Fiber::prepare(void (*body)(void*), void* argument) {
 #endif
 
 #if defined(__x86_64__) || defined(__aarch64__)
-void Fiber::switch_to(Fiber& from, Fiber& to) { bigmodel_fiber_switch(&from.stack_pointer_, to.stack_pointer_); }
+void Fiber::change(Fiber& from, Fiber& to) { bigmodel_fiber_switch(&from.stack_pointer_, to.stack_pointer_); }
 #else
-void Fiber::switch_to(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
+void Fiber::change(Fiber& from, Fiber& to) { swapcontext(&from.context_, &to.context_); }
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+
+namespace {
+thread_local Fiber* left = nullptr;  // the fiber that ran before the switch under way
+}
+
+void Fiber::prepare(void (*body)(void*), void* argument) {
+  allocate();
+  body_ = body;
+  argument_ = argument;
+  stack_begin_ = stack_ + 4096;
+  stack_size_ = stack_bytes - 4096;
+  __asan_unpoison_memory_region(stack_begin_, stack_size_);  // what ran here before never returned from its functions
+  start(enter, this);
+}
+
+void Fiber::enter(void* fiber) {
+  __sanitizer_finish_switch_fiber(nullptr, &left->stack_begin_, &left->stack_size_);
+  const Fiber& self = *static_cast<Fiber*>(fiber);
+  self.body_(self.argument_);
+}
+
+void Fiber::switch_to(Fiber& from, Fiber& to) {
+  void* fake_stack = nullptr;
+  left = &from;
+  __sanitizer_start_switch_fiber(&fake_stack, to.stack_begin_, to.stack_size_);
+  change(from, to);
+  __sanitizer_finish_switch_fiber(fake_stack, &left->stack_begin_, &left->stack_size_);
+}
+
+#else
+
+void Fiber::prepare(void (*body)(void*), void* argument) {
+  allocate();
+  start(body, argument);
+}
+void Fiber::switch_to(Fiber& from, Fiber& to) { change(from, to); }
+
 #endif
 
 }  // namespace bigmodel::emulator

@@ -34,7 +34,16 @@ class Fiber {
 
  private:
   void allocate();
+  void start(void (*body)(void*), void* argument);  // what prepare and switch_to do on this processor
+  static void change(Fiber& from, Fiber& to);
   char* stack_ = nullptr;
+#if defined(__SANITIZE_ADDRESS__)  // which has to be told where the stack is
+  const void* stack_begin_ = nullptr;
+  size_t stack_size_ = 0;
+  void (*body_)(void*) = nullptr;
+  void* argument_ = nullptr;
+  static void enter(void* fiber);
+#endif
 #if defined(__x86_64__) || defined(__aarch64__)
   void* stack_pointer_ = nullptr;
 #else

@@ -85,18 +85,21 @@ BIGMODEL_INLINE __m512 joined(const Part& part) {
   return sum;
 }
 
-// n numbers of a row of A into row `row` of the blocks of its tile; the last block is completed with zeros. Returns whether all have parts.
+// 32 numbers of a row of A, of which two vectors have the parts, into line `row` of a block.
 template <int count>
-static bool split_row(const float* x, int64_t n, Parts<count>* tile, int64_t row) {
+BIGMODEL_INLINE void put_row(Parts<count>* block, int64_t row, const PartsOf16<count>& a, const PartsOf16<count>& b) {
   // The upper halves of two vectors' words, one after the other.
   alignas(64) static constexpr auto upper = [] { struct { uint16_t of[32]; } r; for (int i = 0; i < 32; i++) r.of[i] = uint16_t(2 * i + 1); return r; }();
   const __m512i order = _mm512_load_si512(upper.of);
-  __m512i largest = _mm512_setzero_si512();
-  const int64_t half = row / unit_rows, line = row % unit_rows * split_depth;
-  auto put = [&](Parts<count>* block, const PartsOf16<count>& a, const PartsOf16<count>& b) __attribute__((always_inline)) {
 #pragma GCC unroll 3
-    for (int part = 0; part < count; part++) _mm512_store_si512(part_of(block, part, half) + line, _mm512_permutex2var_epi16(a.part[part], order, b.part[part]));
-  };
+  for (int part = 0; part < count; part++)
+    _mm512_store_si512(part_of(block, part, row / unit_rows) + row % unit_rows * split_depth, _mm512_permutex2var_epi16(a.part[part], order, b.part[part]));
+}
+
+// n numbers of a row of A into row `row` of the blocks of its tile; the last block is completed with zeros. Returns whether all have parts.
+template <int count>
+static bool split_row(const float* x, int64_t n, Parts<count>* tile, int64_t row) {
+  __m512i largest = _mm512_setzero_si512();
   auto load_two = [&](int64_t at, F32 two[2]) __attribute__((always_inline)) {
     for (int i = 0; i < 2; i++) {
       const int64_t left = n - at - i * F32::width;
@@ -107,27 +110,27 @@ static bool split_row(const float* x, int64_t n, Parts<count>* tile, int64_t row
     F32 two[2];
     load_two(at, two);
     const auto a = split<count>(two[0].v, largest), b = split<count>(two[1].v, largest);
-    put(tile + at * rows_of<Parts<count>>, a, b);
+    put_row(tile + at * rows_of<Parts<count>>, row, a, b);
   }
   if (!without_parts(largest)) return true;
   for (int64_t at = 0; at < n; at += split_depth) {
     F32 two[2];
     load_two(at, two);
-    put(tile + at * rows_of<Parts<count>>, split_any<count>(two[0].v), split_any<count>(two[1].v));
+    put_row(tile + at * rows_of<Parts<count>>, row, split_any<count>(two[0].v), split_any<count>(two[1].v));
   }
   return false;
 }
 
-// `depth` rows of a panel of B into blocks; the last block is completed with zeros. Returns whether all have parts.
+// `depth` rows of a panel of B, `stride` apart, into blocks; the last block is completed with zeros. Returns whether all have parts.
 template <class T, int count>
-static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks) {
+static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks, int64_t stride = panel) {
   __m512i largest = _mm512_setzero_si512();
   auto put = [&](Parts<count>* block, int64_t pair, int64_t half, const PartsOf16<count>& even, const PartsOf16<count>& odd) __attribute__((always_inline)) {
 #pragma GCC unroll 3
     for (int part = 0; part < count; part++)
       _mm512_store_si512(part_of(block, part, half) + pair * 32, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even.part[part], 16), odd.part[part]));
   };
-  auto row = [&](int64_t k, int64_t half) __attribute__((always_inline)) { return k < depth ? F32::load(x + k * panel + half * F32::width).v : _mm512_setzero_ps(); };
+  auto row = [&](int64_t k, int64_t half) __attribute__((always_inline)) { return k < depth ? F32::load(x + k * stride + half * F32::width).v : _mm512_setzero_ps(); };
   for (int64_t k = 0; k < round_up(depth, split_depth); k += 2)
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {

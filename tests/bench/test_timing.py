@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
 from bigmodel_kernels.bench import timing as timing_module
-from bigmodel_kernels.bench.timing import FEWEST_ROUNDS, MOST_ROUNDS, Contender, measure, summarize
+from bigmodel_kernels.bench.timing import FEWEST_ROUNDS, MOST_ROUNDS, Contender, measure, race, summarize
 
 
 def test_summary_is_median_and_quartiles() -> None:
@@ -93,3 +94,32 @@ def test_an_optional_contender_that_raises_is_left_out_with_its_reason() -> None
     assert set(measured.timings) == {"ok"}
     with pytest.raises(RuntimeError, match="no such backend"):
         measure([Contender("ours", broken)], "cpu", 0.01)
+
+
+def test_a_race_runs_every_batch_by_all_in_turn_and_keeps_the_last_results() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def contender(name: str) -> Callable[[int], tuple[int, int]]:
+        def run(batch: int) -> tuple[int, int]:
+            calls.append((name, batch))
+            return batch, len(calls)
+
+        return run
+
+    names = ("a", "b", "c")
+    timings, results = race({name: contender(name) for name in names}, [1, 2], "cpu", fewest=4)
+    assert len(calls) == 4 * 2 * 3
+    for k in range(0, len(calls), 3):  # each batch by all, before the next batch
+        assert {name for name, _ in calls[k : k + 3]} == set(names)
+        assert len({batch for _, batch in calls[k : k + 3]}) == 1
+    for batch in (1, 2):  # nobody is always the first
+        assert {name for name, of in calls[::3] if of == batch} == set(names)
+    assert all(found.samples == 4 and found.median_s > 0 for found in timings.values())
+    for found in results.values():
+        assert [batch for batch, _ in found] == [1, 2] and all(call > 3 * 2 * 3 for _, call in found)
+
+
+def test_a_race_goes_on_for_its_budget() -> None:
+    timings, _ = race({"a": lambda batch: time.sleep(0.002)}, [1], "cpu", fewest=2, budget_s=0.05)
+    assert 5 <= timings["a"].samples <= 25
+    assert timings["a"].median_s >= 0.002

@@ -50,6 +50,11 @@ SHAPES = {
     "strided": Shape(queries=65, keys=65, heads=4, strided=True, dim=24),
     "large head": Shape(queries=17, keys=33, dim=256, causal=True),
     "no keys": Shape(queries=3, keys=0),
+    "blocks": Shape(queries=97, keys=530, batch=1, dim=72, softcap=8.0, bias=(1, 1, 97, 530), sinks=True),
+    "blocks, grouped": Shape(
+        queries=70, keys=600, batch=1, heads=3, kv_heads=1, dim=33, causal=True, window=(290, -1)
+    ),
+    "packed, long": Shape(lengths=((130, 130), (70, 300), (64, 64), (63, 65)), causal=True, dim=64),
 }
 
 
@@ -126,6 +131,24 @@ def test_any_mixture(shape: Shape) -> None:
             torch.testing.assert_close(lse.double(), ref_lse, rtol=1e-5, atol=1e-5)
     finally:
         native.cpu_set_isa(before)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4028234e38, 3.4e38, 1e-42])
+def test_extreme_numbers(isa: str, value: float, where: str) -> None:
+    """Not finite where float32 by definition is not, and near elsewhere: one panel of many has the number."""
+    call = make(Shape(queries=100, keys=300, batch=1, dim=72), torch.float32)
+    call.tensors["query"] /= 1e20 if where == "key" else 1  # so that logits of the largest number stay finite
+    call.tensors["key"] /= 1e20 if where == "query" else 1
+    call.tensors[where][:, 1, 70, 40] = value
+    out, lse = forward(call)
+    with torch.no_grad():
+        eager, eager_lse = plain(call, call.tensors)
+        ref, ref_lse = plain(call, {n: t.double() for n, t in call.tensors.items()})
+    for ours, theirs, exact in ((out, eager, ref), (lse, eager_lse, ref_lse)):
+        finite = theirs.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        torch.testing.assert_close(ours[finite].double(), exact[finite], rtol=1e-5, atol=1e-5)
 
 
 def test_large_sink_takes_everything(isa: str) -> None:

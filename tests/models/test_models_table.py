@@ -76,7 +76,7 @@ def test_an_unpatch_that_forgets_something_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bk, "unpatch", lambda model: 1)
     model = tiny.TINY["bert"].model()
     with pytest.raises(rule.CheckFailed, match="still patched: BigmodelBert"):
-        checks.check_unpatching(model, tiny.TINY["bert"].inputs(model)[0])
+        checks.check_unpatching(model, tiny.inputs_of(model))
 
 
 def test_reasons_of_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +103,17 @@ READS: list[tuple[str, Any, dict[str, tuple[int, ...]]]] = [
     (
         "T5Config",
         tiny.tokens_to_tokens,
-        {"input_ids": (3, 17), "attention_mask": (3, 17), "decoder_input_ids": (3, 9)},
+        {
+            "input_ids": (3, 17),
+            "attention_mask": (3, 17),
+            "decoder_input_ids": (3, 9),
+            "decoder_attention_mask": (3, 9),
+        },
     ),
     (
         "WhisperConfig",
         tiny.audio_to_tokens,
-        {"input_features": (3, 80, 20), "decoder_input_ids": (3, 9)},
+        {"input_features": (3, 80, 20), "decoder_input_ids": (3, 9), "decoder_attention_mask": (3, 9)},
     ),
 ]
 
@@ -118,7 +123,7 @@ def test_what_models_read(config: str, reads: Any, shapes: dict[str, tuple[int, 
     import transformers
 
     options = {"ViTConfig": {"image_size": 16}, "WhisperConfig": {"max_source_positions": 10}}
-    made = reads(getattr(transformers, config)(**options.get(config, {})), tiny.right_padding())
+    made = reads(getattr(transformers, config)(**options.get(config, {})), tiny.right_padding)
     assert {name: tuple(value.shape) for name, value in made.items()} == shapes
 
 

@@ -1,9 +1,12 @@
-"""What every patched decoder has to do as eager does; each check takes an unpatched model, and patches it."""
+"""What every patched decoder, with an encoder or without, does as eager does; each check takes an unpatched
+model, and patches it.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,18 @@ from bigmodel_kernels.models import checks
 from bigmodel_kernels.models.rule import (
     assert_as_near,
     assert_gradients,
+    call,
     eager_of,
     float64_of,
-    gradients,
+    gradients_of,
     without_padding,
 )
-from bigmodel_kernels.models.tiny import left_padding, right_padding, token_ids, tokens
+from bigmodel_kernels.models.tiny import (
+    inputs_of,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 
 
 class Doubled(nn.Linear):
@@ -45,17 +54,22 @@ def name_of_cache(model: Any) -> str:
 # results
 
 
-def check_padded_batch(model: Any, mask: torch.Tensor, **options: Any) -> None:
-    checks.check_forward(model, tokens(model.config, mask), mask, alone=True, **options)
+def check_padded_batch(model: Any, padding: Any, **options: Any) -> None:
+    alone = not model.config.is_encoder_decoder  # whose attention has no softmax in float32: masks do no harm
+    checks.check_forward(model, inputs_of(model, padding), alone=alone, **options)
 
 
 def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
     """The tokens of eager."""
     batch = 1 if kind == "prompt lookup" else 3
     for padding in padded:
-        ids = token_ids(batch, length)
-        mask = left_padding(batch, length) if padding else torch.ones_like(ids)
-        checks.check_generation(model, {"input_ids": ids, "attention_mask": mask}, kind, new)
+        given = inputs_of(model, batch=batch)
+        given.pop("decoder_input_ids", None)
+        if "input_ids" in given:
+            ids = token_ids(batch, length)
+            mask = left_padding(batch, length) if padding else torch.ones_like(ids)
+            given = {"input_ids": ids, "attention_mask": mask}
+        checks.check_generation(model, given, kind, new)
 
 
 def in_parts(
@@ -89,21 +103,22 @@ def check_in_parts(model: Any, made_from: str, stops: tuple[int, ...]) -> None:
 
 def check_states_and_attentions(model: Any, attentions: bool) -> None:
     torch.manual_seed(1)
-    mask = right_padding()
-    checks.check_outputs(model, tokens(model.config, mask), mask, attentions, use_cache=False)
+    checks.check_outputs(model, inputs_of(model, right_padding), attentions, use_cache=False)
 
 
 def check_autocast(model: Any) -> None:
     """Types are those of eager, and the result is as near to float64."""
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
-    ids = token_ids()
+    inputs = inputs_of(model)
     with torch.no_grad():
-        expected = reference(ids, output_hidden_states=True)
+        expected = call(reference, inputs, output_hidden_states=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            a, b = (m(ids, output_hidden_states=True) for m in (model, eager))
-    assert [t.dtype for t in a.hidden_states] == [t.dtype for t in b.hidden_states]
-    assert_as_near(a.hidden_states[-1], b.hidden_states[-1], expected.hidden_states[-1])
+            a, b = (call(m, inputs, output_hidden_states=True) for m in (model, eager))
+    for states in ("hidden_states", "encoder_hidden_states", "decoder_hidden_states"):
+        if a.get(states) is not None:
+            assert [t.dtype for t in a[states]] == [t.dtype for t in b[states]]
+            assert_as_near(a[states][-1], b[states][-1], expected[states][-1])
     assert_as_near(a.logits, b.logits, expected.logits)
 
 
@@ -112,16 +127,16 @@ def check_autocast(model: Any) -> None:
 
 
 def check_gradients(model: Any, training: bool = True, **options: Any) -> None:
-    checks.check_gradients(model, tokens(model.config), training=training, **options)
+    checks.check_gradients(model, inputs_of(model), training, **options)
 
 
 def check_gradients_under_autocast(model: Any) -> None:
     models = (model.train(), eager_of(model), float64_of(model).train())
     bk.patch(model)
-    ids = token_ids()
+    inputs = inputs_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, eager = (gradients(m, ids, None) for m in models[:2])
-    assert_gradients(ours, eager, gradients(models[2], ids, None), torch.bfloat16)
+        ours, eager = (gradients_of(m, inputs) for m in models[:2])
+    assert_gradients(ours, eager, gradients_of(models[2], inputs), torch.bfloat16)
 
 
 def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
@@ -130,14 +145,14 @@ def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    ids = token_ids()
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    inputs = inputs_of(model)
+    assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
 def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     """With adapters on the projections `targets`, put there after patching or before."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     if after:
         bk.patch(model)
     adapted = peft.get_peft_model(model, config).train()
@@ -145,9 +160,9 @@ def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     bk.unpatch(reference)
     report = bk.patch(adapted)
     assert any(note in row.reason for row in report.patched)
-    ids = token_ids()
+    inputs = inputs_of(model)
     models = (adapted, reference, copy.deepcopy(reference).double())
-    assert_gradients(*(gradients(m, ids, None) for m in models))
+    assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
 def check_fused_loss(model: Any, fused: bool = True) -> Any:
@@ -176,14 +191,44 @@ def check_fused_loss(model: Any, fused: bool = True) -> Any:
     return report
 
 
+def check_dropout(model: Any, layer_of: Callable[[Any], Any]) -> None:
+    """The same at the same seed, other at another; what a layer drops is what eager drops, in the mean."""
+    eager = eager_of(model.train())
+    bk.patch(model)
+    inputs, made, states = (
+        {k: v[:, :5] if v.dim() == 2 else v for k, v in inputs_of(model, batch=1).items()},
+        [],
+        [],
+    )
+    with torch.no_grad():
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            made.append(call(model, inputs, use_cache=False).logits)
+        assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+        many = {name: t.expand(2000, *t.shape[1:]) for name, t in inputs.items()}
+        for network in (model, eager):
+            found: list[torch.Tensor] = []
+            handle = layer_of(network).register_forward_hook(
+                lambda m, args, out, found=found: found.append(
+                    torch.stack([args[0], out[0] if isinstance(out, tuple) else out])
+                )
+            )
+            call(network, many, use_cache=False)
+            handle.remove()
+            states.append(found[0][1] - found[0][0])
+    for moment in (torch.mean, torch.std):
+        ours, theirs = (moment(s, dim=0) for s in states)
+        assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # compiled
 
 
 def check_compiled(model: Any, padded: bool) -> None:
-    mask = left_padding() if padded else None
-    inputs = tokens(model.config, mask)
-    checks.check_forward(model, inputs, mask, alone=True, compiled=True, use_cache=False)
+    inputs = inputs_of(model, left_padding if padded else None)
+    alone = padded and not model.config.is_encoder_decoder
+    checks.check_forward(model, inputs, alone=alone, compiled=True, use_cache=False)
 
 
 def check_compiled_decoding(model: Any) -> None:
@@ -211,7 +256,7 @@ def check_compiled_decoding(model: Any) -> None:
 
 
 def check_unpatching_pickle_deepcopy_and_saving(model: Any, tmp_path: Path) -> None:
-    inputs = tokens(model.config, left_padding())
+    inputs = inputs_of(model, left_padding)
     checks.check_unpatching(model, inputs)
     checks.check_copies(model, inputs)
     bk.unpatch(model)

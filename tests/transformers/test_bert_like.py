@@ -27,10 +27,10 @@ from bigmodel_kernels.models.tiny import (
     VOCABULARY,
     bert_like,
     family_of,
+    inputs_of,
     left_padding,
     right_padding,
     token_ids,
-    tokens,
 )
 from bigmodel_kernels.transformers import blocks
 
@@ -168,15 +168,15 @@ def test_gradients(prefix: str, padded: bool) -> None:
 @pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_unpatching_pickle_and_deepcopy(prefix: str) -> None:
     model = bert_like(prefix, "ForMaskedLM")
-    inputs = tokens(model.config, right_padding())
+    inputs = inputs_of(model, right_padding)
     checks.check_unpatching(model, inputs)
     checks.check_copies(model, inputs)
 
 
 @pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_compile_fullgraph(prefix: str) -> None:
-    model, mask = bert_like(prefix, "ForMaskedLM"), right_padding()
-    checks.check_forward(model, tokens(model.config, mask), mask, compiled=True)
+    model = bert_like(prefix, "ForMaskedLM")
+    checks.check_forward(model, inputs_of(model, right_padding), compiled=True)
 
 
 @pytest.mark.parametrize("prefix", BERT_LIKE)

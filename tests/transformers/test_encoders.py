@@ -135,7 +135,7 @@ def test_padded_batches(prefix: str, padding: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [right_padding, left_padding])
 def test_padded_batches_in_windows(padding: Any, dtype: torch.dtype) -> None:
-    decoder_checks.check_padded_batch(encoder("ModernBert").to(dtype), padding())
+    decoder_checks.check_padded_batch(encoder("ModernBert").to(dtype), padding)
 
 
 @pytest.mark.parametrize(("prefix", "changes"), VARIANTS)

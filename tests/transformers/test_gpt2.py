@@ -49,7 +49,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 @pytest.mark.parametrize("padding", [left_padding, right_padding])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_padded_batches(padding: Any, use_cache: bool) -> None:
-    check_padded_batch(build(GPT2LMHeadModel, gpt2_config()), padding(), use_cache=use_cache)
+    check_padded_batch(build(GPT2LMHeadModel, gpt2_config()), padding, use_cache=use_cache)
 
 
 def test_every_head() -> None:

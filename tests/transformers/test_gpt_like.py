@@ -16,6 +16,7 @@ from decoder_checks import (
     Doubled,
     check_autocast,
     check_compiled,
+    check_dropout,
     check_fused_loss,
     check_generation,
     check_gradient_checkpointing,
@@ -275,7 +276,7 @@ def test_a_mask_of_the_users_own(prefix: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
-    check_padded_batch(gpt_like(prefix).to(dtype), right_padding())
+    check_padded_batch(gpt_like(prefix).to(dtype), right_padding)
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
@@ -302,32 +303,7 @@ def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)
 def test_dropout(prefix: str) -> None:
-    """The same at the same seed, other at another; what a layer drops is what eager drops, in the mean."""
-    model = gpt_like(prefix, **DROPOUT[prefix]).train()
-    eager = eager_of(model)
-    bk.patch(model)
-    ids, made, states = token_ids(1, 5), [], []
-    with torch.no_grad():
-        for seed in (1, 1, 2):
-            torch.manual_seed(seed)
-            made.append(model(ids, use_cache=False).logits)
-        assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-        for network in (model, eager):
-            embedding = network.get_input_embeddings()
-            embedding.weight.data = embedding.weight.data.clone()
-            found: list[torch.Tensor] = []
-            layer = layers_of(network, prefix)[0]
-            handle = layer.register_forward_hook(
-                lambda m, args, out, found=found: found.append(
-                    torch.stack([args[0], out[0] if isinstance(out, tuple) else out])
-                )
-            )
-            network(ids.expand(2000, -1), use_cache=False)
-            handle.remove()
-            states.append(found[0][1] - found[0][0])
-    for moment in (torch.mean, torch.std):
-        ours, theirs = (moment(s, dim=0) for s in states)
-        assert (ours - theirs).abs().mean() < 0.1 * theirs.abs().mean()
+    check_dropout(gpt_like(prefix, **DROPOUT[prefix]), lambda m: layers_of(m, prefix)[0])
 
 
 @pytest.mark.parametrize("padded", [False, True])

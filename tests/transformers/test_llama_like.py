@@ -72,7 +72,7 @@ def without_window(prefix: str) -> dict[str, Any]:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_padded_batches(prefix: str, padding: Any, use_cache: bool) -> None:
-    check_padded_batch(decoder(prefix), padding(), use_cache=use_cache)
+    check_padded_batch(decoder(prefix), padding, use_cache=use_cache)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_packed_sequences_by_their_positions() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
-    check_padded_batch(decoder(prefix).to(dtype), right_padding())
+    check_padded_batch(decoder(prefix).to(dtype), right_padding)
 
 
 @pytest.mark.parametrize("prefix", DECODERS)

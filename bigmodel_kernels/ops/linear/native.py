@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels.ops.native_library import contiguous, lacking, shaped
+from bigmodel_kernels.ops.packed_weight import PackedWeight, Place, layout_of, whole
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class _Entry:
     weights: tuple[weakref.ref[Tensor], ...]
     states: tuple[Any, ...]
     fingerprint: int
-    packed: Tensor
+    packed: tuple[Tensor, ...]
 
 
 _Key = tuple[Any, ...]
@@ -37,8 +39,26 @@ _lock = threading.RLock()
 
 def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
     """The weights side by side in the library's own layout, from the cache when they have not changed."""
-    key = (weight_layout, *(id(w) for w in weights))
-    states = tuple(_state(w) for w in weights)
+    if any(type(w) is PackedWeight for w in weights):
+        return _released(weights, weight_layout)
+    return packed_together([weights], weight_layout)[0]
+
+
+def _released(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
+    """The copy that released weights are; packed for the occasion where not all of it is asked for."""
+    held = whole(weights)
+    if held is not None and weights[0].place.layout == weight_layout:  # type: ignore[attr-defined]
+        return held
+    return _pack([w.unpacked() if isinstance(w, PackedWeight) else w for w in weights], weight_layout)
+
+
+def packed_together(groups: Sequence[Sequence[Tensor]], weight_layout: str) -> tuple[Tensor, ...]:
+    """`packed` of each group, the very same copies, found at once."""
+    weights = [w for group in groups for w in group]
+    if any(type(w) is PackedWeight for w in weights):
+        return tuple(packed(group, weight_layout) for group in groups)
+    key = (weight_layout, *map(len, groups), *map(id, weights))
+    states = tuple(map(_state, weights))
     fingerprint = torch.ops.bigmodel.cpu_fingerprint.default(weights)
     with _lock:
         entry = _entries.get(key)
@@ -49,7 +69,10 @@ def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
         and all(ref() is w for ref, w in zip(entry.weights, weights, strict=True))
     ):
         return entry.packed
-    result = _pack(list(weights), weight_layout)
+    if len(groups) == 1:
+        result: tuple[Tensor, ...] = (_pack(weights, weight_layout),)
+    else:
+        result = tuple(packed(group, weight_layout) for group in groups)
     references = tuple(weakref.ref(w, _forget(key)) for w in weights)
     with _lock:
         _entries[key] = _Entry(references, states, fingerprint, result)
@@ -78,16 +101,51 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
 
 def packed_bytes(what: torch.nn.Module | Iterable[Tensor]) -> int:
     """Bytes of the packed copies made for these tensors, or for the parameters of this module."""
-    tensors = what.parameters() if isinstance(what, torch.nn.Module) else what
+    tensors = list(what.parameters() if isinstance(what, torch.nn.Module) else what)
     wanted = {id(t) for t in tensors}
     with _lock:
         entries = list(_entries.values())
-    total = 0
+    total = sum({id(t.packed): t.packed.numel() for t in tensors if isinstance(t, PackedWeight)}.values())
     for entry in entries:
-        alive = [ref() for ref in entry.weights]
-        if any(w is not None and id(w) in wanted for w in alive):
-            total += entry.packed.numel() * entry.packed.element_size()
+        if len(entry.packed) > 1:
+            continue  # the copies of entries of their own
+        if any(w is not None and id(w) in wanted for w in (ref() for ref in entry.weights)):
+            total += entry.packed[0].numel() * entry.packed[0].element_size()
     return total
+
+
+def releasable(tensors: Iterable[Tensor]) -> list[tuple[Tensor, PackedWeight]]:
+    """Those of the tensors that have one packed copy, up to date and of no other tensors, each with what can
+    stand for it.
+    """
+    wanted = {id(t) for t in tensors}
+    with _lock:
+        singles = [(key[0], entry) for key, entry in _entries.items() if len(entry.packed) == 1]
+    held = [(layout, entry, [ref() for ref in entry.weights]) for layout, entry in singles]
+    copies = Counter(id(w) for _, _, weights in held for w in weights)
+    found: list[tuple[Tensor, PackedWeight]] = []
+    for layout, entry, references in held:
+        weights = [w for w in references if w is not None and id(w) in wanted and copies[id(w)] == 1]
+        if (
+            len(weights) < len(references)
+            or entry.states != tuple(map(_state, weights))
+            or entry.fingerprint != torch.ops.bigmodel.cpu_fingerprint.default(weights)
+        ):
+            continue
+        panel, pairs = layout_of(entry.packed[0])
+        widths = [w.shape[1 if layout == "conv1d" else 0] for w in weights]
+        for i, weight in enumerate(weights):
+            place = Place(
+                layout,
+                first=sum(widths[:i]),
+                of=sum(widths),
+                shape=tuple(weight.shape),
+                trainable=weight.requires_grad,
+                panel=panel,
+                pairs=pairs,
+            )
+            found.append((weight, PackedWeight(entry.packed[0], place, weight.dtype)))
+    return found
 
 
 def clear() -> None:

@@ -17,6 +17,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks
 from bigmodel_kernels.transformers.attention_interface import Visibility
 from bigmodel_kernels.transformers.bert_like import Kin
+from bigmodel_kernels.transformers.blocks import Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family
 from bigmodel_kernels.transformers.generic import BigmodelLinear
 
@@ -135,11 +136,10 @@ class BigmodelDebertaV2Layer(bert_like.Layer, hf.DebertaV2Layer, kin=KIN):
             )
         attention = modules.attention
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Terms:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             query, seen = attention.seen(query, key, attention_mask, relative_pos, rel_embeddings)
-            out = attention_interface.run(query, key, value, seen, attention.scaling, dropout_p=dropout_p)
-            return out.transpose(1, 2).flatten(2)
+            return blocks.terms(query, key, value, seen, attention.scaling)
 
         return self.fused(hidden_states, modules, attend), None
 

@@ -54,6 +54,8 @@ class BigmodelDistilBertSelfAttention(bert_like.SelfAttention, hf.DistilBertSelf
 
 
 class BigmodelDistilBertBlock(encoder_like.Layer, hf.TransformerBlock, kin=KIN):
+    """The whole layer in four calls, or two."""
+
     places = Places(
         attention="attention",
         out="attention.out_lin",

@@ -1,7 +1,8 @@
 """GPT-2: GPT2Model and every head on it; prefill, and decoding with any cache of transformers.
 
 Per block five calls: LayerNorm, one product for Q, K and V (Conv1D weights as they are), attention that reads
-it in place or reads the cache, projection + residual, and LayerNorm + feed-forward + residual.
+it in place or reads the cache, projection + residual, and LayerNorm + feed-forward + residual. In inference
+on the CPU they are two, before and behind the cache (`whole_layer`).
 `scale_attn_weights` and `scale_attn_by_inverse_layer_idx` are the operator's scale; `reorder_and_upcast_attn`
 asks for a softmax in float32, which the operator always does. Left-padded batches carry their 2D mask to the
 operator.
@@ -24,7 +25,7 @@ from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
 from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
-from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
+from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 
@@ -71,7 +72,7 @@ class BigmodelGPT2MLP(hf.GPT2MLP):
 
 
 class BigmodelGPT2Block(hf.GPT2Block):
-    """The whole block in five calls."""
+    """The whole block in five calls, or two."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cache, mask, plain = _call(args, kwargs)
@@ -80,14 +81,11 @@ class BigmodelGPT2Block(hf.GPT2Block):
             return super().forward(hidden_states, *args, **kwargs)
         scale, index = self.attn.scaling, self.attn.layer_idx
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Terms:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
             key, value = _cached(cache, key, value, index)
             seen = attention_interface.visibility(query, key.shape[2], mask, is_causal=True)
-            if seen.keys != key.shape[2]:
-                key, value = key[:, :, : seen.keys], value[:, :, : seen.keys]
-            out = attention_interface.run(query, key, value, seen, scale, dropout_p=dropout_p)
-            return out.transpose(1, 2).flatten(2)
+            return blocks.terms(query, key, value, seen, scale)
 
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 

@@ -1,0 +1,25 @@
+"""BART: norms behind its halves."""
+
+from __future__ import annotations
+
+from transformers.models.bart import modeling_bart as hf
+
+from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers.seq2seq_like import Kin
+
+KIN = Kin.of(hf, "Bart", order="post", norms=("layernorm_embedding",))
+
+
+class BigmodelBartAttention(seq2seq_like.Attention, hf.BartAttention, kin=KIN):
+    pass
+
+
+class BigmodelBartEncoderLayer(seq2seq_like.EncoderLayer, hf.BartEncoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelBartDecoderLayer(seq2seq_like.Layer, hf.BartDecoderLayer, kin=KIN):
+    pass
+
+
+FAMILY = seq2seq_like.family("bart", KIN)

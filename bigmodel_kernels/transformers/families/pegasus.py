@@ -1,0 +1,25 @@
+"""Pegasus: mBART with sines for positions and no norm of the embedding."""
+
+from __future__ import annotations
+
+from transformers.models.pegasus import modeling_pegasus as hf
+
+from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers.seq2seq_like import Kin
+
+KIN = Kin.of(hf, "Pegasus", order="pre", norms=("layer_norm",))
+
+
+class BigmodelPegasusAttention(seq2seq_like.Attention, hf.PegasusAttention, kin=KIN):
+    pass
+
+
+class BigmodelPegasusEncoderLayer(seq2seq_like.EncoderLayer, hf.PegasusEncoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelPegasusDecoderLayer(seq2seq_like.Layer, hf.PegasusDecoderLayer, kin=KIN):
+    pass
+
+
+FAMILY = seq2seq_like.family("pegasus", KIN)

@@ -1,0 +1,25 @@
+"""Whisper: mBART behind two convolutions of its own; keys have no bias."""
+
+from __future__ import annotations
+
+from transformers.models.whisper import modeling_whisper as hf
+
+from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers.seq2seq_like import Kin
+
+KIN = Kin.of(hf, "Whisper", order="pre", head="proj_out", norms=("layer_norm",))
+
+
+class BigmodelWhisperAttention(seq2seq_like.Attention, hf.WhisperAttention, kin=KIN):
+    pass
+
+
+class BigmodelWhisperEncoderLayer(seq2seq_like.EncoderLayer, hf.WhisperEncoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelWhisperDecoderLayer(seq2seq_like.Layer, hf.WhisperDecoderLayer, kin=KIN):
+    pass
+
+
+FAMILY = seq2seq_like.family("whisper", KIN)

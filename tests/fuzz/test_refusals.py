@@ -1,0 +1,129 @@
+"""Calls of raw operators that once reached past their arguments, left results unwritten, or overflowed."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _native
+
+if not _native.available():
+    pytest.skip(f"needs the compiled library: {_native.reason()}", allow_module_level=True)
+
+native = torch.ops.bigmodel
+MOST = 2**63 - 1
+
+
+def attend(query: Tensor, **given: Any) -> Tensor:
+    call: dict[str, Any] = dict.fromkeys(
+        ("key_padding_mask", "bias", "cu_seqlens_q", "cu_seqlens_k", "dropout_seed", "alibi_slopes", "sinks")
+    )
+    call |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "softmax_scale": 1.0, "is_causal": False, "dropout_p": 0.0}
+    call |= {"window_left": -1, "window_right": -1, "softcap": 0.0}
+    return native.cpu_attention(query, query, query, **{**call, **given})[0]  # type: ignore[no-any-return]
+
+
+def layer_end(x: Tensor, query: Tensor) -> Tensor:
+    hidden, heads = x.shape[-1] or 8, query.shape[1] * query.shape[3]
+    weights = [
+        native.cpu_pack_weight([torch.ones(*s, dtype=x.dtype)], "linear")
+        for s in ((hidden, heads), (9, hidden), (hidden, 9))
+    ]
+    context, inner, outer = weights
+    options = (None, None, None, 0, None, 1.0, False, -1, 0.0)
+    norms = ("gelu", "none", None, None, 1e-5, "layer_norm")
+    block = (context, None, None, None, 1e-5, inner, None, outer, None, None, None)
+    return native.cpu_layer_end(x, query, query, query, *options, *block, *norms)  # type: ignore[no-any-return]
+
+
+def test_layer_end_writes_heads_in_the_dtype_of_x() -> None:
+    query = torch.ones(2, 3, 5, 16)
+    assert layer_end(torch.ones(2, 5, 24), query).shape == (2, 5, 24)
+    with pytest.raises(RuntimeError, match="query: dtype"):
+        layer_end(torch.ones(2, 5, 24, dtype=torch.bfloat16), query)
+
+
+def test_layer_end_has_a_row_of_x_for_each_query() -> None:
+    with pytest.raises(RuntimeError, match="x: shape"):
+        layer_end(torch.ones(1, 0), torch.ones(2, 3, 500, 16))
+    with pytest.raises(RuntimeError, match="query: shape"):
+        layer_end(torch.ones(2, 4, 24), torch.ones(2, 3, 5, 16))
+
+
+@pytest.mark.parametrize("left", [500, 2**62, MOST])
+@pytest.mark.parametrize("right", [500, 2**62, MOST])
+def test_wide_window_hides_nothing(left: int, right: int) -> None:
+    query = torch.randn(1, 2, 19, 16)
+    assert torch.equal(attend(query, window_left=left, window_right=right), attend(query))
+    with pytest.raises(RuntimeError, match="window_left"):
+        attend(query, window_left=-left)
+
+
+def test_longest_beyond_what_is_there() -> None:
+    lengths = torch.tensor([0, 7, 19], dtype=torch.int32)
+    query = torch.randn(19, 2, 16)
+    packed = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths}
+    expected = attend(query, **packed, max_seqlen_q=12, max_seqlen_k=12)
+    assert torch.equal(attend(query, **packed, max_seqlen_q=MOST, max_seqlen_k=MOST), expected)
+
+
+@pytest.mark.parametrize(
+    "k, n", [(0, 5), (5, 0), (-1, 5), (2**32, 2**32), (2**61, 8), (MOST, MOST), (5, MOST)]
+)
+def test_forged_header(k: int, n: int) -> None:
+    packed = native.cpu_pack_weight([torch.ones(16, 16)], "linear")
+    packed[8:24] = torch.frombuffer(bytearray(struct.pack("=qq", k, n)), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="packed: is damaged"):
+        native.cpu_linear(torch.ones(3, max(min(k, 64), 0)), packed, None, "none", None, None, None, 1e-5)
+
+
+def test_weight_without_elements() -> None:
+    for shape in ((3, 0), (0, 3)):
+        with pytest.raises(RuntimeError, match="weights: shape"):
+            native.cpu_pack_weight([torch.ones(shape)], "linear")
+
+
+def test_fingerprint_of_a_weight_larger_than_memory() -> None:
+    one = torch.ones(1)
+    assert native.cpu_fingerprint([one.expand(2**31, 2**31)]) == native.cpu_fingerprint([one.expand(8, 8)])
+
+
+def test_norm_bias_alone() -> None:
+    x, weight, bias = torch.ones(3, 8), torch.ones(8, 8), torch.ones(8)
+    needs = [True] * 5
+    empty = (None, None, None, None)
+    with pytest.raises(RuntimeError, match="norm_bias"):
+        native.cpu_linear_backward(x, x, [weight], [], None, None, bias, *empty[:3], needs=needs)
+    with pytest.raises(RuntimeError, match="norm_bias"):
+        native.cpu_linear(x, native.cpu_pack_weight([weight], "linear"), None, "none", None, None, bias, 1e-5)
+    with pytest.raises(RuntimeError, match="norm_bias"):
+        native.cpu_embedding(torch.zeros(3, dtype=torch.long), weight, *empty, None, bias, 1e-5)
+    with pytest.raises(RuntimeError, match="norm_bias"):
+        native.cpu_layer_begin(
+            x, None, bias, 1e-5, "layer_norm", native.cpu_pack_weight([weight], "linear"), None
+        )
+
+
+def test_misaligned() -> None:
+    x = torch.frombuffer(bytearray(33), dtype=torch.float32, offset=1, count=8)
+    with pytest.raises(RuntimeError, match="x: its address"):
+        native.cpu_layer_norm(x, None, None, 1e-5, None)
+    with pytest.raises(RuntimeError, match="weight: its address"):
+        native.cpu_layer_norm(torch.ones(8), x, None, 1e-5, None)
+
+
+def test_philox_sizes() -> None:
+    for rows, columns, first in ((2**40, 2**40, 0), (3, 3, MOST)):
+        with pytest.raises(RuntimeError, match="row"):
+            native.cpu_philox(torch.tensor(1), rows, columns, "elements", first, 0, 0, 0.5)
+
+
+def test_rotary_angles() -> None:
+    query = torch.ones(1, 1, 0, 8)
+    for cos in (torch.tensor(1.0), torch.ones(1, 0, 2**62), torch.ones(1, 0, 5)):
+        with pytest.raises(RuntimeError, match="cos: shape"):
+            native.cpu_rotary(query, query, cos, cos, False)

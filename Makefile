@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify numerics docs clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify models models-transformers test-matrix support numerics docs clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -69,6 +69,23 @@ bench: $(VENV)/.demo bigmodel_kernels/.built
 # BERT, GPT-2 and attention against every way to run them on this CPU: transformers' own, torch.compile, and other runtimes.
 bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels bench bert gpt2 attention --peers --compile --save
+
+# Every family, patched and not, with small random models.
+models: $(VENV)/.demo bigmodel_kernels/.built
+	$(BIN)/bigmodel-kernels models
+
+# The tests of the transformers layer with the oldest and the newest transformers that are supported.
+test-matrix: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/python tools/transformers_matrix.py
+
+# transformers' own tests, with our kernels and without; TRANSFORMERS_SOURCE is a checkout of transformers.
+models-transformers: $(VENV)/.dev bigmodel_kernels/.built
+	$(BIN)/pip install -q parameterized
+	$(BIN)/python tools/transformers_tests.py
+
+# docs/support.md, from what the backends answer; needs neither a GPU nor a compiled library.
+support: $(VENV)/.dev
+	$(BIN)/bigmodel-kernels support --write docs/support.md
 
 verify: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels verify

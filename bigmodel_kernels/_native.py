@@ -9,6 +9,9 @@ import functools
 import mmap
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +47,27 @@ def reason() -> str | None:
     except OSError as error:
         return _warned(f"the CPU extension does not load: {error}")
     return None
+
+
+_pretending: ContextVar[bool] = ContextVar("pretending", default=False)
+
+
+@contextmanager
+def pretend_loaded() -> Iterator[None]:
+    """Both libraries count as built from these sources, and the GPU as a Hopper one, inside the block.
+
+    To ask what they can run, on a machine where they cannot: nothing is loaded.
+    """
+    token = _pretending.set(True)
+    try:
+        yield
+    finally:
+        _pretending.reset(token)
+
+
+def is_pretending() -> bool:
+    """Whether this is inside `pretend_loaded`."""
+    return _pretending.get()
 
 
 def available() -> bool:

@@ -1,4 +1,4 @@
-"""The command `bigmodel-kernels`: doctor, verify, bench, demo, attention-map, finetune and the tasks.
+"""The command `bigmodel-kernels`: doctor, verify, models, bench, demo, attention-map, finetune and the tasks.
 
 Every command takes `--json` for its result as JSON on the standard output, or `--json FILE.json` for a file
 next to the tables.
@@ -30,6 +30,7 @@ from bigmodel_kernels.console import (
     progress,
 )
 from bigmodel_kernels.doctor import BROKEN, DTYPES, LIVE, examine
+from bigmodel_kernels.extras import package
 from bigmodel_kernels.finetune import command as finetune_command
 from bigmodel_kernels.tasks import command as tasks_command
 
@@ -248,6 +249,59 @@ def _verify_table(results: list[dict[str, Any]], detail: bool) -> Table:
             op, dtype, feature[0] if detail else str(len(members)), used, largest, mean, last, style=style
         )
     return table
+
+
+# models
+
+
+@app.command(cls=JsonCommand)
+def models(
+    family: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Default: all.")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Only this check (may be repeated).")] = None,
+    json_to: Json = None,
+) -> None:
+    """Patches a small random model of every family, and compares it with transformers' own, on the CPU.
+
+    Exit code 1 when one fails.
+    """
+    console = console_for(json_to)
+    with errors_of_usage(ValueError):
+        logging = package("transformers", "transformers", "transformers").logging
+        from bigmodel_kernels.models import show, table
+
+        families, checks = table.chosen(family), table.chosen_checks(check)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with progress(console, len(families) * len(checks), "checking") as step:
+        rows = [table.run_family(name, checks, step) for name in families]
+    if json_to != STDOUT:
+        show.show(rows, console)
+    ok = all(row.ok for row in rows)
+    emit({"ok": ok, "families": [row.to_dict() for row in rows]}, json_to, console)
+    if not ok:
+        raise typer.Exit(1)
+
+
+# support
+
+
+@app.command()
+def support(
+    write: Annotated[Path | None, typer.Option(metavar="FILE.md", help="Default: standard output.")] = None,
+) -> None:
+    """Which backend runs which operator, dtype and feature, and what is patched in each model.
+
+    The text of docs/support.md, the same on any machine.
+    """
+    from bigmodel_kernels import support as text
+
+    with errors_of_usage():
+        found = text.markdown()
+    if write is None:
+        typer.echo(found, nl=False)
+        return
+    write.write_text(found, encoding="utf-8")
+    console_for(None).print(f"wrote {write}", markup=False)
 
 
 # bench

@@ -87,7 +87,7 @@ def target_of(tensor: Tensor) -> Target:
 def unsupported(argument: str, tensor: Tensor) -> str | None:
     """Why Triton cannot run on ``tensor``, or None if it can."""
     device = tensor.device.type
-    if device == "cpu" and not INTERPRETED:
+    if device == "cpu" and not INTERPRETED and not is_pretending():
         return f"{argument} is on the CPU, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
     if device not in ("cuda", "cpu"):
         return f"{argument} is on {device}; Triton runs on CUDA and ROCm devices"

@@ -60,6 +60,11 @@ class Verdict:
         return text + f"(limit {self.mean_limit:.3g}){': ' + self.reason if self.reason else ''}"
 
 
+def spread_of_largest(count: int) -> float:
+    """By what factor the largest of so many errors may differ from that of another such set."""
+    return 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
+
+
 def compare(out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward") -> Verdict:
     """Judges `out` by the rule at the top of this file; `kind` is "forward" or "gradient"."""
     if kind not in FACTORS:
@@ -84,8 +89,7 @@ def compare(out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward") -> V
         eager_error.nan_to_num(0.0, 0.0).max().item(),
         eager_error.nan_to_num(0.0, 0.0).mean().item(),
     )
-    largest_spread = 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(exact.numel(), 2))))
-    max_limit = max_factor * largest_spread * eager_max + atol
+    max_limit = max_factor * spread_of_largest(exact.numel()) * eager_max + atol
     spread = 1 + 3 / math.sqrt(exact.numel())
     mean_limit = mean_factor * spread * max(eager_mean, rounding.mean().item())
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN

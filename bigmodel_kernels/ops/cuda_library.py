@@ -19,11 +19,15 @@ def lacking(tensor: Tensor) -> str | None:
     if tensor.dtype not in _DTYPES:
         instead = "; Triton's kernels take it" if tensor.dtype == torch.float32 else ""
         return f"it has no {tensor.dtype}, for its tensor cores take bfloat16 and float16{instead}"
-    if reason := _native.cuda_reason():
+    if not _native.is_pretending() and (reason := _native.cuda_reason()):
         return reason
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if _capability(tensor) < (8, 0):
         return f"{torch.cuda.get_device_name(tensor.device)} is older than sm_80"
     return None
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return (9, 0) if _native.is_pretending() else torch.cuda.get_device_capability(tensor.device)
 
 
 #: Compute capabilities on which the library has been measured to be faster than Triton's kernels.
@@ -32,7 +36,7 @@ _MEASURED = ((9, 0),)
 
 def unmeasured(tensor: Tensor, *args: Any, **options: Any) -> str | None:
     """Why Triton's kernels come before the library's on this device, or None where they do not."""
-    capability = torch.cuda.get_device_capability(tensor.device)
+    capability = _capability(tensor)
     if capability in _MEASURED:
         return None
     return (

@@ -12,7 +12,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unavailable(dtype: torch.dtype) -> str | None:
     """None, or the reason why the compiled library cannot work with tensors of this dtype."""
-    reason = _native.reason()
+    reason = None if _native.is_pretending() else _native.reason()
     if reason is None and dtype not in _DTYPES:
         reason = f"it has no {dtype}"
     return reason
@@ -26,7 +26,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 def lacking(operator: str, dtype: torch.dtype) -> str | None:
     """None, or the reason why the compiled library cannot run this operator of its own."""
     reason = unavailable(dtype)
-    if reason is None and not hasattr(torch.ops.bigmodel, operator):
+    if reason is None and not _native.is_pretending() and not hasattr(torch.ops.bigmodel, operator):
         reason = f"it has no {operator}: it was built from older sources"
     return reason
 

@@ -155,7 +155,7 @@ class _Plan:
 
         now, most = _packed_bytes(self.targets)
         notes = []
-        if not self.targets:
+        if not self.rows:
             notes.append(
                 f"nothing here is of a known family ({', '.join(families.names())}); "
                 "attn_implementation='bigmodel' replaces the attention of any model that calls transformers' "
@@ -179,9 +179,21 @@ def _plan(model: nn.Module, recompute: bool = False, fused_loss: bool = False) -
     plan = _Plan(model, [], [], [], recompute, fused_loss)
     for family in families.loaded():
         _plan_family(plan, family)
+    _rows_for_unfit_families(plan)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     plan.rows.sort(key=lambda row: order[row.name])
     return plan
+
+
+def _rows_for_unfit_families(plan: _Plan) -> None:
+    """A row for each model, in the model, whose family does not fit the installed transformers."""
+    reasons = families.unfit()
+    covered: tuple[str, ...] = ()
+    for name, module in plan.model.named_modules():
+        reason = reasons.get(type(module).__module__)
+        if reason is not None and not (covered and f"{name}.".startswith(covered)):
+            plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=reason))
+            covered = (*covered, f"{name}." if name else "")
 
 
 def _require_module(model: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import datetime
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "transformers"))
-
-from tiny_models import bert_config, build, decoder, gpt2_config, token_ids
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.tiny import (
+    bert_config,
+    build,
+    decoder,
+    gpt2_config,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 
 WORLD = 2

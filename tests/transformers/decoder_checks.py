@@ -6,42 +6,32 @@ from __future__ import annotations
 
 import copy
 import importlib
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    assert_all_near,
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models import checks
+from bigmodel_kernels.models.rule import (
     assert_as_near,
     assert_gradients,
     call,
     eager_of,
     float64_of,
-    gradients_for,
-    inputs_of,
-    left_padding,
-    real_of,
-    right_padding,
-    runs,
-    token_ids,
+    gradients_of,
     without_padding,
 )
-from torch import nn
-from transformers import DynamicCache, StaticCache
-
-import bigmodel_kernels as bk
-
-GENERATION: dict[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "static cache": {"do_sample": False, "cache_implementation": "static"},
-    "no cache": {"do_sample": False, "use_cache": False},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-}
+from bigmodel_kernels.models.tiny import (
+    inputs_of,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 
 
 class Doubled(nn.Linear):
@@ -65,38 +55,21 @@ def name_of_cache(model: Any) -> str:
 
 
 def check_padded_batch(model: Any, padding: Any, **options: Any) -> None:
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
-    inputs = inputs_of(model, padding)
-    with torch.no_grad():
-        outputs = [call(m, inputs, **options).logits[real_of(inputs)] for m in (model, eager)]
-        assert_as_near(*outputs, expected_logits(reference, inputs))
-
-
-def expected_logits(reference: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of real tokens, in float64."""
-    if "decoder_input_ids" in inputs:  # whose attention has no softmax in float32: masks do no harm
-        return call(reference, inputs).logits[real_of(inputs)]
-    return without_padding(reference, inputs["input_ids"], real_of(inputs))
+    alone = not model.config.is_encoder_decoder  # whose attention has no softmax in float32: masks do no harm
+    checks.check_forward(model, inputs_of(model, padding), alone=alone, **options)
 
 
 def check_generation(model: Any, kind: str, padded: tuple[bool, ...], length: int, new: int) -> None:
     """The tokens of eager."""
-    eager = eager_of(model)
-    bk.patch(model)
+    batch = 1 if kind == "prompt lookup" else 3
     for padding in padded:
-        batch = 1 if kind == "prompt lookup" else 3
-        if model.main_input_name == "input_ids":
+        given = inputs_of(model, batch=batch)
+        given.pop("decoder_input_ids", None)
+        if "input_ids" in given:
             ids = token_ids(batch, length)
             mask = left_padding(batch, length) if padding else torch.ones_like(ids)
             given = {"input_ids": ids, "attention_mask": mask}
-        else:
-            given = {model.main_input_name: inputs_of(model, batch=batch)[model.main_input_name]}
-        made = []
-        for network in (model, eager):
-            torch.manual_seed(5)
-            made.append(network.generate(**given, max_new_tokens=new, pad_token_id=0, **GENERATION[kind]))
-        assert torch.equal(*made)
+        checks.check_generation(model, given, kind, new)
 
 
 def in_parts(
@@ -129,13 +102,8 @@ def check_in_parts(model: Any, made_from: str, stops: tuple[int, ...]) -> None:
 
 
 def check_states_and_attentions(model: Any, attentions: bool) -> None:
-    options = {"output_hidden_states": True, **({"output_attentions": True} if attentions else {})}
     torch.manual_seed(1)
-    mask = right_padding()
-    outputs = runs(model, input_ids=token_ids(), attention_mask=mask, use_cache=False, **options)
-    assert "hidden_states.2" in outputs[0]
-    assert ("attentions.1" in outputs[0]) == attentions
-    assert_all_near(outputs, mask.bool())
+    checks.check_outputs(model, inputs_of(model, right_padding), attentions, use_cache=False)
 
 
 def check_autocast(model: Any) -> None:
@@ -159,11 +127,7 @@ def check_autocast(model: Any) -> None:
 
 
 def check_gradients(model: Any, training: bool = True, **options: Any) -> None:
-    model.train(training)
-    models = (model, eager_of(model).train(training), float64_of(model).train(training))
-    bk.patch(model, **options)
-    inputs = inputs_of(model)
-    assert_gradients(*(gradients_for(m, inputs) for m in models))
+    checks.check_gradients(model, inputs_of(model), training, **options)
 
 
 def check_gradients_under_autocast(model: Any) -> None:
@@ -171,8 +135,8 @@ def check_gradients_under_autocast(model: Any) -> None:
     bk.patch(model)
     inputs = inputs_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, eager = (gradients_for(m, inputs) for m in models[:2])
-    assert_gradients(ours, eager, gradients_for(models[2], inputs), torch.bfloat16)
+        ours, eager = (gradients_of(m, inputs) for m in models[:2])
+    assert_gradients(ours, eager, gradients_of(models[2], inputs), torch.bfloat16)
 
 
 def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
@@ -182,7 +146,7 @@ def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:
     if reentrant:
         model.enable_input_require_grads()
     inputs = inputs_of(model)
-    assert_gradients(*(gradients_for(m, inputs) for m in models))
+    assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
 def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
@@ -198,7 +162,7 @@ def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     assert any(note in row.reason for row in report.patched)
     inputs = inputs_of(model)
     models = (adapted, reference, copy.deepcopy(reference).double())
-    assert_gradients(*(gradients_for(m, inputs) for m in models))
+    assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
 def check_fused_loss(model: Any, fused: bool = True) -> Any:
@@ -262,14 +226,9 @@ def check_dropout(model: Any, layer_of: Callable[[Any], Any]) -> None:
 
 
 def check_compiled(model: Any, padded: bool) -> None:
-    eager, reference = eager_of(model), float64_of(model)
-    bk.patch(model)
     inputs = inputs_of(model, left_padding if padded else None)
-    where = real_of(inputs)
-    with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, use_cache=False)
-        expected = call(eager, inputs).logits[where]
-        assert_as_near(out.logits[where], expected, expected_logits(reference, inputs))
+    alone = padded and not model.config.is_encoder_decoder
+    checks.check_forward(model, inputs, alone=alone, compiled=True, use_cache=False)
 
 
 def check_compiled_decoding(model: Any) -> None:
@@ -296,28 +255,12 @@ def check_compiled_decoding(model: Any) -> None:
 # patching
 
 
-def check_unpatching_pickle_deepcopy_and_saving(
-    model: Any, tmp_path: Path, first_layer: Callable[[Any], Any]
-) -> None:
+def check_unpatching_pickle_deepcopy_and_saving(model: Any, tmp_path: Path) -> None:
     inputs = inputs_of(model, left_padding)
-    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(**inputs).logits
-        bk.patch(model)
-        out = model(**inputs).logits
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(**inputs).logits, out)
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path)
-        assert type(first_layer(loaded)).__module__.startswith("transformers.")
-        again = bk.patch(model)
-        assert not [row for row in again.rows if row.status == "patched"]
-    assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
-    assert bk.unpatch(model) > 0
-    assert [type(m) for m in model.modules()] == classes
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, before)
+    checks.check_unpatching(model, inputs)
+    checks.check_copies(model, inputs)
+    bk.unpatch(model)
+    checks.check_saving(model, inputs, tmp_path)
 
 
 def check_names_of_family(prefix: str, name: str) -> None:

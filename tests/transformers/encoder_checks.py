@@ -8,37 +8,20 @@ from typing import Any
 import pytest
 import torch
 from decoder_checks import Doubled
-from tiny_models import assert_all_near, assert_gradients, eager_of, float64_of, tensors_of
 
 import bigmodel_kernels as bk
-
-
-def gradients_of(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Of the sum of squares of what the model gives."""
-    model.zero_grad()
-    made = tensors_of(model(**_of_its_type(model, inputs))).values()
-    torch.stack([t.double().square().mean() for t in made]).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_gradients,
+    converted,
+    gradients_of,
+    tensors_of,
+)
 
 
 def outputs_of(models: tuple[Any, ...], inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     with torch.no_grad():
-        return [tensors_of(m(**_of_its_type(m, inputs))) for m in models]
-
-
-def _of_its_type(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs in float64 for a model in float64."""
-    double = next(model.parameters()).dtype == torch.float64
-    return {
-        name: value.double() if double and torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
-def check_gradients(model: Any, inputs: dict[str, Any]) -> None:
-    models = (model.train(), eager_of(model), float64_of(model).train())
-    bk.patch(model)
-    _assert_gradients(models, inputs)
+        return [tensors_of(m(**converted(inputs, m.dtype))) for m in models]
 
 
 def check_lora(model: Any, targets: list[str], inputs: dict[str, Any]) -> None:
@@ -49,10 +32,7 @@ def check_lora(model: Any, targets: list[str], inputs: dict[str, Any]) -> None:
     expected = copy.deepcopy(adapted)
     report = bk.patch(adapted)
     assert any("LoRA" in row.reason for row in report.patched)
-    _assert_gradients((adapted, expected, copy.deepcopy(expected).double()), inputs)
-
-
-def _assert_gradients(models: tuple[Any, Any, Any], inputs: dict[str, Any]) -> None:
+    models = (adapted, expected, copy.deepcopy(expected).double())
     assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 

@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import (
-    assert_as_near,
-    left_padding,
-    randomize,
-    right_padding,
-    tensors_of,
-    token_ids,
-    without_padding,
-)
 from torch import nn
 from transformers import masking_utils
 
 import bigmodel_kernels.transformers as bt
+from bigmodel_kernels.models.rule import assert_as_near, tensors_of, without_padding
+from bigmodel_kernels.models.tiny import (
+    left_padding,
+    randomize,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import attention_interface
 from bigmodel_kernels.transformers.attention_interface import attention_forward, attention_mask
 

@@ -8,21 +8,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import (
+from transformers import BertModel, GPT2LMHeadModel
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import assert_as_near, eager_of, float64_of
+from bigmodel_kernels.models.tiny import (
     SIZES,
-    assert_as_near,
     bert_config,
     build,
-    eager_of,
-    float64_of,
     gpt2_config,
     left_padding,
     right_padding,
     token_ids,
 )
-from transformers import BertModel, GPT2LMHeadModel
-
-import bigmodel_kernels as bk
 from bigmodel_kernels.ops import attention_maps as op
 
 LLAMA = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -7,22 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    VOCABULARY,
-    assert_all_near,
-    assert_as_near,
-    assert_gradients,
-    bert_config,
-    build,
-    eager_of,
-    float64_of,
-    gradients,
-    left_padding,
-    right_padding,
-    runs,
-    tensors_of,
-    token_ids,
-)
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -39,6 +23,24 @@ from transformers import (
 )
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_as_near,
+    assert_gradients,
+    eager_of,
+    float64_of,
+    gradients,
+    runs,
+    tensors_of,
+)
+from bigmodel_kernels.models.tiny import (
+    VOCABULARY,
+    bert_config,
+    build,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 from bigmodel_kernels.transformers.families import bert as family
 

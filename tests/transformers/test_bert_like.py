@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from encoder_checks import IN_THE_WAY, check_lora, check_what_stands_in_the_way
-from tiny_models import (
-    SIZES,
-    VOCABULARY,
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models import checks
+from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
-    build,
     eager_of,
     float64_of,
     gradients,
+    runs,
+)
+from bigmodel_kernels.models.tiny import (
+    BERT_LIKE,
+    PAD,
+    VOCABULARY,
+    bert_like,
+    family_of,
+    inputs_of,
     left_padding,
     right_padding,
-    runs,
     token_ids,
 )
-
-import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import blocks
 
-#: Prefix of the class names, module, and what the config of the model has beside the common sizes.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Roberta": ("roberta", {"type_vocab_size": 2}),
-    "XLMRoberta": ("xlm_roberta", {"type_vocab_size": 1}),
-    "Camembert": ("camembert", {"type_vocab_size": 1}),
-    "Electra": ("electra", {"embedding_size": 32}),
-    "DistilBert": ("distilbert", {}),
-    # Four layers with the weights of two.
-    "Albert": (
-        "albert",
-        {"embedding_size": 32, "num_hidden_layers": 4, "num_hidden_groups": 2, "type_vocab_size": 2},
-    ),
-    "MPNet": ("mpnet", {"attn_implementation": "eager"}),  # it has no other
-}
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert"]
-#: What DistilBERT calls the options of the others.
-RENAMED = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "hidden_dim",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-}
 PATCHED = ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput")))
 #: Names of patched classes of models whose modules are not those of `PATCHED`.
 OTHERS: dict[str, tuple[str, ...]] = {
@@ -78,19 +58,6 @@ PLACES = {
     "Albert": ("encoder.albert_layer_groups.1.albert_layers.0", "attention", "query", "ffn"),
     "MPNet": ("encoder.layer.1", "attention.attn", "q", "intermediate.dense"),
 }
-PAD = 1
-
-
-def model_of(prefix: str, head: str = "Model", **changes: Any) -> Any:
-    options = {
-        **SIZES,
-        "pad_token_id": PAD,
-        **FAMILIES[prefix][1],
-        **changes,
-    }
-    if prefix == "DistilBert":
-        options = {RENAMED.get(name, name): value for name, value in options.items()}
-    return build(getattr(transformers, prefix + head), getattr(transformers, prefix + "Config")(**options))
 
 
 def ids_of(mask: torch.Tensor | None) -> torch.Tensor:
@@ -101,9 +68,9 @@ def ids_of(mask: torch.Tensor | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_every_head(prefix: str, head: str, padded: bool) -> None:
-    model = model_of(prefix, head, num_labels=2)
+    model = bert_like(prefix, head, num_labels=2)
     mask = right_padding() if padded else None
     labels = {name: torch.randint(0, 2, shape) for name, shape in HEADS[head].items()}
     if padded and "labels" in labels and labels["labels"].dim() == 2:
@@ -116,7 +83,7 @@ def test_every_head(prefix: str, head: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("summary", ["first", "last", "mean"])
 def test_a_summary_of_all_positions(summary: str) -> None:
-    model = model_of("Electra", "ForMultipleChoice", summary_type=summary)
+    model = bert_like("Electra", "ForMultipleChoice", summary_type=summary)
     mask = torch.cat([right_padding(), right_padding()]).view(2, 3, 17)
     ids = torch.randint(3, VOCABULARY, (2, 3, 17)).masked_fill(mask == 0, PAD)
     assert_all_near(runs(model, input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2])))
@@ -124,13 +91,13 @@ def test_a_summary_of_all_positions(summary: str) -> None:
 
 def test_the_discriminator_of_electra() -> None:
     mask = right_padding()
-    outputs = runs(model_of("Electra", "ForPreTraining"), input_ids=ids_of(mask), attention_mask=mask)
+    outputs = runs(bert_like("Electra", "ForPreTraining"), input_ids=ids_of(mask), attention_mask=mask)
     assert_all_near(outputs, mask.bool())
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> None:
-    model = model_of(prefix, "ForMaskedLM")
+    model = bert_like(prefix, "ForMaskedLM")
     report = bk.patch(model)
     left = {row.name for row in report.rows if row.status == "left alone"}
     heads = {
@@ -144,11 +111,11 @@ def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> No
         patched.remove(name)
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_padding_is_taken_out_where_attention_needs_no_bias(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, mask, shapes = model_of(prefix), right_padding(), []
+    model, mask, shapes = bert_like(prefix), right_padding(), []
     run = blocks.post_norm_layer
     monkeypatch.setattr(
         blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args)
@@ -160,16 +127,16 @@ def test_padding_is_taken_out_where_attention_needs_no_bias(
     assert shapes == [(*rows, 48)] * model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_padding_on_the_left(prefix: str) -> None:
     mask = left_padding()
-    outputs = runs(model_of(prefix), input_ids=ids_of(mask), attention_mask=mask)
+    outputs = runs(bert_like(prefix), input_ids=ids_of(mask), attention_mask=mask)
     assert_all_near(outputs, mask.bool())
 
 
 @pytest.mark.parametrize("prefix", ROBERTAS)
 def test_positions_count_real_tokens_wherever_padding_is(prefix: str) -> None:
-    model = model_of(prefix)
+    model = bert_like(prefix)
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     ids = token_ids()
@@ -183,10 +150,10 @@ def test_positions_count_real_tokens_wherever_padding_is(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_gradients(prefix: str, padded: bool) -> None:
     """Those of the table of positions too, whose row for padding gets none."""
-    model = model_of(prefix, "ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = bert_like(prefix, "ForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model.train()
     eager, reference = eager_of(model), float64_of(model).train()
     bk.patch(model)
@@ -198,38 +165,23 @@ def test_gradients(prefix: str, padded: bool) -> None:
     assert ours[name].abs().sum() > 0
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_unpatching_pickle_and_deepcopy(prefix: str) -> None:
-    model = model_of(prefix, "ForMaskedLM")
-    mask = right_padding()
-    ids = ids_of(mask)
-    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
-        bk.patch(model)
-        out = model(ids, attention_mask=mask).logits
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other(ids, attention_mask=mask).logits, out)
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert bk.unpatch(model) > 0
-    assert [type(m) for m in model.modules()] == classes
-    with torch.no_grad():
-        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    model = bert_like(prefix, "ForMaskedLM")
+    inputs = inputs_of(model, right_padding)
+    checks.check_unpatching(model, inputs)
+    checks.check_copies(model, inputs)
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_compile_fullgraph(prefix: str) -> None:
-    model, mask = model_of(prefix, "ForMaskedLM"), right_padding()
-    eager, reference, ids = eager_of(model), float64_of(model), ids_of(mask)
-    bk.patch(model)
-    with torch.no_grad():
-        out = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask).logits
-        assert_as_near(out, *(m(ids, attention_mask=mask).logits for m in (eager, reference)))
+    model = bert_like(prefix, "ForMaskedLM")
+    checks.check_forward(model, inputs_of(model, right_padding), compiled=True)
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_attentions_and_hidden_states(prefix: str) -> None:
-    model, mask = model_of(prefix), right_padding()
+    model, mask = bert_like(prefix), right_padding()
     eager, reference, ids = eager_of(model), float64_of(model), ids_of(mask)
     bk.patch(model)
     wanted: dict[str, Any] = {"output_attentions": True, "output_hidden_states": True}
@@ -248,7 +200,7 @@ def test_attentions_and_hidden_states(prefix: str) -> None:
 @pytest.mark.parametrize("prefix", PLACES)
 def test_bfloat16(prefix: str) -> None:
     mask = right_padding()
-    outputs = runs(model_of(prefix).bfloat16(), input_ids=ids_of(mask), attention_mask=mask)
+    outputs = runs(bert_like(prefix).bfloat16(), input_ids=ids_of(mask), attention_mask=mask)
     assert_all_near(outputs, mask.bool())
 
 
@@ -259,13 +211,13 @@ def test_what_stands_in_the_way_is_heard(prefix: str, what: str, after: bool) ->
     """At padding too, which stays in where a layer cannot be fused."""
     mask = right_padding()
     inputs = {"input_ids": ids_of(mask), "attention_mask": mask}
-    check_what_stands_in_the_way(model_of(prefix), *PLACES[prefix], what, after, inputs)
+    check_what_stands_in_the_way(bert_like(prefix), *PLACES[prefix], what, after, inputs)
 
 
 @pytest.mark.parametrize("prefix", PLACES)
 def test_lora(prefix: str) -> None:
     *_, projection, first = PLACES[prefix]
-    model = model_of(
+    model = bert_like(
         prefix, "ForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     mask = right_padding()
@@ -273,14 +225,14 @@ def test_lora(prefix: str) -> None:
 
 
 def test_groups_of_albert_with_several_layers() -> None:
-    model = model_of("Albert", inner_group_num=2, num_hidden_layers=3, num_hidden_groups=3)
+    model = bert_like("Albert", inner_group_num=2, num_hidden_layers=3, num_hidden_groups=3)
     mask = right_padding()
     assert_all_near(runs(model, input_ids=ids_of(mask), attention_mask=mask), mask.bool())
 
 
 @pytest.mark.parametrize("prefix", ["Roberta", "Electra"])
 def test_a_decoder_generates_what_eager_does(prefix: str) -> None:
-    model = model_of(prefix, "ForCausalLM", is_decoder=True)
+    model = bert_like(prefix, "ForCausalLM", is_decoder=True)
     eager, ids = eager_of(model), token_ids(2, 9)
     report = bk.patch(model)
     assert any("is_decoder" in row.reason for row in report.rows)
@@ -288,9 +240,9 @@ def test_a_decoder_generates_what_eager_does(prefix: str) -> None:
     assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_a_family_names_only_its_own_classes(prefix: str) -> None:
-    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{FAMILIES[prefix][0]}")
+    family = importlib.import_module(f"bigmodel_kernels.transformers.families.{family_of(prefix)}")
     check: Callable[[type], bool] = lambda cls: cls.__name__.startswith(prefix)  # noqa: E731
     for rule in (*family.FAMILY.rules, *(r for r in family.FAMILY.children if r.parent is not None)):
         assert issubclass(rule.patched, rule.original)

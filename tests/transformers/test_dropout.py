@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import bert_config, build, eager_of, gpt2_config, right_padding, token_ids
 from transformers import BertForMaskedLM, BertModel, GPT2LMHeadModel, GPT2Model
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import eager_of
+from bigmodel_kernels.models.tiny import (
+    bert_config,
+    build,
+    gpt2_config,
+    right_padding,
+    token_ids,
+)
 
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -15,79 +15,34 @@ import torch
 import transformers
 from encoder_checks import (
     IN_THE_WAY,
-    check_gradients,
     check_lora,
     check_what_stands_in_the_way,
-    gradients_of,
     outputs_of,
-)
-from tiny_models import (
-    SIZES,
-    VOCABULARY,
-    assert_all_near,
-    assert_as_near,
-    build,
-    eager_of,
-    float64_of,
-    left_padding,
-    right_padding,
-    runs,
-    tensors_of,
-    token_ids,
 )
 from torch import nn
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models import checks
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_as_near,
+    eager_of,
+    float64_of,
+    gradients_of,
+    runs,
+    tensors_of,
+)
+from bigmodel_kernels.models.tiny import (
+    ENCODERS,
+    VOCABULARY,
+    encoder,
+    family_of,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import attention_interface, blocks
 
-_LAYERS = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 72,
-}
-_IMAGES = {**_LAYERS, "image_size": 12, "patch_size": 4}
-_TEXTS = {
-    **_LAYERS,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": VOCABULARY - 1,
-}
-#: The module of each, the class that is tested, and its config.
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ViT": ("vit", "ForImageClassification", _IMAGES),
-    "DeiT": ("deit", "ForImageClassification", _IMAGES),
-    "CLIP": ("clip", "Model", {"text_config": _TEXTS, "vision_config": _IMAGES, "projection_dim": 32}),
-    "Siglip": ("siglip", "Model", {"text_config": _TEXTS, "vision_config": _IMAGES}),
-    "ModernBert": (
-        "modernbert",
-        "ForMaskedLM",
-        {
-            **_TEXTS,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "num_hidden_layers": 3,
-            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-            "local_attention": 8,
-        },
-    ),
-    "DebertaV2": (
-        "deberta_v2",
-        "ForMaskedLM",
-        {
-            **{name: value for name, value in SIZES.items() if name != "attn_implementation"},
-            "relative_attention": True,
-            "pos_att_type": ["c2p", "p2c"],
-            "position_buckets": 8,
-            "share_att_key": True,
-            "norm_rel_ebd": "layer_norm",
-            "position_biased_input": False,
-            "type_vocab_size": 0,
-        },
-    ),
-}
 TEXTS = ["ModernBert", "DebertaV2"]
 IMAGES = ["ViT", "DeiT", "CLIP", "Siglip"]
 #: Where a layer is, and in it attention, a projection of it, and one of the feed-forward.
@@ -140,16 +95,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def model_of(prefix: str, head: str = "", **changes: Any) -> Any:
-    """One of `FAMILIES`; the changes of a model with two encoders are those of both."""
-    _, usual, options = FAMILIES[prefix]
-    if "text_config" in options:
-        parts = {name: {**options[name], **changes} for name in ("text_config", "vision_config")}
-        options, changes = {**options, **parts}, {}
-    config = getattr(transformers, prefix + "Config")(**{**options, **changes})
-    return build(getattr(transformers, prefix + (head or usual)), config)
-
-
 def inputs_of(prefix: str, mask: torch.Tensor | None = None) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if prefix in IMAGES:
@@ -164,12 +109,12 @@ def inputs_of(prefix: str, mask: torch.Tensor | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_outputs(prefix: str, dtype: torch.dtype) -> None:
     inputs = inputs_of(prefix)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    assert_all_near(runs(model_of(prefix).to(dtype), **inputs))
+    assert_all_near(runs(encoder(prefix).to(dtype), **inputs))
 
 
 @pytest.mark.parametrize(
@@ -184,19 +129,19 @@ def test_outputs(prefix: str, dtype: torch.dtype) -> None:
 )
 def test_padded_batches(prefix: str, padding: Any) -> None:
     """DeBERTa's states at padding too: question answering looks at them."""
-    assert_all_near(runs(model_of(prefix), **inputs_of(prefix, padding())))
+    assert_all_near(runs(encoder(prefix), **inputs_of(prefix, padding())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", [right_padding, left_padding])
 def test_padded_batches_in_windows(padding: Any, dtype: torch.dtype) -> None:
-    decoder_checks.check_padded_batch(model_of("ModernBert").to(dtype), padding())
+    decoder_checks.check_padded_batch(encoder("ModernBert").to(dtype), padding)
 
 
 @pytest.mark.parametrize(("prefix", "changes"), VARIANTS)
 def test_variants(prefix: str, changes: dict[str, Any]) -> None:
     mask = right_padding() if prefix == "DebertaV2" else None
-    assert_all_near(runs(model_of(prefix, **changes), **inputs_of(prefix, mask)))
+    assert_all_near(runs(encoder(prefix, **changes), **inputs_of(prefix, mask)))
 
 
 @pytest.mark.parametrize(
@@ -216,14 +161,14 @@ def test_other_heads(prefix: str, head: str, labels: tuple[int, ...] | None) -> 
     inputs = inputs_of(prefix)
     if labels is not None:
         inputs["labels"] = torch.randint(0, 2, labels)
-    assert_all_near(runs(model_of(prefix, head), **inputs))
+    assert_all_near(runs(encoder(prefix, head), **inputs))
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_every_layer_is_fused_and_the_report_accounts_for_all(
     prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calls = model_of(prefix), []
+    model, calls = encoder(prefix), []
     report = bk.patch(model)
     named = {name for name, _ in model.named_modules()}
     assert {row.name for row in report.rows} <= named
@@ -237,7 +182,7 @@ def test_every_layer_is_fused_and_the_report_accounts_for_all(
 
 
 def test_the_text_encoder_of_clip_is_causal() -> None:
-    model = model_of("CLIP").text_model
+    model = encoder("CLIP").text_model
     bk.patch(model)
     ids = token_ids()
     other = ids.clone()
@@ -248,19 +193,19 @@ def test_the_text_encoder_of_clip_is_causal() -> None:
     assert (a[:, 9:] - b[:, 9:]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_states_and_attentions(prefix: str) -> None:
     head = {"CLIP": "VisionModel", "Siglip": "VisionModel"}.get(prefix, "")
-    model = model_of(prefix) if not head else model_of(prefix).vision_model
+    model = encoder(prefix) if not head else encoder(prefix).vision_model
     inputs = inputs_of("ViT" if head else prefix)
     outputs = runs(model, **inputs, output_hidden_states=True, output_attentions=True)
     assert {"hidden_states.2", "attentions.1"} <= outputs[0].keys()
     assert_all_near(outputs)
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_autocast(prefix: str) -> None:
-    model, inputs = model_of(prefix), inputs_of(prefix)
+    model, inputs = encoder(prefix), inputs_of(prefix)
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -270,7 +215,7 @@ def test_autocast(prefix: str) -> None:
 
 def test_windows_to_both_sides_ride_on_masks_of_two_dimensions() -> None:
     """The mask of a window, and the attention that it gives, against the dense mask of sdpa."""
-    config = model_of("ModernBert").config
+    config = encoder("ModernBert").config
     states, tokens = torch.randn(3, 17, 48), right_padding()
     query, key, value = torch.randn(3, 3, 4, 17, 12)
     module = nn.Module()
@@ -301,27 +246,27 @@ def test_windows_to_both_sides_ride_on_masks_of_two_dimensions() -> None:
 # gradients, and the graph
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_gradients(prefix: str) -> None:
     inputs = inputs_of(prefix, right_padding() if prefix == "DebertaV2" else None)
-    check_gradients(model_of(prefix, **NO_DROPOUT[prefix]), inputs)
+    checks.check_gradients(encoder(prefix, **NO_DROPOUT[prefix]), inputs)
 
 
 @pytest.mark.parametrize("prefix", TEXTS)
 def test_gradients_with_the_hidden_layer_made_again(prefix: str) -> None:
-    decoder_checks.check_gradients(model_of(prefix, **NO_DROPOUT[prefix]), recompute=True)
+    decoder_checks.check_gradients(encoder(prefix, **NO_DROPOUT[prefix]), recompute=True)
 
 
 @pytest.mark.parametrize(
     ("prefix", "reentrant"),
     [
-        *((prefix, False) for prefix in FAMILIES),
+        *((prefix, False) for prefix in ENCODERS),
         # Not DeBERTa: its layers share the graph of the relative positions, and eager fails.
-        *((prefix, True) for prefix in FAMILIES if prefix != "DebertaV2"),
+        *((prefix, True) for prefix in ENCODERS if prefix != "DebertaV2"),
     ],
 )
 def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
-    model, inputs = model_of(prefix, **NO_DROPOUT[prefix]).train(), inputs_of(prefix)
+    model, inputs = encoder(prefix, **NO_DROPOUT[prefix]).train(), inputs_of(prefix)
     bk.patch(model)
     expected = gradients_of(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -334,10 +279,10 @@ def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
         torch.testing.assert_close(gradient, expected[name])
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_dropout(prefix: str) -> None:
     """Drawn from torch's generator, and in training only."""
-    model, inputs = model_of(prefix, **DROPOUT[prefix]), inputs_of(prefix)
+    model, inputs = encoder(prefix, **DROPOUT[prefix]), inputs_of(prefix)
     assert_all_near(runs(model, **inputs))
     model.train()
     outputs = []
@@ -351,7 +296,7 @@ def test_dropout(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", IMAGES)
 def test_compile_fullgraph_of_images(prefix: str) -> None:
-    model, inputs = model_of(prefix), inputs_of(prefix)
+    model, inputs = encoder(prefix), inputs_of(prefix)
     model = getattr(model, "vision_model", model)
     inputs = {"pixel_values": inputs["pixel_values"]}
     eager, reference = eager_of(model), float64_of(model)
@@ -362,7 +307,7 @@ def test_compile_fullgraph_of_images(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["CLIP", "Siglip"])
 def test_compile_fullgraph_of_texts_next_to_images(prefix: str) -> None:
-    model = model_of(prefix).text_model
+    model = encoder(prefix).text_model
     inputs = {"input_ids": token_ids(), "attention_mask": right_padding()}
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
@@ -372,12 +317,12 @@ def test_compile_fullgraph_of_texts_next_to_images(prefix: str) -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_compile_fullgraph_of_windows(padded: bool) -> None:
-    decoder_checks.check_compiled(model_of("ModernBert"), padded)
+    decoder_checks.check_compiled(encoder("ModernBert"), padded)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_compile_fullgraph_of_disentangled_attention(padded: bool) -> None:
-    model, ids, mask = model_of("DebertaV2"), token_ids(), right_padding() if padded else None
+    model, ids, mask = encoder("DebertaV2"), token_ids(), right_padding() if padded else None
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -389,9 +334,9 @@ def test_compile_fullgraph_of_disentangled_attention(padded: bool) -> None:
 # patching
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_unpatching_pickle_and_deepcopy(prefix: str) -> None:
-    model, inputs = model_of(prefix), inputs_of(prefix)
+    model, inputs = encoder(prefix), inputs_of(prefix)
     classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         before = tensors_of(model(**inputs))
@@ -412,21 +357,21 @@ def test_unpatching_pickle_and_deepcopy(prefix: str) -> None:
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("what", IN_THE_WAY)
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_what_stands_in_the_way_is_heard(prefix: str, what: str, after: bool) -> None:
     places = (LAYER[prefix], ATTENTION[prefix], PROJECTION[prefix], FIRST[prefix])
-    check_what_stands_in_the_way(model_of(prefix), *places, what, after, inputs_of(prefix))
+    check_what_stands_in_the_way(encoder(prefix), *places, what, after, inputs_of(prefix))
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_lora(prefix: str) -> None:
     targets = [PROJECTION[prefix], FIRST[prefix].removeprefix("mlp.")]
-    check_lora(model_of(prefix, **NO_DROPOUT[prefix]), targets, inputs_of(prefix))
+    check_lora(encoder(prefix, **NO_DROPOUT[prefix]), targets, inputs_of(prefix))
 
 
-@pytest.mark.parametrize("prefix", FAMILIES)
+@pytest.mark.parametrize("prefix", ENCODERS)
 def test_a_family_names_only_classes_of_its_own_file(prefix: str) -> None:
-    name = FAMILIES[prefix][0]
+    name = family_of(prefix)
     family = importlib.import_module(f"bigmodel_kernels.transformers.families.{name}")
     for rule in family.FAMILY.rules:
         assert rule.original.__module__ == f"transformers.models.{name}.modeling_{name}"
@@ -436,22 +381,22 @@ def test_a_family_names_only_classes_of_its_own_file(prefix: str) -> None:
 
 def test_query_states_of_deberta_take_its_own_code() -> None:
     """Of an enhanced mask decoder, which no checkpoint's config asks for."""
-    model = model_of("DebertaV2")
+    model = encoder("DebertaV2")
     eager = eager_of(model)
     bk.patch(model)
     states, queries = torch.randn(2, 3, 17, 48)
     outputs = []
     for network in (model, eager):
-        encoder = network.deberta.encoder
-        mask = encoder.get_attention_mask(right_padding())
+        layers = network.deberta.encoder
+        mask = layers.get_attention_mask(right_padding())
         with torch.no_grad():
             outputs.append(
-                encoder.layer[0](
+                layers.layer[0](
                     states,
                     mask,
                     query_states=queries,
-                    relative_pos=encoder.get_rel_pos(states),
-                    rel_embeddings=encoder.get_rel_embedding(),
+                    relative_pos=layers.get_rel_pos(states),
+                    rel_embeddings=layers.get_rel_embedding(),
                 )[0]
             )
     torch.testing.assert_close(*outputs)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from test_training import MODELS, assert_steps_agree, batch, loss_and_gradients
-from tiny_models import VOCABULARY, eager_of, float64_of
 from torch import nn
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import eager_of, float64_of
+from bigmodel_kernels.models.tiny import VOCABULARY
 
 KINDS = ["masked lm", "gpt2"]
 

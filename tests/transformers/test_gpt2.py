@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from decoder_checks import (
-    GENERATION,
     check_autocast,
     check_compiled,
     check_compiled_decoding,
@@ -16,18 +15,6 @@ from decoder_checks import (
     check_gradients,
     check_in_parts,
     check_padded_batch,
-)
-from tiny_models import (
-    assert_all_near,
-    assert_as_near,
-    build,
-    eager_of,
-    float64_of,
-    gpt2_config,
-    left_padding,
-    right_padding,
-    runs,
-    token_ids,
 )
 from transformers import (
     GPT2DoubleHeadsModel,
@@ -39,6 +26,21 @@ from transformers import (
 )
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.checks import GENERATION
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_as_near,
+    eager_of,
+    float64_of,
+    runs,
+)
+from bigmodel_kernels.models.tiny import (
+    build,
+    gpt2_config,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from decoder_checks import (
-    GENERATION,
     Doubled,
     check_autocast,
     check_compiled,
@@ -30,21 +29,24 @@ from decoder_checks import (
     check_unpatching_pickle_deepcopy_and_saving,
     logits_of,
 )
-from tiny_models import (
-    DECODERS,
-    assert_all_near,
-    assert_as_near,
-    build,
-    decoder,
-    eager_of,
-    float64_of,
-    left_padding,
-    right_padding,
-    runs,
-    token_ids,
-)
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.checks import GENERATION
+from bigmodel_kernels.models.rule import (
+    assert_all_near,
+    assert_as_near,
+    eager_of,
+    float64_of,
+    runs,
+)
+from bigmodel_kernels.models.tiny import (
+    DECODERS,
+    build,
+    decoder,
+    left_padding,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 
 #: Those whose layers differ most from each other, for what takes long.
@@ -305,7 +307,7 @@ def test_compile_fullgraph_of_decoding_with_a_static_cache() -> None:
 
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
-    check_unpatching_pickle_deepcopy_and_saving(decoder(prefix), tmp_path, lambda m: m.model.layers[0])
+    check_unpatching_pickle_deepcopy_and_saving(decoder(prefix), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", DECODERS)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import bert_config, build, gpt2_config, right_padding, token_ids
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -26,6 +25,13 @@ from transformers.models.bert import modeling_bert
 from transformers.pytorch_utils import Conv1D
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.tiny import (
+    bert_config,
+    build,
+    gpt2_config,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import config_view, patching
 
 MODELS: dict[str, Callable[[], Any]] = {

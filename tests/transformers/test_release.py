@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import bert_config, build, decoder, gpt2_config, token_ids
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
+from bigmodel_kernels.models.tiny import (
+    bert_config,
+    build,
+    decoder,
+    gpt2_config,
+    token_ids,
+)
 from bigmodel_kernels.ops.linear import native
 from bigmodel_kernels.ops.native_library import unavailable
 from bigmodel_kernels.ops.packed_weight import PackedWeight

@@ -26,27 +26,29 @@ from decoder_checks import (
     logits_of,
     name_of_cache,
 )
-from tiny_models import (
-    SEQ2SEQ,
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.modeling_outputs import BaseModelOutput
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_as_near,
     assert_gradients,
     call,
     eager_of,
     float64_of,
-    gradients_for,
+    gradients_of,
+    real_of,
+    runs,
+)
+from bigmodel_kernels.models.tiny import (
+    SEQ2SEQ,
     inputs_of,
     left_padding,
-    real_of,
     right_padding,
-    runs,
     seq2seq,
     token_ids,
 )
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.modeling_outputs import BaseModelOutput
-
-import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import attention_interface, blocks
 
 T5_LIKE = ("T5", "MT5", "UMT5")
@@ -313,7 +315,7 @@ def test_gradients_of_padded_batches(prefix: str) -> None:
     models = (model, eager_of(model), float64_of(model).train())
     bk.patch(model)
     inputs = inputs_of(model, left_padding)
-    assert_gradients(*(gradients_for(m, inputs) for m in models))
+    assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
 @pytest.mark.parametrize("prefix", KINDS)
@@ -352,7 +354,7 @@ def test_hidden_layers_with_dropout_that_are_made_again(prefix: str) -> None:
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, widths=widths: widths.append((1, *t.shape)[-1]) or t, lambda t: t
         ):
-            made.append(gradients_for(model, inputs))
+            made.append(gradients_of(model, inputs))
         kept.append(widths.count(72))
     assert all(torch.equal(made[0][name], gradient) for name, gradient in made[1].items())
     assert kept[0] > 0 and kept[1] == 0
@@ -408,7 +410,7 @@ def test_compiled_decoding(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", SEQ2SEQ)
 def test_unpatching_pickle_deepcopy_and_saving(prefix: str, tmp_path: Path) -> None:
-    check_unpatching_pickle_deepcopy_and_saving(seq2seq(prefix), tmp_path, layer_of)
+    check_unpatching_pickle_deepcopy_and_saving(seq2seq(prefix), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", SEQ2SEQ)

@@ -13,18 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import (
-    VOCABULARY,
-    assert_as_near,
-    assert_gradients,
-    bert_config,
-    build,
-    eager_of,
-    float64_of,
-    gpt2_config,
-    right_padding,
-    token_ids,
-)
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -34,6 +22,20 @@ from transformers import (
 )
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import (
+    assert_as_near,
+    assert_gradients,
+    eager_of,
+    float64_of,
+)
+from bigmodel_kernels.models.tiny import (
+    VOCABULARY,
+    bert_config,
+    build,
+    gpt2_config,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.transformers import blocks
 
 NO_DROPOUT = {

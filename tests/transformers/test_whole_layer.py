@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import bert_config, build, gpt2_config, right_padding, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel, DistilBertConfig, DistilBertModel, DynamicCache, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
+from bigmodel_kernels.models.tiny import (
+    bert_config,
+    build,
+    gpt2_config,
+    right_padding,
+    token_ids,
+)
 from bigmodel_kernels.ops.linear.native import packed_bytes
 from bigmodel_kernels.ops.native_library import unavailable
 from bigmodel_kernels.transformers import whole_layer

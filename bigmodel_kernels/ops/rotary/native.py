@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.native_library import unavailable
+from bigmodel_kernels.ops.native_library import lacking
 
 
 def supports(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> str | None:
     """None, or the reason why the library cannot run this call."""
-    if reason := unavailable(query.dtype):
-        return reason
-    if not hasattr(torch.ops.bigmodel, "cpu_rotary"):
-        return "the compiled library has no rotary"
-    return None
+    return lacking("cpu_rotary", query.dtype)
 
 
 def run(

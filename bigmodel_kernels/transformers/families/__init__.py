@@ -72,12 +72,37 @@ class Family:
 
 
 def loaded() -> list[Family]:
-    """Families whose transformers module is in the process."""
-    return [
-        importlib.import_module(f"{__name__}.{name}").FAMILY
-        for name in names()
-        if f"transformers.models.{name}.modeling_{name}" in sys.modules
-    ]
+    """Families whose transformers module is in the process, and has what their file names."""
+    return [family for family in _loaded().values() if isinstance(family, Family)]
+
+
+def unfit() -> dict[str, str]:
+    """Transformers modules in the process that lack what their family names, and the reason.
+
+    Another version has renamed or dropped it.
+    """
+    return {
+        _module(name): f"the family {name} does not fit this version of transformers: {problem}"
+        for name, problem in _loaded().items()
+        if isinstance(problem, str)
+    }
+
+
+def _loaded() -> dict[str, Family | str]:
+    return {name: _load(name) for name in names() if _module(name) in sys.modules}
+
+
+def _module(name: str) -> str:
+    return f"transformers.models.{name}.modeling_{name}"
+
+
+@functools.cache
+def _load(name: str) -> Family | str:
+    """The family, or what its transformers module has not."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}").FAMILY  # type: ignore[no-any-return]
+    except (AttributeError, ImportError) as error:
+        return str(error)
 
 
 @functools.cache

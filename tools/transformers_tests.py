@@ -23,6 +23,11 @@ from transformers_matrix import ROOT, results_of
 
 MODELS = ("bert", "roberta", "distilbert", "gpt2", "t5", "llama")
 MODES = ("none", "attention", "patch")
+#: Tests that ask the config for the name of an implementation, which is another one here.
+BY_DESIGN = {
+    "test_sdpa_can_dispatch_non_composite_models": "it asks for the name sdpa",
+    "test_can_set_attention_dynamically": "it asks for the name eager; a patched model's says bigmodel",
+}
 PLUGIN = "bigmodel_kernels.transformers.pytest_plugin"
 
 
@@ -99,10 +104,14 @@ def main() -> int:
     print(f"transformers {version_of(folder)}", flush=True)
     found = {mode: failures(folder, mode, files, options.pytest, logs) for mode in MODES}
     worse = {mode: sorted(found[mode] - found["none"]) for mode in MODES[1:]}
+    failed = False
     for mode, tests in worse.items():
         for test in tests:
-            print(f"FAILED with --bigmodel={mode}, and passes without: {test}")
-    return int(any(worse.values()))
+            reason = BY_DESIGN.get(test.rpartition(".")[2])
+            failed |= reason is None
+            verdict = "FAILED" if reason is None else f"by design ({reason}), fails"
+            print(f"{verdict} with --bigmodel={mode}, and passes without: {test}")
+    return int(failed)
 
 
 if __name__ == "__main__":

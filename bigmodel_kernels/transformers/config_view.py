@@ -29,6 +29,8 @@ def view(base: Any) -> Any:
             "__new__": lambda _, *args, _cls=cls, **kwargs: _cls(*args, **kwargs),
             "__eq__": _equal,
             "_attn_implementation": property(_implementation, _set_implementation),
+            # Its setter asks the implementation, and the base's is the one to ask.
+            "output_attentions": property(_output_attentions, _set_output_attentions),
             "__reduce_ex__": _reduce,
             "__deepcopy__": _deepcopy,
         }
@@ -54,6 +56,14 @@ def _implementation(self: Any) -> str:
 
 def _set_implementation(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE)._attn_implementation = value
+
+
+def _output_attentions(self: Any) -> Any:
+    return object.__getattribute__(self, _BASE).output_attentions
+
+
+def _set_output_attentions(self: Any, value: Any) -> None:
+    object.__getattribute__(self, _BASE).output_attentions = value
 
 
 def _equal(self: Any, other: Any) -> bool:

@@ -75,14 +75,18 @@ def _patch_models() -> None:
     @functools.wraps(finish)
     def finished(self: Any) -> None:
         finish(self)  # type: ignore[no-untyped-call]
+        # Models in it are patched by now; what one becomes may hang on the model around it.
+        bk.unpatch(self)
         if bk.patch(self).patched:
             _count(self)
 
     @functools.wraps(load)
     def loaded(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = load(cls, *args, **kwargs)
-        # Made on the meta device, where nothing can be patched; with output_loading_info, the first of two.
-        bk.patch(found[0] if isinstance(found, tuple) else found)
+        # With output_loading_info it is the first of two. Made on the meta device, it could not be patched.
+        model = found[0] if isinstance(found, tuple) else found
+        bk.unpatch(model)
+        bk.patch(model)
         return found
 
     PreTrainedModel.post_init = finished  # type: ignore[method-assign]

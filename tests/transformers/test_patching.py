@@ -499,3 +499,24 @@ def test_every_module_with_weights_is_accounted_for() -> None:
             if module._parameters and not module._modules:
                 parts = name.split(".")
                 assert any(".".join(parts[:i]) in names for i in range(1, len(parts) + 1)), name
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attentions_asked_for_by_the_config_of_a_patched_model(implementation: str) -> None:
+    """As the model's own config has it: eager allows it, and sdpa refuses."""
+    model = build(BertModel, bert_config(attn_implementation=implementation))
+    inputs = {"input_ids": token_ids(), "attention_mask": right_padding()}
+    bk.patch(model)
+    if implementation == "sdpa":
+        with pytest.raises(ValueError, match="`attn_implementation` set to sdpa"):
+            model.config.output_attentions = True
+        return
+    model.config.output_attentions = True
+    with torch.no_grad():
+        found = model(**inputs).attentions
+        bk.unpatch(model)
+        expected = model(**inputs).attentions
+    assert model.config.output_attentions and len(found) == len(expected) == 2
+    seen = right_padding().bool()[:, None].expand(-1, 4, -1)
+    for ours, eager in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[seen], eager[seen])

@@ -29,11 +29,12 @@ def view(base: Any) -> Any:
             "__new__": lambda _, *args, _cls=cls, **kwargs: _cls(*args, **kwargs),
             "__eq__": _equal,
             "_attn_implementation": property(_implementation, _set_implementation),
-            # Its setter asks the implementation, and the base's is the one to ask.
-            "output_attentions": property(_output_attentions, _set_output_attentions),
             "__reduce_ex__": _reduce,
             "__deepcopy__": _deepcopy,
         }
+        asked = getattr(cls, "output_attentions", None)
+        if isinstance(asked, property):  # its setter asks the implementation: the base's is the one to ask
+            namespace["output_attentions"] = property(asked.fget, _set_output_attentions)
         _classes[cls] = type(cls.__name__, (cls,), namespace)
     result: Any = object.__new__(_classes[cls])
     object.__setattr__(result, "__dict__", base.__dict__)
@@ -56,10 +57,6 @@ def _implementation(self: Any) -> str:
 
 def _set_implementation(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE)._attn_implementation = value
-
-
-def _output_attentions(self: Any) -> Any:
-    return object.__getattribute__(self, _BASE).output_attentions
 
 
 def _set_output_attentions(self: Any, value: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-import bigmodel_kernels as bk
+from bigmodel_kernels.transformers import patch, unpatch
 
 MODES = ("none", "attention", "patch")
 _changed = 0
@@ -76,8 +76,8 @@ def _patch_models() -> None:
     def finished(self: Any) -> None:
         finish(self)  # type: ignore[no-untyped-call]
         # Models in it are patched by now; what one becomes may hang on the model around it.
-        bk.unpatch(self)
-        if bk.patch(self).patched:
+        unpatch(self)
+        if patch(self).patched:
             _count(self)
 
     @functools.wraps(load)
@@ -85,8 +85,8 @@ def _patch_models() -> None:
         found = load(cls, *args, **kwargs)
         # With output_loading_info it is the first of two. Made on the meta device, it could not be patched.
         model = found[0] if isinstance(found, tuple) else found
-        bk.unpatch(model)
-        bk.patch(model)
+        unpatch(model)
+        patch(model)
         return found
 
     PreTrainedModel.post_init = finished  # type: ignore[method-assign]

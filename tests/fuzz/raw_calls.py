@@ -347,11 +347,8 @@ def layer_begin(i: Inputs) -> dict[str, Any]:
 
 
 def layer_end(i: Inputs) -> dict[str, Any]:
-    heads = {
-        k: v
-        for k, v in attention(i).items()
-        if k not in ("dropout_seed", "dropout_p", "alibi_slopes", "window_right")
-    }
+    apart = ("dropout_seed", "dropout_p", "alibi_slopes")
+    heads = {k: v for k, v in attention(i).items() if k not in apart}
     lengths, longest = heads.pop("cu_seqlens_q"), heads.pop("max_seqlen_q")
     heads.pop("cu_seqlens_k"), heads.pop("max_seqlen_k")
     if lengths is not None:  # as many keys as queries

@@ -34,7 +34,7 @@ def layer_end(x: Tensor, query: Tensor) -> Tensor:
         for s in ((hidden, heads), (9, hidden), (hidden, 9))
     ]
     context, inner, outer = weights
-    options = (None, None, None, 0, None, 1.0, False, -1, 0.0)
+    options = (None, None, None, 0, None, 1.0, False, -1, -1, 0.0)
     norms = ("gelu", "none", None, None, 1e-5, "layer_norm")
     block = (context, None, None, None, 1e-5, inner, None, outer, None, None, None)
     return native.cpu_layer_end(x, query, query, query, *options, *block, *norms)  # type: ignore[no-any-return]

@@ -141,7 +141,7 @@ def test_command_json_and_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["rwkv"], "family='rwkv' is unknown; allowed are bert"),
+        (["rwkv"], "family='rwkv' is unknown; allowed are albert"),
         (["--check", "speed"], "check='speed' is unknown; allowed are float32"),
     ],
 )

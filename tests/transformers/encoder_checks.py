@@ -13,7 +13,7 @@ import bigmodel_kernels as bk
 from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_gradients,
-    converted,
+    call,
     gradients_of,
     tensors_of,
 )
@@ -21,7 +21,7 @@ from bigmodel_kernels.models.rule import (
 
 def outputs_of(models: tuple[Any, ...], inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     with torch.no_grad():
-        return [tensors_of(m(**converted(inputs, m.dtype))) for m in models]
+        return [tensors_of(call(m, inputs)) for m in models]
 
 
 def check_lora(model: Any, targets: list[str], inputs: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from decoder_checks import (
-    GENERATION,
     Doubled,
     check_autocast,
     check_compiled,
@@ -30,6 +29,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.checks import GENERATION
 from bigmodel_kernels.models.rule import (
     assert_all_near,
     assert_as_near,

@@ -13,6 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -89,7 +90,8 @@ def unfit() -> dict[str, str]:
 
 
 def _loaded() -> dict[str, Family | str]:
-    return {name: _load(name) for name in names() if _module(name) in sys.modules}
+    found = {name: _load(name) for name in names() if _module(name) in sys.modules}
+    return {name: home if isinstance(home, str) else home.FAMILY for name, home in found.items()}
 
 
 def _module(name: str) -> str:
@@ -97,10 +99,10 @@ def _module(name: str) -> str:
 
 
 @functools.cache
-def _load(name: str) -> Family | str:
-    """The family, or what its transformers module has not."""
+def _load(name: str) -> Any:
+    """The family's module, or what its transformers module has not."""
     try:
-        return importlib.import_module(f"{__name__}.{name}").FAMILY  # type: ignore[no-any-return]
+        return importlib.import_module(f"{__name__}.{name}")
     except (AttributeError, ImportError) as error:
         return str(error)
 

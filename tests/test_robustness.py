@@ -217,10 +217,11 @@ def test_memory_stays_flat(name: str) -> None:
             call()
         after = held()
         tracemalloc.start()
-        call()
+        for _ in range(1000):  # autograd keeps a pool of nodes, which fills for some hundred calls
+            call()
         gc.collect()
         first = tracemalloc.get_traced_memory()[0]
-        for _ in range(200):
+        for _ in range(500):
             call()
         gc.collect()
         python = tracemalloc.get_traced_memory()[0] - first
@@ -228,4 +229,4 @@ def test_memory_stays_flat(name: str) -> None:
     given, resident = (a - b for a, b in zip(after, before, strict=True))
     assert given < 3 * count, f"{given / count:.1f} bytes a call stay"  # the smallest block has 32 bytes
     assert resident < 4 << 20, f"the process has grown by {resident} bytes"
-    assert python < 200 * 40, f"{python / 200:.0f} bytes of Python objects a call stay"
+    assert python < 500 * 40, f"{python / 500:.0f} bytes of Python objects a call stay"

@@ -190,6 +190,11 @@ class SequenceToSequence(Generation):
 
     auto_class = "AutoModelForSeq2SeqLM"
     head = "an encoder and a decoder with a language model head"
+    #: What stands before every text.
+    before = ""
+
+    def prompts(self, texts: Sequence[str]) -> list[str]:
+        return [self.before + text for text in texts]
 
     def prepare(self, model: Any, tokenizer: Any, source: str) -> None:
         super().prepare(model, tokenizer, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,8 +9,8 @@ import typer
 
 from bigmodel_kernels.tasks.generation import SequenceToSequence, task_settings
 
-#: The limits of all tokens together, for which there is --max-new-tokens.
-_LENGTHS = ("max_length", "prefix")
+#: Of the settings of a model for the task, what there is an option for that always has a value.
+_OPTIONS = ("max_length", "prefix")
 
 
 @dataclass
@@ -31,12 +30,9 @@ class Summarise(SequenceToSequence):
         super().prepare(model, tokenizer, source)
         own = task_settings(model.config).get("summarization", {})
         self.before = own.get("prefix", "") if self.prefix is None else self.prefix
-        self.own = {name: value for name, value in own.items() if name not in _LENGTHS}
+        self.own = {name: value for name, value in own.items() if name not in _OPTIONS}
         if self.beams is not None:
             self.own.pop("num_beams", None)
-
-    def prompts(self, texts: Sequence[str]) -> list[str]:
-        return [self.before + text for text in texts]
 
     def settings(self) -> dict[str, Any]:
         return self.own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -60,9 +59,6 @@ class Translate(SequenceToSequence):
                 "languages (its tokenizer has no codes and its config no prefixes for them); leave --from "
                 "and --to away, or give --prefix"
             )
-
-    def prompts(self, texts: Sequence[str]) -> list[str]:
-        return [self.before + text for text in texts]
 
     def settings(self) -> dict[str, Any]:
         return {} if self.first_token is None else {"forced_bos_token_id": self.first_token}

@@ -153,19 +153,12 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   return args;
 }
 
-namespace {
-
-// A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
-Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {
+void result_strides(const AttentionArgs& args, int64_t strides[3]) {
   strides[1] = args.head_dim;
   strides[2] = args.heads * args.head_dim;
-  if (args.cu_seqlens_q) return empty_result({query.size(0), args.heads, args.head_dim}, query.scalar_type());
-  strides[0] = args.query_length * args.heads * args.head_dim;
-  Tensor rows = empty_result({args.batch, args.query_length, args.heads, args.head_dim}, query.scalar_type());
-  return torch::stable::transpose(rows, 1, 2);
+  strides[0] = args.cu_seqlens_q ? 0 : args.query_length * strides[2];
 }
 
-// Shape and strides of logsumexp and its like: (B, H, Sq), or (H, total) packed.
 std::vector<int64_t> logsumexp_shape(const Tensor& query, const AttentionArgs& args, int64_t strides[2]) {
   if (args.cu_seqlens_q) {
     strides[0] = 0;
@@ -175,6 +168,16 @@ std::vector<int64_t> logsumexp_shape(const Tensor& query, const AttentionArgs& a
   strides[0] = args.heads * args.query_length;
   strides[1] = args.query_length;
   return {args.batch, args.heads, args.query_length};
+}
+
+namespace {
+
+// A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
+Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {
+  result_strides(args, strides);
+  if (args.cu_seqlens_q) return empty_result({query.size(0), args.heads, args.head_dim}, query.scalar_type());
+  Tensor rows = empty_result({args.batch, args.query_length, args.heads, args.head_dim}, query.scalar_type());
+  return torch::stable::transpose(rows, 1, 2);
 }
 
 std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,

@@ -18,19 +18,15 @@ Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm
 // The heads' results side by side, (..., heads * head_dim) with the leading dimensions of x.
 Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   AttentionArgs args = attention_args(query, key, value, options);
-  const int64_t hidden = args.heads * args.head_dim, rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
+  const int64_t rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
   STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "query: dtype differs from x's");
   STD_TORCH_CHECK(x.size(x.dim() - 1) > 0, "x: shape ", shape_of(x), " has no features");  // or its elements could not tell its rows
   STD_TORCH_CHECK(x.numel() == rows * x.size(x.dim() - 1), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
-  Tensor context = empty_rows_like(x, hidden);
+  Tensor context = empty_rows_like(x, args.heads * args.head_dim);
   args.out = context.mutable_data_ptr();
-  args.out_stride[0] = args.cu_seqlens_q ? 0 : args.query_length * hidden;
-  args.out_stride[1] = args.head_dim;
-  args.out_stride[2] = hidden;
-  Tensor logsumexp = torch::stable::empty({args.heads * rows}, ScalarType::Float);
+  result_strides(args, args.out_stride);
+  Tensor logsumexp = torch::stable::empty(logsumexp_shape(query, args, args.logsumexp_stride), ScalarType::Float);
   args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
-  args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
   if (query.numel() > 0) kernels().attention(runtime(), args);
   return context;
 }

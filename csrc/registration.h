@@ -75,6 +75,10 @@ struct AttentionOptions {
 };
 // Everything but the results, checked.
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options);
+// Strides of batch, head and row of a result, whose rows have the heads side by side.
+void result_strides(const AttentionArgs& args, int64_t strides[3]);
+// Shape and strides of logsumexp and its like: (B, H, Sq), or (H, total) packed.
+std::vector<int64_t> logsumexp_shape(const Tensor& query, const AttentionArgs& args, int64_t strides[2]);
 
 // Ops that others are made of.
 Tensor norm_op(NormKind kind, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, double eps, const OptionalTensor& residual,

@@ -30,11 +30,9 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
-import bigmodel_kernels.ops.attention  # noqa: F401  (defines torch.ops.bigmodel.attention)
-from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.attention_maps import attention_probabilities
-from bigmodel_kernels.ops.registration import call, draw_seed, wants_gradient
-from bigmodel_kernels.transformers import config_view
+from bigmodel_kernels.ops.registration import wants_gradient
+from bigmodel_kernels.transformers import blocks, config_view
 from bigmodel_kernels.transformers.autoregister import NAME
 
 #: Caches whose `update` gives keys and values as the operator reads them.
@@ -401,44 +399,15 @@ def attend(
     if value.shape[-1] != key.shape[-1] or query.shape[-1] > 256:
         out = _sdpa(query, key, value, seen, scale, softcap, s_aux, p)
     else:
-        out = run(query, key, value, seen, scale, softcap or 0.0, p, s_aux)
+        terms = blocks.terms(query, key, value, seen, scale)
+        terms = terms._replace(softcap=softcap or 0.0, sinks=_readable_sinks(s_aux, query))
+        out = blocks.attention(terms, p)
     return out.transpose(1, 2), _weights(query, key, seen, scale, softcap, s_aux) if wanted else None
 
 
-def run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: Visibility,
-    scale: float,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """The operator itself, (B, H, Sq, D), laid out in memory as (B, Sq, H, D)."""
-    ensure_sharding_rules(query)
-    if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
-        sinks = sinks.float()
-    left, right = seen.sides
-    out: Tensor = call(
-        "attention",
-        query,
-        key,
-        value,
-        seen.padding,
-        seen.bias,
-        None,
-        None,
-        draw_seed(dropout_p, query.device),
-        *(() if sinks is None else (None, sinks)),
-        softmax_scale=scale,
-        is_causal=seen.causal,
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
-        softcap=softcap,
-        dropout_p=dropout_p,
-    )[0]
-    return out
+def _readable_sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
+    """Sinks of a type that the operators read beside this query."""
+    return sinks if sinks is None or sinks.dtype in (query.dtype, torch.float32) else sinks.float()
 
 
 def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
@@ -460,8 +429,6 @@ def of_operator(
     query: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> dict[str, Any]:
     """What the operators that look at attention are told of a call, by the names of their arguments."""
-    if sinks is not None and sinks.dtype not in (query.dtype, torch.float32):
-        sinks = sinks.float()
     return {
         "key_padding_mask": seen.padding,
         "bias": seen.bias,
@@ -469,7 +436,7 @@ def of_operator(
         "is_causal": seen.causal,
         "window": None if seen.window is None else seen.sides,
         "softcap": softcap or 0.0,
-        "sinks": sinks,
+        "sinks": _readable_sinks(sinks, query),
     }
 
 

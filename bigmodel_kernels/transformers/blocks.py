@@ -75,6 +75,8 @@ class Terms(NamedTuple):
     is_causal: bool = False
     window_left: int = -1
     window_right: int = -1
+    softcap: float = 0.0
+    sinks: Tensor | None = None
     lengths: Tensor | None = None
     longest: int = 0
 
@@ -399,24 +401,32 @@ def terms(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, scale: fl
     return Terms(query, key, value, scale, seen.padding, seen.bias, seen.causal, left, right)
 
 
-def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
-    """The heads' results side by side, (..., hidden)."""
-    packed = terms.lengths is not None
-    if not packed:
-        ensure_sharding_rules(terms.query)
+def attention(terms: Terms, dropout_p: float = 0.0) -> Tensor:
+    """The operator itself: (B, heads, S, head size), laid out in memory as (B, S, heads, head size), or
+    (tokens, heads, head size) of packed rows.
+    """
+    ensure_sharding_rules(terms.query)
     out: Tensor = call(
         "attention",
         *(terms.query, terms.key, terms.value, terms.padding, terms.bias, terms.lengths, terms.lengths),
         draw_seed(dropout_p, terms.query.device),
+        *(() if terms.sinks is None else (None, terms.sinks)),
         max_seqlen_q=terms.longest,
         max_seqlen_k=terms.longest,
         softmax_scale=terms.scale,
         is_causal=terms.is_causal,
         window_left=terms.window_left,
         window_right=terms.window_right,
+        softcap=terms.softcap,
         dropout_p=dropout_p,
     )[0]
-    return out.flatten(-2) if packed else out.transpose(1, 2).flatten(2)
+    return out
+
+
+def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
+    """The heads' results side by side, (..., hidden)."""
+    out = attention(terms, dropout_p)
+    return out.transpose(1, 2).flatten(2) if terms.lengths is None else out.flatten(-2)
 
 
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:

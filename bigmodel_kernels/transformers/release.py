@@ -45,7 +45,7 @@ def release_weights(model: nn.Module) -> int:
     if not released:
         raise RuntimeError(
             "no weight of the model has a packed copy: patch the model and run it once on the CPU first"
-            + ("" if not any(map(_is_released, model.parameters())) else "; others are released already")
+            + ("; others are released already" if any(map(_is_released, model.parameters())) else "")
         )
     if _HOOK not in model.__dict__:
         model.__dict__[_HOOK] = model.register_state_dict_post_hook(_unpack)

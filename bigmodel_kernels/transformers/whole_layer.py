@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels import backends
-from bigmodel_kernels.ops.linear.native import joined, packed_together
+from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
 
@@ -58,7 +58,7 @@ def held(x: Tensor, w: LayerParts, layout: str) -> Held | None:
     groups = [[part.weight for part in qkv], *([part.weight] for part in single)]
     if ffn.w_gate is not None:
         groups.append([ffn.w_gate.weight])
-    if len(biases) not in (0, len(qkv)) or any(not weight.numel() for group in groups for weight in group):
+    if len(biases) not in (0, len(qkv)) or empty(*(weight for group in groups for weight in group)):
         return None
     first, context, w_in, w_out, *gate = packed_together(groups, layout)
     return Held(first, joined(biases), context, w_in, w_out, gate[0] if gate else None)
@@ -79,8 +79,8 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held, position: str) -> Te
     first_norm = _affine(w.attention_norm) if position == "post" else (None, None)
     return torch.ops.bigmodel.cpu_layer_end.default(  # type: ignore[no-any-return]
         *(x.contiguous(), terms.query, terms.key, terms.value),
-        *(contiguous(terms.padding), terms.bias, contiguous(terms.lengths), terms.longest, None),
-        *(terms.scale, terms.is_causal, terms.window_left, terms.window_right, 0.0),
+        *(contiguous(terms.padding), terms.bias, contiguous(terms.lengths), terms.longest, terms.sinks),
+        *(terms.scale, terms.is_causal, terms.window_left, terms.window_right, terms.softcap),
         *(
             held.context,
             contiguous(_affine(w.attention_out)[1]),

@@ -155,19 +155,19 @@ def tensor_parallel(kind: str) -> Result:
             },
         )
     shapes: list[tuple[int, ...]] = []
-    from bigmodel_kernels.transformers import attention_interface
+    from bigmodel_kernels.transformers import blocks
 
-    run = attention_interface.run
+    run = blocks.attention
 
-    def watched(query: Tensor, *args: Any, **options: Any) -> Tensor:
-        shapes.append(tuple(query.shape))
-        return run(query, *args, **options)
+    def watched(terms: blocks.Terms, *args: Any) -> Tensor:
+        shapes.append(tuple(terms.query.shape))
+        return run(terms, *args)
 
-    attention_interface.run = watched
+    blocks.attention = watched
     try:
         ours = train(network, kind, lambda inputs: inputs)
     finally:
-        attention_interface.run = run
+        blocks.attention = run
     later = [row.reason for row in bk.explain(network).rows if row.name.endswith("attention.self")]
     bk.unpatch(network)
     return {

@@ -49,7 +49,7 @@ from bigmodel_kernels.models.tiny import (
     seq2seq,
     token_ids,
 )
-from bigmodel_kernels.transformers import attention_interface, blocks
+from bigmodel_kernels.transformers import blocks
 
 T5_LIKE = ("T5", "MT5", "UMT5")
 BART_LIKE = tuple(prefix for prefix in SEQ2SEQ if prefix not in T5_LIKE)
@@ -432,7 +432,7 @@ def test_masks_are_small(prefix: str) -> None:
         return run(name, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr(attention_interface, "call", watched)
+        patched.setattr(blocks, "call", watched)
         model(**inputs_of(model, left_padding))
     masked = prefix != "Whisper"
     heads = 3 if prefix in T5_LIKE else 4

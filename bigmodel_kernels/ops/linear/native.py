@@ -39,8 +39,6 @@ _lock = threading.RLock()
 
 def packed(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
     """The weights side by side in the library's own layout, from the cache when they have not changed."""
-    if any(type(w) is PackedWeight for w in weights):
-        return _released(weights, weight_layout)
     return packed_together([weights], weight_layout)[0]
 
 
@@ -56,7 +54,9 @@ def packed_together(groups: Sequence[Sequence[Tensor]], weight_layout: str) -> t
     """`packed` of each group, the very same copies, found at once."""
     weights = [w for group in groups for w in group]
     if any(type(w) is PackedWeight for w in weights):
-        return tuple(packed(group, weight_layout) for group in groups)
+        if len(groups) > 1:
+            return tuple(packed(group, weight_layout) for group in groups)
+        return (_released(weights, weight_layout),)
     key = (weight_layout, *map(len, groups), *map(id, weights))
     states = tuple(map(_state, weights))
     fingerprint = torch.ops.bigmodel.cpu_fingerprint.default(weights)

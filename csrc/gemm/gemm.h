@@ -102,11 +102,16 @@ struct Nothing {
   BIGMODEL_INLINE void operator()(int64_t) const {}
 };
 struct Rest : Nothing {};    // of a depth that the tile unit has not taken
+template <bool two_lines>
 struct Ahead {
   const void* from;
   int64_t bytes;             // per k step
   BIGMODEL_INLINE bool asks() const { return bytes != 0; }
-  BIGMODEL_INLINE void operator()(int64_t k) const { __builtin_prefetch(static_cast<const char*>(from) + k * bytes, 0, 2); }
+  BIGMODEL_INLINE void operator()(int64_t k) const {
+    const char* line = static_cast<const char*>(from) + k * bytes;
+    __builtin_prefetch(line, 0, 2);
+    if constexpr (two_lines) __builtin_prefetch(line + bytes / 2, 0, 2);
+  }
 };
 
 template <int ROWS, class Step, class Tile, class Next>

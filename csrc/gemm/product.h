@@ -318,6 +318,15 @@ struct RowsRight {
   }
 };
 
+// How far ahead of a weight that is read once it is asked for, in bytes: beyond the hardware's own prefetch, which stops at each page and, on
+// one core, leaves a third to two thirds of the memory's speed unused.
+inline constexpr int64_t stream_ahead = 8192;
+template <class B>
+BIGMODEL_INLINE auto stream(const B* from) {
+  constexpr int64_t bytes = panel * int64_t(sizeof(B));
+  return Ahead<(bytes > 64)>{reinterpret_cast<const char*>(from) + stream_ahead, bytes};
+}
+
 #if BIGMODEL_AMX
 // Either of them, k deep, split by each task for its own chunk.
 template <int of_b, class Right>
@@ -331,17 +340,17 @@ struct SplitRight {
     const auto whole = right.chunk(runtime, panel_index, count, begin, there);
     auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * deepest_block) * sizeof(Parts<of_b>)));
     bool marked = false;
-    for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
+    for (int64_t p = 0; p < count; p++) {
+      const auto* from = whole.first + p * whole.stride;
+      if constexpr (Right::packed) marked |= !split_panel(from, there, parts + p * stride, panel, stream(from));
+      else marked |= !split_panel(from, there, parts + p * stride);
+    }
     return {parts, stride, marked};
   }
 };
 #endif
 
 // ---- the product ----
-
-// How far ahead of the product with a single tile its weight is asked for, in bytes: beyond the hardware's own prefetch, which stops at each
-// page and, on one core, leaves a third to two thirds of the memory's speed unused.
-inline constexpr int64_t stream_ahead = 8192;
 
 // C (m x n) = left right. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last panel; or null: C is
 // the task's own. finish(row, rows, column, columns, c, c_stride) follows when these elements are complete: `row` is a multiple of row_block,
@@ -390,12 +399,15 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
     int64_t begin = 0;
     do {  // once at least: a product of no depth is zero
       const auto chunk = right.chunk(runtime, first_panel, panels, begin, left.depth(begin));
+      // What the task reads after this: the next depth block, or the chunk beside this one.
+      const B* after = chunk.first + (begin + depth_block < steps ? depth_block * panel : panels * chunk.stride - begin * panel);
       for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
         const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
         for (int64_t p = 0; p < panels; p++) {
           const B* b = chunk.first + p * chunk.stride;
-          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, Right::packed && tile == piece.first_tile && p + 1 < panels ? b + chunk.stride : nullptr);
+          const bool ask = Right::packed && tile == piece.first_tile;
+          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr);
         }
         if (begin + depth_block < steps) continue;
         const int64_t row = tile * tile_rows;

@@ -1,11 +1,12 @@
 """Puts an nvcc 12.4 into a folder: the one that Debian 13 has in its section non-free.
 
-    python tools/cuda12.py build/cuda-12.4   then: make wheels NVCC=$PWD/build/cuda-12.4/bin/nvcc WHEELS=cu124
+    python tools/cuda12.py build/cuda-12.4
+    make wheels NVCC=$PWD/build/cuda-12.4/bin/nvcc WHEELS=cu124
 
-No Python package has the whole of nvcc 12 (`nvidia-cuda-nvcc-cu12` holds ptxas, without nvcc, cudafe++ and
-fatbinary; `nvidia-cuda-nvcc`, which has all, begins at 13.0). For Debian and what derives from it, on x86-64,
-with Debian among apt's sources, of any release: apt runs with a configuration of its own and installs nothing;
-what it loads (1 GB, of which 0.2 GB are kept) is checked against Debian's keys. The licence is NVIDIA's, of CUDA.
+No Python package has the whole of nvcc 12: `nvidia-cuda-nvcc-cu12` holds ptxas, without nvcc, cudafe++ and
+fatbinary; `nvidia-cuda-nvcc`, which has all, begins at 13.0. This is for x86-64 machines with Debian among
+apt's sources, of any release. apt runs with a configuration of its own and installs nothing; what it loads
+(1 GB, of which 0.2 GB are kept) is checked against Debian's keys. The licence is that of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 SUITE = "trixie"
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
-PACKAGES = ("nvidia-cuda-toolkit", "nvidia-cuda-dev")
+PACKAGES = ("nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcu++-dev")
 # Where Debian has a file -> where it lies in NVIDIA's own layout, in which nvcc finds the rest beside itself.
 LAYOUT = {
     r"usr/bin/(cudafe\+\+|fatbinary|nvlink|ptxas|cuobjdump|nvdisasm)": r"bin/\1",
@@ -65,7 +66,7 @@ def download(folder: Path) -> list[Path]:
     for part in ("lists/partial", "cache/archives/partial", "state"):
         (folder / part).mkdir(parents=True)
     (folder / "status").touch()  # of installed packages: none
-    (folder / "sources.list").write_text(f"deb [signed-by={KEYS}] {mirror()} {SUITE} non-free\n")
+    (folder / "sources.list").write_text(f"deb [signed-by={KEYS}] {mirror()} {SUITE} main non-free\n")
     settings = {
         "Dir::State": folder / "state",
         "Dir::State::lists": folder / "lists",
@@ -85,16 +86,19 @@ def download(folder: Path) -> list[Path]:
 
 def unpack(package: Path, target: Path) -> None:
     """What LAYOUT names."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            for member in archive:
-                path = place(member.name)
-                if path is not None and member.isfile():
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    (target / path).parent.mkdir(parents=True, exist_ok=True)
-                    (target / path).write_bytes(content.read())
-                    (target / path).chmod(member.mode)
+    command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+    ):
+        for member in archive:
+            path = place(member.name)
+            if path is not None and member.isfile():
+                content = archive.extractfile(member)
+                assert content is not None
+                (target / path).parent.mkdir(parents=True, exist_ok=True)
+                (target / path).write_bytes(content.read())
+                (target / path).chmod(member.mode)
     if process.returncode:
         raise SystemExit(f"dpkg-deb could not read {package.name}")
 

@@ -32,6 +32,7 @@ KERNELS = [
     "cross_entropy",
     "embedding",
     "feed_forward",
+    "gemm",
     "linear",
     "norm",
     "philox",
@@ -40,7 +41,7 @@ KERNELS = [
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "linear"]
+TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "gemm", "linear"]
 TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -72,9 +73,7 @@ def missing_tool(compiler: str) -> str | None:
         return f"no C++ compiler: '{compiler}' is not on PATH (install g++ or clang++, or set CXX)"
     if shutil.which("ninja") is None:
         return "ninja is not on PATH (pip install ninja)"
-    try:
-        import torch  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         return "torch is missing from the build environment (install it, then use --no-build-isolation)"
     return None
 
@@ -91,14 +90,8 @@ def load_build() -> ModuleType:
 def wants_cuda() -> bool:
     """BIGMODEL_CUDA=1 or 0 decides; otherwise whether torch has CUDA and nvcc is there to compile for it."""
     if "BIGMODEL_CUDA" in os.environ:
-        if os.environ["BIGMODEL_CUDA"] == "1" and shutil.which(os.environ.get("NVCC", "nvcc")) is None:
-            raise SystemExit(
-                "BIGMODEL_CUDA=1, but nvcc is not on PATH (set NVCC, or install the CUDA toolkit)"
-            )
         return os.environ["BIGMODEL_CUDA"] == "1"
-    import torch
-
-    return torch.version.cuda is not None and shutil.which(os.environ.get("NVCC", "nvcc")) is not None
+    return load_build().torch_cuda() is not None and shutil.which(os.environ.get("NVCC", "nvcc")) is not None
 
 
 class BuildWithNinja(build_ext):

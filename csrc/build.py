@@ -5,13 +5,14 @@
 
 Neither needs a GPU. CXX and NVCC name the compilers, BIGMODEL_CUDA_ARCHS the targets (default "80 90a");
 MAX_JOBS limits parallel compilation; ccache is used where it is on PATH. The same sources and compilers give
-the same bytes: host code in any folder; what nvcc makes in a folder of the same path, a hash of which it puts
-into names, and with BIGMODEL_LINEINFO=0, without line numbers for profilers. BIGMODEL_SANITIZE=address builds
-the emulator in a folder of its own with AddressSanitizer and UndefinedBehaviorSanitizer (csrc/sanitize.py).
+the same bytes in any folder, of the CUDA libraries with BIGMODEL_LINEINFO=0, which leaves out what profilers
+read. BIGMODEL_SANITIZE=address builds the emulator in a folder of its own with AddressSanitizer and
+UndefinedBehaviorSanitizer (csrc/sanitize.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -120,10 +121,25 @@ def launcher() -> str:
     return "ccache " if shutil.which("ccache") else ""
 
 
-def torch_include() -> Path:
-    import torch
+def torch_folder() -> Path:
+    """Where torch lies. It is not imported, which takes longer than many a change takes to compile."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("torch is missing from the build environment")
+    return Path(spec.origin).parent
 
-    return Path(torch.__file__).parent / "include"
+
+def torch_cuda() -> str | None:
+    """torch.version.cuda: "13.0", or None for a build without CUDA."""
+    spec = importlib.util.spec_from_file_location("torch_version", torch_folder() / "version.py")
+    assert spec is not None and spec.loader is not None
+    version = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(version)
+    return version.cuda
+
+
+def torch_include() -> Path:
+    return torch_folder() / "include"
 
 
 def torch_flags() -> tuple[str, str]:
@@ -207,22 +223,33 @@ def cuda(archs: list[str]) -> Path:
     if missing:
         raise SystemExit(f"architectures {archs} leave out {missing}, for which there are kernels")
     nvcc = os.environ.get("NVCC", "nvcc")
+    if shutil.which(nvcc) is None:
+        raise SystemExit(f"no CUDA compiler: {nvcc!r} is not on PATH (set NVCC, or install the CUDA toolkit)")
     include, libraries = torch_flags()
     folder = ROOT / "build" / "cuda"
     host = ",".join(["-fPIC", "-fvisibility=hidden", *path_flags()])
     flags = f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler {host} -Xptxas -v"
-    # For profilers. Times of source files are part of it, so wheels go without.
-    flags += "" if os.environ.get("BIGMODEL_LINEINFO") == "0" else " -lineinfo"
+    # For profilers. Times of source files are part of it, so wheels go without, and without the table of
+    # symbols, which holds names of nvcc's temporary files.
+    profiled = os.environ.get("BIGMODEL_LINEINFO") != "0"
+    flags += " -lineinfo" if profiled else ""
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
-    # Names of what is local to a file hold a random number otherwise.
-    flags += " --frandom-seed $out"
+    # Names of what is local to a file hold a random number otherwise (nvcc 12.4 has no such option).
+    if (
+        "--frandom-seed"
+        in subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout
+    ):
+        flags += " --frandom-seed $out"
+    # They also hold a hash of what the front end takes for the source's path: make it the same everywhere.
+    flags += " -Xcudafe --orig_src_path_name=$out"
     flags = f"{flags} -I{CSRC} {include} {' '.join(DEFINES)} -DUSE_CUDA -MD -MF $out.d"
     rules, targets = older_glibc(folder)
     stand_ins = [name for name, _, _ in targets]
     # The stream's symbol is in libtorch_cuda.so, which a torch with CUDA has behind libtorch.so: keep that,
     # though the torch that we link against, which may have no CUDA, resolves nothing by it.
-    for_linker = " ".join(f"-Xlinker {option}" for option in ["--no-as-needed", *stand_ins])
+    strip = [] if profiled else ["--strip-all"]
+    for_linker = " ".join(f"-Xlinker {option}" for option in [*strip, "--no-as-needed", *stand_ins])
     rules["link"] = f"{nvcc} -shared -cudart static -o $out $in {for_linker} {libraries}"
 
     def add(source: str, kernel_archs: list[str], defines: str = "") -> str:

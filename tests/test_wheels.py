@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-wheels, wheels_check = load("wheels"), load("wheels_check")
+cuda12, wheels, wheels_check = load("cuda12"), load("wheels"), load("wheels_check")
 
 
 @pytest.mark.parametrize(
@@ -47,18 +47,20 @@ def test_a_compiler_that_says_nothing() -> None:
 
 
 def test_what_is_built() -> None:
-    variants, left_out = wheels.choose([], {"cu130": "/b/nvcc", "cu128": "/c/nvcc"})
+    variants, left_out = wheels.choose([], {"cu130": "/b/nvcc", "cu118": "/c/nvcc"})
     assert [(v.name, v.nvcc) for v in variants] == [("cpu", None), ("cu130", "/b/nvcc")]
-    assert left_out == ["cu126"]
-    variants, left_out = wheels.choose(["cu128"], {"cu128": "/c/nvcc"})
-    assert [v.name for v in variants] == ["cu128"] and not left_out
+    assert left_out == ["12"]
+    variants, left_out = wheels.choose([], {"cu130": "/b", "cu124": "/d", "cu128": "/e"})
+    assert [v.name for v in variants] == ["cpu", "cu128", "cu130"] and not left_out
+    variants, left_out = wheels.choose(["cu124"], {"cu124": "/d", "cu128": "/e"})
+    assert [(v.name, v.nvcc) for v in variants] == [("cu124", "/d")] and not left_out
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("cu126", r"variant='cu126' needs nvcc 12\.6 \(set NVCC\); there is: cu130 \(/b/nvcc\)"),
-        ("rocm", "variant='rocm' is unknown; allowed are cpu and names such as cu126"),
+        ("rocm", "variant='rocm' is unknown; allowed are cpu and names such as cu124"),
         ("cu12", "variant='cu12' is unknown"),
     ],
 )
@@ -77,6 +79,23 @@ def test_the_compilers_that_NVCC_names(tmp_path: Path, monkeypatch: pytest.Monke
     found = wheels.compilers()
     assert found["cu126"] == str(tmp_path / "a" / "nvcc")  # the first
     assert found["cu128"] == str(tmp_path / "b" / "nvcc")
+
+
+@pytest.mark.parametrize(
+    ("debian", "ours"),
+    [
+        ("./usr/lib/nvidia-cuda-toolkit/bin/nvcc", "bin/nvcc"),
+        ("./usr/bin/nvcc", None),  # a script that calls the one above
+        ("./usr/bin/cudafe++", "bin/cudafe++"),
+        ("./usr/lib/nvidia-cuda-toolkit/bin/cicc", "nvvm/bin/cicc"),
+        ("./usr/lib/nvidia-cuda-toolkit/libdevice/libdevice.10.bc", "nvvm/libdevice/libdevice.10.bc"),
+        ("./usr/include/crt/host_config.h", "include/crt/host_config.h"),
+        ("./usr/lib/x86_64-linux-gnu/libcudart_static.a", "lib64/libcudart_static.a"),
+        ("./usr/lib/x86_64-linux-gnu/libcublas_static.a", None),
+    ],
+)
+def test_where_debians_files_belong(debian: str, ours: str | None) -> None:
+    assert cuda12.place(debian) == ours
 
 
 def test_a_variant_sets_all_that_the_build_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""Builds the wheels into dist/: one for CPUs and Triton, and one more for each CUDA toolkit.
+"""Builds the wheels into dist/: one for CPUs and Triton, and one more for each major version of CUDA.
 
-    python tools/wheels.py                   cpu, and those of RELEASED whose nvcc is on this machine
+    python tools/wheels.py                   cpu, and one for each of MAJORS whose nvcc is on this machine
     python tools/wheels.py cpu cu130         these; a missing nvcc is an error
-    python tools/wheels.py --twice cpu       builds it again from nothing and compares the bytes
+    python tools/wheels.py --twice cpu       builds it again in a new folder and compares the bytes
 
 NVCC names compilers to look at first, with colons between them; then come the one on PATH and those of
 /usr/local/cuda-*. BIGMODEL_CUDA_ARCHS, CXX, CXXFLAGS and MAX_JOBS are those of the build (docs/building.md).
@@ -26,13 +26,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = "cpu"
-RELEASED = (CPU, "cu126", "cu130")
+# Versions of CUDA that torch is built for. A wheel works with all of one major, whichever nvcc made it.
+MAJORS = ("12", "13")
 PLATFORM = f"manylinux_2_28_{os.uname().machine}"
 # torch brings these, in whichever version is installed; everything else that a library needs must be in every
 # Linux of PLATFORM.
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
-# Names that nvcc makes hold a hash of the source's path, so wheels are built in the same folder everywhere.
-FOLDER = Path("/tmp/bigmodel_kernels-wheels")
+FOLDER = ROOT / "build" / "wheels"
 # Any moment serves, as long as it is the same; the format has no years before 1980.
 MOMENT = (1980, 1, 1, 0, 0, 0)
 
@@ -79,22 +79,26 @@ def compilers() -> dict[str, str]:
 
 
 def choose(wanted: list[str], found: dict[str, str]) -> tuple[list[Variant], list[str]]:
-    """The variants to build, and those of RELEASED that are left out, where none were named.
+    """The variants to build, and majors that are left out, where no variant was named.
 
-    Raises SystemExit for a named one that is unknown, or whose compiler is missing.
+    Of several compilers of a major the newest is taken. Raises SystemExit for a named variant that is
+    unknown, or whose compiler is missing.
     """
     at_hand = ", ".join(f"{name} ({path})" for name, path in sorted(found.items())) or "none"
     for name in wanted:
         if name != CPU and not re.fullmatch(r"cu\d{3}", name):
             raise SystemExit(
-                f"variant={name!r} is unknown; allowed are cpu and names such as cu126 and cu130"
+                f"variant={name!r} is unknown; allowed are cpu and names such as cu124 and cu130"
             )
         if name != CPU and name not in found:
             raise SystemExit(
                 f"variant={name!r} needs nvcc {name[2:-1]}.{name[-1]} (set NVCC); there is: {at_hand}"
             )
-    names = wanted or [name for name in RELEASED if name == CPU or name in found]
-    left_out = [] if wanted else [name for name in RELEASED if name not in names]
+    of_major = {
+        major: max((n for n in found if n.startswith(f"cu{major}")), default=None) for major in MAJORS
+    }
+    names = wanted or [CPU, *filter(None, of_major.values())]
+    left_out = [] if wanted else [major for major, name in of_major.items() if name is None]
     return [Variant(name, found.get(name)) for name in names], left_out
 
 
@@ -128,9 +132,8 @@ def normalise(wheel: Path) -> None:
             new.writestr(info, contents[name])
 
 
-def build(variant: Variant, output: Path) -> Path:
-    """One wheel, proved by auditwheel to load on PLATFORM."""
-    source = FOLDER / "source"
+def build(variant: Variant, output: Path, source: Path) -> Path:
+    """One wheel, from a copy of the sources in that folder, proved by auditwheel to load on PLATFORM."""
     copy_sources(source)
     for stale in [*source.glob("build/lib*"), *source.glob("build/bdist*"), *source.glob("*.egg-info")]:
         shutil.rmtree(stale)  # setuptools would pack what another variant has left here
@@ -192,7 +195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("variant", nargs="*", help="cpu, cu126, cu130 and the like")
+    parser.add_argument("variant", nargs="*", help="cpu, cu124, cu130 and the like")
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     parser.add_argument("--twice", action="store_true", help="fail where a second build has other bytes")
     arguments = parser.parse_args()
@@ -200,18 +203,19 @@ def main() -> int:
     variants, left_out = choose(arguments.variant, found)
     status = 0
     for variant in variants:
-        wheel = build(variant, arguments.output)
+        wheel = build(variant, arguments.output, FOLDER)
         print(describe(wheel), flush=True)
         if arguments.twice:
-            shutil.rmtree(FOLDER)
             os.environ["CCACHE_DISABLE"] = "1"
             with tempfile.TemporaryDirectory() as folder:
-                again = build(variant, Path(folder))
+                again = build(variant, Path(folder, "wheel"), Path(folder, "source"))
                 same = again.read_bytes() == wheel.read_bytes()
             print(f"  a second build has {'the same' if same else 'OTHER'} bytes", flush=True)
             status |= not same
     if left_out:
-        print(f"left out: {', '.join(left_out)} (no nvcc for it; there is: {', '.join(found) or 'none'})")
+        print(
+            f"left out: CUDA {' and '.join(left_out)} (no nvcc of it; there is: {', '.join(found) or 'none'})"
+        )
     return int(status)
 
 

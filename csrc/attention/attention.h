@@ -59,7 +59,6 @@ struct Statistics {  // of one query row: running maximum of the scores and sum 
   float maximum, sum;
 };
 
-template <class T>
 struct Attention {
   const Runtime& runtime;
   const AttentionArgs& args;
@@ -71,15 +70,14 @@ struct Attention {
   // One sequence and kv head: where its rows are and how keys are limited.
   struct Sequence {
     int64_t batch, kv_head, queries, keys, first_query;  // first_query: offset of the sequence's rows in a packed output
-    const T *query, *key, *value;
+    int64_t query, key, value;                           // where its rows begin in args' arrays, in elements
 
     int64_t diagonal() const { return keys - queries; }  // bottom-right alignment
   };
 
   Sequence sequence(int64_t batch, int64_t kv_head) const {
-    Sequence s = {batch, kv_head, args.query_length, args.key_length, 0, static_cast<const T*>(args.query) + batch * args.query_stride[0],
-                  static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1],
-                  static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1]};
+    Sequence s = {batch, kv_head, args.query_length, args.key_length, 0, batch * args.query_stride[0],
+                  batch * args.key_stride[0] + kv_head * args.key_stride[1], batch * args.value_stride[0] + kv_head * args.value_stride[1]};
     if (args.cu_seqlens_q) {
       s.first_query = args.cu_seqlens_q[batch];
       const int64_t first_key = args.cu_seqlens_k[batch];

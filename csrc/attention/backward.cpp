@@ -32,12 +32,8 @@ struct ColumnTile {                          // the transpose of rows as they li
   BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + k * stride + row; }
 };
 
-template <class T>
-struct Backward : Attention<T> {
-  using Base = Attention<T>;
-  using typename Base::Sequence;
-  using Base::args, Base::depth, Base::depth_padded, Base::draw, Base::group, Base::head_of, Base::high, Base::lane_bits, Base::low, Base::modify,
-      Base::padding, Base::query_of, Base::runtime, Base::sequence, Base::unit;
+// The gradients of a chunk, in float32 whatever is stored.
+struct ChunkBackward : Attention {
   const AttentionBackwardArgs& gradients;
 
   // What a chunk works with. P, dP and their like have a row for each of its rows and a column for each key from `begin` on.
@@ -51,88 +47,6 @@ struct Backward : Attention<T> {
   struct Keys { float *transposed, *columns, *value_transposed, *grad, *value_grad; };  // of all keys
 
   float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
-
-  // The chunk's rows of Q or dO as floats: tiles for the products over head_dim, panels of columns for those over rows.
-  void pack(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line, float* tiles,
-            float* columns) const {
-    for (int64_t row = 0; row < count; row++) {
-      const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
-      for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
-    }
-    pack_rows(line, depth_padded, count, depth, tiles);
-    pack_columns(line, depth_padded, count, depth, columns);
-  }
-
-  static void store_rows(const float* from, int64_t from_stride, float scale, T* to, int64_t to_stride, int64_t rows, int64_t n) {
-    const F32 factor = F32::set(scale);
-    for (int64_t r = 0; r < rows; r++)
-      each_vector(n, [&](int64_t d, int here) __attribute__((always_inline)) {
-        store(F32::load(from + r * from_stride + d) * factor, to + r * to_stride + d, here);
-      });
-  }
-
-  void task(const Sequence& s) const {
-    const int64_t rows = s.queries * group, keys_padded = round_up(s.keys, block);
-    T* dk = static_cast<T*>(gradients.dk) + s.batch * gradients.dk_stride[0] + s.kv_head * gradients.dk_stride[1];
-    T* dv = static_cast<T*>(gradients.dv) + s.batch * gradients.dv_stride[0] + s.kv_head * gradients.dv_stride[1];
-    T* dq = static_cast<T*>(gradients.dq) + s.batch * gradients.dq_stride[0];
-    const T* grad = static_cast<const T*>(gradients.grad_out) + s.batch * gradients.grad_out_stride[0];
-    if (args.cu_seqlens_k) {
-      dk += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dk_stride[2];
-      dv += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dv_stride[2];
-      dq += s.first_query * gradients.dq_stride[2];
-      grad += s.first_query * gradients.grad_out_stride[2];
-    }
-
-    float* packed = floats(scratch_key, keys_padded * (2 * depth + depth_padded));
-    float* sums = floats(scratch_sums, 2 * keys_padded * depth_padded);
-    const Keys keys = {packed, packed + 2 * keys_padded * depth, packed + keys_padded * depth, sums, sums + keys_padded * depth_padded};
-    memset(sums, 0, size_t(2 * keys_padded * depth_padded) * sizeof(float));
-    for (int64_t key = 0; key < s.keys; key += block) {
-      const int64_t n = smaller(block, s.keys - key);
-      pack_transposed(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, keys.transposed + key * depth);
-      pack_transposed(s.value + key * args.value_stride[2], args.value_stride[2], n, depth, keys.value_transposed + key * depth);
-      pack_columns(s.key + key * args.key_stride[2], args.key_stride[2], n, depth, keys.columns + key * depth_padded);
-    }
-    if (gradients.dsinks)
-      for (int64_t g = 0; g < group; g++) gradients.dsinks[s.batch * args.heads + s.kv_head * group + g] = 0.0f;
-
-    const int64_t stride = keys_padded + 16;  // not a power of two
-    const bool capped = args.softcap > 0;
-    Chunk c = {};
-    float* line = floats(scratch_hidden, chunk_rows * depth_padded);
-    c.stride = stride;
-    c.query_tiles = floats(scratch_a, chunk_rows * depth + 8);
-    c.query_columns = floats(scratch_query, chunk_rows * depth_padded);
-    c.grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
-    c.grad_columns = floats(scratch_grad_hidden, chunk_rows * depth_padded);
-    c.query_grad = floats(scratch_output, chunk_rows * depth_padded);
-    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * stride);
-    c.gradient = c.probability + chunk_rows * stride;
-    c.slope = capped ? c.gradient + chunk_rows * stride : nullptr;
-    c.logsumexp = floats(scratch_statistics, 4 * chunk_rows);
-    c.total = c.logsumexp + chunk_rows;
-    c.delta = c.total + chunk_rows;
-    c.logsumexp_grad = c.delta + chunk_rows;
-    if (args.dropout.enabled) c.bits = static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t((chunk_rows + 2 * group) * keep_stride)));
-
-    for (c.first = 0; c.first < rows; c.first += chunk_rows) {
-      c.count = smaller(chunk_rows, rows - c.first);
-      c.begin = low(s, query_of(0, c.first)) / block * block;
-      c.end = high(s, query_of(0, c.first + c.count - 1));
-      memset(c.query_grad, 0, size_t(c.count * depth_padded) * sizeof(float));
-      if (c.begin < c.end) {
-        pack(s.query, args.query_stride, s, c.first, c.count, line, c.query_tiles, c.query_columns);
-        pack(grad, gradients.grad_out_stride, s, c.first, c.count, line, c.grad_tiles, c.grad_columns);
-      }
-      chunk(s, c, keys);
-      for (int64_t r = 0; r < c.count; r++)
-        store_rows(c.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
-                   dq + query_of(0, c.first + r) * gradients.dq_stride[2] + head_of(s, c.first + r) * gradients.dq_stride[1], 0, 1, depth);
-    }
-    store_rows(keys.grad, depth_padded, args.softmax_scale, dk, gradients.dk_stride[2], s.keys, depth);
-    store_rows(keys.value_grad, depth_padded, 1.0f, dv, gradients.dv_stride[2], s.keys, depth);
-  }
 
   // Calls each(key, from, width, mask) for the blocks of keys of which the chunk sees some: whole panels from key + from on, and the
   // key padding mask of the block or null.
@@ -293,6 +207,93 @@ struct Backward : Attention<T> {
     float* to = gradients.dbias + s.batch * gradients.dbias_stride[0] + head * gradients.dbias_stride[1] + query * gradients.dbias_stride[2] + key;
     for (int64_t j = 0; j < n; j++) to[j] += gradient[j];
   }
+};
+
+// What reads and writes arrays of T: a task, one kv head of a sequence.
+template <class T>
+struct Backward : ChunkBackward {
+  // The chunk's rows of Q or dO as floats: tiles for the products over head_dim, panels of columns for those over rows.
+  void pack(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line, float* tiles,
+            float* columns) const {
+    for (int64_t row = 0; row < count; row++) {
+      const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
+      for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
+    }
+    pack_rows(line, depth_padded, count, depth, tiles);
+    pack_columns(line, depth_padded, count, depth, columns);
+  }
+
+  static void store_rows(const float* from, int64_t from_stride, float scale, T* to, int64_t to_stride, int64_t rows, int64_t n) {
+    const F32 factor = F32::set(scale);
+    for (int64_t r = 0; r < rows; r++)
+      each_vector(n, [&](int64_t d, int here) __attribute__((always_inline)) {
+        store(F32::load(from + r * from_stride + d) * factor, to + r * to_stride + d, here);
+      });
+  }
+
+  void task(const Sequence& s) const {
+    const int64_t rows = s.queries * group, keys_padded = round_up(s.keys, block);
+    const T *q = static_cast<const T*>(args.query) + s.query, *k = static_cast<const T*>(args.key) + s.key, *v = static_cast<const T*>(args.value) + s.value;
+    T* dk = static_cast<T*>(gradients.dk) + s.batch * gradients.dk_stride[0] + s.kv_head * gradients.dk_stride[1];
+    T* dv = static_cast<T*>(gradients.dv) + s.batch * gradients.dv_stride[0] + s.kv_head * gradients.dv_stride[1];
+    T* dq = static_cast<T*>(gradients.dq) + s.batch * gradients.dq_stride[0];
+    const T* grad = static_cast<const T*>(gradients.grad_out) + s.batch * gradients.grad_out_stride[0];
+    if (args.cu_seqlens_k) {
+      dk += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dk_stride[2];
+      dv += int64_t(args.cu_seqlens_k[s.batch]) * gradients.dv_stride[2];
+      dq += s.first_query * gradients.dq_stride[2];
+      grad += s.first_query * gradients.grad_out_stride[2];
+    }
+
+    float* packed = floats(scratch_key, keys_padded * (2 * depth + depth_padded));
+    float* sums = floats(scratch_sums, 2 * keys_padded * depth_padded);
+    const Keys keys = {packed, packed + 2 * keys_padded * depth, packed + keys_padded * depth, sums, sums + keys_padded * depth_padded};
+    memset(sums, 0, size_t(2 * keys_padded * depth_padded) * sizeof(float));
+    for (int64_t key = 0; key < s.keys; key += block) {
+      const int64_t n = smaller(block, s.keys - key);
+      pack_transposed(k + key * args.key_stride[2], args.key_stride[2], n, depth, keys.transposed + key * depth);
+      pack_transposed(v + key * args.value_stride[2], args.value_stride[2], n, depth, keys.value_transposed + key * depth);
+      pack_columns(k + key * args.key_stride[2], args.key_stride[2], n, depth, keys.columns + key * depth_padded);
+    }
+    if (gradients.dsinks)
+      for (int64_t g = 0; g < group; g++) gradients.dsinks[s.batch * args.heads + s.kv_head * group + g] = 0.0f;
+
+    const int64_t stride = keys_padded + 16;  // not a power of two
+    const bool capped = args.softcap > 0;
+    Chunk c = {};
+    float* line = floats(scratch_hidden, chunk_rows * depth_padded);
+    c.stride = stride;
+    c.query_tiles = floats(scratch_a, chunk_rows * depth + 8);
+    c.query_columns = floats(scratch_query, chunk_rows * depth_padded);
+    c.grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
+    c.grad_columns = floats(scratch_grad_hidden, chunk_rows * depth_padded);
+    c.query_grad = floats(scratch_output, chunk_rows * depth_padded);
+    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * stride);
+    c.gradient = c.probability + chunk_rows * stride;
+    c.slope = capped ? c.gradient + chunk_rows * stride : nullptr;
+    c.logsumexp = floats(scratch_statistics, 4 * chunk_rows);
+    c.total = c.logsumexp + chunk_rows;
+    c.delta = c.total + chunk_rows;
+    c.logsumexp_grad = c.delta + chunk_rows;
+    if (args.dropout.enabled) c.bits = static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t((chunk_rows + 2 * group) * keep_stride)));
+
+    for (c.first = 0; c.first < rows; c.first += chunk_rows) {
+      c.count = smaller(chunk_rows, rows - c.first);
+      c.begin = low(s, query_of(0, c.first)) / block * block;
+      c.end = high(s, query_of(0, c.first + c.count - 1));
+      memset(c.query_grad, 0, size_t(c.count * depth_padded) * sizeof(float));
+      if (c.begin < c.end) {
+        pack(q, args.query_stride, s, c.first, c.count, line, c.query_tiles, c.query_columns);
+        pack(grad, gradients.grad_out_stride, s, c.first, c.count, line, c.grad_tiles, c.grad_columns);
+      }
+      chunk(s, c, keys);
+      for (int64_t r = 0; r < c.count; r++)
+        store_rows(c.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
+                   dq + query_of(0, c.first + r) * gradients.dq_stride[2] + head_of(s, c.first + r) * gradients.dq_stride[1], 0, 1, depth);
+    }
+    store_rows(keys.grad, depth_padded, args.softmax_scale, dk, gradients.dk_stride[2], s.keys, depth);
+    store_rows(keys.value_grad, depth_padded, 1.0f, dv, gradients.dv_stride[2], s.keys, depth);
+  }
 
   void run() const {
     const bool shared_bias = gradients.dbias && gradients.dbias_stride[0] == 0;
@@ -306,7 +307,7 @@ struct Backward : Attention<T> {
 }  // namespace
 
 void attention_backward(const Runtime& runtime, const AttentionBackwardArgs& args) {
-  with_dtype(args.forward.dtype, [&](auto type) { Backward<decltype(type)>{{runtime, args.forward}, args}.run(); });
+  with_dtype(args.forward.dtype, [&](auto type) { Backward<decltype(type)>{{{runtime, args.forward}, args}}.run(); });
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -24,13 +24,38 @@ namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
+// What works on packed keys and values, in float32 whatever is stored.
+struct PackedForward : Attention {
+  // score_rows rows against one packed key block.
+  void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const uint8_t* keep,
+            const float* tiles, const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
+    using Step = Widen<float>;
+    const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
+    const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
+    if (low_key >= high_key) return;
+    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
+    for (int64_t p = first_panel; p < last_panel; p++)
+      for (int64_t r = 0; r < rows; r += tile_rows)
+        for (int64_t d = 0; d < depth; d += logit_depth)
+          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(logit_depth, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
+                              packed_key + (p * depth + d) * panel, scores + r * score_stride + p * panel, score_stride, d > 0);
+
+    const int64_t from = first_panel * panel, width = last_panel * panel - from;
+    for (int64_t r = 0; r < rows; r++) {
+      float* line = scores + r * score_stride + from;
+      modify(s, query_of(first, row + r), head_of(s, row + r), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
+      rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r], keep ? keep + (row + r) * keep_stride + from / 8 : nullptr));
+    }
+    for (int64_t p = 0; p * panel < depth; p++)
+      for (int64_t r = 0; r < rows; r += tile_rows)
+        multiply_rows<Step>(smaller(tile_rows, rows - r), high_key - from, RowMajorTile{scores + r * score_stride + from, score_stride},
+                            packed_value + (p * n + from) * panel, output + (row + r) * depth_padded + p * panel, depth_padded, true);
+  }
+};
+
 template <class T>
-struct Forward : Attention<T> {
+struct Forward : PackedForward {
   static constexpr bool by_unit = BIGMODEL_AMX && !__is_same(T, fp16);
-  using Base = Attention<T>;
-  using typename Base::Sequence;
-  using Base::args, Base::depth, Base::depth_padded, Base::draw, Base::group, Base::head_of, Base::high, Base::low, Base::modify, Base::padding,
-      Base::query_of, Base::rescale, Base::runtime, Base::sequence, Base::softmax, Base::start, Base::unit;
 
   // ---- a chunk: queries [first, first + count) of one sequence and kv head ----
 
@@ -62,7 +87,7 @@ struct Forward : Attention<T> {
     }
 
     for (int64_t row = 0; row < rows; row++) {
-      const T* source = s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
+      const T* source = static_cast<const T*>(args.query) + s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
       for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) : 0.0f;
       statistics[row] = start(s, head_of(s, row));
     }
@@ -78,8 +103,8 @@ struct Forward : Attention<T> {
       bool visible;
       const float* mask = padding(s, key, n, n_padded, scores + score_rows * score_stride, visible);
       if (!visible) continue;
-      const T* keys = s.key + key * args.key_stride[2];
-      const T* values = s.value + key * args.value_stride[2];
+      const T* keys = static_cast<const T*>(args.key) + s.key + key * args.key_stride[2];
+      const T* values = static_cast<const T*>(args.value) + s.value + key * args.value_stride[2];
       if (dropping) draw(s, first, count, key, n, bits);
       if (direct) {
         direct_block(s, first, rows, key, n, mask, bits, keys, values, query, scores, statistics, output);
@@ -112,32 +137,6 @@ struct Forward : Attention<T> {
 #endif
     if (left >= F32::width) x.store(out);
     else store_partial(x, out, int(left));
-  }
-
-  // score_rows rows against one packed key block.
-  void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const uint8_t* keep,
-            const float* tiles, const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
-    using Step = Widen<float>;
-    const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
-    const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
-    if (low_key >= high_key) return;
-    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
-    for (int64_t p = first_panel; p < last_panel; p++)
-      for (int64_t r = 0; r < rows; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += logit_depth)
-          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(logit_depth, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
-                              packed_key + (p * depth + d) * panel, scores + r * score_stride + p * panel, score_stride, d > 0);
-
-    const int64_t from = first_panel * panel, width = last_panel * panel - from;
-    for (int64_t r = 0; r < rows; r++) {
-      float* line = scores + r * score_stride + from;
-      modify(s, query_of(first, row + r), head_of(s, row + r), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
-      rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r], keep ? keep + (row + r) * keep_stride + from / 8 : nullptr));
-    }
-    for (int64_t p = 0; p * panel < depth; p++)
-      for (int64_t r = 0; r < rows; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, rows - r), high_key - from, RowMajorTile{scores + r * score_stride + from, score_stride},
-                            packed_value + (p * n + from) * panel, output + (row + r) * depth_padded + p * panel, depth_padded, true);
   }
 
   // A few rows against a block of keys in place: dot products along head_dim, then a weighted sum of V's rows.
@@ -213,7 +212,7 @@ struct Forward : Attention<T> {
 }  // namespace
 
 void attention(const Runtime& runtime, const AttentionArgs& args) {
-  with_dtype(args.dtype, [&](auto type) { Forward<decltype(type)>{{runtime, args}}.run(); });
+  with_dtype(args.dtype, [&](auto type) { Forward<decltype(type)>{{{runtime, args}}}.run(); });
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -354,8 +354,8 @@ struct Operands<float> {
 template <class T>
 struct UnitChunk {
   static constexpr int64_t block_keys = Operands<T>::block_keys, score_line = Operands<T>::score_line, keep_line = Operands<T>::keep_line;
-  const Attention<T>& of;
-  const typename Attention<T>::Sequence& s;
+  const Attention& of;
+  const Attention::Sequence& s;
   const int64_t first, count;          // queries
   const int64_t rows = count * of.group, padded_rows = round_up(rows, block_rows), padded = round_up(of.depth, 32);
   const float base = of.unit * log2e;
@@ -372,7 +372,7 @@ struct UnitChunk {
   };
 
   const T* source(int64_t row) const {
-    return s.query + of.query_of(first, row) * of.args.query_stride[2] + of.head_of(s, row) * of.args.query_stride[1];
+    return static_cast<const T*>(of.args.query) + s.query + of.query_of(first, row) * of.args.query_stride[2] + of.head_of(s, row) * of.args.query_stride[1];
   }
 
   void run() {
@@ -390,7 +390,8 @@ struct UnitChunk {
       const float* mask = of.padding(s, key, n, round_up(n, panel), scores + block_rows * score_line, visible);
       if (!visible) continue;
       if (bits) of.draw(s, first, count, key, n, bits, keep_line);
-      operands.pack(s.key + key * of.args.key_stride[2], of.args.key_stride[2], s.value + key * of.args.value_stride[2], of.args.value_stride[2], n);
+      operands.pack(static_cast<const T*>(of.args.key) + s.key + key * of.args.key_stride[2], of.args.key_stride[2],
+                    static_cast<const T*>(of.args.value) + s.value + key * of.args.value_stride[2], of.args.value_stride[2], n);
       for (int64_t row = 0; row < rows; row += block_rows) block(row, smaller(block_rows, rows - row), {key, n, mask});
     }
   }

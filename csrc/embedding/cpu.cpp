@@ -1,7 +1,7 @@
 // embedding: dropout(norm(...)) of word + position + token-type rows summed and normalised while they are in cache (BERT's input, arXiv 1810.04805 fig. 2).
 #include "../arch/philox.h"
 #include "../dispatch.h"
-#include "../gemm/gemm.h"
+#include "../parallel.h"
 #include "embedding.h"
 
 namespace bigmodel::BIGMODEL_ISA {

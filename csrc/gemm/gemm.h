@@ -16,7 +16,7 @@
 #if BIGMODEL_AMX
 #include "../arch/amx.h"
 #endif
-#include "../kernels.h"
+#include "../parallel.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -35,11 +35,6 @@ inline constexpr int64_t depth_block = 192;
 // Panels are taken in groups whose columns of C (row_block rows) stay in L2 beside A while k runs.
 inline constexpr int64_t panel_group = 384 / panel;
 inline constexpr int64_t row_block = 16 * tile_rows;
-
-BIGMODEL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-BIGMODEL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-BIGMODEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Rows of a packed tile, by its elements: the tile unit takes two of its registers' rows of pairs at a time.
 #if BIGMODEL_AMX
@@ -310,12 +305,5 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
   }
 }
 #endif
-
-// ---- threads ----
-
-template <class Body>
-static void parallel(const Runtime& runtime, int64_t tasks, const Body& body) {
-  runtime.run(runtime, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, const_cast<Body*>(&body));
-}
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -65,14 +65,6 @@ static void finish_columns(const Epilogue<T>& e, int64_t rows, int64_t column, i
 
 // ---- the product with a weight ----
 
-// How packed weights of storage type T lie: cpu.cpp's `pack` and the product agree on this.
-template <class T>
-struct StepOf { using Type = Widen<T>; };
-#if BIGMODEL_BF16_DOT
-template <>
-struct StepOf<bf16> { using Type = Pairs; };
-#endif
-
 // body(Step{}) with the step for m rows of type T, and results of it.
 template <class T, class Body>
 static void with_step(int64_t m, const Body& body) {
@@ -98,20 +90,19 @@ static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const 
   }
 }
 
-// left times the weight, see multiply_columns.
-template <class T, class Step, class Finish>
+// left times the weight, see multiply_packed.
+template <class T, class Step>
 static void multiply_weight(const Runtime& runtime, const Left<typename Step::A>& left, const WeightArgs& weight, float* direct, int64_t direct_stride,
-                            const Finish& finish) {
+                            Finish finish) {
   using Packed = typename StepOf<T>::Type;
   if (weight.packed) {
     const auto* panels = reinterpret_cast<const typename Packed::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
-    const PackedRight<Packed> right = {panels, steps_of<Packed>(weight.k)};
-    multiply_unsplit<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
+    multiply_packed<Step, Packed>(runtime, left, panels, weight.n, weight.k, direct, direct_stride, finish);
   } else if constexpr (Step::k_per_step == 1) {
     const Weights<T> rows = {weight.parts, weight.part_n, weight.count, weight.k, weight.layout};
     const Operand right = rows.operand();
-    if constexpr (splits<Step>) multiply_unsplit<Step>(runtime, left, RowsRight{right, weight.n}, weight.n, weight.k, direct, direct_stride, finish);
-    else multiply_columns<Widen<float>>(runtime, left, RowsRight{right, weight.n}, weight.n, direct, direct_stride, finish);
+    if constexpr (splits<Step>) multiply_operand<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
+    else multiply_operand<Widen<float>>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
   }
 }
 

@@ -4,7 +4,7 @@
 #include "../activations/activations.h"
 #include "../arch/philox.h"
 #include "../dispatch.h"
-#include "../gemm/gemm.h"
+#include "../parallel.h"
 #include "norm.h"
 
 namespace bigmodel::BIGMODEL_ISA {

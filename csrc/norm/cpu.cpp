@@ -2,7 +2,7 @@
 // Zhang & Sennrich, arXiv 1910.07467.
 #include "../arch/philox.h"
 #include "../dispatch.h"
-#include "../gemm/gemm.h"
+#include "../parallel.h"
 #include "norm.h"
 
 namespace bigmodel::BIGMODEL_ISA {

@@ -2,7 +2,7 @@
 //
 // A task is some positions: their cosines and sines are widened once for all heads of both.
 #include "../dispatch.h"
-#include "../gemm/gemm.h"
+#include "../parallel.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 

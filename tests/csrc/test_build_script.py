@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from build_csrc import ROOT, build_module, load
 
 build, job = build_module(), load("job")
@@ -24,6 +25,17 @@ def imports(library: Path) -> dict[str, str]:
     table = subprocess.run(["objdump", "-T", str(library)], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in table.splitlines() if "*UND*" in line]
     return {row[-1]: row[-2].strip("()") if row[-2].startswith("(") else "" for row in rows}
+
+
+def test_torch_is_found_without_its_import() -> None:
+    assert build.torch_folder() == Path(torch.__file__).parent
+    assert build.torch_cuda() == torch.version.cuda
+
+
+def test_a_missing_cuda_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    with pytest.raises(SystemExit, match="no CUDA compiler: '/nowhere/nvcc' is not on PATH"):
+        build.cuda(["80", "90a"])
 
 
 def test_a_job_says_what_it_took(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,18 @@
+// Work cut into tasks for the threads that a kernel is lent, and the whole numbers that it is cut by.
+#pragma once
+#include "arch/simd.h"
+#include "kernels.h"
+
+namespace bigmodel::BIGMODEL_ISA {
+
+BIGMODEL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BIGMODEL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+BIGMODEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class Body>
+static void parallel(const Runtime& runtime, int64_t tasks, const Body& body) {
+  runtime.run(runtime, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, const_cast<Body*>(&body));
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA

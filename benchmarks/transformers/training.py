@@ -5,8 +5,9 @@ All contenders share one set of weights in memory. Without dropout the losses, a
 layer's query weights, must agree; with dropout each draws its own. AdamW is torch's fused one for everybody,
 so its two columns differ by noise alone. Peak memory is that of one whole step (bench/memory.py) over the
 weights and AdamW's moments: activations and gradients. "activations" is forward and backward into gradients
-that are there already, so that its peak is what the two layers keep for the backward and what the backward
-takes; there transformers' eager has its turn, and ours with `recompute=True`.
+that are there already, with a small vocabulary, whose table's gradient is no activation: its peak is what the
+layers keep for the backward, and what the backward takes. There transformers' eager has its turn, and ours with
+`recompute=True`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def build(case: Case, setting: Setting) -> Prepared:
     sizes = case.sizes
     hidden, layers, batch, length = sizes["hidden"], sizes["layers"], sizes["batch"], sizes["length"]
     config = BertConfig(
+        vocab_size=2000 if sizes["phase"] == ACTIVATIONS else 30522,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=sizes["heads"],

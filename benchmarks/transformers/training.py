@@ -6,8 +6,8 @@ layer's query weights, must agree; with dropout each draws its own. AdamW is tor
 so its two columns differ by noise alone. Peak memory is that of one whole step (bench/memory.py) over the
 weights and AdamW's moments: activations and gradients. "activations" is forward and backward into gradients
 that are there already, with a small vocabulary, whose table's gradient is no activation: its peak is what the
-layers keep for the backward, and what the backward takes. There transformers' eager has its turn, and ours with
-`recompute=True`.
+layers keep for the backward, and what the backward takes. There transformers' eager has its turn, and ours
+with `recompute=True`.
 """
 
 from __future__ import annotations

@@ -236,12 +236,11 @@ struct CrossEntropyArgs {
   const int64_t* target;   // (all rows,)
   const int64_t* row;      // (rows,): the numbers of the rows that count
   float smoothing;
-  // The forward pass: both (all rows,), or null when logsumexp is given.
+  // The forward pass: both (all rows,), or null for the gradients alone.
   float* loss;
   float* logsumexp;
   // The gradients of the sum over rows of row_scale (null: scale) * loss.
-  const float* given_logsumexp;   // (all rows,) or null
-  const float* row_scale;         // (all rows,) or null
+  const float* row_scale;   // (all rows,) or null
   float scale;
   void *x_grad, *weight_grad, *bias_grad;   // x_grad is zero when handed over: rows that do not count stay so
 };

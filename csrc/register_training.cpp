@@ -495,11 +495,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_linear_cross_entropy_trai
   return {call.reduced(losses, reduction), logsumexp, result.tensors[0], result.tensors[1], result.tensors[2]};
 }
 
-std::vector<Tensor> cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, OptionalTensor bias, Tensor logsumexp,
+std::vector<Tensor> cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, OptionalTensor bias,
                                                       int64_t ignore_index, double label_smoothing, std::vector<bool> needs) {
   CrossEntropyCall call(x, weight, target, bias, ignore_index, label_smoothing);
   call.args.row_scale = static_cast<const float*>(data_of(grad, "grad", ScalarType::Float, call.all));
-  call.args.given_logsumexp = static_cast<const float*>(data_of(logsumexp, "logsumexp", ScalarType::Float, call.all));
   Gradients result(needs, 3, call.dtype);
   call.gradients(result, x, weight, bias);
   call.run();
@@ -532,7 +531,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "float label_smoothing=0.0, str reduction='mean') -> (Tensor, Tensor)");
   m.def("cpu_linear_cross_entropy_training(Tensor x, Tensor weight, Tensor target, Tensor? bias=None, *, int ignore_index=-100, "
         "float label_smoothing=0.0, str reduction='mean', bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor logsumexp, *, "
+  m.def("cpu_linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor target, Tensor? bias, *, "
         "int ignore_index=-100, float label_smoothing=0.0, bool[] needs) -> Tensor[]");
 }
 

@@ -4,7 +4,10 @@ backward and AdamW apart, and all in one. Weights are random: speed does not dep
 All contenders share one set of weights in memory. Without dropout the losses, and the gradients of the first
 layer's query weights, must agree; with dropout each draws its own. AdamW is torch's fused one for everybody,
 so its two columns differ by noise alone. Peak memory is that of one whole step (bench/memory.py) over the
-weights and AdamW's moments: activations and gradients.
+weights and AdamW's moments: activations and gradients. "activations" is forward and backward into gradients
+that are there already, with a small vocabulary, whose table's gradient is no activation: its peak is what the
+layers keep for the backward, and what the backward takes. There transformers' eager has its turn, and ours
+with `recompute=True`.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ import bigmodel_kernels as bk
 from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
 
 PHASES = ("forward", "backward", "AdamW", "whole step")
+ACTIVATIONS = "activations"
 
 
 def build(case: Case, setting: Setting) -> Prepared:
     sizes = case.sizes
     hidden, layers, batch, length = sizes["hidden"], sizes["layers"], sizes["batch"], sizes["length"]
     config = BertConfig(
+        vocab_size=2000 if sizes["phase"] == ACTIVATIONS else 30522,
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=sizes["heads"],
@@ -47,6 +52,10 @@ def build(case: Case, setting: Setting) -> Prepared:
     def clear() -> None:
         for parameter in parameters:
             parameter.grad = None
+
+    def zeros() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
     def loss_of(twin: Any) -> Tensor:
         clear()
@@ -71,15 +80,26 @@ def build(case: Case, setting: Setting) -> Prepared:
             return Contender(name, backward, optional, before=lambda: loss_of(twin))
         if sizes["phase"] == "AdamW":
             return Contender(name, lambda _: optimizer.step(), optional, before=gradients)
+        if sizes["phase"] == ACTIVATIONS:
+            return Contender(name, lambda _: backward(twin(**inputs).loss), optional, before=zeros)
         return Contender(name, step, optional, before=clear)
 
-    ours = copy.deepcopy(model, {id(p): p for p in parameters})
-    bk.patch(ours)
-    contenders = [contender("sdpa", model), contender("bigmodel", ours)]
+    def twin_of() -> Any:
+        return copy.deepcopy(model, {id(p): p for p in parameters})
+
+    def patched(recompute: bool) -> Any:
+        twin = twin_of()
+        bk.patch(twin, recompute=recompute)
+        return twin
+
+    contenders = [contender("sdpa", model), contender("bigmodel", patched(recompute=False))]
+    if sizes["phase"] == ACTIVATIONS:
+        eager = twin_of()
+        eager.set_attn_implementation("eager")
+        contenders = [contender("eager", eager), *contenders, contender("recompute", patched(recompute=True))]
     if setting.compile:
-        twin = torch.compile(copy.deepcopy(model, {id(p): p for p in parameters}))
-        contenders.append(contender("compile", twin, optional=True))
-    compared = sizes["dropout"] == 0 and sizes["phase"] in ("forward", "backward")
+        contenders.append(contender("compile", torch.compile(twin_of()), optional=True))
+    compared = sizes["dropout"] == 0 and sizes["phase"] in ("forward", "backward", ACTIVATIONS)
     return Prepared(
         contenders,
         "sdpa",
@@ -103,7 +123,8 @@ def _work(parameters: list[Tensor], sizes: Any) -> list[Stage]:
         "backward": Stage(2 * forward, 2 * products * itemsize),
         "AdamW": Stage(0, 7 * itemsize * sum(p.numel() for p in parameters)),
     }
-    return list(stages.values()) if sizes["phase"] == "whole step" else [stages[sizes["phase"]]]
+    whole = {"whole step": list(stages.values()), ACTIVATIONS: [stages["forward"], stages["backward"]]}
+    return whole.get(sizes["phase"]) or [stages[sizes["phase"]]]
 
 
 def case(
@@ -122,6 +143,13 @@ def case(
     return Case(label, dtype, {**sizes, "hidden": hidden, "layers": layers, "heads": heads})
 
 
+#: Two layers: what eager keeps of twelve does not fit into many machines.
+LONG = tuple(
+    case(ACTIVATIONS, 1, 2048, dropout, layers=2, memory=True, dtype=dtype)
+    for dtype in ("float32", "bfloat16")
+    for dropout in (0.0, 0.1)
+)
+
 SUITE = Suite(
     "training",
     build,
@@ -129,15 +157,18 @@ SUITE = Suite(
         *(case(phase, 4, 128, dropout) for dropout in (0.0, 0.1) for phase in PHASES),
         *(case("whole step", 1, 2048, dropout, memory=True) for dropout in (0.0, 0.1)),
         case("whole step", 4, 128, 0.1, dtype="bfloat16"),
+        *LONG,
     ),
     gpu=(
         *(case("whole step", 64, 128, dropout, memory=True, dtype="bfloat16") for dropout in (0.0, 0.1)),
         case("whole step", 16, 512, 0.1, memory=True, dtype="bfloat16"),
         case("whole step", 32, 128, 0.1, memory=True),
+        *LONG,
     ),
     quick=(
         *(case(phase, 2, 9, dropout, 32, 2, 2) for dropout in (0.0, 0.1) for phase in PHASES),
         case("whole step", 1, 40, 0.0, 32, 2, 2, memory=True),
+        case(ACTIVATIONS, 1, 40, 0.1, 32, 2, 2, memory=True),
     ),
     training=True,
 )

@@ -138,11 +138,12 @@ def _suite(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _memory(row: dict[str, Any]) -> str:
-    """Ours and the peer's."""
-    ours, theirs = (row.get("peak_bytes", {}).get(name) for name in (OURS, row["peer"]))
-    if ours is None or theirs is None:
+    """Ours, and the others'."""
+    peaks = {name: f"{size / 2**20:,.0f}" for name, size in row.get("peak_bytes", {}).items()}
+    ours = peaks.pop(OURS, None)
+    if ours is None:
         return ""
-    return f"{ours / 2**20:,.0f} MiB ({row['peer']} {theirs / 2**20:,.0f})"
+    return f"{ours} MiB ({', '.join(f'{name} {size}' for name, size in peaks.items())})"
 
 
 def _time(timing: dict[str, Any] | None) -> str:

@@ -277,15 +277,23 @@ def show_comparison(found: dict[str, Any], console: Console, output: str) -> Non
         table.add_row(label, show_one(eager), show_one(patched))  # type: ignore[no-untyped-call]
     console.print(table)
     apart = Table("loss curves", "largest", "mean", "last", title="Distance", title_justify="left")
-    for seed, numbers in found["distance"].items():
-        apart.add_row(
-            f"patched and eager, seed {seed}", *(f"{numbers[k]:.1e}" for k in ("max", "mean", "last"))
-        )
-    apart.add_row(
-        f"yardstick: eager-{found['seeds'][0]} and {found['yardstick']['run']}",
-        *(f"{found['yardstick'][k]:.1e}" for k in ("max", "mean", "last")),
-    )
+    yardstick = found["yardstick"]
+    for label, of in (
+        ("patched and eager", found["distance"]),
+        (f"yardstick: {yardstick['kind']} and eager", yardstick["distance"]),
+    ):
+        for seed, numbers in of.items():
+            apart.add_row(f"{label}, seed {seed}", *(f"{numbers[k]:.1e}" for k in ("max", "mean", "last")))
     console.print(apart)
+    for agree, what, measure in (
+        (found["losses_agree"], "loss curves", "the yardstick's furthest"),
+        (found["scores_agree"], f"mean {found['metric']}", "eager's seeds among themselves"),
+    ):
+        console.print(
+            f"{what}: patched and eager are {'no ' if agree else ''}further apart than {measure}",
+            style="green" if agree else "bold yellow",
+            markup=False,
+        )
     if found["patch_report"]:
         console.print(found["patch_report"], markup=False, highlight=False)
     console.print(

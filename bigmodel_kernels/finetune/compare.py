@@ -1,9 +1,11 @@
 """The same training eager and patched: loss curves, scores over seeds, time per step and memory.
 
 Dropout is 0, so that the two runs of a seed differ by rounding alone. Training makes small differences grow,
-so a number for their distance says nothing by itself. The yardstick is the distance of two runs of
-transformers alone that round their sums in another order: on the CPU eager with another number of threads,
-on a GPU sdpa. Each run is a process of its own, so that memory and caches of one do not count for the other.
+so a number for their distance says nothing by itself. The yardstick is, for each seed, the distance of two
+runs of transformers alone that round their sums in another order: on the CPU eager with another number of
+threads, on a GPU sdpa. Patched and eager are the same training if no seed's curves are further apart than the
+yardstick's furthest, and the mean scores no further than eager's own over the seeds. Each run is a process of
+its own, so that memory and caches of one do not count for the other.
 """
 
 from __future__ import annotations
@@ -29,18 +31,33 @@ from bigmodel_kernels.finetune.tasks import TASKS
 Say = Callable[[str, int, int], None]
 
 
+def kinds(settings: Settings) -> tuple[str, str, str]:
+    """What is run for each seed: eager, patched, and the yardstick by its name."""
+    if torch.device(settings.device).type != "cpu":
+        return "eager", "patched", "sdpa"
+    return "eager", "patched", f"eager-{_other_threads(settings)}-threads"
+
+
+def _threads(settings: Settings) -> int:
+    return settings.threads or torch.get_num_threads()
+
+
+def _other_threads(settings: Settings) -> int:
+    return 2 if _threads(settings) == 1 else 1
+
+
 def plan(settings: Settings, seeds: Sequence[int]) -> dict[str, Settings]:
-    """The runs by name: eager and patched for each seed in turn, and the yardstick."""
+    """The runs by name, a kind and a seed: of each seed eager, patched and the yardstick."""
     settings = complete(settings)
-    threads = settings.threads or torch.get_num_threads()
     runs: dict[str, Settings] = {}
 
-    def add(name: str, implementation: str, seed: int, number: int) -> None:
+    def add(kind: str, seed: int) -> None:
+        name, implementation = f"{kind}-{seed}", kind.partition("-")[0]
         runs[name] = replace(
             settings,
             implementation=implementation,
             seed=seed,
-            threads=number,
+            threads=_threads(settings) if kind == implementation else _other_threads(settings),
             dropout=0.0,
             fused_loss=settings.fused_loss and implementation == "patched",
             recompute=settings.recompute and implementation == "patched",
@@ -48,13 +65,8 @@ def plan(settings: Settings, seeds: Sequence[int]) -> dict[str, Settings]:
         )
 
     for seed in seeds:
-        add(f"eager-{seed}", "eager", seed, threads)
-        add(f"patched-{seed}", "patched", seed, threads)
-    if torch.device(settings.device).type == "cpu":
-        other = 2 if threads == 1 else 1
-        add(f"eager-{seeds[0]}-threads-{other}", "eager", seeds[0], other)
-    else:
-        add(f"sdpa-{seeds[0]}", "sdpa", seeds[0], threads)
+        for kind in kinds(settings):
+            add(kind, seed)
     return runs
 
 
@@ -93,9 +105,10 @@ def compare(
         results[name] = json.loads(done.read_text(encoding="utf-8"))
         if results[name]["settings"] != run.to_dict():
             raise ValueError(f"{done} is of a run with other settings; take another folder")
-    found = summarise(results, list(seeds), TASKS[settings.task].main_metric, isolated)
+    yardstick = kinds(settings)[-1]
+    found = summarise(results, list(seeds), yardstick, TASKS[settings.task].main_metric, isolated)
     files.write_json(folder / "compare.json", found)
-    _plot(results, list(seeds), list(runs)[-1], folder / "compare.png")
+    _plot(results, list(seeds), yardstick, folder / "compare.png")
     return found
 
 
@@ -148,10 +161,9 @@ def distance(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
 
 
 def summarise(
-    results: dict[str, dict[str, Any]], seeds: list[int], metric: str, memory: bool
+    results: dict[str, dict[str, Any]], seeds: list[int], yardstick: str, metric: str, memory: bool
 ) -> dict[str, Any]:
-    """The comparison from the results of all runs; the last of them is the yardstick."""
-    yardstick = list(results)[-1]
+    """The comparison from the results of all runs; `yardstick` is the kind of the third."""
     losses = {name: result["losses"] for name, result in results.items()}
     each: dict[str, Any] = {}
     for kind in ("eager", "patched"):
@@ -168,20 +180,29 @@ def summarise(
             "tokens_per_second": statistics.median(r["facts"]["tokens_per_second"] for r in mine),
             "peak_memory_bytes": max(r["facts"]["peak_memory_bytes"] or 0 for r in mine) if memory else None,
         }
+    apart = {
+        kind: {str(s): distance(losses[f"eager-{s}"], losses[f"{kind}-{s}"]) for s in seeds}
+        for kind in ("patched", yardstick)
+    }
+    furthest = {kind: max(numbers["max"] for numbers in of.values()) for kind, of in apart.items()}
+    eager = each["eager"]["score"]
     first = seeds[0]
     return {
-        "task": results[yardstick]["settings"]["task"],
+        "task": results[f"eager-{first}"]["settings"]["task"],
         "metric": metric,
         "seeds": seeds,
-        "steps": len(losses[yardstick]),
+        "steps": len(losses[f"eager-{first}"]),
         "threads": results[f"eager-{first}"]["facts"]["threads"],
-        "distance": {str(s): distance(losses[f"eager-{s}"], losses[f"patched-{s}"]) for s in seeds},
-        "yardstick": {"run": yardstick, **distance(losses[f"eager-{first}"], losses[yardstick])},
+        "distance": apart["patched"],
+        "yardstick": {"kind": yardstick, "distance": apart[yardstick]},
+        "losses_agree": furthest["patched"] <= furthest[yardstick],
+        "scores_agree": abs(each["patched"]["score"]["mean"] - eager["mean"])
+        <= eager["most"] - eager["least"],
         "runs": each,
         "speedup": each["eager"]["step_s"] / each["patched"]["step_s"],
         "patch_report": results[f"patched-{first}"]["facts"]["patch_report"],
         "settings": results[f"eager-{first}"]["settings"],
-        "versions": results[yardstick]["facts"]["versions"],
+        "versions": results[f"eager-{first}"]["facts"]["versions"],
     }
 
 
@@ -192,8 +213,7 @@ def _plot(results: dict[str, dict[str, Any]], seeds: list[int], yardstick: str, 
     from bigmodel_kernels.finetune.plot import smoothed
 
     losses = {name: result["losses"] for name, result in results.items()}
-    steps = range(1, len(losses[yardstick]) + 1)
-    first = seeds[0]
+    steps = range(1, len(losses[f"eager-{seeds[0]}"]) + 1)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, seed in enumerate(seeds):
@@ -204,9 +224,12 @@ def _plot(results: dict[str, dict[str, Any]], seeds: list[int], yardstick: str, 
     left.set(xlabel="step", ylabel="training loss, smoothed")
     left.legend()
     floor = 1e-9  # equal losses have no place on a logarithmic axis
-    for name, label in ((f"patched-{first}", "patched and eager"), (yardstick, f"yardstick: {yardstick}")):
-        apart = [max(abs(a - b), floor) for a, b in zip(losses[f"eager-{first}"], losses[name], strict=True)]
-        right.plot(steps, apart, label=label, linewidth=0.9)
-    right.set(xlabel="step", ylabel=f"difference of the losses, seed {first}", yscale="log")
+    for kind, colour in (("patched", "C0"), (yardstick, "C1")):
+        for i, seed in enumerate(seeds):
+            pairs = zip(losses[f"eager-{seed}"], losses[f"{kind}-{seed}"], strict=True)
+            apart = [max(abs(a - b), floor) for a, b in pairs]
+            label = f"{kind} and eager" if i == 0 else None
+            right.plot(steps, apart, colour, label=label, linewidth=0.9, alpha=0.7)
+    right.set(xlabel="step", ylabel="difference of the losses, each seed", yscale="log")
     right.legend()
     figure.savefig(path, dpi=120)

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear, Form
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
 
 
 @dataclass(frozen=True)
@@ -367,6 +367,12 @@ class LMHead(Form):
             return super().forward(features, **kwargs)  # type: ignore[no-any-return]
         return self.decoder(states)  # type: ignore[no-any-return]
 
+    @staticmethod
+    def states(head: Any, rows: Tensor) -> Tensor:
+        """What goes into the product, of a head that is patched or not."""
+        states = transform(rows, head.dense, "gelu", head.layer_norm)
+        return head.layer_norm(nn.functional.gelu(head.dense(rows))) if states is None else states
+
 
 class Transform(Form):
     """Projection, activation and LayerNorm of a language-model head in one call."""
@@ -639,6 +645,27 @@ def transform_rule(form: type[Transform]) -> Rule:
     return Rule(form.__bases__[1], form, ("linear",), partial(_check_transform, form))
 
 
+def masked_lm(kin: Kin, lm_head: type[nn.Module]) -> Callable[[type], type]:
+    """`fused_loss.language_model` of a masked language model with a head of RoBERTa's kind."""
+
+    def before(model: Any) -> fused_loss.Rows | None:
+        known = is_form(model.lm_head, lm_head) or checks.intact(model.lm_head, lm_head)
+        return partial(LMHead.states, model.lm_head) if known else None
+
+    return fused_loss.language_model(kin, fused_loss.Head("lm_head.decoder", ("lm_head",), before))
+
+
+def cls_head(outer: type[nn.Module], predictions: type[nn.Module]) -> fused_loss.Head:
+    """`fused_loss.Head` of BERT's kind: `cls.predictions` has a transform and the product."""
+
+    def before(model: Any) -> fused_loss.Rows | None:
+        cls = model._modules.get("cls")  # DeBERTa v2 has it in its first form alone
+        known = checks.intact(cls, outer) and checks.intact(cls.predictions, predictions)
+        return cls.predictions.transform if known else None
+
+    return fused_loss.Head("cls.predictions.decoder", ("cls",), before)
+
+
 #: Why a layer of these kin as a whole cannot run fused.
 WholeLayer = Callable[[Kin, Any], str | None]
 
@@ -731,6 +758,7 @@ def roberta_family(
             keeps_padding(kin, question_answering, "roberta.encoder", padded_encoder),
         ),
         models=(model,),
+        losses=fused_loss.rules(*kin.forms.values()),
         mask_path=mask_path(kin),
         left=left(kin),
     )

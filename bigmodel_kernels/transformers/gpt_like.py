@@ -488,7 +488,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
             ),
             *(ChildRule(lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)) for lm in heads),
         ),
-        losses=tuple(fused_loss.rule(lm, forms[lm]) for lm in heads),
+        losses=fused_loss.rules(*forms.values()),
         models=kin.models,
         mask_path=(*kin.above, kin.layer, *kin.around, kin.attention),
         reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
@@ -497,4 +497,4 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
 
 
 #: Makes the patched form of a causal language model's class: its loss without logits, in training.
-causal_lm = fused_loss.causal_lm_of
+causal_lm = fused_loss.language_model

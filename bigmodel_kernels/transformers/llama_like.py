@@ -371,7 +371,7 @@ def family(name: str, kin: Kin) -> Family:
             *rules,
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
-        losses=tuple(fused_loss.rule(model, forms[model]) for model in (kin.causal_lm,) if model in forms),
+        losses=fused_loss.rules(*forms.values()),
         models=(kin.model,),
         mask_path=(kin.layer, kin.attention),
         left={} if kin.experts is None else {kin.experts: EXPERTS},
@@ -382,4 +382,4 @@ EXPERTS = "a mixture of experts, called as it is between our other calls"
 
 
 #: Makes the patched form of a causal language model's class: its loss without logits, in training.
-causal_lm = fused_loss.causal_lm_of
+causal_lm = fused_loss.language_model

@@ -42,10 +42,9 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
     it until they are unpatched.
 
-    fused_loss: GPT2LMHeadModel, BertForMaskedLM and the causal language models of OPT, GPT-NeoX, GPT-J,
-    CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM and Llama's kind compute their loss without logits, in
+    fused_loss: language models (causal, masked, encoder with decoder) compute their loss without logits, in
     training mode and when labels are given by name. Their output then has `logits=None`. Evaluation has
-    logits as ever.
+    logits as ever. The report names those that keep them, such as Gemma 2 with its softcap.
 
     Raises TypeError for something that is not a module.
     """

@@ -24,6 +24,7 @@ that has no place for the encoder's keys, and where a hook or a replaced module 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
@@ -365,6 +366,18 @@ def family(name: str, kin: Kin) -> Family:
             ),
             *(ChildRule(model, kin.head, nn.Linear, BigmodelLinear, ("linear",)) for model in kin.heads),
         ),
+        losses=fused_loss.rules(*kin.forms.values()),
         models=models,
         mask_path=(kin.encoder_layer, kin.decoder_layer, kin.attention),
     )
+
+
+def language_model(
+    kin: Kin, shift: Callable[[Tensor, int, int], Tensor], caches: bool = True
+) -> Callable[[type], type]:
+    """`fused_loss.language_model`; `shift` (labels, padding, first token) makes decoder ids."""
+
+    def shifted(model: Any, labels: Tensor) -> Tensor:
+        return shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+
+    return fused_loss.language_model(kin, fused_loss.encoder_decoder(shifted, kin.head, caches))

@@ -20,6 +20,7 @@ as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels.transformers import blocks, checks, llama_like, seq2seq_like
+from bigmodel_kernels.transformers import blocks, checks, fused_loss, llama_like, seq2seq_like
 from bigmodel_kernels.transformers.blocks import FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
@@ -215,6 +216,14 @@ def family(name: str, kin: Kin) -> Family:
             Rule(kin.norm, forms[kin.norm], ("rms_norm",), llama_like.check_norm),
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
+        losses=fused_loss.rules(*forms.values()),
         models=(kin.stack,),
         mask_path=(kin.block, kin.self_attention, kin.cross_attention, kin.attention),
+    )
+
+
+def language_model(kin: Kin) -> Callable[[type], type]:
+    """`fused_loss.language_model` of an encoder and a decoder."""
+    return fused_loss.language_model(
+        kin, fused_loss.encoder_decoder(lambda model, labels: model._shift_right(labels))
     )

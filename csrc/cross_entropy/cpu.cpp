@@ -5,8 +5,9 @@
 //     2. row by row: logsumexp, loss, and in place  d = scale (softmax - (1 - s) onehot - s / classes),   s: smoothing
 //     3. db += sum of d,  dx += d W,  dW += d^T x            three products in all, as with all logits in memory
 //
-// For the loss alone, or when logsumexp is given (then 2 needs no pass before it), a block's logits are used up at once, and the
-// buffer is one block wide. Rows that do not count are left out before the first product.
+// For the loss alone a block's logits are used up at once, and the buffer is one block wide. The gradient of single losses, each with a
+// scale of its own, goes the same way as that of their sum: from the logsumexp of the forward pass it would save a pass over the logits,
+// but the rounding of a large one would be in every probability. Rows that do not count are left out before the first product.
 #include "../linear/backward.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -35,8 +36,8 @@ struct CrossEntropy {
   const Runtime& runtime;
   const CrossEntropyArgs& args;
   const int64_t k = args.k, classes = args.classes, blocks = ceil_div(classes, class_block);
-  const bool wants_grad = args.x_grad || args.weight_grad || args.bias_grad, keeps_chunk = wants_grad && !args.given_logsumexp;
-  const int64_t stride = keeps_chunk ? round_up(classes, class_block) : class_block;
+  const bool wants_grad = args.x_grad || args.weight_grad || args.bias_grad;
+  const int64_t stride = wants_grad ? round_up(classes, class_block) : class_block;
   const int64_t longest = larger(tile_rows, smaller(most_rows, logits_bytes / (stride * int64_t(sizeof(float)))));
   const int64_t chunk = smaller(args.rows, longest), chunks = ceil_div(args.rows, chunk);
   const T* weight = static_cast<const T*>(args.weight);
@@ -57,16 +58,12 @@ struct CrossEntropy {
       const Rows x = as_rows(gathered);
       for (int64_t r = 0; r < rows; r++) running[r] = {-__builtin_inff(), 0.0f, 0.0f, 0.0f};
       for (int64_t block = 0; block < blocks; block++) {
-        float* part = logits + (keeps_chunk ? block * class_block : 0);
+        float* part = logits + (wants_grad ? block * class_block : 0);
         block_logits(x, rows, block, part);
-        if (args.loss) take_in(first, rows, block, part, running);
-        if (args.given_logsumexp) {
-          to_gradient(first, rows, block, part, nullptr);
-          add_gradients(x, c, rows, block, part, x_sum, weight_sum, bias_sum);
-        }
+        take_in(first, rows, block, part, running);
       }
       if (args.loss) finish_loss(first, rows, running);
-      if (keeps_chunk)
+      if (wants_grad)
         for (int64_t block = 0; block < blocks; block++) {
           float* part = logits + block * class_block;
           to_gradient(first, rows, block, part, running);
@@ -147,16 +144,16 @@ struct CrossEntropy {
     }
   }
 
-  // The block's logits to their gradient, in place. From the running sums where they are at hand: maximum and sum apart are not rounded
-  // together, and what the exponential function errs by in all its values cancels.
+  // The block's logits to their gradient, in place, from the running sums: maximum and sum apart are not rounded together, and what the
+  // exponential function errs by in all its values cancels.
   void to_gradient(int64_t first, int64_t rows, int64_t block, float* part, const Running* running) const {
     const int64_t begin = block * class_block, size = block_size(block);
     parallel_rows(rows, [&](int64_t r) {
       float* row = part + r * stride;
       const int64_t at = args.row[first + r];
       const float scale = args.row_scale ? args.row_scale[at] : args.scale;
-      const F32 offset = F32::set(running ? running[r].maximum : args.given_logsumexp[at]);
-      const F32 factor = F32::set(running ? scale / running[r].exponentials : scale), everywhere = F32::set(args.smoothing / float(classes) * scale);
+      const F32 offset = F32::set(running[r].maximum), factor = F32::set(scale / running[r].exponentials);
+      const F32 everywhere = F32::set(args.smoothing / float(classes) * scale);
       each_vector(size, [&](int64_t i, int here) __attribute__((always_inline)) {
         store(exp(load(row + i, here) - offset) * factor - everywhere, row + i, here);
       });

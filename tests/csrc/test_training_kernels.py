@@ -464,11 +464,9 @@ def test_linear_cross_entropy(isa: str, dtype: torch.dtype, smoothing: float, ca
 
     grad = torch.randn(rows, generator=generator)
     with verify.poisoned():
-        losses, logsumexp = native.cpu_linear_cross_entropy(
-            x, weight, target, bias, **options, reduction="none"
-        )
+        losses, _ = native.cpu_linear_cross_entropy(x, weight, target, bias, **options, reduction="none")
         gradients = native.cpu_linear_cross_entropy_backward(
-            grad, x, weight, target, bias, logsumexp, **options, needs=needs
+            grad, x, weight, target, bias, **options, needs=needs
         )
 
     def each(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -513,6 +511,22 @@ def test_cross_entropy_with_masked_and_huge_logits(isa: str) -> None:
     )
     torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
     assert all(t.isfinite().all() for t in (dx, dweight, dbias))
+    alone = native.cpu_linear_cross_entropy_backward(torch.ones(4), x, weight, target, bias, needs=[True] * 3)
+    assert all(map(torch.equal, alone, (dx, dweight, dbias)))
+
+
+def test_a_large_logsumexp_does_not_round_the_gradients_of_single_losses(isa: str) -> None:
+    """Logits are whole numbers near 30,000, exact in float32; their logsumexp is rounded by up to 1e-3."""
+    x, weight, bias = torch.eye(5), torch.arange(35.0).view(7, 5) % 4, torch.full((7,), 3e4)
+    target, grad = torch.tensor([0, 3, 6, 2, 2]), torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+
+    def formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight, bias), target, reduction="none")
+
+    gradients = native.cpu_linear_cross_entropy_backward(grad, x, weight, target, bias, needs=[True] * 3)
+    exact = torch.func.vjp(formula, *(t.double() for t in (x, weight, bias)))[1](grad.double())
+    for ours, wanted in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=2e-6)
 
 
 def test_cross_entropy_without_rows_that_count(isa: str) -> None:

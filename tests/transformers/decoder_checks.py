@@ -165,32 +165,6 @@ def check_lora(model: Any, targets: list[str], after: bool, note: str) -> None:
     assert_gradients(*(gradients_of(m, inputs) for m in models))
 
 
-def check_fused_loss(model: Any, fused: bool = True) -> Any:
-    """Loss and gradients; whether `fused`, without logits. Returns the report."""
-    original = type(model)
-    model.train()
-    eager, reference = eager_of(model).train(), float64_of(model).train()
-    report = bk.patch(model, fused_loss=True)
-    assert fused == any("linear_cross_entropy" in row.ops for row in report.rows)
-    ids = token_ids()
-    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
-    outputs = [m(ids, labels=labels, use_cache=False) for m in (model, eager, reference)]
-    assert (outputs[0].logits is None) == fused
-    assert_as_near(*(out.loss for out in outputs))
-    made = []
-    for network, out in zip((model, eager, reference), outputs, strict=True):
-        network.zero_grad()
-        out.loss.backward()
-        made.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
-    assert_gradients(*made)
-    model.eval()
-    assert model(ids, labels=labels).logits is not None
-    assert type(model).__name__ == original.__name__
-    bk.unpatch(model)
-    assert type(model) is original
-    return report
-
-
 def check_dropout(model: Any, layer_of: Callable[[Any], Any]) -> None:
     """The same at the same seed, other at another; what a layer drops is what eager drops, in the mean."""
     eager = eager_of(model.train())

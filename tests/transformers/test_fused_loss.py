@@ -12,10 +12,20 @@ import pytest
 import torch
 from test_training import MODELS, assert_steps_agree, batch, loss_and_gradients
 from torch import nn
+from transformers import DebertaV2ForMaskedLM, DistilBertForMaskedLM
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.models.rule import eager_of, float64_of
-from bigmodel_kernels.models.tiny import VOCABULARY
+from bigmodel_kernels.models.rule import call, eager_of, float64_of
+from bigmodel_kernels.models.tiny import (
+    TINY,
+    VOCABULARY,
+    bert_like,
+    build,
+    decoder,
+    encoder_config,
+    inputs_of,
+    seq2seq,
+)
 
 KINDS = ["masked lm", "gpt2"]
 
@@ -25,6 +35,81 @@ def trio_of(kind: str) -> list[Any]:
     trio = [model, eager_of(model), float64_of(model)]
     bk.patch(model, fused_loss=True)
     return [m.train() for m in trio]
+
+
+LANGUAGE_MODELS = [name for name, tiny in TINY.items() if tiny.architecture.endswith(("LM", "LMHeadModel"))]
+LANGUAGE_MODELS += [
+    name for name, tiny in TINY.items() if tiny.architecture.endswith(("ConditionalGeneration", "MTModel"))
+]
+
+
+def labelled_inputs(model: Any, **more: Any) -> dict[str, Any]:
+    """Inputs and labels, three in ten of which do not count; a decoder reads what the labels give it."""
+    inputs = inputs_of(model, batch=2)
+    ids = inputs.pop("decoder_input_ids", inputs.get("input_ids"))
+    assert ids is not None
+    return {**inputs, "labels": ids.masked_fill(torch.rand(ids.shape) < 0.3, -100), **more}
+
+
+def agree(model: Any, inputs: dict[str, Any], fused: bool = True) -> Any:
+    """Loss and gradients of the model, which is not patched yet; whether `fused`, without logits. Returns the
+    report.
+    """
+    trio = [model.train(), eager_of(model).train(), float64_of(model).train()]
+    report = bk.patch(model, fused_loss=True)
+    results = []
+    for twin in trio:
+        out = call(twin, inputs)
+        assert (out.logits is None) == (fused and twin is model)
+        out.loss.backward()
+        results.append(
+            (out.loss.detach(), {n: p.grad for n, p in twin.named_parameters() if p.grad is not None})
+        )
+    assert_steps_agree(results)
+    return report
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_every_language_model(name: str) -> None:
+    """Of every family: what a model does before its head and after it, and a bias of the vocabulary."""
+    model = TINY[name].model()
+    if getattr(model, "final_logits_bias", None) is not None:
+        model.final_logits_bias.normal_()
+    fused = name != "gemma2"
+    report = agree(model, labelled_inputs(model), fused)
+    assert fused == any("linear_cross_entropy" in row.ops for row in report.patched)
+    assert fused or any("bends the logits" in row.reason for row in report.left_alone)
+
+
+def test_what_reads_other_arguments_or_more_of_them() -> None:
+    """Given decoder ids; the experts' balance in the loss; a length that Whisper refuses."""
+    model = TINY["bart"].model()
+    inputs = labelled_inputs(model)
+    agree(model, {**inputs, "decoder_input_ids": inputs["labels"].clamp(min=3)})
+    model = decoder("Mixtral")
+    agree(model, labelled_inputs(model, output_router_logits=True), fused=False)
+    model = seq2seq("Whisper")
+    bk.patch(model.train(), fused_loss=True)
+    long = torch.zeros(2, model.max_target_positions + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="cannot exceed the maximum allowed length"):
+        model(**{**labelled_inputs(model), "labels": long})
+
+
+def test_what_is_refused_says_why() -> None:
+    def reason(model: Any) -> str:
+        return next(row.reason for row in bk.patch(model, fused_loss=True).left_alone if row.name == "")
+
+    newer = encoder_config("DebertaV2", legacy=False)
+    assert "its head is not the one that is known" in reason(build(DebertaV2ForMaskedLM, newer))
+    model = bert_like("Roberta", "ForMaskedLM")
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    assert "its head is not the one that is known" in reason(model)
+    model = TINY["distilbert"].model()
+    assert isinstance(model, DistilBertForMaskedLM)
+    model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.1)
+    assert "a loss function of the user's own" in reason(model)
+    model = TINY["modernbert"].model(sparse_prediction=True, sparse_pred_ignore_index=7)
+    assert "sparse_pred_ignore_index=7" in reason(model)
 
 
 def test_only_training_with_labels_has_no_logits() -> None:

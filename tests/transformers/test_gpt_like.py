@@ -17,7 +17,6 @@ from decoder_checks import (
     check_autocast,
     check_compiled,
     check_dropout,
-    check_fused_loss,
     check_generation,
     check_gradient_checkpointing,
     check_gradients,
@@ -414,11 +413,6 @@ def test_heads_above_256_keep_their_own_code(prefix: str) -> None:
     assert "head size 264" in reasons[f"{LAYERS[prefix]}.0.{ATTENTION[prefix]}"]
     assert "head size 264" in reasons[f"{LAYERS[prefix]}.0"]
     assert_all_near(logits_of(runs(model, input_ids=token_ids(), use_cache=False)))
-
-
-@pytest.mark.parametrize("prefix", GPT_LIKE)
-def test_fused_loss(prefix: str) -> None:
-    check_fused_loss(gpt_like(prefix))
 
 
 @pytest.mark.parametrize("prefix", ["GPTNeo", "Bloom"])

@@ -16,7 +16,6 @@ from decoder_checks import (
     check_autocast,
     check_compiled,
     check_compiled_decoding,
-    check_fused_loss,
     check_generation,
     check_gradient_checkpointing,
     check_gradients,
@@ -53,7 +52,6 @@ from bigmodel_kernels.transformers import blocks
 DIFFERENT = ["Llama", "Qwen2", "Gemma2", "Gemma3", "Phi3", "GptOss"]
 #: The experts of each that has some: their loss has a part of its own.
 EXPERTS = {"Mixtral": "MixtralSparseMoeBlock", "Qwen3Moe": "Qwen3MoeSparseMoeBlock", "GptOss": "GptOssMLP"}
-FUSES_ITS_LOSS = [prefix for prefix in DECODERS if prefix not in EXPERTS]
 #: Heads beside the language model's, and their labels.
 HEADS: dict[str, dict[str, Any]] = {
     "Model": {},
@@ -495,14 +493,3 @@ def test_within_a_model_that_sees_images(kind: str) -> None:
         assert_as_near(*outputs, reference(input_ids=ids, pixel_values=pixels.double(), **kinds).logits)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pixel_values": pixels, **kinds}
     assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the loss without logits
-
-
-@pytest.mark.parametrize("prefix", FUSES_ITS_LOSS)
-def test_fused_loss(prefix: str) -> None:
-    fused = prefix not in ("Gemma2", "Granite")
-    report = check_fused_loss(decoder(prefix), fused)
-    assert fused or any("before the loss" in row.reason for row in report.left_alone)

@@ -1,8 +1,4 @@
-"""Linear and cross-entropy in one by the compiled CPU library.
-
-The gradient of single losses (reduction="none") stays in plain PyTorch: the library makes its softmax from
-the given logsumexp, whose rounding a large one would carry into every probability.
-"""
+"""Linear and cross-entropy in one by the compiled CPU library."""
 
 from __future__ import annotations
 
@@ -39,4 +35,26 @@ def run_training(
     """As `run`, with the gradients for a gradient of 1 of the loss."""
     return torch.ops.bigmodel.cpu_linear_cross_entropy_training(  # type: ignore[no-any-return]
         *map(contiguous, (x, weight, target, bias)), **options
+    )
+
+
+def supports_backward(grad: Tensor, *args: Any, **options: Any) -> str | None:
+    """None, or the reason why the library cannot run this call."""
+    return supports(*args, **options)
+
+
+def run_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients of x, weight and bias for a gradient (N,) of the losses of the rows; the library makes the
+    softmax anew, not from `logsumexp`, whose rounding a large one would carry into every probability.
+    """
+    return torch.ops.bigmodel.cpu_linear_cross_entropy_backward(  # type: ignore[no-any-return]
+        *map(contiguous, (grad, x, weight, target, bias)), **options
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.albert import modeling_albert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks, encoder_like
+from bigmodel_kernels.transformers import bert_like, blocks, checks, encoder_like, fused_loss
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.encoder_like import Places
 from bigmodel_kernels.transformers.families import ChildRule, Family
@@ -112,6 +112,23 @@ class BigmodelAlbertMLMHead(bert_like.Transform, hf.AlbertMLMHead):
         return self.decoder(states)  # type: ignore[no-any-return]
 
 
+def _before_logits(model: Any) -> fused_loss.Rows | None:
+    head = model.predictions
+    if type(head) not in (hf.AlbertMLMHead, BigmodelAlbertMLMHead) or not checks.intact(head, type(head)):
+        return None
+
+    def states(rows: Tensor) -> Tensor:
+        made = None if type(head) is hf.AlbertMLMHead else head.transformed(rows)
+        return head.LayerNorm(head.activation(head.dense(rows))) if made is None else made
+
+    return states
+
+
+@fused_loss.language_model(KIN, fused_loss.Head("predictions.decoder", ("predictions",), _before_logits))
+class BigmodelAlbertForMaskedLM(hf.AlbertForMaskedLM):
+    pass
+
+
 FAMILY = Family(
     name="albert",
     rules=(
@@ -129,6 +146,7 @@ FAMILY = Family(
             partial(encoder_like.whole_layer, PARTS),
         ),
     ),
+    losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.AlbertModel,),
     mask_path=(hf.AlbertTransformer, hf.AlbertLayerGroup, hf.AlbertLayer, hf.AlbertAttention),
 )

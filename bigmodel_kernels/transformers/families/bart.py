@@ -22,4 +22,9 @@ class BigmodelBartDecoderLayer(seq2seq_like.Layer, hf.BartDecoderLayer, kin=KIN)
     pass
 
 
+@seq2seq_like.language_model(KIN, hf.shift_tokens_right, caches=False)
+class BigmodelBartForConditionalGeneration(hf.BartForConditionalGeneration):
+    pass
+
+
 FAMILY = seq2seq_like.family("bart", KIN)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.bloom import modeling_bloom as hf
 
 from bigmodel_kernels.transformers import gpt_like
@@ -57,7 +56,7 @@ class BigmodelBloomBlock(gpt_like.Layer, hf.BloomBlock, kin=KIN):
     pass
 
 
-@gpt_like.causal_lm(KIN, CausalLMOutputWithCrossAttentions)
+@gpt_like.causal_lm(KIN)
 class BigmodelBloomForCausalLM(hf.BloomForCausalLM):
     pass
 

@@ -42,6 +42,11 @@ class BigmodelCamembertLMHead(bert_like.LMHead, hf.CamembertLMHead, kin=KIN):
     pass
 
 
+@bert_like.masked_lm(KIN, hf.CamembertLMHead)
+class BigmodelCamembertForMaskedLM(hf.CamembertForMaskedLM):
+    pass
+
+
 FAMILY = bert_like.roberta_family(
     "camembert",
     KIN,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
-from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks
+from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks, fused_loss
 from bigmodel_kernels.transformers.attention_interface import Visibility
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.blocks import Terms
@@ -150,6 +150,13 @@ class BigmodelLegacyDebertaV2PredictionHeadTransform(
     pass
 
 
+@fused_loss.language_model(
+    KIN, bert_like.cls_head(hf.LegacyDebertaV2OnlyMLMHead, hf.LegacyDebertaV2LMPredictionHead)
+)
+class BigmodelDebertaV2ForMaskedLM(hf.DebertaV2ForMaskedLM):
+    pass
+
+
 FAMILY = Family(
     name="deberta_v2",
     rules=(
@@ -160,6 +167,7 @@ FAMILY = Family(
         ChildRule(hf.LegacyDebertaV2LMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.ContextPooler, "dense", nn.Linear, BigmodelLinear, ("linear",)),
     ),
+    losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.DebertaV2Model,),
     left={
         hf.DebertaV2Embeddings: "it multiplies by the mask between its norm and its dropout",

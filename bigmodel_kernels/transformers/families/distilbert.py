@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks, encoder_like
+from bigmodel_kernels.transformers import bert_like, blocks, checks, encoder_like, fused_loss
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.encoder_like import Places
 from bigmodel_kernels.transformers.families import ChildRule, Family
@@ -80,6 +80,21 @@ class BigmodelDistilBertPaddedTransformer(BigmodelDistilBertTransformer):
     packs = False
 
 
+_BEFORE_LOGITS = ("vocab_transform", "activation", "vocab_layer_norm")
+
+
+@fused_loss.language_model(
+    KIN,
+    fused_loss.Head(
+        "vocab_projector",
+        (*_BEFORE_LOGITS, "vocab_projector"),
+        lambda model: lambda rows: reduce(lambda x, part: getattr(model, part)(x), _BEFORE_LOGITS, rows),
+    ),
+)
+class BigmodelDistilBertForMaskedLM(hf.DistilBertForMaskedLM):
+    pass
+
+
 FAMILY = Family(
     name="distilbert",
     rules=encoder_like.rules(KIN, "out_lin", PARTS),
@@ -94,6 +109,7 @@ FAMILY = Family(
             partial(encoder_like.whole_layer, PARTS),
         ),
     ),
+    losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.DistilBertModel,),
     mask_path=(hf.Transformer, hf.TransformerBlock, hf.DistilBertSelfAttention),
 )

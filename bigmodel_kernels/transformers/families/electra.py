@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.electra import modeling_electra as hf
 
-from bigmodel_kernels.transformers import bert_like
+from bigmodel_kernels.transformers import bert_like, fused_loss
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.families import ChildRule, Family
 from bigmodel_kernels.transformers.generic import BigmodelLinear
@@ -37,6 +37,18 @@ class BigmodelElectraPaddedEncoder(BigmodelElectraEncoder):
     packs = False
 
 
+@fused_loss.language_model(
+    KIN,
+    fused_loss.Head(
+        "generator_lm_head",
+        ("generator_predictions", "generator_lm_head"),
+        lambda model: model.generator_predictions,
+    ),
+)
+class BigmodelElectraForMaskedLM(hf.ElectraForMaskedLM):
+    pass
+
+
 FAMILY = Family(
     name="electra",
     rules=bert_like.rules(KIN),
@@ -51,6 +63,7 @@ FAMILY = Family(
             KIN, hf.ElectraForMultipleChoice, "electra.encoder", BigmodelElectraPaddedEncoder
         ),
     ),
+    losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.ElectraModel,),
     mask_path=bert_like.mask_path(KIN),
     left=bert_like.left(KIN),

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
@@ -90,7 +89,7 @@ class BigmodelGPT2Block(hf.GPT2Block):
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 
 
-@fused_loss.causal_lm(CausalLMOutputWithCrossAttentions)
+@fused_loss.language_model()
 class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
     pass
 
@@ -236,7 +235,7 @@ FAMILY = Family(
         ChildRule(hf.GPT2LMHeadModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.GPT2DoubleHeadsModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
     ),
-    losses=(fused_loss.rule(hf.GPT2LMHeadModel, BigmodelGPT2LMHeadModel),),
+    losses=fused_loss.rules(BigmodelGPT2LMHeadModel),
     models=(hf.GPT2Model,),
     mask_path=(hf.GPT2Block, hf.GPT2Attention),
 )

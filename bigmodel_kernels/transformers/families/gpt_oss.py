@@ -22,4 +22,9 @@ class BigmodelGptOssDecoderLayer(llama_like.Layer, hf.GptOssDecoderLayer, kin=KI
     pass
 
 
+@llama_like.causal_lm(KIN)
+class BigmodelGptOssForCausalLM(hf.GptOssForCausalLM):
+    pass
+
+
 FAMILY = llama_like.family("gpt_oss", KIN)

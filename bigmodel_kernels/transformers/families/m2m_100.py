@@ -22,4 +22,9 @@ class BigmodelM2M100DecoderLayer(seq2seq_like.Layer, hf.M2M100DecoderLayer, kin=
     pass
 
 
+@seq2seq_like.language_model(KIN, hf.shift_tokens_right)
+class BigmodelM2M100ForConditionalGeneration(hf.M2M100ForConditionalGeneration):
+    pass
+
+
 FAMILY = seq2seq_like.family("m2m_100", KIN)

@@ -22,4 +22,9 @@ class BigmodelMarianDecoderLayer(seq2seq_like.Layer, hf.MarianDecoderLayer, kin=
     pass
 
 
+@seq2seq_like.language_model(KIN, hf.shift_tokens_right, caches=False)
+class BigmodelMarianMTModel(hf.MarianMTModel):
+    pass
+
+
 FAMILY = seq2seq_like.family("marian", KIN)

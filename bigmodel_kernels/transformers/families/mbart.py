@@ -22,4 +22,9 @@ class BigmodelMBartDecoderLayer(seq2seq_like.Layer, hf.MBartDecoderLayer, kin=KI
     pass
 
 
+@seq2seq_like.language_model(KIN, lambda ids, pad, start: hf.shift_tokens_right(ids, pad), caches=False)
+class BigmodelMBartForConditionalGeneration(hf.MBartForConditionalGeneration):
+    pass
+
+
 FAMILY = seq2seq_like.family("mbart", KIN)

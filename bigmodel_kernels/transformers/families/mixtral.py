@@ -22,4 +22,9 @@ class BigmodelMixtralDecoderLayer(llama_like.Layer, hf.MixtralDecoderLayer, kin=
     pass
 
 
+@llama_like.causal_lm(KIN)
+class BigmodelMixtralForCausalLM(hf.MixtralForCausalLM):
+    pass
+
+
 FAMILY = llama_like.family("mixtral", KIN)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks, gpt_like
+from bigmodel_kernels.transformers import bert_like, blocks, checks, fused_loss, gpt_like
 from bigmodel_kernels.transformers.families import ChildRule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 from bigmodel_kernels.transformers.gpt_like import Kin
@@ -65,6 +65,13 @@ class BigmodelModernBertEncoderLayer(gpt_like.Layer, hf.ModernBertEncoderLayer, 
 class BigmodelModernBertPredictionHead(bert_like.Transform, hf.ModernBertPredictionHead):
     activation_at = "act"
     norm_at = "norm"
+
+
+@fused_loss.language_model(
+    KIN, fused_loss.Head("decoder", ("head", "decoder"), lambda model: model.head, loss_type="ForMaskedLM")
+)
+class BigmodelModernBertForMaskedLM(hf.ModernBertForMaskedLM):
+    pass
 
 
 _LAYERS = gpt_like.family("modernbert", KIN)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet as hf
 
-from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks, encoder_like
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    bert_like,
+    blocks,
+    checks,
+    encoder_like,
+    fused_loss,
+)
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.blocks import Attend
 from bigmodel_kernels.transformers.encoder_like import Places
@@ -133,6 +140,11 @@ class BigmodelMPNetLMHead(bert_like.LMHead, hf.MPNetLMHead, kin=KIN):
     pass
 
 
+@bert_like.masked_lm(KIN, hf.MPNetLMHead)
+class BigmodelMPNetForMaskedLM(hf.MPNetForMaskedLM):
+    pass
+
+
 def _added(mask: Any, states: Tensor) -> Any:
     """A mask for the model's own code, which adds what it gets."""
     boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
@@ -149,6 +161,7 @@ FAMILY = Family(
         bert_like.lm_head_rule(KIN, hf.MPNetLMHead),
     ),
     children=(ChildRule(hf.MPNetLMHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),),
+    losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.MPNetModel,),
     mask_path=(hf.MPNetEncoder, hf.MPNetLayer, hf.MPNetAttention, hf.MPNetSelfAttention),
     reads_masks_patched=(hf.MPNetSelfAttention,),

@@ -38,4 +38,9 @@ class BigmodelMT5LayerFF(t5_like.LayerFF, hf.MT5LayerFF, kin=KIN):
     pass
 
 
+@t5_like.language_model(KIN)
+class BigmodelMT5ForConditionalGeneration(hf.MT5ForConditionalGeneration):
+    pass
+
+
 FAMILY = t5_like.family("mt5", KIN)

@@ -22,4 +22,9 @@ class BigmodelPegasusDecoderLayer(seq2seq_like.Layer, hf.PegasusDecoderLayer, ki
     pass
 
 
+@seq2seq_like.language_model(KIN, hf.shift_tokens_right, caches=False)
+class BigmodelPegasusForConditionalGeneration(hf.PegasusForConditionalGeneration):
+    pass
+
+
 FAMILY = seq2seq_like.family("pegasus", KIN)

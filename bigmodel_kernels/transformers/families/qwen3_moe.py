@@ -26,4 +26,9 @@ class BigmodelQwen3MoeDecoderLayer(llama_like.Layer, hf.Qwen3MoeDecoderLayer, ki
     pass
 
 
+@llama_like.causal_lm(KIN)
+class BigmodelQwen3MoeForCausalLM(hf.Qwen3MoeForCausalLM):
+    pass
+
+
 FAMILY = llama_like.family("qwen3_moe", KIN)

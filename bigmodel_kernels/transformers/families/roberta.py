@@ -42,6 +42,11 @@ class BigmodelRobertaLMHead(bert_like.LMHead, hf.RobertaLMHead, kin=KIN):
     pass
 
 
+@bert_like.masked_lm(KIN, hf.RobertaLMHead)
+class BigmodelRobertaForMaskedLM(hf.RobertaForMaskedLM):
+    pass
+
+
 FAMILY = bert_like.roberta_family(
     "roberta",
     KIN,

@@ -38,4 +38,9 @@ class BigmodelT5LayerFF(t5_like.LayerFF, hf.T5LayerFF, kin=KIN):
     pass
 
 
+@t5_like.language_model(KIN)
+class BigmodelT5ForConditionalGeneration(hf.T5ForConditionalGeneration):
+    pass
+
+
 FAMILY = t5_like.family("t5", KIN)

@@ -40,4 +40,9 @@ class BigmodelUMT5LayerFF(t5_like.LayerFF, hf.UMT5LayerFF, kin=KIN):
     pass
 
 
+@t5_like.language_model(KIN)
+class BigmodelUMT5ForConditionalGeneration(hf.UMT5ForConditionalGeneration):
+    pass
+
+
 FAMILY = t5_like.family("umt5", KIN)

@@ -22,4 +22,9 @@ class BigmodelWhisperDecoderLayer(seq2seq_like.Layer, hf.WhisperDecoderLayer, ki
     pass
 
 
+@seq2seq_like.language_model(KIN, hf.shift_tokens_right)
+class BigmodelWhisperForConditionalGeneration(hf.WhisperForConditionalGeneration):
+    pass
+
+
 FAMILY = seq2seq_like.family("whisper", KIN)

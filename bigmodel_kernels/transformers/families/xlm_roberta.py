@@ -42,6 +42,11 @@ class BigmodelXLMRobertaLMHead(bert_like.LMHead, hf.XLMRobertaLMHead, kin=KIN):
     pass
 
 
+@bert_like.masked_lm(KIN, hf.XLMRobertaLMHead)
+class BigmodelXLMRobertaForMaskedLM(hf.XLMRobertaForMaskedLM):
+    pass
+
+
 FAMILY = bert_like.roberta_family(
     "xlm_roberta",
     KIN,

@@ -2,6 +2,10 @@
 
 #include <new>
 
+#if defined(__linux__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -15,6 +19,15 @@ void Fiber::allocate() {
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stack_ = static_cast<char*>(memory);
   mprotect(stack_, 4096, PROT_NONE);  // an overflow stops here and not in a neighbour's stack
+}
+
+Fiber::~Fiber() {
+  if (stack_ == nullptr) return;
+#if defined(__SANITIZE_ADDRESS__)
+  // Its last functions never returned: what they poisoned would be reported to whoever is given these addresses next.
+  __asan_unpoison_memory_region(stack_, stack_bytes);
+#endif
+  munmap(stack_, stack_bytes);
 }
 
 #if defined(__x86_64__)

@@ -7,9 +7,6 @@
 #include <cstdint>
 #include <memory>
 
-#if defined(__linux__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
 #if !defined(__x86_64__) && !defined(__aarch64__)
 #include <ucontext.h>
 #endif
@@ -20,9 +17,7 @@ class Fiber {
  public:
   Fiber() = default;
   Fiber(const Fiber&) = delete;
-  ~Fiber() {
-    if (stack_ != nullptr) munmap(stack_, stack_bytes);
-  }
+  ~Fiber();
 
   // Runs body(argument) when first entered; body must not return: it ends by switching away for ever.
   void prepare(void (*body)(void*), void* argument);

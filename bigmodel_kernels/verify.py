@@ -12,8 +12,9 @@ the latter. Mean and maximum of n errors are themselves uncertain, so their limi
 standard deviations of the ratio of two such numbers. For the mean that is a part 3 / sqrt(n): nothing to
 speak of for a large tensor, and all for one of two elements. The maximum of n normal errors is near sqrt(2 ln
 n) of their deviations and varies by pi / sqrt(6) / sqrt(2 ln n) of them (Gumbel's law), which makes a part 3
-* 1.81 / (2 ln n): a quarter for 20,000 elements, at most 1. Outputs are NaN before the call. The formulas
-here are written for themselves, and share nothing with the kernels.
+* 1.81 / (2 ln n): a quarter for 20,000 elements, at most 1. Patched models are held to the same rule
+(`bigmodel_kernels.models.rule`). Outputs are NaN before the call. The formulas here are written for
+themselves, and share nothing with the kernels.
 """
 
 from __future__ import annotations
@@ -60,13 +61,17 @@ class Verdict:
         return text + f"(limit {self.mean_limit:.3g}){': ' + self.reason if self.reason else ''}"
 
 
-def spread_of_largest(count: int) -> float:
-    """By what factor the largest of so many errors may differ from that of another such set."""
-    return 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
+def compare(
+    out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward", negligible: float = 0.0
+) -> Verdict:
+    """Judges `out` by the rule at the top of this file.
 
+    out, eager: of the same shape as ref, which is float64. kind: "forward" or "gradient". negligible: an
+    error that counts for nothing, added to both limits, where ref is the rounding of something larger: a sum
+    whose terms cancel.
 
-def compare(out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward") -> Verdict:
-    """Judges `out` by the rule at the top of this file; `kind` is "forward" or "gradient"."""
+    Raises ValueError for another kind.
+    """
     if kind not in FACTORS:
         raise ValueError(f"kind={kind!r} is unknown; allowed are {', '.join(FACTORS)}")
     if out.shape != ref.shape or eager.shape != ref.shape:
@@ -89,9 +94,11 @@ def compare(out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward") -> V
         eager_error.nan_to_num(0.0, 0.0).max().item(),
         eager_error.nan_to_num(0.0, 0.0).mean().item(),
     )
-    max_limit = max_factor * spread_of_largest(exact.numel()) * eager_max + atol
-    spread = 1 + 3 / math.sqrt(exact.numel())
-    mean_limit = mean_factor * spread * max(eager_mean, rounding.mean().item())
+    count = exact.numel()
+    largest_spread = 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
+    mean_spread = 1 + 3 / math.sqrt(count)
+    max_limit = max_factor * largest_spread * eager_max + atol + negligible
+    mean_limit = mean_factor * mean_spread * max(eager_mean, rounding.mean().item()) + negligible
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN
     reason = "" if ok else "error above the limit"
     return Verdict(ok, max_error, max_limit, mean_error, mean_limit, reason, eager_max, eager_mean)

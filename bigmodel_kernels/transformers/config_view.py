@@ -4,25 +4,37 @@ transformers builds attention masks, and picks the attention function, by `confi
 Several models may share one config object, and users go on changing it after patching, so neither changing it
 nor copying it will do. A view shares the `__dict__` of its base: every other attribute is the same for both,
 at all times.
+
+The views of a model are of one company. Where one of its modules has its own config back, that module reads
+the masks of its own implementation, and the others answer that too: small masks are for a model of which
+everybody can read them.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 from bigmodel_kernels.transformers.autoregister import NAME
 
-_BASE = "_bigmodel_base"
+_BASE, _COMPANY = "_bigmodel_base", "_bigmodel_company"
 _classes: dict[type, type] = {}
 
 
-def view(base: Any) -> Any:
-    """A config equal to `base` but for the attention implementation."""
+@dataclass
+class Company:
+    """What the views of a model share."""
+
+    complete: bool = True
+
+
+def view(base: Any, company: Company | None = None) -> Any:
+    """A config equal to `base` but for the attention implementation, as long as its company is complete."""
     cls = type(base)
     if cls not in _classes:
         namespace = {
-            "__slots__": (_BASE,),
+            "__slots__": (_BASE, _COMPANY),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             # transformers makes a config of defaults by `type(config)()`: that is a plain one.
@@ -39,6 +51,7 @@ def view(base: Any) -> Any:
     result: Any = object.__new__(_classes[cls])
     object.__setattr__(result, "__dict__", base.__dict__)
     object.__setattr__(result, _BASE, base)
+    object.__setattr__(result, _COMPANY, company or Company())
     return result
 
 
@@ -51,8 +64,24 @@ def base_of(config: Any) -> Any:
     return object.__getattribute__(config, _BASE) if is_view(config) else config
 
 
-def _implementation(self: Any) -> str:
-    return NAME
+def is_complete(config: Any) -> bool:
+    """Whether it is a view, and none of its company has left."""
+    return is_view(config) and _company_of(config).complete
+
+
+def leave(config: Any) -> Any:
+    """The config behind a view that is given up, and with it the small masks of all of its company."""
+    _company_of(config).complete = False
+    return base_of(config)
+
+
+def _company_of(config: Any) -> Company:
+    company: Company = object.__getattribute__(config, _COMPANY)
+    return company
+
+
+def _implementation(self: Any) -> Any:
+    return NAME if _company_of(self).complete else base_of(self)._attn_implementation
 
 
 def _set_implementation(self: Any, value: Any) -> None:
@@ -68,8 +97,8 @@ def _equal(self: Any, other: Any) -> bool:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return view, (base_of(self),)
+    return view, (base_of(self), _company_of(self))
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    return view(copy.deepcopy(base_of(self), memo))
+    return view(copy.deepcopy(base_of(self), memo), copy.deepcopy(_company_of(self), memo))

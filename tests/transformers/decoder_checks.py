@@ -136,7 +136,7 @@ def check_gradients_under_autocast(model: Any) -> None:
     inputs = inputs_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, eager = (gradients_of(m, inputs) for m in models[:2])
-    assert_gradients(ours, eager, gradients_of(models[2], inputs), torch.bfloat16)
+    assert_gradients(ours, eager, gradients_of(models[2], inputs))
 
 
 def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:

@@ -11,11 +11,12 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _language_exchanged_once_a_launch() -> Iterator[None]:
-    """Exchanges `triton.language` for NumPy's once a launch, and not again at each call of a function in it.
+def _language_exchanged_once() -> Iterator[None]:
+    """Exchanges `triton.language` for NumPy's once in a process that interprets.
 
-    The interpreter does both, and the second costs more than what most functions compute. `triton.language`
-    and its `core` are exchanged each when the first function that names it runs.
+    The interpreter does so at each launch and at each call of a function in it, which costs as much as half of
+    what the kernels compute. `triton.language` and its `core` are exchanged each when the first function that
+    names it runs, and stay so: nothing is compiled in such a process.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -24,25 +25,21 @@ def _language_exchanged_once_a_launch() -> Iterator[None]:
     language = pytest.importorskip("triton.language")
     exchange = interpreter._patch_lang
     exchanged: set[str] = set()
-    scopes: list[Any] = []  # of the launch that runs: its own, and those of functions in it
+    scopes: list[Any] = []
 
     @functools.cache
     def names(fn: Any) -> frozenset[str]:
         values = list(fn.__globals__.values())
         return frozenset(m.__name__ for m in (language, language.core) if any(v is m for v in values))
 
-    class Launch:
-        def restore(self) -> None:
-            while scopes:
-                scopes.pop().restore()
-            exchanged.clear()
-
-    def once(fn: Any) -> Launch:
+    def once(fn: Any) -> Any:
         if not names(fn) <= exchanged:
             scopes.append(exchange(fn))
             exchanged.update(names(fn))
-        return Launch()
+        return interpreter._LangPatchScope()  # an empty one, for the launch to restore
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", once)
         yield
+    while scopes:
+        scopes.pop().restore()

@@ -14,9 +14,9 @@ import pytest
 def _language_exchanged_once() -> Iterator[None]:
     """Exchanges `triton.language` for NumPy's once in a process that interprets.
 
-    The interpreter does so at each launch and at each call of a function in it, which costs as much as half of
-    what the kernels compute. `triton.language` and its `core` are exchanged each when the first function that
-    names it runs, and stay so: nothing is compiled in such a process.
+    The interpreter does so at each launch and at each call of a function in it, which costs half as much as
+    all that the kernels compute. `triton.language` and its `core` are exchanged each when the first function
+    that names it runs, and stay so: nothing is compiled in such a process.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield

@@ -62,13 +62,13 @@ class Verdict:
 
 
 def compare(
-    out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward", negligible: float = 0.0
+    out: Tensor, eager: Tensor, ref: Tensor, kind: str = "forward", negligible: float | None = None
 ) -> Verdict:
     """Judges `out` by the rule at the top of this file.
 
-    out, eager: of the same shape as ref, which is float64. kind: "forward" or "gradient". negligible: an
-    error that counts for nothing, added to both limits, where ref is the rounding of something larger: a sum
-    whose terms cancel.
+    out, eager: of the same shape as ref, which is float64. kind: "forward" or "gradient". negligible: for
+    numbers of any size, some of which are sums whose terms cancel: an error that counts for nothing, added to
+    both limits, with the rounding of ref in the place of that of 0.3.
 
     Raises ValueError for another kind.
     """
@@ -86,7 +86,10 @@ def compare(
     error, eager_error = (out[~infinite].double() - exact).abs(), (eager[~infinite].double() - exact).abs()
     rounded = exact.to(out.dtype)
     rounding = (rounded.double() - exact).abs()
-    atol = 2 * ((rounded + 0.3 - 0.3).double() - rounded.double()).abs().max().item()
+    if negligible is None:
+        atol = 2 * ((rounded + 0.3 - 0.3).double() - rounded.double()).abs().max().item()
+    else:
+        atol = rounding.max().item() + negligible
     max_factor, mean_factor = FACTORS[kind]
     max_error, mean_error = error.max().item(), error.mean().item()
     # An eager result that overflowed sets no limit that a kernel could be held to.
@@ -97,8 +100,8 @@ def compare(
     count = exact.numel()
     largest_spread = 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
     mean_spread = 1 + 3 / math.sqrt(count)
-    max_limit = max_factor * largest_spread * eager_max + atol + negligible
-    mean_limit = mean_factor * mean_spread * max(eager_mean, rounding.mean().item()) + negligible
+    max_limit = max_factor * largest_spread * eager_max + atol
+    mean_limit = mean_factor * mean_spread * max(eager_mean, rounding.mean().item()) + (negligible or 0.0)
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN
     reason = "" if ok else "error above the limit"
     return Verdict(ok, max_error, max_limit, mean_error, mean_limit, reason, eager_max, eager_mean)

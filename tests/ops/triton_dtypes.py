@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # operator's kernels in it, the interpreter's minutes are better spent on other features.
 QUICK_DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 
-# A layout changes where a kernel reads, a type what it computes: each is there once, the crossed pairs are slow.
+# A layout is where a kernel reads, a type what it computes with: each is there once, crossed pairs are slow.
 LAYOUTS_AND_DTYPES = (
     ("linear", torch.float32),
     ("conv1d", torch.bfloat16),

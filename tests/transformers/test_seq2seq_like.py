@@ -331,8 +331,7 @@ def dropping(prefix: str) -> Any:
     return seq2seq(prefix, **({"dropout_rate": 0.2} if prefix in T5_LIKE else rates))
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("part", ["decoder", "encoder"], SEQ2SEQ, ("T5", "Bart"))
 def test_dropout(prefix: str, part: str) -> None:
     check_dropout(dropping(prefix), lambda m: layer_of(m, part))
 
@@ -369,8 +368,7 @@ def test_lora(prefix: str, after: bool, name: str) -> None:
 # compiled
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prefix", KINDS)
+@crossed("padded", [True, False], KINDS, ("UMT5",))
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
     check_compiled(seq2seq(prefix), padded)
 

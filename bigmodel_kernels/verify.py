@@ -14,8 +14,8 @@ speak of for a large tensor, and all for one of two elements. The maximum of n n
 n) of their deviations and varies by pi / sqrt(6) / sqrt(2 ln n) of them (Gumbel's law), which makes a part 3
 * 1.81 / (2 ln n): a quarter for 20,000 elements, at most 1. Patched models are held to the same rule
 (`bigmodel_kernels.models.rule`). Of fewer than 30 numbers, a loss for one, chance decides how near eager is:
-there both limits have at least 4 ulps of the largest. Outputs are NaN before the call. The formulas here are written for
-themselves, and share nothing with the kernels.
+there both limits have at least 4 ulps of the largest. Outputs are NaN before the call. The formulas here are
+written for themselves, and share nothing with the kernels.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 ENVIRONMENT = "BIGMODEL_BACKEND"
 NAMES = ("native", "triton", "reference")
 
@@ -269,9 +271,16 @@ def _warn_once(message: str) -> None:
 
 
 def run(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Runs the call on the implementation that `select` picks."""
+    """Runs the call on the implementation that `select` picks, in the types of its arguments.
+
+    What autocast casts has been cast when a call comes here: the plain PyTorch of an implementation would be
+    seen by it once more, and its products rounded.
+    """
     function, _ = select(op, device_type, args, kwargs).load()
-    return function(*args, **kwargs)
+    if not torch.is_autocast_enabled(device_type):
+        return function(*args, **kwargs)
+    with torch.autocast(device_type, enabled=False):
+        return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -205,13 +205,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="only this target (repeatable)"
     )
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", action="append", help="only cases whose name contains this (repeatable)")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per CPU)")
     chosen = parser.parse_args(arguments)
-    pairs = [(case, target) for case in CASES if chosen.case in case for target in chosen.target or TARGETS]
-    if not pairs:
-        parser.error(f"--case {chosen.case!r} is in none of: {', '.join(CASES)}")
+    for part in chosen.case or ():
+        if not any(part in case for case in CASES):
+            parser.error(f"--case {part!r} is in none of: {', '.join(CASES)}")
+    cases = [case for case in CASES if chosen.case is None or any(part in case for part in chosen.case)]
+    pairs = [(case, target) for case in cases for target in chosen.target or TARGETS]
     results: list[Result] = []
     failures: list[str] = []
     columns = "{:44} {:30} {:8} {:>9} {:>8} {:>8} {:>8}  {}"

@@ -141,11 +141,11 @@ def test_processes_give_the_same_bits() -> None:
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", code]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(4)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)
     ]
     said = [process.communicate()[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    assert said == [digest(Block().results())] * 4
+    assert [process.returncode for process in processes] == [0] * 2
+    assert said == [digest(Block().results())] * 2
 
 
 @linux
@@ -204,11 +204,13 @@ CALLS = list(Block().calls)
 
 
 @glibc
+@pytest.mark.parametrize("calls", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CALLS)
-def test_memory_stays_flat(name: str) -> None:
-    """Ten thousand calls, a thousand through autograd, hold no more than a few: nothing stays."""
+def test_memory_stays_flat(name: str, calls: int) -> None:
+    """Thousands of calls, a quarter of that through autograd, hold no more than a few: nothing stays."""
     call = Block().calls[name]
-    count = 1000 if name == "training" else 10_000
+    # Autograd keeps a pool of nodes, which fills for some hundred calls.
+    count, filling, traced = (calls // 4, 700, 300) if name == "training" else (calls, 200, 300)
     with torch.no_grad(), backends.use("native"):
         for _ in range(200):
             call()
@@ -217,11 +219,11 @@ def test_memory_stays_flat(name: str) -> None:
             call()
         after = held()
         tracemalloc.start()
-        for _ in range(1000):  # autograd keeps a pool of nodes, which fills for some hundred calls
+        for _ in range(filling):
             call()
         gc.collect()
         first = tracemalloc.get_traced_memory()[0]
-        for _ in range(500):
+        for _ in range(traced):
             call()
         gc.collect()
         python = tracemalloc.get_traced_memory()[0] - first
@@ -229,4 +231,4 @@ def test_memory_stays_flat(name: str) -> None:
     given, resident = (a - b for a, b in zip(after, before, strict=True))
     assert given < 3 * count, f"{given / count:.1f} bytes a call stay"  # the smallest block has 32 bytes
     assert resident < 4 << 20, f"the process has grown by {resident} bytes"
-    assert python < 500 * 40, f"{python / 500:.0f} bytes of Python objects a call stay"
+    assert python < traced * 40, f"{python / traced:.0f} bytes of Python objects a call stay"

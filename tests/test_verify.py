@@ -31,6 +31,25 @@ def test_finds_errors(kind: str) -> None:
         assert not verify.compare(bad, EAGER, REF, kind).ok
 
 
+def test_numbers_of_any_size_have_no_allowance_for_numbers_near_one() -> None:
+    """Gradients of a model: small ones are held to their own rounding, or to what is negligible by others."""
+    small, wrong = REF * 1e-6, REF * 1e-6
+    wrong = torch.where(REF.abs() == REF.abs().max(), 1.1 * wrong, wrong)
+    arguments = (wrong.to(torch.bfloat16), small.to(torch.bfloat16), small, "gradient")
+    assert verify.compare(*arguments).ok
+    assert not verify.compare(*arguments, 0.0).ok
+    assert verify.compare(*arguments, 1e-6).ok
+
+
+def test_a_single_number_may_be_some_ulps_off_where_eager_happens_to_be_right() -> None:
+    ref = torch.tensor([4.5], dtype=torch.float64)
+    ulp = 2**-21
+    assert verify.compare((ref + 2 * ulp).float(), ref.float(), ref).ok
+    assert not verify.compare((ref + 10 * ulp).float(), ref.float(), ref).ok
+    many = ref.expand(1000)
+    assert not verify.compare((many + 2 * ulp).float(), many.float(), many).ok
+
+
 def test_infinities_must_be_where_they_belong() -> None:
     ref = torch.tensor([1.0, -math.inf], dtype=torch.float64)
     good, bad = ref.float(), torch.tensor([-math.inf, 1.0])

@@ -9,13 +9,13 @@ program; they are read where they lie and nothing of them is in this package.
 from __future__ import annotations
 
 import ast
-import gettext
 import importlib.util
 import random
 import re
+import struct
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,17 +141,13 @@ def catalogue_folders() -> list[Path]:
 def catalogue_pairs(language: str, folders: Iterable[Path] | None = None) -> list[dict[str, Any]]:
     """English messages of programs and their translation: {"source", "target"}, without formatting marks.
 
-    Raises ValueError where no catalogue of the language is installed.
+    Raises ValueError where no catalogue of the language is installed, and for one that cannot be read.
     """
     looked = list(catalogue_folders() if folders is None else folders)
     pairs: dict[str, str] = {}
     for folder in looked:
         for path in sorted((folder / language / "LC_MESSAGES").glob("*.mo")):
-            with path.open("rb") as file:
-                catalogue = gettext.GNUTranslations(file)
-            # A key is a text, or for a plural (text, number). There is no public way to list them.
-            for key, target in catalogue._catalog.items():  # type: ignore[attr-defined]
-                source = key[0] if isinstance(key, tuple) else key
+            for source, target in _messages(path):
                 source = source.rpartition("\x04")[2]  # a context stands before it
                 if _sentence(source) and target.strip() and source != target:
                     pairs.setdefault(" ".join(source.split()), " ".join(target.split()))
@@ -163,6 +159,33 @@ def catalogue_pairs(language: str, folders: Iterable[Path] | None = None) -> lis
             "a data set with columns source and target"
         )
     return [{"source": source, "target": target} for source, target in pairs.items()]
+
+
+def _messages(path: Path) -> Iterator[tuple[str, str]]:
+    """The messages of a .mo file and their translations, of plurals the first form of each.
+
+    Source: GNU gettext manual, "The Format of GNU MO Files". The standard library's reader takes the header,
+    which has the translators' names, for UTF-8 whatever charset it declares.
+    """
+    data = path.read_bytes()
+    order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(data[:4])
+    if order is None:
+        raise ValueError(f"{path} does not begin as a .mo file does")
+    count, *tables = struct.unpack_from(f"{order}3I", data, 8)
+
+    def strings(table: int) -> Iterator[bytes]:
+        for length, start in struct.iter_unpack(f"{order}2I", data[table : table + 8 * count]):
+            yield data[start : start + length]
+
+    pairs = list(zip(*map(strings, tables), strict=True))
+    charset = re.search(rb"charset=([^\s;]+)", dict(pairs).get(b"", b""))
+    encoding = charset[1].decode("ascii") if charset else "ascii"
+    try:
+        for pair in pairs:
+            source, target = (text.partition(b"\0")[0].decode(encoding) for text in pair)
+            yield source, target
+    except (UnicodeDecodeError, LookupError) as error:
+        raise ValueError(f"{path} cannot be read in its charset, {encoding}: {error}") from error
 
 
 def _sentence(text: str) -> bool:

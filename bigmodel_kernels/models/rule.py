@@ -1,13 +1,7 @@
 """The rule that a patched model must meet: it is as near to the same model in float64 as eager is.
 
-With `reference` the output of the float64 model and `eager` that of transformers' eager in the dtype at hand,
-
-    max |out - reference|  <= 2   * max |eager - reference| + rounding         (gradients: 3)
-    mean |out - reference| <= 1.2 * mean |eager - reference| + rounding / 4    (gradients: 1.5)
-
-where rounding is twice the error of adding and taking away 0.3. The limit of the largest of n errors is
-widened by three standard deviations of its ratio, as in `bigmodel_kernels.verify`. Of fewer than 1000 numbers
-only the largest error is looked at, and 8 ulps are allowed: their errors are a matter of luck.
+The rule is that of the operators (`bigmodel_kernels.verify.compare`), with the output of the float64 model as
+`ref` and that of transformers' eager code in the dtype at hand as `eager`.
 """
 
 from __future__ import annotations
@@ -20,9 +14,7 @@ import torch
 from torch import Tensor
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.verify import spread_of_largest
-
-FEW = 1000
+from bigmodel_kernels.verify import Verdict, compare
 
 
 class CheckFailed(AssertionError):
@@ -107,24 +99,14 @@ def assert_as_near(
     require(out.dtype == eager.dtype, f"{name}: {out.dtype} is not {eager.dtype}")
     if where is not None:
         out, eager, reference = out[where], eager[where], reference[where]
-    out64, eager64, reference = out.detach().double(), eager.detach().double(), reference.detach().double()
-    require(bool(torch.isfinite(out64).all()), f"{name}: not finite")
-    if not out64.numel():
-        return 0.0
-    rounded = reference.to(out.dtype)
-    rounding = 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().double()
-    got, allowed = (out64 - reference).abs(), (eager64 - reference).abs()
-    few = got.numel() < FEW
-    if few:
-        rounding = torch.maximum(rounding, 8 * torch.finfo(out.dtype).eps * reference.abs().max())
-    limit = 2 * spread_of_largest(got.numel()) * allowed.max() + rounding
-    # A NaN in eager or in the reference makes these false too.
-    require(bool(got.max() <= limit), f"{name}: {got.max():.3e} against {allowed.max():.3e} of eager")
-    require(
-        few or bool(got.mean() <= 1.2 * allowed.mean() + rounding / 4),
-        f"{name}: {got.mean():.3e} in the mean against {allowed.mean():.3e} of eager",
-    )
-    return float(got.max() / limit) if limit else 0.0
+    return _held(compare(out.detach(), eager.detach(), reference.detach()), name)
+
+
+def _held(verdict: Verdict, name: str) -> float:
+    """The largest error as a part of what is allowed; raises CheckFailed for one above."""
+    eager = f"eager has {verdict.eager_max:.3g} and {verdict.eager_mean:.3g}"
+    require(verdict.ok, f"{name}: {verdict}; {eager}")
+    return verdict.max_error / verdict.max_limit if verdict.max_limit else 0.0
 
 
 def runs(model: Any, **inputs: Any) -> list[dict[str, Tensor]]:
@@ -179,12 +161,9 @@ def gradients_of(model: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_gradients(
-    ours: dict[str, Tensor],
-    eager: dict[str, Tensor],
-    reference: dict[str, Tensor],
-    computed_in: torch.dtype | None = None,
+    ours: dict[str, Tensor], eager: dict[str, Tensor], reference: dict[str, Tensor]
 ) -> float:
-    """The numerics rule for gradients. `computed_in` is the type that autocast computes in, if it does.
+    """The numerics rule for gradients, by the names of their parameters.
 
     Returns the largest error as a part of what is allowed. Raises CheckFailed.
     """
@@ -192,23 +171,10 @@ def assert_gradients(
         ours.keys() == eager.keys(), f"other parameters have gradients: {sorted(ours.keys() ^ eager.keys())}"
     )
     # Some gradients are zero but for rounding (that of a key's bias): what counts is the size of the others.
-    rounding = 1e-7 * max(gradient.abs().max() for gradient in reference.values())
+    negligible = 1e-7 * max(float(gradient.abs().max()) for gradient in reference.values())
     worst = 0.0
     for name, gradient in ours.items():
         require(gradient.dtype == eager[name].dtype, f"{name}: {gradient.dtype} is not {eager[name].dtype}")
-        error = (gradient.double() - reference[name]).abs()
-        allowed = (eager[name].double() - reference[name]).abs()
-        few, slack = error.numel() < FEW, rounding
-        if few:  # as in assert_as_near
-            eps = torch.finfo(computed_in or gradient.dtype).eps
-            slack = torch.maximum(rounding, 8 * eps * reference[name].abs().max())
-        limit = 3 * spread_of_largest(error.numel()) * allowed.max() + slack
-        require(
-            bool(error.max() <= limit), f"gradient of {name}: {error.max():.2e}, eager {allowed.max():.2e}"
-        )
-        require(
-            few or bool(error.mean() <= 1.5 * allowed.mean() + rounding),
-            f"gradient of {name}: {error.mean():.2e} in the mean, eager {allowed.mean():.2e}",
-        )
-        worst = max(worst, float(error.max() / limit) if limit else 0.0)
+        verdict = compare(gradient, eager[name], reference[name], "gradient", negligible)
+        worst = max(worst, _held(verdict, f"gradient of {name}"))
     return worst

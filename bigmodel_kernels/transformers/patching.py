@@ -55,7 +55,8 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
 
 def unpatch(model: nn.Module) -> int:
     """Gives every patched module its own class and config back, and makes released weights parameters again.
-    Returns how many modules that were.
+    Of a part of a model too: the rest stays patched, and its masks are again as transformers makes them, as
+    long as the whole is not patched anew. Returns how many modules that were.
     """
     _require_module(model)
     restore_weights(model)
@@ -69,7 +70,7 @@ def unpatch(model: nn.Module) -> int:
             restored += 1
         config = module.__dict__.get("config")
         if config is not None and config_view.is_view(config):
-            module.__dict__["config"] = config_view.base_of(config)
+            module.__dict__["config"] = config_view.leave(config)
     return restored
 
 
@@ -328,7 +329,9 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     """Lets a model keep masks two-dimensional, if everybody on the mask's way knows what to do with one."""
     config = root.__dict__.get("config")
     cls = next(cls for cls in family.models if isinstance(root, cls))
-    if not family.mask_path or config is None or config_view.is_view(config) or "forward" in root.__dict__:
+    if not family.mask_path or config is None or config_view.is_complete(config):
+        return
+    if "forward" in root.__dict__:
         return
     if type(root).forward is not cls.forward or getattr(
         type(root), "_create_attention_masks", None
@@ -341,10 +344,12 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     ready = {id(change.module) for change in plan.changes if change.attribute is None}
     if any(type(module) in family.reads_masks_patched and id(module) not in ready for module in on_path):
         return
+    company = config_view.Company()
     for module in (root, *on_path):
         own = module.__dict__.get("config")
-        if own is not None and not config_view.is_view(own):
-            plan.changes.append(Change(module, own, config_view.view(own), "config"))
+        if own is not None and not config_view.is_complete(own):
+            seen = config_view.view(config_view.base_of(own), company)
+            plan.changes.append(Change(module, own, seen, "config"))
 
 
 # ------------------------------------------------------------------------------------------------------------

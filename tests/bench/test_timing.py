@@ -54,12 +54,12 @@ def test_what_comes_before_a_call_is_not_timed() -> None:
     given: list[int] = []
 
     def before() -> int:
-        time.sleep(0.02)
+        time.sleep(0.001)
         return len(given)
 
-    measured = measure([Contender("step", given.append, before=before)], "cpu", budget_s=0.1)
+    measured = measure([Contender("step", given.append, before=before)], "cpu", budget_s=0.01)
     assert given == list(range(len(given))) and len(given) > FEWEST_ROUNDS  # every call has its own
-    assert measured.timings["step"].median_s < 0.01
+    assert measured.timings["step"].median_s < 0.0005
 
 
 def test_a_contender_slower_than_the_budget_is_timed_once() -> None:

@@ -51,21 +51,20 @@ def test_questions_blank_their_answer() -> None:
     assert found == texts.questions()
 
 
-def write_catalogue(path: Path, messages: dict[str, str]) -> None:
-    """A .mo file (GNU gettext's format, little endian)."""
+def write_catalogue(path: Path, messages: dict[str, str], charset: str = "UTF-8", order: str = "<") -> None:
+    """A .mo file (GNU gettext's format), in either order of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=1; plural=0;\n"
-    head = "Content-Type: text/plain; charset=UTF-8\nPlural-Forms: nplurals=1; plural=0;\n"
+    head = f"Last-Translator: Jörg\nContent-Type: text/plain; charset={charset}\n"
     pairs = sorted({"": head, **messages}.items())
     place = 28 + 16 * len(pairs)
     tables: list[bytes] = []
     strings = b""
     for side in (0, 1):
         for pair in pairs:
-            raw = pair[side].encode()
-            tables.append(struct.pack("<II", len(raw), place + len(strings)))
+            raw = pair[side].encode(charset)
+            tables.append(struct.pack(f"{order}II", len(raw), place + len(strings)))
             strings += raw + b"\0"
-    header = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    header = struct.pack(f"{order}7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
     path.write_bytes(header + b"".join(tables) + strings)
 
 
@@ -87,3 +86,17 @@ def test_catalogue_pairs(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="language='xx': no gettext catalogue of it was found"):
         texts.catalogue_pairs("xx", [tmp_path])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_catalogue_is_read_in_its_own_charset(tmp_path: Path, order: str) -> None:
+    """The header, with a name that is not UTF-8, as well as the messages."""
+    path = tmp_path / "de" / "LC_MESSAGES" / "a.mo"
+    write_catalogue(path, {"open the file": "Datei öffnen"}, "ISO-8859-1", order)
+    assert texts.catalogue_pairs("de", [tmp_path]) == [{"source": "open the file", "target": "Datei öffnen"}]
+    path.write_bytes(path.read_bytes().replace(b"ISO-8859-1", b"US-ASCII\n\n"))
+    with pytest.raises(ValueError, match=r"a\.mo cannot be read in its charset, US-ASCII"):
+        texts.catalogue_pairs("de", [tmp_path])
+    path.write_bytes(b"no catalogue")
+    with pytest.raises(ValueError, match=r"a\.mo does not begin as a \.mo file does"):
+        texts.catalogue_pairs("de", [tmp_path])

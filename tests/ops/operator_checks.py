@@ -17,6 +17,21 @@ from bigmodel_kernels import backends, verify
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def kept_or_dropped(calls: dict[str, Call], dropped: dict[str, Call]) -> pytest.MarkDecorator:
+    """Parametrizes a gradient's opcheck with `calls_of`, without dropout or with, and `stored`, whether it is
+    given what the training form kept. Neither changes how torch sees the other: the crossed pairs are slow.
+    """
+    return pytest.mark.parametrize(
+        ("calls_of", "stored"),
+        [
+            pytest.param(calls, True, id="stored"),
+            pytest.param(dropped, False, id="dropout"),
+            pytest.param(calls, False, id="not stored", marks=pytest.mark.slow),
+            pytest.param(dropped, True, id="dropout, stored", marks=pytest.mark.slow),
+        ],
+    )
+
+
 def double_leaves(call: Call) -> tuple[Call, tuple[Tensor, ...]]:
     """The call in float64 with leaves that want gradients, and those leaves."""
     leaves: list[Tensor] = []

@@ -202,8 +202,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_gradient(name: str, sinks: bool) -> None:
-    query = make(2, 4, 5, 3, dtype=torch.float64, grad=True)
-    key, value = (make(2, 2, 7, 3, dtype=torch.float64, grad=True) for _ in range(2))
+    query = make(2, 4, 3, 2, dtype=torch.float64, grad=True)
+    key, value = (make(2, 2, 7, 2, dtype=torch.float64, grad=True) for _ in range(2))
     bias = make(1, 4, 1, 7, dtype=torch.float64, grad=True)
     inputs = [query, key, value, bias, *([make(4, dtype=torch.float64, grad=True)] if sinks else [])]
 
@@ -224,8 +224,8 @@ def test_gradient(name: str, sinks: bool) -> None:
     ids=["plain", "alibi", "dropout"],
 )
 def test_gradient_packed(options: dict[str, Any]) -> None:
-    query = make(9, 4, 3, dtype=torch.float64, grad=True)
-    key, value = (make(8, 2, 3, dtype=torch.float64, grad=True) for _ in range(2))
+    query = make(9, 4, 2, dtype=torch.float64, grad=True)
+    key, value = (make(8, 2, 2, dtype=torch.float64, grad=True) for _ in range(2))
     sinks = make(4, dtype=torch.float64, grad=True)
     ends = {"cu_seqlens_q": lengths(4, 0, 5), "cu_seqlens_k": lengths(5, 0, 3)}
 

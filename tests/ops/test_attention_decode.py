@@ -187,6 +187,15 @@ def test_compile_without_a_break() -> None:
         )
 
 
+def test_autocast_leaves_it_alone(cpu_backend: str) -> None:
+    query, key = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 9, 16)
+    arguments = (query, key, key, int32(9, 4))
+    with backends.use(cpu_backend):
+        expected = bk.attention_decode(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(bk.attention_decode(*arguments), expected)
+
+
 def test_no_gradient() -> None:
     query, cache = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 2, 9, 8)
     out = bk.attention_decode(query, cache, cache, int32(9))

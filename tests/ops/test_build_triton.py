@@ -38,27 +38,30 @@ def _build(*arguments: str, timeout: int = 120) -> list[dict[str, Any]]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("case", ["attention bf16 d32", "linear bf16 512x768x768"])
-def test_matrix_instructions(case: str) -> None:
-    sm_90, gfx942 = _build("--target", "sm_90", "--target", "gfx942", "--case", case)
-    assert "wgmma" in sm_90["mma"] and "bf16" in sm_90["mma"]
-    assert "v_mfma" in gfx942["mma"] and "bf16" in gfx942["mma"]
-    for result in (sm_90, gfx942):
-        assert result["case"] == case and result["spilled_bytes"] == 0 and result["registers"] > 0
-        assert 0 < result["shared_bytes"] <= (232_448 if result is sm_90 else 65_536)
-
-
-def test_the_gradient_of_attention() -> None:
-    """Its three kernels of this case; ``test_every_target_uses_its_matrix_unit`` has more, and Blackwell."""
+def test_matrix_instructions() -> None:
+    """A product, attention and the three kernels of its gradient, by one process, which takes seconds to
+    start; ``test_every_target_uses_its_matrix_unit`` has more, and Blackwell.
+    """
     wanted = {"sm_80": "mma.m16n8k16", "sm_90": "wgmma", "gfx942": "v_mfma"}
-    targets = [argument for target in wanted for argument in ("--target", target)]
-    results = _build(*targets, "--case", "attention backward bf16 d32")
-    names = ["delta", "backward_rows", "backward_keys"] * 3
-    assert [r["kernel"] for r in results] == [f"attention_{name}_kernel" for name in names]
+    kernels = {
+        "linear bf16 512x768x768": ["linear_kernel"],
+        "attention bf16 d32": ["attention_kernel"],
+        "attention backward bf16 d32": [
+            f"attention_{name}_kernel" for name in ("delta", "backward_rows", "backward_keys")
+        ],
+    }
+    options = [("--target", target) for target in wanted] + [("--case", case) for case in kernels]
+    results = _build("--jobs", "1", *(argument for option in options for argument in option))
+    for target in wanted:
+        for case, names in kernels.items():
+            found = [r for r in results if (r["target"], r["case"]) == (target, case)]
+            assert [r["kernel"] for r in found] == names
     for result in results:
-        assert result["spilled_bytes"] == 0
+        assert result["spilled_bytes"] == 0 and result["registers"] > 0, result
+        assert result["shared_bytes"] <= triton_build.TARGETS[result["target"]][1].shared_memory, result
         if result["kernel"] in WITH_PRODUCTS:
-            assert wanted[result["target"]] in result["mma"], result
+            assert wanted[result["target"]] in result["mma"] and result["shared_bytes"] > 0, result
+            assert "bf16" in result["mma"], result
 
 
 def _kernels() -> set[str]:

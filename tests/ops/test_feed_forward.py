@@ -19,6 +19,7 @@ from operator_checks import (
     check_gradients,
     check_operator,
     check_refused,
+    kept_or_dropped,
     require,
     with_seed,
 )
@@ -163,8 +164,7 @@ def test_opcheck(name: str, cpu_backend: str) -> None:
     check_operator(torch.ops.bigmodel.feed_forward_training.default, training, cpu_backend)
 
 
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("calls_of", [CALLS, DROPOUT], ids=["no dropout", "dropout"])
+@kept_or_dropped(CALLS, DROPOUT)
 @calls
 def test_opcheck_of_the_gradient(name: str, calls_of: Any, stored: bool, cpu_backend: str) -> None:
     args, kwargs = calls_of[name]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gradient_checks import check_against_formula
 from torch import Tensor
-from triton_dtypes import QUICK_DTYPES
+from triton_dtypes import LAYOUTS_AND_DTYPES, QUICK_DTYPES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -58,9 +58,8 @@ def _check(arguments: list[Tensor | None], **options: Any) -> None:
     assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("position", ["none", "pre", "post"])
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_block(layout: str, position: str, dtype: torch.dtype) -> None:
     arguments = _block((2, 17), 40, 129, dtype, layout)
     norm = {"norm_weight": arguments[4] + 1, "norm_bias": arguments[4]} if position != "none" else {}

@@ -20,6 +20,7 @@ from operator_checks import (
     check_gradients,
     check_operator,
     check_refused,
+    kept_or_dropped,
     require,
     with_seed,
 )
@@ -131,8 +132,7 @@ def test_opcheck(name: str, cpu_backend: str) -> None:
     check_operator(torch.ops.bigmodel.linear_training.default, (args, kwargs), cpu_backend)
 
 
-@pytest.mark.parametrize("calls_of", [CALLS, DROPOUT], ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("stored", [False, True])
+@kept_or_dropped(CALLS, DROPOUT)
 @calls
 def test_opcheck_of_the_gradient(name: str, stored: bool, calls_of: Any, cpu_backend: str) -> None:
     args, kwargs = calls_of[name]

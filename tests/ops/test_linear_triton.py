@@ -10,7 +10,7 @@ import pytest
 import torch
 from gradient_checks import check_against_formula
 from torch import Tensor
-from triton_dtypes import DTYPES, QUICK_DTYPES
+from triton_dtypes import DTYPES, LAYOUTS_AND_DTYPES, QUICK_DTYPES
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -217,16 +217,13 @@ def _check_both_ways(
     check_against_formula(formula, tensors, upstream, {"out": out, **dict(zip(tensors, grads, strict=True))})
 
 
-@pytest.mark.parametrize("dtype", QUICK_DTYPES, ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
-def test_gradients_of_activations(activation: str, dtype: torch.dtype) -> None:
-    for layout in ("linear", "conv1d"):
-        weights = _weights(48, 65, dtype=dtype, layout=layout)
-        bias = _tensor(65, dtype=dtype)
-        options: dict[str, Any] = {"activation": activation, "weight_layout": layout}
-        _check_both_ways(
-            _tensor(17, 48, dtype=dtype), weights, [bias], recompute=layout == "linear", **options
-        )
+def test_gradients_of_activations(activation: str, layout: str, dtype: torch.dtype) -> None:
+    weights = _weights(48, 65, dtype=dtype, layout=layout)
+    bias = _tensor(65, dtype=dtype)
+    options: dict[str, Any] = {"activation": activation, "weight_layout": layout}
+    _check_both_ways(_tensor(17, 48, dtype=dtype), weights, [bias], recompute=layout == "linear", **options)
 
 
 @pytest.mark.parametrize("norm_kind", ["layer_norm", "rms_norm"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ from bigmodel_kernels.models.tiny import (
     right_padding,
     token_ids,
 )
+
+
+def crossed(name: str, every: Iterable[Any], prefixes: Iterable[str], different: Iterable[str]) -> Any:
+    """Parametrizes a test with `prefix` and `name`: those of `different` with all values, and the other
+    prefixes, which are one of these in other names, with the first value; the rest of the product is slow.
+    """
+    first, *rest = every
+    pairs = [(prefix, value) for prefix in prefixes for value in (first, *rest)]
+    return pytest.mark.parametrize(
+        ("prefix", name),
+        [
+            pytest.param(*pair, marks=() if pair[0] in different or pair[1] == first else pytest.mark.slow)
+            for pair in pairs
+        ],
+    )
 
 
 class Doubled(nn.Linear):
@@ -136,7 +151,7 @@ def check_gradients_under_autocast(model: Any) -> None:
     inputs = inputs_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, eager = (gradients_of(m, inputs) for m in models[:2])
-    assert_gradients(ours, eager, gradients_of(models[2], inputs), torch.bfloat16)
+    assert_gradients(ours, eager, gradients_of(models[2], inputs))
 
 
 def check_gradient_checkpointing(model: Any, reentrant: bool) -> None:

@@ -27,6 +27,7 @@ from decoder_checks import (
     check_padded_batch,
     check_states_and_attentions,
     check_unpatching_pickle_deepcopy_and_saving,
+    crossed,
     in_parts,
     logits_of,
 )
@@ -56,6 +57,8 @@ from bigmodel_kernels.transformers import blocks
 from bigmodel_kernels.transformers import gpt_like as gpt_like_module
 
 #: Where the layers of each, its attentions and its dropouts are.
+#: One of each form; the others differ from these in names.
+DIFFERENT = ("OPT", "GPTNeoX", "GPTJ", "GPTNeo", "Bloom")
 LAYERS = {
     "OPT": "model.decoder.layers",
     "GPTNeoX": "gpt_neox.layers",
@@ -160,8 +163,7 @@ def layers_of(model: Any, prefix: str) -> Any:
 
 
 @pytest.mark.parametrize("padding", [left_padding, right_padding])
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("use_cache", [True, False], GPT_LIKE, DIFFERENT)
 def test_padded_batches(prefix: str, padding: Any, use_cache: bool) -> None:
     model = gpt_like(prefix)
     eager, reference = eager_of(model), float64_of(model)
@@ -236,8 +238,7 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [17, 17, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", GENERATION)
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("kind", GENERATION, GPT_LIKE, DIFFERENT)
 def test_generate(prefix: str, kind: str) -> None:
     check_generation(gpt_like(prefix), kind, (False, True), length=9, new=7)
 
@@ -272,8 +273,7 @@ def test_a_mask_of_the_users_own(prefix: str) -> None:
         assert_as_near(*outputs, reference(ids, attention_mask=additive.double()).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("dtype", [torch.bfloat16, torch.float16], GPT_LIKE, DIFFERENT)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
     check_padded_batch(gpt_like(prefix).to(dtype), right_padding)
 
@@ -283,8 +283,7 @@ def test_autocast(prefix: str) -> None:
     check_autocast(gpt_like(prefix))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("recompute", [False, True], GPT_LIKE, DIFFERENT)
 def test_gradients(prefix: str, recompute: bool) -> None:
     check_gradients(gpt_like(prefix), recompute=recompute)
 
@@ -294,8 +293,7 @@ def test_gradients_under_autocast(prefix: str) -> None:
     check_gradients_under_autocast(gpt_like(prefix))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("reentrant", [False, True], GPT_LIKE, DIFFERENT)
 def test_gradient_checkpointing(prefix: str, reentrant: bool) -> None:
     check_gradient_checkpointing(gpt_like(prefix), reentrant)
 
@@ -305,8 +303,7 @@ def test_dropout(prefix: str) -> None:
     check_dropout(gpt_like(prefix, **DROPOUT[prefix]), lambda m: layers_of(m, prefix)[0])
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prefix", GPT_LIKE)
+@crossed("padded", [True, False], GPT_LIKE, DIFFERENT)
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
     check_compiled(gpt_like(prefix), padded)
 

@@ -26,6 +26,7 @@ from decoder_checks import (
     check_padded_batch,
     check_states_and_attentions,
     check_unpatching_pickle_deepcopy_and_saving,
+    crossed,
     logits_of,
 )
 
@@ -67,8 +68,7 @@ def without_window(prefix: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("padding", [left_padding, right_padding])
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("prefix", DECODERS)
+@crossed("use_cache", [True, False], DECODERS, DIFFERENT)
 def test_padded_batches(prefix: str, padding: Any, use_cache: bool) -> None:
     check_padded_batch(decoder(prefix), padding, use_cache=use_cache)
 
@@ -192,8 +192,7 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [17, 17, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("kind", GENERATION)
-@pytest.mark.parametrize("prefix", DECODERS)
+@crossed("kind", GENERATION, DECODERS, DIFFERENT)
 def test_generate(prefix: str, kind: str) -> None:
     check_generation(decoder(prefix), kind, (False, True), length=9, new=7)
 
@@ -233,8 +232,7 @@ def test_packed_sequences_by_their_positions() -> None:
     assert_all_near(outputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("prefix", DECODERS)
+@crossed("dtype", [torch.bfloat16, torch.float16], DECODERS, DIFFERENT)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
     check_padded_batch(decoder(prefix).to(dtype), right_padding)
 
@@ -244,8 +242,7 @@ def test_autocast(prefix: str) -> None:
     check_autocast(decoder(prefix))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("prefix", DECODERS)
+@crossed("recompute", [False, True], DECODERS, DIFFERENT)
 def test_gradients(prefix: str, recompute: bool) -> None:
     check_gradients(decoder(prefix), recompute=recompute)
 

@@ -176,6 +176,35 @@ def test_two_models_that_share_a_config() -> None:
     assert one.config is config
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_part_is_unpatched(kind: str) -> None:
+    """The rest of the model then makes masks that the part can read, until the whole is patched again."""
+    model = MODELS[kind]()
+    # Of one length and of one sequence a small mask would pass as something else, and give wrong numbers.
+    masks = [torch.ones(5, 5, dtype=torch.long).tril(), torch.tensor([[1, 1, 1, 0, 0]])]
+    ids = [torch.arange(mask.numel()).view(mask.shape) % 90 for mask in masks]
+
+    def logits(model: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(i, attention_mask=m)[0][m.bool()] for i, m in zip(ids, masks, strict=True)]
+
+    expected = logits(model)
+    bk.patch(model)
+    classes = [type(module) for module in model.modules()]
+    assert model.base_model.config._attn_implementation == "bigmodel"
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    assert bk.unpatch(layers[0]) > 0
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for out, right in zip(logits(twin), expected, strict=True):
+            torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
+        assert twin.base_model.config._attn_implementation == "sdpa"
+    bk.patch(model)
+    assert model.base_model.config._attn_implementation == "bigmodel"
+    assert [type(module) for module in model.modules()] == classes
+    for out, right in zip(logits(model), expected, strict=True):
+        torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
+
+
 def test_the_view_of_a_config() -> None:
     config = gpt2_config()
     view = config_view.view(config)

@@ -142,9 +142,10 @@ def test_gradients_of_what_is_left() -> None:
             torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled(backend: str) -> None:
     model, expected = released("bert")
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     torch.testing.assert_close(run(compiled), expected)
 
 

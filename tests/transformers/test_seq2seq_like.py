@@ -22,6 +22,7 @@ from decoder_checks import (
     check_names_of_family,
     check_padded_batch,
     check_unpatching_pickle_deepcopy_and_saving,
+    crossed,
     logits_of,
     name_of_cache,
 )
@@ -172,8 +173,7 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == encoder + step * 3
 
 
-@pytest.mark.parametrize("kind", GENERATION)
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("kind", GENERATION, SEQ2SEQ, KINDS)
 def test_generate(prefix: str, kind: str) -> None:
     check_generation(seq2seq(prefix), kind, (False, True), length=9, new=7)
 
@@ -194,8 +194,7 @@ def test_encoder_outputs_that_are_given(prefix: str) -> None:
     assert_as_near(*outputs, where=real_of(inputs))
 
 
-@pytest.mark.parametrize("made", ["dynamic", "static"])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("made", ["dynamic", "static"], SEQ2SEQ, KINDS)
 def test_several_tokens_after_a_cache(prefix: str, made: str) -> None:
     model = seq2seq(prefix)
     eager, reference = eager_of(model), float64_of(model)
@@ -223,8 +222,7 @@ def cache_for(model: Any, made: str) -> EncoderDecoderCache:
     )
 
 
-@pytest.mark.parametrize("attentions", [False, True])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("attentions", [True, False], SEQ2SEQ, KINDS)
 def test_hidden_states_and_attentions(prefix: str, attentions: bool) -> None:
     model = seq2seq(prefix)
     options = {"output_hidden_states": True, "output_attentions": attentions, "use_cache": False}
@@ -246,8 +244,7 @@ def test_maps_of_cross_attention() -> None:
     assert (cross.probabilities[-1, :, :, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("dtype", [torch.bfloat16, torch.float16], SEQ2SEQ, KINDS)
 def test_half_precision(prefix: str, dtype: torch.dtype) -> None:
     check_padded_batch(seq2seq(prefix).to(dtype), right_padding)
 
@@ -303,8 +300,7 @@ def test_autocast(prefix: str) -> None:
 # gradients
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("recompute", [False, True], SEQ2SEQ, KINDS)
 def test_gradients(prefix: str, recompute: bool) -> None:
     check_gradients(seq2seq(prefix), recompute=recompute)
 
@@ -335,8 +331,7 @@ def dropping(prefix: str) -> Any:
     return seq2seq(prefix, **({"dropout_rate": 0.2} if prefix in T5_LIKE else rates))
 
 
-@pytest.mark.parametrize("part", ["encoder", "decoder"])
-@pytest.mark.parametrize("prefix", SEQ2SEQ)
+@crossed("part", ["decoder", "encoder"], SEQ2SEQ, ("T5", "Bart"))
 def test_dropout(prefix: str, part: str) -> None:
     check_dropout(dropping(prefix), lambda m: layer_of(m, part))
 
@@ -373,8 +368,7 @@ def test_lora(prefix: str, after: bool, name: str) -> None:
 # compiled
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("prefix", KINDS)
+@crossed("padded", [True, False], KINDS, ("UMT5",))
 def test_compile_fullgraph(prefix: str, padded: bool) -> None:
     check_compiled(seq2seq(prefix), padded)
 

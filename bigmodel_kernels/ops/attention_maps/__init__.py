@@ -262,7 +262,7 @@ def _run_statistics(*args: Any, top_k: int = 0, **options: Any) -> tuple[Tensor,
     _check_top_k(top_k)
     _check(*args, **options)
     _check_values(args, options)
-    return _run_in_own_types("attention_statistics", args, {**options, "top_k": top_k})  # type: ignore[no-any-return]
+    return backends.run("attention_statistics", args[0].device.type, args, {**options, "top_k": top_k})  # type: ignore[no-any-return]
 
 
 def _fake_statistics(
@@ -302,14 +302,7 @@ def _run_probabilities(
     _check_probabilities(args, heads, queries, options)
     _check_values(args, options)
     options = {**options, "heads": heads, "queries": queries}
-    return _run_in_own_types("attention_probabilities", args, options)  # type: ignore[no-any-return]
-
-
-def _run_in_own_types(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Plain PyTorch inside an operator would be seen by autocast, and by its products rounded."""
-    device = args[0].device.type
-    with torch.autocast(device, enabled=False):
-        return backends.run(name, device, args, options)
+    return backends.run("attention_probabilities", args[0].device.type, args, options)  # type: ignore[no-any-return]
 
 
 def _fake_probabilities(

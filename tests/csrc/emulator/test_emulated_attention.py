@@ -13,6 +13,7 @@ from plain_attention import make, plain
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention import prepare, reference
+from bigmodel_kernels.verify import compare
 
 
 def emulated(*tensors: Tensor, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
@@ -21,8 +22,8 @@ def emulated(*tensors: Tensor, seed: int = 0, **options: Any) -> tuple[Tensor, T
     return torch.ops.bigmodel_emulator.cuda_attention(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-def check(*tensors: Tensor, seed: int = 0, **options: Any) -> None:
-    """|out - ref| at most twice that of plain PyTorch in the same dtype, and of rounding alone."""
+def check(*tensors: Tensor, seed: int = 0, **options: Any) -> Tensor:
+    """Holds the output to the numerics rule, and the logsumexp to rounding; returns the output."""
     out, lse = emulated(*tensors, seed=seed, **options)
     args, kwargs = prepare(*tensors, **options)
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
@@ -30,13 +31,12 @@ def check(*tensors: Tensor, seed: int = 0, **options: Any) -> None:
         pytest.fail("dropout draws its seed; see test_dropout")
     ref, ref_lse = reference.run(*wide, **kwargs)
     eager = plain(*args, **kwargs)
-    atol = 2 * ((ref + 0.3 - 0.3) - ref.to(out.dtype).double()).abs().max()
-    error, allowed = (out.double() - ref).abs(), (eager.double() - ref).abs()
-    assert error.max() <= 2 * allowed.max() + atol
-    assert error.mean() <= 1.2 * allowed.mean() + 1e-6
+    verdict = compare(out, eager, ref)
+    assert verdict.ok, verdict
     finite = ref_lse.isfinite()
     assert (lse.isfinite() == finite).all()
     assert torch.allclose(lse[finite].double(), ref_lse[finite], atol=2e-5, rtol=2e-5)
+    return out
 
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
@@ -68,7 +68,7 @@ def test_lengths(queries: int, keys: int, causal: bool) -> None:
     ids=str,
 )
 def test_options(options: dict[str, Any]) -> None:
-    check(*make(1, 4, 2, 100, 140, 64, torch.float16), **options)
+    check(*make(1, 2, 1, 100, 140, 64, torch.float16), **options)
 
 
 def test_key_padding_and_rows_without_a_key() -> None:
@@ -123,8 +123,7 @@ def test_short_sequences_of_a_fused_projection(longest: int, causal: bool) -> No
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     query, key, value = torch.randn(int(cu[-1]), 3, 1, 32).bfloat16().unbind(1)
     call: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "is_causal": causal}
-    check(query, key, value, **call)
-    first, _ = emulated(query, key, value, **call)
+    first = check(query, key, value, **call)
     assert torch.equal(first, emulated(query, key, value, seed=1, **call)[0])
 
 

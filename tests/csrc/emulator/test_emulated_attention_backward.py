@@ -64,8 +64,15 @@ def check(*tensors: Tensor, grad_lse: bool = False, **call: Any) -> None:
         assert torch.allclose(dsinks.double(), ref[4], atol=1e-2 * float(ref[4].abs().max()), rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [8, 32, 64, 96, 128, pytest.param(192, marks=pytest.mark.slow), 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        *((dim, torch.bfloat16) for dim in (8, 32, 64, 96, 128, 256)),
+        *((dim, torch.float16) for dim in (32, 128)),
+        *(pytest.param(dim, torch.float16, marks=pytest.mark.slow) for dim in (8, 64, 96, 192, 256)),
+        pytest.param(192, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(*make(1, 2, 2, 70, 77, dim, dtype), is_causal=True)
 
@@ -89,7 +96,7 @@ def test_lengths(queries: int, keys: int, causal: bool) -> None:
     ids=str,
 )
 def test_options(call: dict[str, Any]) -> None:
-    check(*make(1, 4, 2, 100, 140, 64, torch.float16), **call)
+    check(*make(1, 2, 1, 100, 140, 64, torch.float16), **call)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +144,7 @@ def test_packed_sequences() -> None:
 @pytest.mark.parametrize("dim", [64, 192])
 def test_a_packed_sequence_does_not_see_its_neighbour(dim: int) -> None:
     """Its tiles reach into the next sequence, where nothing is finite: 0 times that would be NaN."""
-    query, grad = (torch.randn(200, 4, dim).to(torch.bfloat16) for _ in range(2))
+    query, grad = (torch.randn(200, 2, dim).to(torch.bfloat16) for _ in range(2))
     key, value = (torch.randn(180, 1, dim).to(torch.bfloat16) for _ in range(2))
     for tensor, length in ((query, 90), (grad, 90), (key, 75), (value, 75)):
         tensor[length:] = float("inf")

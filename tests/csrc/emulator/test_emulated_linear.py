@@ -19,6 +19,7 @@ from bigmodel_kernels.ops.feed_forward import cuda as feed_forward_cuda
 from bigmodel_kernels.ops.feed_forward import reference as feed_forward_reference
 from bigmodel_kernels.ops.linear import cuda, cuda_choice, prepare, reference
 from bigmodel_kernels.ops.philox import keep_elements
+from bigmodel_kernels.verify import compare
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
 
@@ -81,11 +82,8 @@ def check(
 
 
 def judge(mine: Tensor, exact: Tensor, usual: Tensor) -> None:
-    assert mine.shape == exact.shape
-    error, allowed = (mine.double() - exact).abs(), (usual.double() - exact).abs()
-    atol = 2 * ((exact + 0.3 - 0.3) - exact.to(mine.dtype).double()).abs().max()
-    assert error.max() <= 2 * allowed.max() + atol
-    assert error.mean() <= 1.2 * allowed.mean() + 1e-6
+    verdict = compare(mine, usual, exact)
+    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

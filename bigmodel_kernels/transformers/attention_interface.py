@@ -92,7 +92,8 @@ def attention_mask(
     if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
     causal, window = pattern
-    if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
+    skips = allow_is_causal_skip if causal else allow_is_bidirectional_skip
+    if not skips and not config_view.keeps_masks_short(kwargs.get("config")):
         return dense()  # the caller goes on to combine it with another mask
 
     if not causal:

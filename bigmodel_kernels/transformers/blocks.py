@@ -104,11 +104,14 @@ def feed_forward_of(
     dtype: torch.dtype | None,
     w_gate: str | None = None,
     hidden_p: float = 0.0,
+    linear: type[nn.Module] = nn.Linear,
 ) -> FeedForward | None:
-    """That of the projections and the activation of these names in `module`, if one call may read them."""
+    """That of the projections, of this class, and the activation of these names in `module`, if one call may
+    read them.
+    """
     modules = module.__dict__["_modules"]
     names = (w_in, w_out) if w_gate is None else (w_in, w_out, w_gate)
-    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in names]
+    held = [checks.parameters(modules[name], linear, dtype) for name in names]
     kind = checks.activation(modules.get(activation))
     if None in held or kind is None:
         return None

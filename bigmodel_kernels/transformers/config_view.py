@@ -14,15 +14,19 @@ from typing import Any
 from bigmodel_kernels.transformers.autoregister import NAME
 
 _BASE = "_bigmodel_base"
-_classes: dict[type, type] = {}
+_SHORT_MASKS = "_bigmodel_short_masks"
+_classes: dict[tuple[type, bool], type] = {}
 
 
-def view(base: Any) -> Any:
-    """A config equal to `base` but for the attention implementation."""
+def view(base: Any, short_masks: bool = False) -> Any:
+    """A config equal to `base` but for the attention implementation. `short_masks` are for models that would
+    ask for full ones.
+    """
     cls = type(base)
-    if cls not in _classes:
+    if (cls, short_masks) not in _classes:
         namespace = {
             "__slots__": (_BASE,),
+            _SHORT_MASKS: short_masks,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             # transformers makes a config of defaults by `type(config)()`: that is a plain one.
@@ -35,8 +39,8 @@ def view(base: Any) -> Any:
         asked = getattr(cls, "output_attentions", None)
         if isinstance(asked, property):  # its setter asks the implementation: the base's is the one to ask
             namespace["output_attentions"] = property(asked.fget, _set_output_attentions)
-        _classes[cls] = type(cls.__name__, (cls,), namespace)
-    result: Any = object.__new__(_classes[cls])
+        _classes[cls, short_masks] = type(cls.__name__, (cls,), namespace)
+    result: Any = object.__new__(_classes[cls, short_masks])
     object.__setattr__(result, "__dict__", base.__dict__)
     object.__setattr__(result, _BASE, base)
     return result
@@ -44,6 +48,10 @@ def view(base: Any) -> Any:
 
 def is_view(config: Any) -> bool:
     return type(config) in _classes.values()
+
+
+def keeps_masks_short(config: Any) -> bool:
+    return bool(getattr(config, _SHORT_MASKS, False))
 
 
 def base_of(config: Any) -> Any:
@@ -68,8 +76,8 @@ def _equal(self: Any, other: Any) -> bool:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return view, (base_of(self),)
+    return view, (base_of(self), keeps_masks_short(self))
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    return view(copy.deepcopy(base_of(self), memo))
+    return view(copy.deepcopy(base_of(self), memo), keeps_masks_short(self))

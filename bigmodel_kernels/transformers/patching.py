@@ -345,7 +345,8 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     for module in (root, *on_path):
         own = module.__dict__.get("config")
         if own is not None and not config_view.is_view(own):
-            plan.changes.append(Change(module, own, config_view.view(own), "config"))
+            view = config_view.view(own, short_masks=family.asks_for_full_masks)
+            plan.changes.append(Change(module, own, view, "config"))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -426,6 +426,48 @@ def _dense_mask(query: Tensor, seen: Visibility) -> Tensor | None:
     return mask
 
 
+# ------------------------------------------------------------------------------------------------------------
+# without padding
+
+
+def packing_of(padding: Tensor | None) -> blocks.Packing | None:
+    """How to pack the batch of a bool (B, S). None where its values may not be looked at, and where a
+    sequence starts with padding: a pooler reads that position.
+    """
+    if padding is None or is_tracing(padding) or not bool(padding[:, 0].all()):
+        return None
+    return blocks.Packing(padding)
+
+
+def packable(mask: Any) -> bool:
+    """Whether a mask says nothing but padding and a window to both sides."""
+    return isinstance(mask, Tensor) and (
+        (mask.dim() == 3 and mask.shape[1] == 2)
+        or (mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)
+    )
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    packing: blocks.Packing,
+    scale: float,
+    p: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of packed tokens, (1, H, tokens, D); the result is (1, tokens, H * D).
+
+    Of a `packable` mask, that of the padded batch, the window counts; `window` is the layer's own, see
+    `visibility`.
+    """
+    side = getattr(mask, _WINDOW, window) if mask.dim() == 3 else None
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    terms = packing.terms(query, key, value, scale, -1 if side is None else side - 1)
+    return blocks.attended(terms, p)[None]
+
+
 def of_operator(
     query: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> dict[str, Any]:

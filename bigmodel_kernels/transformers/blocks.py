@@ -566,8 +566,23 @@ class Packing:
         out = torch.zeros(batch * length, x.shape[-1], dtype=x.dtype, device=x.device)
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
-    def attend(self, scale: float) -> Attend:
-        def terms(query: Tensor, key: Tensor, value: Tensor) -> Terms:
-            return Terms(query, key, value, scale, lengths=self.cu_seqlens, longest=self.longest)
+    def rows(self, x: Tensor) -> Tensor:
+        """x as one sequence of real tokens, (1, tokens, hidden), if it is not so yet."""
+        return self.pack(x)[None] if x.shape[:2] == self.shape else x
 
-        return terms
+    def dense(self, x: Tensor) -> Tensor:
+        """The reverse of `rows`."""
+        return x if x.shape[:2] == self.shape else self.unpack(x[0])
+
+    def terms(self, query: Tensor, key: Tensor, value: Tensor, scale: float, side: int = -1) -> Terms:
+        """Attention of each sequence on itself; with `side`, on as many neighbours to the left and right."""
+        return Terms(
+            *(query, key, value, scale),
+            window_left=side,
+            window_right=side,
+            lengths=self.cu_seqlens,
+            longest=self.longest,
+        )
+
+    def attend(self, scale: float) -> Attend:
+        return lambda query, key, value: self.terms(query, key, value, scale)

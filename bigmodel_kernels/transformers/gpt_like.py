@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from bigmodel_kernels.ops.registration import call
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
 from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
@@ -174,6 +174,11 @@ class Attention(Form):
         self, query: Tensor, key: Tensor, value: Tensor, given: Given
     ) -> tuple[Tensor, Tensor | None]:
         scale = self.kin.scale(self)
+        window = getattr(self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None))
+        if given.packing is not None:
+            args = (given.mask, given.packing, scale, given.dropout_p, window)
+            out = attention_interface.packed_attention(query, key, value, *args)
+            return out, None
         if self.kin.masks_itself is not None:
             seen = attention_interface.visibility(query, key.shape[2], given.mask, is_causal=True)
             seen.causal, seen.window = query.shape[2] > 1, self.kin.masks_itself(self)
@@ -189,9 +194,7 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
-            sliding_window=getattr(
-                self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None)
-            ),
+            sliding_window=window,
             position_bias=self._alibi(query, given),
             output_attentions=given.output_attentions,
         )
@@ -252,8 +255,9 @@ class Layer(Form):
         if given is not None and not attention_interface.wants_attentions(kwargs):
             parts = self._parts(attention, checks.dtype_of(hidden_states))
         if parts is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        out = blocks.decoder_layer(hidden_states, parts, lambda x: attention.context(x, given)[0])
+            return packed_encoder.own_code(super().forward, hidden_states, args, kwargs)
+        x = packed_encoder.rows(hidden_states, kwargs)
+        out = blocks.decoder_layer(x, parts, lambda x: attention.context(x, given)[0])
         return (out, None) if self.kin.gives_weights else out
 
     def _parts(self, attention: Any, dtype: torch.dtype | None) -> DecoderParts | None:
@@ -300,6 +304,7 @@ class Given(NamedTuple):
     output_attentions: bool
     dropout_p: float
     alibi: Tensor | None = None
+    packing: blocks.Packing | None = None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
@@ -308,11 +313,13 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     kwargs, args = {**dict(zip(known, args, strict=False)), **kwargs}, args[len(known) :]
     mask, cache, angles = kwargs.get("attention_mask"), attention_interface.cache_of(kwargs), None
     dropout_p = checks.probability(attention, attention.kin.attention_dropout_of(attention))
+    packing = kwargs.get(packed_encoder.ARGUMENT)
     if (
         args
         or dropout_p is None
         or type(cache) not in attention_interface.CACHES
         or not attention_interface.readable(mask)
+        or (packing is not None and not attention_interface.packable(mask))
         or (attention.kin.interface and not attention_interface.gets_readable_masks(attention))
         or checks.watched_globally()
     ):
@@ -321,6 +328,9 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         angles = _angles(attention.kin, kwargs.get("position_embeddings"))
         if angles is None:
             return None
+        if packing is not None:
+            cos, sin = (packing.rows(t.expand(packing.shape[0], -1, -1)) for t in angles)
+            angles = cos, sin
     grows = attention.kin.masks_itself is not None  # it takes the last key for that of the last query
     adds = not (attention.kin.interface or attention.kin.reads_booleans)  # what is True in a mask as a one
     if (grows and type(cache) is StaticCache) or (
@@ -328,7 +338,8 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     ):
         return None
     wanted = bool(kwargs.get("output_attentions"))
-    return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p, kwargs.get("alibi"))
+    causal, alibi = kwargs.get("is_causal"), kwargs.get("alibi")
+    return Given(angles, mask, cache, causal, wanted, dropout_p, alibi, packing)
 
 
 def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
@@ -453,7 +464,7 @@ def _check_mlp(kin: Kin, module: Any) -> str | None:
     return why or kin.refuse_mlp(module)
 
 
-def _check_layer(kin: Kin, module: Any) -> str | None:
+def check_layer(kin: Kin, module: Any) -> str | None:
     own = [
         name
         for name in kin.dropouts
@@ -503,7 +514,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
                 kin.layer,
                 forms[kin.layer],
                 ops,
-                partial(_check_layer, kin),
+                partial(check_layer, kin),
                 "its halves with their norms and sums",
                 projections=() if kin.mlp is not None else kin.ffn_projections,
             ),

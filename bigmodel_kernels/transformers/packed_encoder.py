@@ -35,6 +35,8 @@ class Encoder(Form):
 
     #: False under a head whose result depends on what stands at padding.
     packs: ClassVar[bool] = True
+    #: Whether layers have windows: they count tokens, so that a sequence may have no gaps.
+    windows: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,7 +74,10 @@ class Encoder(Form):
         ):
             return None
         padding = mask.bool()
-        return None if bool(padding.all()) else attention_interface.packing_of(padding)
+        begins = padding[:, 1:] & ~padding[:, :-1]  # real tokens behind padding
+        if bool(padding.all()) or (self.windows and bool(begins.any())):
+            return None
+        return attention_interface.packing_of(padding)
 
     def _wants(self, kwargs: dict[str, Any], name: str) -> bool:
         given = kwargs.get(name)

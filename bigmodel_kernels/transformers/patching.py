@@ -31,21 +31,21 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
 
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
     CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa v2, ModernBERT, ViT, DeiT, CLIP, SigLIP, GPT-2,
-    OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral, Qwen2,
-    Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3, GPT-OSS, T5, mT5, UMT5, BART,
-    mBART, Marian, Pegasus, M2M-100 (NLLB) and Whisper. What is not exactly as known (a subclass, a hook, a
-    replaced, quantised or parametrized projection, an activation or a config that the operators do not have,
-    weights that are not loaded) is left alone, and the report says why. Modules that are patched already stay
-    so. If anything fails on the way, nothing is patched.
+    OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Falcon, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral,
+    Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3, GPT-OSS, T5, mT5, UMT5,
+    BART, mBART, Marian, Pegasus, M2M-100 (NLLB) and Whisper. What is not exactly as known (a subclass, a
+    hook, a replaced, quantised or parametrized projection, an activation or a config that the operators do
+    not have, weights that are not loaded) is left alone, and the report says why. Modules that are patched
+    already stay so. If anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
     it until they are unpatched.
 
     fused_loss: GPT2LMHeadModel, BertForMaskedLM and the causal language models of OPT, GPT-NeoX, GPT-J,
-    CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM and Llama's kind compute their loss without logits, in
-    training mode and when labels are given by name. Their output then has `logits=None`. Evaluation has
-    logits as ever.
+    CodeGen, GPT-Neo, BLOOM, Falcon, Phi, StarCoder2, StableLM and Llama's kind compute their loss without
+    logits, in training mode and when labels are given by name. Their output then has `logits=None`.
+    Evaluation has logits as ever.
 
     Raises TypeError for something that is not a module.
     """

@@ -64,7 +64,7 @@ class BigmodelModernBertEncoderLayer(gpt_like.Layer, hf.ModernBertEncoderLayer, 
 
 
 class BigmodelModernBertModel(packed_encoder.Encoder, hf.ModernBertModel, kin=KIN):
-    pass
+    windows = True
 
 
 class BigmodelModernBertPaddedModel(BigmodelModernBertModel):

@@ -313,7 +313,9 @@ class Encoder(Form):
         seen = _seen(hidden_states, attention_mask, self.position_bias(hidden_states))
         packing = attention_interface.packing_of(seen.padding if self.packs else None)
         if packing is not None:
-            x, attend = packing.pack(hidden_states), packing.attend(scale)
+            x = packing.pack(hidden_states)
+            # Attention without padding takes no bias.
+            attend = packing.attend(scale) if seen.bias is None else packing.padded(_dense(seen, scale))
         else:
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
@@ -335,7 +337,7 @@ class Encoder(Form):
         return self.layer  # type: ignore[no-any-return]
 
     def position_bias(self, x: Tensor) -> Tensor | None:
-        """What all layers add to their logits; only for a form whose `packs` is False."""
+        """What all layers add to their logits."""
         return None
 
     def enter(self, x: Tensor) -> Tensor:

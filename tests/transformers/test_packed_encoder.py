@@ -58,7 +58,7 @@ def test_padded_batches(prefix: str, padding: Any, lengths: list[int]) -> None:
         model = model_of(prefix, local_attention=40)
     eager, reference = eager_of(model), float64_of(model)
     report = bk.patch(model)
-    assert report.rows[0].note == "runs its layers without padding"
+    assert report.rows[0].reason == "runs its layers without padding"
     with torch.no_grad():
         out, *expected = (m(ids, attention_mask=mask).last_hidden_state for m in (model, eager, reference))
     assert_as_near(out, *expected, where=mask.bool())

@@ -14,6 +14,7 @@ from typing import Any
 from bigmodel_kernels.transformers.autoregister import NAME
 
 _BASE = "_bigmodel_base"
+_INTERNAL = "_attn_implementation_internal"  # where the base keeps it
 _SHORT_MASKS = "_bigmodel_short_masks"
 _classes: dict[tuple[type, bool], type] = {}
 
@@ -33,6 +34,7 @@ def view(base: Any, short_masks: bool = False) -> Any:
             "__new__": lambda _, *args, _cls=cls, **kwargs: _cls(*args, **kwargs),
             "__eq__": _equal,
             "_attn_implementation": property(_implementation, _set_implementation),
+            _INTERNAL: property(_internal, _set_internal),
             "__reduce_ex__": _reduce,
             "__deepcopy__": _deepcopy,
         }
@@ -67,6 +69,16 @@ def _set_implementation(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE)._attn_implementation = value
 
 
+def _internal(self: Any) -> Any:
+    return self.__dict__.get(_INTERNAL)
+
+
+def _set_internal(self: Any, value: Any) -> None:
+    """A model that is made with this config writes back what it reads, which nobody has asked for."""
+    if value != NAME:
+        self.__dict__[_INTERNAL] = value
+
+
 def _set_output_attentions(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE).output_attentions = value
 
@@ -80,4 +92,7 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a patched model has a view too; that of the config alone, for another model, is plain."""
+    if not memo:
+        return copy.deepcopy(base_of(self))
     return view(copy.deepcopy(base_of(self), memo), keeps_masks_short(self))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
+from bigmodel_kernels.transformers.autoregister import NAME
 from bigmodel_kernels.transformers.families import ChildRule, Rule
 from bigmodel_kernels.transformers.generic import Form
 
@@ -62,6 +63,7 @@ class Encoder(Form):
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         if (
             not self.packs
+            or self.config._attn_implementation != NAME  # else masks are dense
             or not isinstance(mask, Tensor)
             or mask.dim() != 2
             or attention_interface.is_tracing(mask)

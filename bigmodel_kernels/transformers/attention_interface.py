@@ -269,10 +269,7 @@ def visibility(
     elif not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
     elif mask.dim() in (2, 3):
-        if mask.dim() == 2:
-            window = None
-        else:
-            window = _window_of(mask, window)
+        window = None if mask.dim() == 2 else _window_of(mask, window)
         two_sided = mask.dim() == 3 and mask.shape[1] == 2
         mask = mask[:, 0] if mask.dim() == 3 else mask
         mask = mask[:, -keys:]  # a sliding cache has dropped the first ones

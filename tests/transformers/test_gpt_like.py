@@ -240,9 +240,9 @@ def test_norms_of_the_heads_are_left_alone(prefix: str) -> None:
 @pytest.mark.parametrize("own_code", [False, True])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_falcon_with_alibi(parallel: bool, own_code: bool) -> None:
-    """Against sdpa: transformers' eager code of this model adds ALiBi twice."""
+    """Against sdpa: eager code of this model adds ALiBi twice."""
     options = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4, "alibi": True}
-    model = gpt_like("Falcon", parallel_attn=parallel, bias=True, **options)
+    model = gpt_like("Falcon", parallel_attn=parallel, bias=True, attn_implementation="sdpa", **options)
     plain, reference = copy.deepcopy(model), copy.deepcopy(model).double()
     report = bk.patch(model)
     assert {row.module for row in report.left_alone} == {"Embedding"}
@@ -263,7 +263,7 @@ def test_falcon_with_alibi(parallel: bool, own_code: bool) -> None:
 
 
 def test_falcon_of_two_alibis_is_left_alone() -> None:
-    model = gpt_like("Falcon", alibi=True, attn_implementation="eager")
+    model = gpt_like("Falcon", alibi=True)
     reasons = {row.name: row.reason for row in bk.patch(model).left_alone}
     assert "adds ALiBi twice" in reasons["transformer.h.0.self_attention"]
 

@@ -535,7 +535,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     packing: blocks.Packing,
     scale: float,
     p: float,
@@ -546,7 +546,7 @@ def packed_attention(
     Of a `packable` mask, that of the padded batch, the window counts; `window` is the layer's own, see
     `visibility`.
     """
-    side = _window_of(mask, window) - 1 if mask.dim() == 3 else -1
+    side = -1 if mask is None or mask.dim() != 3 else _window_of(mask, window) - 1
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     terms = packing.terms(query, key, value, scale, side)
     return blocks.attended(terms, p)[None]

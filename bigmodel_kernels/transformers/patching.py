@@ -219,7 +219,7 @@ def _plan_family(plan: _Plan, family: Family) -> None:
                 plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why or ""))
             else:
                 _plan_module(plan, family, rule, name, module)
-            if rule.ops:  # a rule without operators speaks of its layers alone
+            if rule.ops or not isinstance(module, family.models):  # a model that packs speaks of its layers
                 covered.append(name)
         elif type(module) in family.left:
             plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=family.left[type(module)]))

@@ -156,6 +156,14 @@ GPT_LIKE: dict[str, dict[str, Any]] = {
         "use_qkv_bias": True,
         "rope_parameters": _HALF_ROTARY,
     },
+    # The decoder of Falcon-40B; that of Falcon-7B and that of Falcon-RW are variants in the tests.
+    "Falcon": {
+        **{name: value for name, value in _LLAMA_SIZES.items() if name != "intermediate_size"},
+        "ffn_hidden_size": 72,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "attn_implementation": "eager",  # its sdpa forgets the mask where attentions are asked for
+    },
 }
 
 

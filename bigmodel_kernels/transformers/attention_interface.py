@@ -92,7 +92,8 @@ def attention_mask(
     if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
     causal, window = pattern
-    if not (allow_is_causal_skip if causal else allow_is_bidirectional_skip):
+    skips = allow_is_causal_skip if causal else allow_is_bidirectional_skip
+    if not skips and not config_view.keeps_masks_short(kwargs.get("config")):
         return dense()  # the caller goes on to combine it with another mask
 
     if not causal:
@@ -268,15 +269,7 @@ def visibility(
     elif not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
     elif mask.dim() in (2, 3):
-        if mask.dim() == 2:
-            window = None
-        else:
-            window = getattr(mask, _WINDOW, window)
-            if window is None:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
-                    "If it was made for a sliding window, it was copied on the way to the attention"
-                )
+        window = None if mask.dim() == 2 else _window_of(mask, window)
         two_sided = mask.dim() == 3 and mask.shape[1] == 2
         mask = mask[:, 0] if mask.dim() == 3 else mask
         mask = mask[:, -keys:]  # a sliding cache has dropped the first ones
@@ -301,6 +294,17 @@ def visibility(
         position_bias = position_bias[..., : result.keys].to(query.dtype)
         result.bias = position_bias if result.bias is None else result.bias + position_bias
     return result
+
+
+def _window_of(mask: Tensor, window: int | None) -> int:
+    """That of a mask of three dimensions, which rides along, or else the layer's own."""
+    found: int | None = getattr(mask, _WINDOW, window)
+    if found is None:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; allowed are 2 dimensions (B, Sk) and 4. "
+            "If it was made for a sliding window, it was copied on the way to the attention"
+        )
+    return found
 
 
 def gets_readable_masks(module: Any) -> bool:
@@ -504,6 +508,48 @@ def _sdpa(
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=p, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# without padding
+
+
+def packing_of(padding: Tensor | None) -> blocks.Packing | None:
+    """How to pack the batch of a bool (B, S). None where its values may not be looked at, and where a
+    sequence starts with padding: a pooler reads that position.
+    """
+    if padding is None or is_tracing(padding) or not bool(padding[:, 0].all()):
+        return None
+    return blocks.Packing(padding)
+
+
+def packable(mask: Any) -> bool:
+    """Whether a mask says nothing but padding and a window to both sides."""
+    return isinstance(mask, Tensor) and (
+        (mask.dim() == 3 and mask.shape[1] == 2)
+        or (mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)
+    )
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    packing: blocks.Packing,
+    scale: float,
+    p: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of packed tokens, (1, H, tokens, D); the result is (1, tokens, H * D).
+
+    Of a `packable` mask, that of the padded batch, the window counts; `window` is the layer's own, see
+    `visibility`.
+    """
+    side = -1 if mask is None or mask.dim() != 3 else _window_of(mask, window) - 1
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    terms = packing.terms(query, key, value, scale, side)
+    return blocks.attended(terms, p)[None]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
@@ -311,13 +311,11 @@ class Encoder(Form):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
         seen = _seen(hidden_states, attention_mask, self.position_bias(hidden_states))
-        packing = None
-        # Whether to pack is a question about values.
-        padding = seen.padding if self.packs else None
-        if padding is not None and not attention_interface.is_tracing(padding) and bool(padding[:, 0].all()):
-            packing = blocks.Packing(padding)
+        packing = attention_interface.packing_of(seen.padding if self.packs else None)
         if packing is not None:
-            x, attend = packing.pack(hidden_states), packing.attend(scale)
+            x = packing.pack(hidden_states)
+            # Attention without padding takes no bias.
+            attend = packing.attend(scale) if seen.bias is None else packing.padded(_dense(seen, scale))
         else:
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
@@ -339,7 +337,7 @@ class Encoder(Form):
         return self.layer  # type: ignore[no-any-return]
 
     def position_bias(self, x: Tensor) -> Tensor | None:
-        """What all layers add to their logits; only for a form whose `packs` is False."""
+        """What all layers add to their logits."""
         return None
 
     def enter(self, x: Tensor) -> Tensor:
@@ -589,14 +587,8 @@ def check_encoder(kin: Kin, whole_layer: WholeLayer, module: Any) -> str | None:
     """`whole_layer` says why a layer as a whole cannot run fused."""
     if getattr(getattr(module, "config", None), "is_decoder", False):
         return "is_decoder=True: causal layers with a cache run one by one"
-    for name, part in module.named_modules():
-        if isinstance(part, kin.layer):
-            is_ours = type(part) is kin.forms[kin.layer]
-            why = None if is_ours else checks.reason_for_class(part, kin.layer)
-            why = why or whole_layer(kin, part)
-            if why is not None:
-                return f"not all of its layers can be fused, so they run one by one ({name}: {why})"
-    return None
+    form, check = kin.forms[kin.layer], partial(whole_layer, kin)
+    return packed_encoder.reason_for_layers(module, kin.layer, form, check, "they run one by one")
 
 
 def _whole_bert_layer(kin: Kin, layer: Any) -> str | None:
@@ -717,10 +709,9 @@ def embeddings_rule(kin: Kin, note: str = "") -> Rule:
     return Rule(kin.embeddings, form, ("embedding",), partial(check_embeddings, form), note)
 
 
-PACKS_NOTE = "runs its layers without padding"
-
-
-def encoder_rule(kin: Kin, whole_layer: WholeLayer = _whole_bert_layer, note: str = PACKS_NOTE) -> Rule:
+def encoder_rule(
+    kin: Kin, whole_layer: WholeLayer = _whole_bert_layer, note: str = packed_encoder.NOTE
+) -> Rule:
     check = partial(check_encoder, kin, whole_layer)
     return Rule(kin.encoder, kin.forms[kin.encoder], (), check, note)
 
@@ -733,9 +724,8 @@ def keeps_padding(
     whole_layer: WholeLayer = _whole_bert_layer,
 ) -> ChildRule:
     """For a head that mixes positions: the encoder at `attribute` becomes a form whose `packs` is False."""
-    note = "runs its layers with the padding in: the head's result depends on all positions"
     check = partial(check_encoder, kin, whole_layer)
-    return ChildRule(model, attribute, kin.encoder, patched, (), check, note)
+    return packed_encoder.keeps_padding(model, attribute, kin.encoder, patched, check)
 
 
 def roberta_family(

@@ -64,6 +64,7 @@ class Terms(NamedTuple):
 
     Query, key and value are (B, heads, S, head size), or (tokens, heads, head size) where `lengths`, the
     cu_seqlens of both, says which sequences the rows belong to, of which none is longer than `longest`.
+    With a `packing` they are the former, and the heads' results are packed.
     """
 
     query: Tensor
@@ -79,6 +80,7 @@ class Terms(NamedTuple):
     sinks: Tensor | None = None
     lengths: Tensor | None = None
     longest: int = 0
+    packing: Packing | None = None  # of the rows around attention, which runs with the padding
 
 
 #: From query, key and value, each (..., heads, head size).
@@ -104,11 +106,14 @@ def feed_forward_of(
     dtype: torch.dtype | None,
     w_gate: str | None = None,
     hidden_p: float = 0.0,
+    linear: type[nn.Module] = nn.Linear,
 ) -> FeedForward | None:
-    """That of the projections and the activation of these names in `module`, if one call may read them."""
+    """That of the projections, of this class, and the activation of these names in `module`, if one call may
+    read them.
+    """
     modules = module.__dict__["_modules"]
     names = (w_in, w_out) if w_gate is None else (w_in, w_out, w_gate)
-    held = [checks.parameters(modules[name], nn.Linear, dtype) for name in names]
+    held = [checks.parameters(modules[name], linear, dtype) for name in names]
     kind = checks.activation(modules.get(activation))
     if None in held or kind is None:
         return None
@@ -426,16 +431,22 @@ def attention(terms: Terms, dropout_p: float = 0.0) -> Tensor:
 def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
     """The heads' results side by side, (..., hidden)."""
     out = attention(terms, dropout_p)
-    return out.transpose(1, 2).flatten(2) if terms.lengths is None else out.flatten(-2)
+    if terms.lengths is not None:
+        return out.flatten(-2)
+    out = out.transpose(1, 2).flatten(2)
+    return out if terms.packing is None else terms.packing.pack(out)
 
 
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
     """BERT's layer: the projections, attention, the projection of its result, and the feed-forward block."""
     held = whole_layer.held(x, w, layout)
-    if held is not None:
+    if held is None:
+        terms = attend(*heads(x, w.qkv, layout, w.head_dim))
+    else:
         terms = attend(*split_heads(whole_layer.begin(x, None, 0.0, held), w.head_dim))
-        return whole_layer.end(x, terms, w, held, "post")
-    context = attended(attend(*heads(x, w.qkv, layout, w.head_dim)), w.attention_p)
+        if terms.packing is None:
+            return whole_layer.end(x, terms, w, held, "post")
+    context = attended(terms, w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return w.unfused(x)
@@ -563,8 +574,32 @@ class Packing:
         out = torch.zeros(batch * length, x.shape[-1], dtype=x.dtype, device=x.device)
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
-    def attend(self, scale: float) -> Attend:
-        def terms(query: Tensor, key: Tensor, value: Tensor) -> Terms:
-            return Terms(query, key, value, scale, lengths=self.cu_seqlens, longest=self.longest)
+    def rows(self, x: Tensor) -> Tensor:
+        """x as one sequence of real tokens, (1, tokens, hidden), if it is not so yet."""
+        return self.pack(x)[None] if x.shape[:2] == self.shape else x
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The reverse of `rows`."""
+        return x if x.shape[:2] == self.shape else self.unpack(x[0])
+
+    def terms(self, query: Tensor, key: Tensor, value: Tensor, scale: float, side: int = -1) -> Terms:
+        """Attention of each sequence on itself; with `side`, on as many neighbours to the left and right."""
+        return Terms(
+            *(query, key, value, scale),
+            window_left=side,
+            window_right=side,
+            lengths=self.cu_seqlens,
+            longest=self.longest,
+        )
+
+    def padded(self, attend: Attend) -> Attend:
+        """`attend` of (B, S, heads, head size), for packed tokens: attention alone runs with the padding."""
+
+        def terms(*heads: Tensor) -> Terms:
+            dense = (self.unpack(t.flatten(1)).unflatten(-1, t.shape[1:]) for t in heads)
+            return attend(*dense)._replace(packing=self)
 
         return terms
+
+    def attend(self, scale: float) -> Attend:
+        return lambda query, key, value: self.terms(query, key, value, scale)

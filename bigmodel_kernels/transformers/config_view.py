@@ -18,9 +18,11 @@ from typing import Any
 from bigmodel_kernels.transformers.autoregister import NAME
 
 _BASE, _COMPANY = "_bigmodel_base", "_bigmodel_company"
-#: Class of a config -> those of its views, and of views whose company has broken up.
-_classes: dict[type, type] = {}
-_broken_up: dict[type, type] = {}
+_INTERNAL = "_attn_implementation_internal"  # where the base keeps it
+_SHORT_MASKS = "_bigmodel_short_masks"
+#: Class of a config, and whether masks are short -> that of its views.
+_classes: dict[tuple[type, bool], type] = {}
+_broken_up: dict[type, type] = {}  # of views whose company has broken up
 
 
 class Company:
@@ -33,18 +35,26 @@ class Company:
         return Company, ()
 
 
-def view(base: Any, company: Company | None = None) -> Any:
-    """A config equal to `base` but for the attention implementation, until its company breaks up."""
+def view(base: Any, company: Company | None = None, short_masks: bool = False) -> Any:
+    """A config equal to `base` but for the attention implementation, until its company breaks up.
+    `short_masks` are for models that would ask for full ones.
+    """
     cls = type(base)
-    if cls not in _classes:
-        namespace: dict[str, Any] = {"_attn_implementation": property(_implementation, _set_implementation)}
+    if (cls, short_masks) not in _classes:
+        namespace: dict[str, Any] = {
+            _SHORT_MASKS: short_masks,
+            "_attn_implementation": property(_implementation, _set_implementation),
+            _INTERNAL: property(_internal, _set_internal),
+        }
         asked = getattr(cls, "output_attentions", None)
         if isinstance(asked, property):  # its setter asks the implementation: the base's is the one to ask
             namespace["output_attentions"] = property(asked.fget, _set_output_attentions)
-        _classes[cls] = _subclass(cls, **namespace, __reduce_ex__=_reduce, __deepcopy__=_deepcopy)
+        _classes[cls, short_masks] = _subclass(
+            cls, **namespace, __reduce_ex__=_reduce, __deepcopy__=_deepcopy
+        )
         _broken_up[cls] = _subclass(cls, __reduce_ex__=_reduce_to_base, __deepcopy__=_deepcopy_of_base)
     company = company or Company()
-    result: Any = object.__new__(_classes[cls])
+    result: Any = object.__new__(_classes[cls, short_masks])
     object.__setattr__(result, "__dict__", base.__dict__)
     object.__setattr__(result, _BASE, base)
     object.__setattr__(result, _COMPANY, company)
@@ -78,6 +88,10 @@ def is_complete(config: Any) -> bool:
     return type(config) in _classes.values()
 
 
+def keeps_masks_short(config: Any) -> bool:
+    return bool(getattr(config, _SHORT_MASKS, False))
+
+
 def base_of(config: Any) -> Any:
     """The config behind a view; any other config itself."""
     return object.__getattribute__(config, _BASE) if is_view(config) else config
@@ -101,6 +115,16 @@ def _set_implementation(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE)._attn_implementation = value
 
 
+def _internal(self: Any) -> Any:
+    return self.__dict__.get(_INTERNAL)
+
+
+def _set_internal(self: Any, value: Any) -> None:
+    """A model that is made with this config writes back what it reads, which nobody has asked for."""
+    if value != NAME:
+        self.__dict__[_INTERNAL] = value
+
+
 def _set_output_attentions(self: Any, value: Any) -> None:
     object.__getattribute__(self, _BASE).output_attentions = value
 
@@ -110,10 +134,13 @@ def _equal(self: Any, other: Any) -> bool:
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return view, (base_of(self), object.__getattribute__(self, _COMPANY))
+    return view, (base_of(self), object.__getattribute__(self, _COMPANY), keeps_masks_short(self))
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a patched model has a view too; that of the config alone, for another model, is plain."""
+    if not memo:
+        return copy.deepcopy(base_of(self))
     return view(*(copy.deepcopy(part, memo) for part in _reduce(self, None)[1]))
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks
+from bigmodel_kernels.transformers import bert_like, blocks, checks, packed_encoder
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import Rule
@@ -172,7 +172,7 @@ def whole_layer(parts: dict[str, type], kin: Kin, layer: Any) -> str | None:
 
 
 def rules(
-    kin: Kin, out: str, parts: dict[str, type], encoder: str = bert_like.PACKS_NOTE, embeddings: str = ""
+    kin: Kin, out: str, parts: dict[str, type], encoder: str = packed_encoder.NOTE, embeddings: str = ""
 ) -> tuple[Rule, ...]:
     """Of embeddings, encoder, layer and attention, which has the projection `out` and these `parts`.
 

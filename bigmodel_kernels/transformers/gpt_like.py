@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -33,15 +34,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from bigmodel_kernels.ops.registration import call
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
 from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
 
-def head_by_head(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-    """Query, key and value, each (..., heads, head_dim), of a product that has them of each head in turn."""
-    return whole.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+def head_by_head(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
+    """Query, key and value, each (..., heads, head_dim), of a product that has, for each key in turn, the
+    queries that share it, the key and the value.
+    """
+    query, key, value = whole.unflatten(-1, (-1, queries + 2, head_dim)).split((queries, 1, 1), -2)
+    return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,23 @@ class Kin:
     # Names in the layer; dotted for what is deeper.
     attention_at: str
     mlp_at: str
-    norms: tuple[str, str | None]  # None: one norm for both halves
+    #: None: one norm for both halves. A function of the layer where not all have the same.
+    norms: tuple[str, str | None] | Callable[[Any], tuple[str, str | None]]
     #: Modules or numbers, of attention's output and of the feed-forward's; "" for none.
     dropouts: tuple[str, str] = ("", "")
+    #: Whether halves side by side are dropped as one sum, by the second of these.
+    drops_the_sum: bool = False
+    linear: type[nn.Module] = nn.Linear  # the class of all projections
     # Names in the attention.
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    split: Callable[[Tensor, int], tuple[Tensor, ...]] = head_by_head  # of one weight for all three
+    #: Of one weight for all three, from the head size and the number of queries that share a key.
+    split: Callable[[Tensor, int, int], tuple[Tensor, ...]] = head_by_head
+    queries: Callable[[Any], int] = lambda attention: 1
+    #: How often a key stands in the cache.
+    repeats: Callable[[Any], int] = lambda attention: 1
     out: str = "out_proj"
     head_dim: str = "head_dim"
-    attention_dropout: str = "attention_dropout"
+    attention_dropout: str | Callable[[Any], str] = "attention_dropout"  # a function of the attention
     index: str = "layer_idx"
     # Names in the feed-forward.
     w_in: str = "fc1"
@@ -84,6 +96,10 @@ class Kin:
     order: Callable[[Any], str] = lambda layer: "pre"
     #: Whether the attention's own code calls transformers' attention interface; else it reads dense masks.
     interface: bool = True
+    #: If it does not: whether it takes boolean masks of four dimensions for what is visible, as sdpa.
+    reads_booleans: bool = False
+    #: Whether the model asks for masks in full, and adds ALiBi to them.
+    asks_for_full_masks: bool = False
     #: For attention that makes its own causal mask next to the one that it gets: the window of that, which is
     #: None for all keys. Its cache must be one that grows.
     masks_itself: Callable[[Any], int | None] | None = None
@@ -106,6 +122,13 @@ class Kin:
     def models(self) -> tuple[type[nn.Module], ...]:
         return self.model if isinstance(self.model, tuple) else (self.model,)
 
+    def norms_of(self, layer: Any) -> tuple[str, str | None]:
+        return self.norms(layer) if callable(self.norms) else self.norms
+
+    def attention_dropout_of(self, attention: Any) -> str:
+        name = self.attention_dropout
+        return name(attention) if callable(name) else name
+
     @property
     def ffn_projections(self) -> tuple[str, ...]:
         return (self.w_in, self.w_out, self.w_gate) if self.w_gate else (self.w_in, self.w_out)
@@ -125,9 +148,11 @@ class Attention(Form):
         count = 1 if self.kin.adds_residual else 0
         given, p = _given(self, args[count:], kwargs), _dropped_inside(self, self.kin, 0)
         if given is None or p is None or len(args) < count:
-            return super().forward(hidden_states, *args, **_for_its_own_code(self, hidden_states, kwargs))
+            return super().forward(hidden_states, *args, **self._for_its_own_code(hidden_states, kwargs))
         context, weights = self.context(hidden_states, given)
-        part = blocks.part(self.__dict__["_modules"][self.kin.out], nn.Linear, checks.dtype_of(hidden_states))
+        part = blocks.part(
+            self.__dict__["_modules"][self.kin.out], self.kin.linear, checks.dtype_of(hidden_states)
+        )
         if self.kin.adds_residual:
             return blocks.output(context, part, "linear", args[0], p), weights
         out = blocks.project(context, part, "linear")
@@ -139,6 +164,8 @@ class Attention(Form):
         if given.angles is not None:
             query, key = self._turned(query, key, *given.angles)
         if given.cache is not None:
+            if (times := self.kin.repeats(self)) != 1:
+                key, value = (t.repeat_interleave(times, dim=1) for t in (key, value))
             key, value = given.cache.update(key, value, getattr(self, self.kin.index))
         out, weights = self._attend(query, key, value, given)
         return out.flatten(2), weights
@@ -147,13 +174,17 @@ class Attention(Form):
         self, query: Tensor, key: Tensor, value: Tensor, given: Given
     ) -> tuple[Tensor, Tensor | None]:
         scale = self.kin.scale(self)
+        window = getattr(self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None))
+        if given.packing is not None:
+            args = (given.mask, given.packing, scale, given.dropout_p, window)
+            out = attention_interface.packed_attention(query, key, value, *args)
+            return out, None
         if self.kin.masks_itself is not None:
             seen = attention_interface.visibility(query, key.shape[2], given.mask, is_causal=True)
             seen.causal, seen.window = query.shape[2] > 1, self.kin.masks_itself(self)
             return attention_interface.attend(
                 *(self, query, key, value, seen, scale), p=given.dropout_p, wanted=given.output_attentions
             )
-        alibi = given.alibi
         return attention_interface.attention_forward(
             self,
             query,
@@ -163,20 +194,36 @@ class Attention(Form):
             dropout=given.dropout_p,
             scaling=scale,
             is_causal=given.is_causal,
-            sliding_window=getattr(
-                self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None)
-            ),
-            position_bias=None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:]),
+            sliding_window=window,
+            position_bias=self._alibi(query, given),
             output_attentions=given.output_attentions,
         )
+
+    def _for_its_own_code(self, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of its own code, which without transformers' interface reads dense masks."""
+        if self.kin.interface:
+            return kwargs
+        keys, cache = states.shape[1], attention_interface.cache_of(kwargs)
+        if cache is not None:
+            keys = cache.get_mask_sizes(keys, getattr(self, self.kin.index))[0]
+        return {
+            **kwargs,
+            "attention_mask": attention_interface.additive(kwargs.get("attention_mask"), states, keys),
+        }
+
+    def _alibi(self, query: Tensor, given: Given) -> Tensor | None:
+        """What is added to the logits, (B, H, 1, Sk)."""
+        alibi = given.alibi
+        return None if alibi is None else alibi.view(*query.shape[:2], *alibi.shape[1:])
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, each (B, S, H, D), before they are turned."""
         modules, dtype = self.__dict__["_modules"], checks.dtype_of(x)
-        parts = tuple(blocks.part(modules[name], nn.Linear, dtype) for name in self.kin.qkv)
+        parts = tuple(blocks.part(modules[name], self.kin.linear, dtype) for name in self.kin.qkv)
         head_dim = getattr(self, self.kin.head_dim)
         if len(parts) == 1:
-            return self.kin.split(blocks.project(x, parts[0], "linear"), head_dim)  # type: ignore[no-any-return]
+            whole = blocks.project(x, parts[0], "linear")
+            return self.kin.split(whole, head_dim, self.kin.queries(self))  # type: ignore[no-any-return]
         return blocks.heads(x, parts, "linear", head_dim)
 
     def _turned(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,27 +255,32 @@ class Layer(Form):
         if given is not None and not attention_interface.wants_attentions(kwargs):
             parts = self._parts(attention, checks.dtype_of(hidden_states))
         if parts is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        out = blocks.decoder_layer(hidden_states, parts, lambda x: attention.context(x, given)[0])
+            return packed_encoder.own_code(super().forward, hidden_states, args, kwargs)
+        x = packed_encoder.rows(hidden_states, kwargs)
+        out = blocks.decoder_layer(x, parts, lambda x: attention.context(x, given)[0])
         return (out, None) if self.kin.gives_weights else out
 
     def _parts(self, attention: Any, dtype: torch.dtype | None) -> DecoderParts | None:
         """All of it, or None if a dropout is not plain."""
         kin, modules = self.kin, self.__dict__["_modules"]
         attention_p, ffn_p = (checks.probability(self, name) for name in kin.dropouts)
+        order = kin.order(self)
+        if order == "parallel" and kin.drops_the_sum:
+            attention_p, ffn_p = 0.0, None if ffn_p else 0.0
         if attention_p is None or ffn_p is None:
             return None
         mlp = modules[kin.mlp_at] if kin.mlp_at else self
-        first = modules[kin.norms[0]]
-        second = None if kin.norms[1] is None else modules.get(kin.norms[1])  # StableLM may have none
+        before, behind = kin.norms_of(self)
+        first = modules[before]
+        second = None if behind is None else modules.get(behind)  # StableLM may have none
         ffn = _ffn(mlp, kin, dtype) if mlp is self or is_form(mlp, kin.mlp) else None
         if ffn is None and kin.adds_residual:
             return None
         return DecoderParts(
-            order=kin.order(self),
+            order=order,
             attention_norm=blocks.part(first, nn.LayerNorm, dtype),
             attention_eps=_eps(first),
-            attention_out=blocks.part(attention.__dict__["_modules"][kin.out], nn.Linear, dtype),
+            attention_out=blocks.part(attention.__dict__["_modules"][kin.out], kin.linear, dtype),
             attention_p=attention_p,
             ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
             ffn_eps=_eps(first if second is None else second),
@@ -252,6 +304,7 @@ class Given(NamedTuple):
     output_attentions: bool
     dropout_p: float
     alibi: Tensor | None = None
+    packing: blocks.Packing | None = None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
@@ -259,41 +312,34 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     known = attention.kin.positional
     kwargs, args = {**dict(zip(known, args, strict=False)), **kwargs}, args[len(known) :]
     mask, cache, angles = kwargs.get("attention_mask"), attention_interface.cache_of(kwargs), None
-    dropout_p = checks.probability(attention, attention.kin.attention_dropout)
+    dropout_p = checks.probability(attention, attention.kin.attention_dropout_of(attention))
+    packing = kwargs.get(packed_encoder.ARGUMENT)
     if (
         args
         or dropout_p is None
         or type(cache) not in attention_interface.CACHES
         or not attention_interface.readable(mask)
+        or (packing is not None and not attention_interface.packable(mask))
         or (attention.kin.interface and not attention_interface.gets_readable_masks(attention))
         or checks.watched_globally()
     ):
         return None
-    if attention.kin.rotary:
+    if attention.kin.rotary and kwargs.get("alibi") is None:
         angles = _angles(attention.kin, kwargs.get("position_embeddings"))
         if angles is None:
             return None
+        if packing is not None:
+            cos, sin = (packing.rows(t.expand(packing.shape[0], -1, -1)) for t in angles)
+            angles = cos, sin
     grows = attention.kin.masks_itself is not None  # it takes the last key for that of the last query
-    adds = not attention.kin.interface  # what is True in a mask as a one
+    adds = not (attention.kin.interface or attention.kin.reads_booleans)  # what is True in a mask as a one
     if (grows and type(cache) is StaticCache) or (
         adds and mask is not None and mask.dim() == 4 and mask.dtype == torch.bool
     ):
         return None
     wanted = bool(kwargs.get("output_attentions"))
-    return Given(angles, mask, cache, kwargs.get("is_causal"), wanted, dropout_p, kwargs.get("alibi"))
-
-
-def _for_its_own_code(attention: Any, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an attention's own code, which without transformers' interface reads dense masks."""
-    if attention.kin.interface:
-        return kwargs
-    keys, cache = states.shape[1], attention_interface.cache_of(kwargs)
-    if cache is not None:
-        keys = cache.get_mask_sizes(keys, getattr(attention, attention.kin.index))[0]
-    return {
-        **kwargs,
-        "attention_mask": attention_interface.additive(kwargs.get("attention_mask"), states, keys),
-    }
+    causal, alibi = kwargs.get("is_causal"), kwargs.get("alibi")
+    return Given(angles, mask, cache, causal, wanted, dropout_p, alibi, packing)
 
 
 def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
@@ -330,7 +376,9 @@ def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     if kin.gated:
         return None
     w_in, w_out, *gate = kin.ffn_projections
-    return blocks.feed_forward_of(mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None)
+    return blocks.feed_forward_of(
+        mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None, linear=kin.linear
+    )
 
 
 def _eps(norm: Any) -> float:
@@ -362,9 +410,12 @@ def _calls_the_interface(kin: Kin) -> bool:
 def _check_attention(kin: Kin, module: Any) -> str | None:
     if kin.interface and not _calls_the_interface(kin):
         return "this version of transformers computes its attention without the attention interface"
-    why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), nn.Linear), lora=True)
-    for place, name in (kin.inner(kin.dropouts[0]), (kin.attention_at, kin.attention_dropout)):
-        if why is None and place and isinstance(getattr(module, name), nn.Module):
+    why = checks.reason_for_parts(module, dict.fromkeys((*kin.qkv, kin.out), kin.linear), lora=True)
+    for place, name in (
+        kin.inner(kin.dropouts[0]),
+        (kin.attention_at, kin.attention_dropout_of(module)),
+    ):
+        if why is None and place and name and isinstance(getattr(module, name), nn.Module):
             why = checks.reason_for_parts(module, {name: _dropout_class(module, name)})
     if why is not None:
         return why
@@ -372,8 +423,9 @@ def _check_attention(kin: Kin, module: Any) -> str | None:
     if head_dim > 256:
         return f"head size {head_dim}; allowed are 1 to 256"
     features = [checks.without_adapter(module.get_submodule(name)).out_features for name in kin.qkv]
-    if len(features) == 1:
-        features = [features[0] // 3] * 3 if features[0] % 3 == 0 else features
+    if len(features) == 1 and features[0] % (count := kin.queries(module) + 2) == 0:
+        shared_width = features[0] // count
+        features = [features[0] - 2 * shared_width, shared_width, shared_width]
     query, *shared = features
     if len(set(shared)) != 1 or shared[0] % head_dim or query % shared[0]:
         return (
@@ -402,7 +454,7 @@ def refuse_rotary(attention: Any) -> str | None:
 
 
 def _check_mlp(kin: Kin, module: Any) -> str | None:
-    parts: dict[str, type] = dict.fromkeys(kin.ffn_projections, nn.Linear)
+    parts: dict[str, type] = dict.fromkeys(kin.ffn_projections, kin.linear)
     place, name = kin.inner(kin.dropouts[1])
     if place and isinstance(getattr(module, name), nn.Module):
         parts[name] = _dropout_class(module, name)
@@ -412,11 +464,11 @@ def _check_mlp(kin: Kin, module: Any) -> str | None:
     return why or kin.refuse_mlp(module)
 
 
-def _check_layer(kin: Kin, module: Any) -> str | None:
+def check_layer(kin: Kin, module: Any) -> str | None:
     own = [
         name
         for name in kin.dropouts
-        if name and not kin.inner(name)[0] and isinstance(getattr(module, name), nn.Module)
+        if name and not kin.inner(name)[0] and isinstance(attrgetter(name)(module), nn.Module)
     ]
     why = checks.reason_for_parts(module, dict.fromkeys(own, nn.Dropout))
     why = why or (_check_mlp(kin, module) if kin.mlp is None else None)
@@ -462,7 +514,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
                 kin.layer,
                 forms[kin.layer],
                 ops,
-                partial(_check_layer, kin),
+                partial(check_layer, kin),
                 "its halves with their norms and sums",
                 projections=() if kin.mlp is not None else kin.ffn_projections,
             ),
@@ -492,6 +544,7 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
         models=kin.models,
         mask_path=(*kin.above, kin.layer, *kin.around, kin.attention),
         reads_masks_patched=() if _calls_the_interface(kin) else (kin.attention,),
+        asks_for_full_masks=kin.asks_for_full_masks,
         left=left or {},
     )
 

@@ -31,12 +31,12 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
 
     model: a transformers model, or any module that holds one, of the families BERT, RoBERTa, XLM-RoBERTa,
     CamemBERT, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa v2, ModernBERT, ViT, DeiT, CLIP, SigLIP, GPT-2,
-    OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral, Qwen2,
-    Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3, GPT-OSS, T5, mT5, UMT5, BART,
-    mBART, Marian, Pegasus, M2M-100 (NLLB) and Whisper. What is not exactly as known (a subclass, a hook, a
-    replaced, quantised or parametrized projection, an activation or a config that the operators do not have,
-    weights that are not loaded) is left alone, and the report says why. Modules that are patched already stay
-    so. If anything fails on the way, nothing is patched.
+    OPT, GPT-NeoX, GPT-J, CodeGen, GPT-Neo, BLOOM, Falcon, Phi, StarCoder2, StableLM, Llama, Mistral, Mixtral,
+    Qwen2, Qwen3, Qwen3-MoE, Gemma 1 to 3, Phi-3, OLMo 2 and 3, Granite, SmolLM3, GPT-OSS, T5, mT5, UMT5,
+    BART, mBART, Marian, Pegasus, M2M-100 (NLLB) and Whisper. What is not exactly as known (a subclass, a
+    hook, a replaced, quantised or parametrized projection, an activation or a config that the operators do
+    not have, weights that are not loaded) is left alone, and the report says why. Modules that are patched
+    already stay so. If anything fails on the way, nothing is patched.
 
     recompute: feed-forward layers do not keep their hidden layer for the backward, which makes it again: less
     memory in training for one more product in each layer. Without it, layers that were told so before keep to
@@ -219,7 +219,8 @@ def _plan_family(plan: _Plan, family: Family) -> None:
                 plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=why or ""))
             else:
                 _plan_module(plan, family, rule, name, module)
-            covered.append(name)
+            if rule.ops or not isinstance(module, family.models):  # a model that packs speaks of its layers
+                covered.append(name)
         elif type(module) in family.left:
             plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=family.left[type(module)]))
             covered.append(name)
@@ -348,7 +349,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     for module in (root, *on_path):
         own = module.__dict__.get("config")
         if own is not None and not config_view.is_complete(own):
-            seen = config_view.view(config_view.base_of(own), company)
+            seen = config_view.view(config_view.base_of(own), company, family.asks_for_full_masks)
             plan.changes.append(Change(module, own, seen, "config"))
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
@@ -112,7 +112,7 @@ class Attention(Form):
         """The arguments of a call, read; None if the attention's own code has to do it."""
         states, mask = kwargs.get(self.states), kwargs.get(self.mask)
         cache, dropout_p = attention_interface.cache_of(kwargs), checks.probability(self, "dropout")
-        updated = None
+        updated, packing = None, kwargs.get(packed_encoder.ARGUMENT)
         if type(cache) is EncoderDecoderCache:
             updated = None if states is None else cache.is_updated
             cache = cache.self_attention_cache if states is None else cache.cross_attention_cache
@@ -123,6 +123,7 @@ class Attention(Form):
             or type(cache) not in attention_interface.CACHES
             or (states is not None and states.shape[0] != hidden_states.shape[0])
             or not attention_interface.readable(mask)
+            or (packing is not None and not attention_interface.packable(mask))
             or not attention_interface.gets_readable_masks(self)
             or checks.watched_globally()
         ):
@@ -137,6 +138,7 @@ class Attention(Form):
             output_attentions=bool(kwargs.get("output_attentions")),
             dropout_p=dropout_p,
             position_bias=kwargs.get("position_bias"),
+            packing=packing,
         )
 
     def _heads(self, x: Tensor, given: Given) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +167,9 @@ class Attention(Form):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, given: Given, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        if given.packing is not None:
+            args = (given.mask, given.packing, self.scaling, given.dropout_p)
+            return attention_interface.packed_attention(query, key, value, *args), None
         out, weights = attention_interface.attention_forward(
             self,
             query,
@@ -188,15 +193,14 @@ class Layer(Form):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        halves = None
+        x, halves = packed_encoder.rows(hidden_states, kwargs), None
         if len(args) <= len(self.names) and not attention_interface.wants_attentions(named):
-            halves = self._halves(hidden_states, named)
+            halves = self._halves(x, named)
         drops = [checks.probability(self, name) for name in ("dropout", "activation_dropout")]
         if halves is None or None in drops:
-            return super().forward(hidden_states, *args, **kwargs)
+            return packed_encoder.own_code(super().forward, hidden_states, args, kwargs)
         order, dtype, modules = self.kin.order, checks.dtype_of(hidden_states), self.__dict__["_modules"]
         p, hidden_p = (p or 0.0 for p in drops)
-        x = hidden_states
         for name, given in halves:
             attention, norm = modules[name], modules[f"{name}_layer_norm"]
             x = blocks.attention_half(
@@ -281,6 +285,7 @@ class Given(NamedTuple):
     output_attentions: bool
     dropout_p: float
     position_bias: Tensor | None
+    packing: blocks.Packing | None = None
 
 
 def _context(attention: Any, given: Given, x: Tensor) -> Tensor:
@@ -342,9 +347,15 @@ def attention_rule(kin: Any) -> Rule:
 def family(name: str, kin: Kin) -> Family:
     """The family of these kin."""
     models = (kin.encoder, kin.decoder)
+    packs = kin.encoder in kin.forms
     return Family(
         name=name,
         rules=(
+            *(
+                [packed_encoder.rule(kin.encoder, kin.encoder_layer, kin, partial(_check_layer, kin))]
+                if packs
+                else []
+            ),
             *(
                 Rule(
                     layer,

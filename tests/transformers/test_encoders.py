@@ -376,7 +376,7 @@ def test_a_family_names_only_classes_of_its_own_file(prefix: str) -> None:
     for rule in family.FAMILY.rules:
         assert rule.original.__module__ == f"transformers.models.{name}.modeling_{name}"
         assert issubclass(rule.patched, rule.original)
-        assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there
+        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there
 
 
 def test_query_states_of_deberta_take_its_own_code() -> None:

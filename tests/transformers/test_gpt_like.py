@@ -31,6 +31,7 @@ from decoder_checks import (
     in_parts,
     logits_of,
 )
+from torch import nn
 from transformers import DynamicCache
 
 import bigmodel_kernels as bk
@@ -69,6 +70,7 @@ LAYERS = {
     "Phi": "model.layers",
     "Starcoder2": "model.layers",
     "StableLm": "model.layers",
+    "Falcon": "transformer.h",
 }
 ATTENTION = {
     "OPT": "self_attn",
@@ -80,6 +82,7 @@ ATTENTION = {
     "Phi": "self_attn",
     "Starcoder2": "self_attn",
     "StableLm": "self_attn",
+    "Falcon": "self_attention",
 }
 MLP = {prefix: "" if prefix == "OPT" else "mlp" for prefix in GPT_LIKE}
 PROJECTION = {
@@ -92,6 +95,7 @@ PROJECTION = {
     "Phi": "q_proj",
     "Starcoder2": "q_proj",
     "StableLm": "q_proj",
+    "Falcon": "query_key_value",
 }
 FIRST = {
     "OPT": "fc1",
@@ -103,6 +107,7 @@ FIRST = {
     "Phi": "mlp.fc1",
     "Starcoder2": "mlp.c_fc",
     "StableLm": "mlp.gate_proj",
+    "Falcon": "mlp.dense_h_to_4h",
 }
 NORM = {
     "OPT": "self_attn_layer_norm",
@@ -114,6 +119,7 @@ NORM = {
     "Phi": "input_layernorm",
     "Starcoder2": "input_layernorm",
     "StableLm": "input_layernorm",
+    "Falcon": "ln_attn",
 }
 DROPOUT: dict[str, dict[str, float]] = {
     "OPT": {"dropout": 0.3, "attention_dropout": 0.2},
@@ -125,6 +131,7 @@ DROPOUT: dict[str, dict[str, float]] = {
     "Phi": {"resid_pdrop": 0.3, "attention_dropout": 0.2},
     "Starcoder2": {"residual_dropout": 0.3, "attention_dropout": 0.2},
     "StableLm": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
+    "Falcon": {"hidden_dropout": 0.3, "attention_dropout": 0.2},
 }
 #: Models whose layers are in another order, or have other parts.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -148,6 +155,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("Phi", {"hidden_act": "gelu", "num_attention_heads": 4, "num_key_value_heads": 1}),
     ("Starcoder2", {"use_bias": False, "num_key_value_heads": 4, "sliding_window": None}),
     ("StableLm", {"use_parallel_residual": True, "use_qkv_bias": False, "hidden_act": "gelu"}),
+    ("Falcon", {"num_ln_in_parallel_attn": 1, "bias": True}),
+    ("Falcon", {"new_decoder_architecture": False}),
+    (
+        "Falcon",
+        {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "num_kv_heads": 4},
+    ),
 ]
 
 
@@ -223,6 +236,37 @@ def test_norms_of_the_heads_are_left_alone(prefix: str) -> None:
     with torch.no_grad():
         outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, eager)]
         assert_as_near(*outputs, without_padding(reference, ids, mask))
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_falcon_with_alibi(parallel: bool, own_code: bool) -> None:
+    """Against sdpa: eager code of this model adds ALiBi twice."""
+    options = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 4, "alibi": True}
+    model = gpt_like("Falcon", parallel_attn=parallel, bias=True, attn_implementation="sdpa", **options)
+    plain, reference = copy.deepcopy(model), copy.deepcopy(model).double()
+    report = bk.patch(model)
+    assert {row.module for row in report.left_alone} == {"Embedding"}
+    ids, mask = token_ids(), left_padding()
+    hooks = [nn.modules.module.register_module_forward_hook(lambda *_: None)] if own_code else []
+    try:
+        with torch.no_grad():
+            outputs = [m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, plain, reference)]
+            made = [
+                m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+                for m in (model, plain)
+            ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert_as_near(*outputs)
+    assert torch.equal(*made)
+
+
+def test_falcon_of_two_alibis_is_left_alone() -> None:
+    model = gpt_like("Falcon", alibi=True)
+    reasons = {row.name: row.reason for row in bk.patch(model).left_alone}
+    assert "adds ALiBi twice" in reasons["transformer.h.0.self_attention"]
 
 
 @pytest.mark.parametrize("prefix", GPT_LIKE)

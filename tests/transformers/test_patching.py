@@ -172,6 +172,8 @@ def test_two_models_that_share_a_config() -> None:
     assert config.output_hidden_states and other.config.output_hidden_states
     with torch.no_grad():
         assert len(one(token_ids()).hidden_states) == 3
+    build(BertModel, one.config)
+    assert config._attn_implementation == "sdpa"
     bk.unpatch(one)
     assert one.config is config
 
@@ -215,7 +217,10 @@ def test_the_view_of_a_config() -> None:
     assert type(type(view)(n_head=2)) is type(config) and type(view).from_dict({"n_head": 2}).n_head == 2
     view.n_head = 2
     assert config.n_head == 2
-    for again in (pickle.loads(pickle.dumps(view)), copy.deepcopy(view), copy.copy(view)):
+    of_a_model = copy.deepcopy([view])[0]
+    alone = copy.deepcopy(view)
+    assert type(alone) is type(config) and alone == config and alone._attn_implementation == "sdpa"
+    for again in (pickle.loads(pickle.dumps(view)), of_a_model, copy.copy(view)):
         assert again._attn_implementation == "bigmodel" and again == config
         again.n_head = 3
         assert config_view.base_of(again).n_head == 3

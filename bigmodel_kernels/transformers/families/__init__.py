@@ -58,6 +58,8 @@ class Family:
     the config is seen through a view that says "bigmodel", so that the mask stays two-dimensional.
     `reads_masks_patched` are those of them that read such a mask only in their patched form, because their
     own code does not call transformers' attention interface: then all of these must be patched.
+    `asks_for_full_masks`: the model wants masks of four dimensions, which its patched attention has
+    no need of.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Family:
     models: tuple[type[nn.Module], ...] = ()
     mask_path: tuple[type[nn.Module], ...] = ()
     reads_masks_patched: tuple[type[nn.Module], ...] = ()
+    asks_for_full_masks: bool = False
     #: Why the parts of the family that have no rule are left as they are, by class.
     left: dict[type, str] = field(default_factory=dict)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from transformers.models.bart import modeling_bart as hf
 
-from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Bart", order="post", norms=("layernorm_embedding",))
 
 
 class BigmodelBartAttention(seq2seq_like.Attention, hf.BartAttention, kin=KIN):
+    pass
+
+
+class BigmodelBartEncoder(packed_encoder.Encoder, hf.BartEncoder, kin=KIN):
     pass
 
 

@@ -17,7 +17,7 @@ def _refuse(attention: Any) -> str | None:
     return gpt_like.refuse_rotary(attention)
 
 
-def _split(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def _split(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value of a product that has query, value and key of a quarter of the heads in turn."""
     query, value, key = (
         part.flatten(-2).unflatten(-1, (-1, head_dim)) for part in whole.unflatten(-1, (4, 3, -1)).unbind(-2)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from transformers.models.m2m_100 import modeling_m2m_100 as hf
 
-from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "M2M100", order="pre", heads=("ForConditionalGeneration",), norms=("layer_norm",))
 
 
 class BigmodelM2M100Attention(seq2seq_like.Attention, hf.M2M100Attention, kin=KIN):
+    pass
+
+
+class BigmodelM2M100Encoder(packed_encoder.Encoder, hf.M2M100Encoder, kin=KIN):
     pass
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from transformers.models.marian import modeling_marian as hf
 
-from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Marian", order="post", heads=("MTModel", "ForCausalLM"))
 
 
 class BigmodelMarianAttention(seq2seq_like.Attention, hf.MarianAttention, kin=KIN):
+    pass
+
+
+class BigmodelMarianEncoder(packed_encoder.Encoder, hf.MarianEncoder, kin=KIN):
     pass
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from transformers.models.mbart import modeling_mbart as hf
 
-from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "MBart", order="pre", norms=("layernorm_embedding", "layer_norm"))
 
 
 class BigmodelMBartAttention(seq2seq_like.Attention, hf.MBartAttention, kin=KIN):
+    pass
+
+
+class BigmodelMBartEncoder(packed_encoder.Encoder, hf.MBartEncoder, kin=KIN):
     pass
 
 

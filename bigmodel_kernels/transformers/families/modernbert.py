@@ -1,22 +1,23 @@
 """ModernBERT: norms before both halves, rotary embedding, a window to both sides in most layers, and a gated
-feed-forward with one weight for gate and up. Batches keep their padding.
+feed-forward with one weight for gate and up. The model packs batches by itself, so that it has a form too.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.modernbert import modeling_modernbert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks, fused_loss, gpt_like
+from bigmodel_kernels.transformers import bert_like, blocks, checks, fused_loss, gpt_like, packed_encoder
 from bigmodel_kernels.transformers.families import ChildRule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 
-def in_thirds(whole: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def in_thirds(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
     """Query, key and value, each (..., heads, head_dim), of a product that has all of each in turn."""
     return whole.unflatten(-1, (3, -1, head_dim)).unbind(-3)
 
@@ -62,6 +63,14 @@ class BigmodelModernBertEncoderLayer(gpt_like.Layer, hf.ModernBertEncoderLayer, 
     pass
 
 
+class BigmodelModernBertModel(packed_encoder.Encoder, hf.ModernBertModel, kin=KIN):
+    windows = True
+
+
+class BigmodelModernBertPaddedModel(BigmodelModernBertModel):
+    packs = False
+
+
 class BigmodelModernBertPredictionHead(bert_like.Transform, hf.ModernBertPredictionHead):
     activation_at = "act"
     norm_at = "norm"
@@ -74,13 +83,26 @@ class BigmodelModernBertForMaskedLM(hf.ModernBertForMaskedLM):
     pass
 
 
+_check_layer = partial(gpt_like.check_layer, KIN)
+
 _LAYERS = gpt_like.family("modernbert", KIN)
 
 FAMILY = replace(
     _LAYERS,
-    rules=(*_LAYERS.rules, bert_like.transform_rule(BigmodelModernBertPredictionHead)),
+    rules=(
+        packed_encoder.rule(hf.ModernBertModel, hf.ModernBertEncoderLayer, KIN, _check_layer),
+        *_LAYERS.rules,
+        bert_like.transform_rule(BigmodelModernBertPredictionHead),
+    ),
     children=(
         *_LAYERS.children,
+        packed_encoder.keeps_padding(
+            hf.ModernBertForQuestionAnswering,
+            "model",
+            hf.ModernBertModel,
+            BigmodelModernBertPaddedModel,
+            partial(packed_encoder.check, hf.ModernBertEncoderLayer, KIN, _check_layer),
+        ),
         ChildRule(hf.ModernBertEmbeddings, "norm", nn.LayerNorm, BigmodelLayerNorm, ("layer_norm",)),
         ChildRule(hf.ModernBertForMaskedLM, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
     ),

@@ -1,9 +1,10 @@
 """MPNet: BERT's layer with its modules in other places, and relative positions, which all layers add to their
-logits. Batches keep their padding: attention without it takes no bias.
+logits. Attention, which takes no bias without padding, runs with it; all else runs without.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,6 @@ class BigmodelMPNetLayer(encoder_like.Layer, hf.MPNetLayer, kin=KIN):
 
 
 class BigmodelMPNetEncoder(bert_like.Encoder, hf.MPNetEncoder, kin=KIN):
-    packs = False
     output = BaseModelOutput
 
     def position_bias(self, x: Tensor) -> Tensor:
@@ -130,6 +130,10 @@ class BigmodelMPNetEncoder(bert_like.Encoder, hf.MPNetEncoder, kin=KIN):
 
     def _decodes(self) -> bool:
         return False
+
+
+class BigmodelMPNetPaddedEncoder(BigmodelMPNetEncoder):
+    packs = False
 
 
 class BigmodelMPNetPooler(bert_like.Pooler, hf.MPNetPooler, kin=KIN):
@@ -151,16 +155,27 @@ def _added(mask: Any, states: Tensor) -> Any:
     return attention_interface.additive_of(mask, states) if boolean else mask
 
 
+PARTS: dict[str, type] = {"o": nn.Linear}
+
 FAMILY = Family(
     name="mpnet",
     rules=(
         *encoder_like.rules(
-            KIN, "o", {"o": nn.Linear}, "runs its layers with the padding in", bert_like.COUNTED_NOTE
+            KIN, "o", PARTS, "runs its layers but for attention without padding", bert_like.COUNTED_NOTE
         ),
         bert_like.pooler_rule(KIN),
         bert_like.lm_head_rule(KIN, hf.MPNetLMHead),
     ),
-    children=(ChildRule(hf.MPNetLMHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),),
+    children=(
+        ChildRule(hf.MPNetLMHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
+        bert_like.keeps_padding(
+            KIN,
+            hf.MPNetForQuestionAnswering,
+            "mpnet.encoder",
+            BigmodelMPNetPaddedEncoder,
+            partial(encoder_like.whole_layer, PARTS),
+        ),
+    ),
     losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.MPNetModel,),
     mask_path=(hf.MPNetEncoder, hf.MPNetLayer, hf.MPNetAttention, hf.MPNetSelfAttention),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from transformers.models.pegasus import modeling_pegasus as hf
 
-from bigmodel_kernels.transformers import seq2seq_like
+from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Pegasus", order="pre", norms=("layer_norm",))
 
 
 class BigmodelPegasusAttention(seq2seq_like.Attention, hf.PegasusAttention, kin=KIN):
+    pass
+
+
+class BigmodelPegasusEncoder(packed_encoder.Encoder, hf.PegasusEncoder, kin=KIN):
     pass
 
 

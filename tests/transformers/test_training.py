@@ -88,7 +88,7 @@ def assert_steps_agree(
     ours, eager, reference = (loss.double() for loss, _ in results)
     rounding = 4 * torch.finfo(computed_in or results[0][0].dtype).eps * reference.abs()
     assert (ours - reference).abs() <= 2 * (eager - reference).abs() + rounding
-    assert_gradients(*(grads for _, grads in results))
+    assert_gradients(*(grads for _, grads in results), computed_in=computed_in)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -210,7 +210,8 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
     STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
     STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel() && cu_seqlens_q->numel() >= 1, "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's");
     // Their values lie on the device; ops/attention/checks.py looks at them.
-    for (const auto& [cu, name] : {std::pair{&*cu_seqlens_q, "cu_seqlens_q"}, {&*cu_seqlens_k, "cu_seqlens_k"}})
+    const std::pair<const Tensor*, const char*> both[] = {{&*cu_seqlens_q, "cu_seqlens_q"}, {&*cu_seqlens_k, "cu_seqlens_k"}};
+    for (const auto& [cu, name] : both)
       STD_TORCH_CHECK(require(*cu, name, ScalarType::Int, 1).stride(0) == 1 || cu->numel() <= 1, name, ": must be contiguous");
     p.cu_seqlens_q = static_cast<const int32_t*>(call.use(*cu_seqlens_q, "cu_seqlens_q", false));
     p.cu_seqlens_k = static_cast<const int32_t*>(call.use(*cu_seqlens_k, "cu_seqlens_k", false));

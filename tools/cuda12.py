@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 SUITE = "trixie"
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
-PACKAGES = ("nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcu++-dev")
+PACKAGES = ("nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcu++-dev", "libthrust-dev", "libcub-dev")
 # Where Debian has a file -> where it lies in NVIDIA's own layout, in which nvcc finds the rest beside itself.
 LAYOUT = {
     r"usr/bin/(cudafe\+\+|fatbinary|nvlink|ptxas|cuobjdump|nvdisasm)": r"bin/\1",

@@ -124,11 +124,10 @@ struct RowsRight {
 // How far ahead of a weight that is read once it is asked for, in bytes: beyond the hardware's own prefetch, which stops at each page and, on
 // one core, leaves a third to two thirds of the memory's speed unused.
 inline constexpr int64_t stream_ahead = 8192;
+template <class B> inline constexpr int64_t row_bytes = panel * int64_t(sizeof(B));
+template <class B> using AheadOf = Ahead<(row_bytes<B> > 64)>;
 template <class B>
-BIGMODEL_INLINE auto stream(const B* from) {
-  constexpr int64_t bytes = panel * int64_t(sizeof(B));
-  return Ahead<(bytes > 64)>{reinterpret_cast<const char*>(from) + stream_ahead, bytes};
-}
+BIGMODEL_INLINE AheadOf<B> stream(const B* from) { return {from + stream_ahead / sizeof(B), row_bytes<B>}; }
 
 #if BIGMODEL_AMX
 // Either of them, k deep, split by each task for its own chunk.
@@ -168,16 +167,16 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   const int64_t chain = m > 1 && m <= 2 * tile_rows && Step::k_per_step == 1 && !splits<Step> ? depth_block / 4 : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
   auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
-    const int64_t depth = left.depth(begin), count = last - tile, row_bytes = panel * int64_t(sizeof(B)), bytes = next ? ceil_div(row_bytes, count) : 0;
+    const int64_t depth = left.depth(begin), count = last - tile, bytes = next ? ceil_div(row_bytes<B>, count) : 0;
     for (int64_t i = 0; i < count; i++) {
       if constexpr (splits<Step>) {
         multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
                        c + i * tile_rows * c_stride, c_stride, begin > 0);
       } else {
-        const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes * i / count : reinterpret_cast<const char*>(b);
+        const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes<B> * i / count : reinterpret_cast<const char*>(b);
         for (int64_t d = 0; d < depth; d += chain)
           multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), PackedTile<Step>{left.at(begin, tile + i) + d * tile_rows},
-                              b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, Ahead<(panel * sizeof(B) > 64)>{from + d * bytes, bytes});
+                              b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, AheadOf<B>{from + d * bytes, bytes});
       }
     }
   };

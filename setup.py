@@ -42,7 +42,7 @@ KERNELS = [
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
 # What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
 TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "gemm", "linear"]
-TILE_UNIT_BACKWARD = ["feed_forward", "linear"]
+TILE_UNIT_BACKWARD = ["attention", "feed_forward", "linear"]
 REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -16,6 +16,7 @@ void linear_backward(const Runtime&, const LinearBackwardArgs&);
 void feed_forward_backward(const Runtime&, const FeedForwardBackwardArgs&);
 void cross_entropy(const Runtime&, const CrossEntropyArgs&);
 void attention(const Runtime&, const AttentionArgs&);
+void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 
 }  // namespace bigmodel::BIGMODEL_ISA
 
@@ -26,7 +27,6 @@ void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
 void rotary(const Runtime&, const RotaryArgs&);
-void attention_backward(const Runtime&, const AttentionBackwardArgs&);
 void philox_block(const PhiloxArgs&);
 
 }  // namespace bigmodel::BIGMODEL_REST
@@ -40,6 +40,6 @@ namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward,
                            feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           rest::rotary, cross_entropy, attention, rest::attention_backward, rest::philox_block};
+                           rest::rotary, cross_entropy, attention, attention_backward, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

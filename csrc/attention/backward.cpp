@@ -17,19 +17,103 @@
 // A task owns all that it writes, so no sum depends on which thread came first: results are the same in every run, whatever the
 // number of threads. Only with the gradient of a bias that is shared by a batch are the batch's sequences one task.
 #include "attention.h"
+#if BIGMODEL_AMX
+#include "tile_unit_backward.h"
+#endif
 
 namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
 constexpr int64_t block = 128;               // keys
-constexpr int64_t chunk_rows = (96 + tile_rows - 1) / tile_rows * tile_rows;
 static_assert(block % 16 == 0 && block <= key_block, "a block's dropout bits start at a call of the generator, in a row of keep_stride bytes");
 
 struct ColumnTile {                          // the transpose of rows as they lie in memory
   const float* a;
   int64_t stride;
   BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + k * stride + row; }
+};
+
+struct Weights { F32 p, ds; };               // what multiplies dO, and what multiplies K and Q
+
+// The products of a task's chunks by vectors. (By the tile unit: tile_unit_backward.h.)
+struct VectorProducts {
+  static constexpr int64_t chunk_rows = (96 + tile_rows - 1) / tile_rows * tile_rows;
+  using Step = Widen<float>;
+
+  const Runtime& runtime;
+  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, block);
+  float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
+  float* const key_transposed = floats(scratch_key, keys_padded * (2 * depth + padded));
+  float* const value_transposed = key_transposed + keys_padded * depth;
+  float* const key_columns = value_transposed + keys_padded * depth;
+  float* const query_tiles = floats(scratch_a, chunk_rows * depth + 8);
+  float* const query_columns = floats(scratch_query, chunk_rows * padded);
+  float* const grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
+  float* const grad_columns = floats(scratch_grad_hidden, chunk_rows * padded);
+  float* const query_grad = floats(scratch_output, chunk_rows * padded);
+  float* const key_grad = floats(scratch_sums, 2 * keys_padded * padded);
+  float* const value_grad = key_grad + keys_padded * padded;
+
+  template <class T>
+  void put_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride) {
+    memset(key_grad, 0, size_t(2 * keys_padded * padded) * sizeof(float));
+    for (int64_t key = 0; key < keys; key += block) {
+      const int64_t n = smaller(block, keys - key);
+      pack_transposed(k + key * k_stride, k_stride, n, depth, key_transposed + key * depth);
+      pack_transposed(v + key * v_stride, v_stride, n, depth, value_transposed + key * depth);
+      pack_columns(k + key * k_stride, k_stride, n, depth, key_columns + key * padded);
+    }
+  }
+
+  // Rows of Q or dO, `padded` apart: tiles for the products over head_dim, panels of columns for those over rows.
+  void put_queries(const float* rows, int64_t count) {
+    pack_rows(rows, padded, count, depth, query_tiles);
+    pack_columns(rows, padded, count, depth, query_columns);
+    memset(query_grad, 0, size_t(count * padded) * sizeof(float));
+  }
+  void put_grads(const float* rows, int64_t count) {
+    pack_rows(rows, padded, count, depth, grad_tiles);
+    pack_columns(rows, padded, count, depth, grad_columns);
+  }
+
+  // S and dP of a chunk and `width` keys from `key` on, whole panels.
+  void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient, int64_t stride) const {
+    for (int64_t p = 0; p < width; p += panel)
+      for (int64_t r = 0; r < count; r += tile_rows)
+        for (int64_t d = 0; d < depth; d += logit_depth) {
+          const int64_t here = smaller(tile_rows, count - r), steps = smaller(logit_depth, depth - d);
+          const int64_t at = r * stride + p, tile = r * depth + d * tile_rows, panels = (key + p) * depth + d * panel;
+          multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_transposed + panels, scores + at, stride, d > 0);
+          multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_transposed + panels, gradient + at, stride, d > 0);
+        }
+  }
+
+  // What P and dS of keys of one block give to the three gradients. `make` makes them of what is stored, a vector at a time.
+  template <class Make>
+  void multiply_gradients(int64_t count, int64_t key, int64_t width, float* probability, float* gradient, int64_t stride, const Make& make) const {
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t j = 0; j < width; j += F32::width) {
+        const auto [p, ds] = make(r, j, F32::load(probability + r * stride + j), F32::load(gradient + r * stride + j));
+        p.store(probability + r * stride + j);
+        ds.store(gradient + r * stride + j);
+      }
+    const int64_t first = key / block * block, n = smaller(block, keys - first), steps = smaller(width, keys - key);
+    for (int64_t i = 0; i * panel < depth; i++) {
+      for (int64_t r = 0; r < count; r += tile_rows)
+        multiply_rows<Step>(smaller(tile_rows, count - r), steps, RowMajorTile{gradient + r * stride, stride},
+                            key_columns + first * padded + (i * n + key - first) * panel, query_grad + r * padded + i * panel, padded, true);
+      for (int64_t j = 0; j < steps; j += tile_rows) {
+        const int64_t here = smaller(tile_rows, steps - j), at = (key + j) * padded + i * panel, columns = i * count * panel;
+        multiply_rows<Step>(here, count, ColumnTile{probability + j, stride}, grad_columns + columns, value_grad + at, padded, true);
+        multiply_rows<Step>(here, count, ColumnTile{gradient + j, stride}, query_columns + columns, key_grad + at, padded, true);
+      }
+    }
+  }
+
+  // Calls store(rows of keys, their stride, the first column, columns).
+  template <class Store> void key_gradient(const Store& store) const { store(key_grad, padded, 0, depth); }
+  template <class Store> void value_gradient(const Store& store) const { store(value_grad, padded, 0, depth); }
 };
 
 // The gradients of a chunk, in float32 whatever is stored.
@@ -39,12 +123,10 @@ struct ChunkBackward : Attention {
   // What a chunk works with. P, dP and their like have a row for each of its rows and a column for each key from `begin` on.
   struct Chunk {
     int64_t first, count, begin, end, stride;
-    float *query_tiles, *query_columns, *grad_tiles, *grad_columns, *query_grad;
     float *probability, *gradient, *slope;   // slope: of the softcap, or null
     float *logsumexp, *total, *delta, *logsumexp_grad;   // of each row
     uint8_t* bits;                           // dropout's, or null
   };
-  struct Keys { float *transposed, *columns, *value_transposed, *grad, *value_grad; };  // of all keys
 
   float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
 
@@ -64,8 +146,8 @@ struct ChunkBackward : Attention {
     }
   }
 
-  void chunk(const Sequence& s, const Chunk& c, const Keys& keys) const {
-    using Step = Widen<float>;
+  template <class Products>
+  void chunk(const Sequence& s, const Chunk& c, const Products& products) const {
     for (int64_t r = 0; r < c.count; r++) {
       const float logsumexp = args.logsumexp[statistics_at(s, c.first + r)];
       c.logsumexp[r] = logsumexp == -infinity ? 0.0f : logsumexp;  // a row with no visible key: exp(-inf - 0) = 0, not NaN
@@ -76,14 +158,7 @@ struct ChunkBackward : Attention {
     // ---- S = Q K^T -> P,  dP = dO V^T, and the sum of each row of P ----
     visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float* mask) {
       const int64_t n = smaller(block, s.keys - key), column = key - c.begin + from;
-      for (int64_t i = from / panel; i < (from + width) / panel; i++)
-        for (int64_t r = 0; r < c.count; r += tile_rows)
-          for (int64_t d = 0; d < depth; d += logit_depth) {
-            const int64_t here = smaller(tile_rows, c.count - r), steps = smaller(logit_depth, depth - d);
-            const int64_t at = r * c.stride + key - c.begin + i * panel, tile = r * depth + d * tile_rows, panels = key * depth + (i * depth + d) * panel;
-            multiply_rows<Step>(here, steps, PackedTile<Step>{c.query_tiles + tile}, keys.transposed + panels, c.probability + at, c.stride, d > 0);
-            multiply_rows<Step>(here, steps, PackedTile<Step>{c.grad_tiles + tile}, keys.value_transposed + panels, c.gradient + at, c.stride, d > 0);
-          }
+      products.multiply_scores(c.count, key + from, width, c.probability + column, c.gradient + column, c.stride);
       // draw counts in queries; a chunk of a group that does not divide it begins within one.
       const int64_t first_query = query_of(0, c.first), last_query = query_of(0, c.first + c.count - 1);
       if (c.bits) draw(s, first_query, last_query - first_query + 1, key, n, c.bits);
@@ -113,26 +188,22 @@ struct ChunkBackward : Attention {
       }
     }
 
-    // ---- dS;  dQ += dS K,  dV += P^T dO,  dK += dS^T Q ----
+    // ---- P as it multiplies dO, dS, the gradient of the products;  dQ += dS K,  dV += P^T dO,  dK += dS^T Q ----
+    const F32 kept = F32::set(args.dropout.enabled ? args.dropout.scale : 1.0f);
     visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
-      const int64_t n = smaller(block, s.keys - key), column = key - c.begin + from, count = smaller(n, from + width) - from;
-      for (int64_t r = 0; r < c.count; r++) {
-        const int64_t row = c.first + r, at = r * c.stride + column;
-        scores_gradient(c.probability + at, c.gradient + at, width, c.delta[r], c.logsumexp_grad[r]);
-        if (gradients.dbias) add_bias_gradient(s, query_of(0, row), head_of(s, row), key + from, count, c.gradient + at);
-        if (c.slope)
-          for (int64_t j = 0; j < width; j += F32::width) (F32::load(c.gradient + at + j) * F32::load(c.slope + at + j)).store(c.gradient + at + j);
-      }
-      for (int64_t i = 0; i * panel < depth; i++) {
-        for (int64_t r = 0; r < c.count; r += tile_rows)
-          multiply_rows<Step>(smaller(tile_rows, c.count - r), count, RowMajorTile{c.gradient + r * c.stride + column, c.stride},
-                              keys.columns + key * depth_padded + (i * n + from) * panel, c.query_grad + r * depth_padded + i * panel, depth_padded, true);
-        for (int64_t j = 0; j < count; j += tile_rows) {
-          const int64_t here = smaller(tile_rows, count - j), at = (key + from + j) * depth_padded + i * panel, columns = i * c.count * panel;
-          multiply_rows<Step>(here, c.count, ColumnTile{c.probability + column + j, c.stride}, c.grad_columns + columns, keys.value_grad + at, depth_padded, true);
-          multiply_rows<Step>(here, c.count, ColumnTile{c.gradient + column + j, c.stride}, c.query_columns + columns, keys.grad + at, depth_padded, true);
-        }
-      }
+      const int64_t column = key - c.begin + from;
+      auto logits_gradient = [&](int64_t r, F32 p, F32 dp) __attribute__((always_inline)) {
+        return abs(p) * (dp - F32::set(c.delta[r]) + F32::set(c.logsumexp_grad[r]));  // the difference first: of a lone key it is 0
+      };
+      if (gradients.dbias)
+        for (int64_t r = 0; r < c.count; r++)
+          for (int64_t j = 0, at = r * c.stride + column; j < width; j += F32::width)
+            add_bias_gradient(s, c.first + r, key + from + j, logits_gradient(r, F32::load(c.probability + at + j), F32::load(c.gradient + at + j)));
+      auto make = [&](int64_t r, int64_t j, F32 p, F32 dp) __attribute__((always_inline)) {
+        const F32 ds = logits_gradient(r, p, dp);
+        return Weights{max(p, F32::zero()) * kept, c.slope ? ds * F32::load(c.slope + r * c.stride + column + j) : ds};
+      };
+      products.multiply_gradients(c.count, key + from, width, c.probability + column, c.gradient + column, c.stride, make);
     });
   }
 
@@ -181,46 +252,38 @@ struct ChunkBackward : Attention {
     total += bigmodel::BIGMODEL_ISA::sum(sum_p);
   }
 
-  // Divides P by the sum of its row; a lone probability becomes 1, exactly. Returns the sum of P dP.
+  // Divides P by the sum of its row; a lone probability becomes 1, exactly: a product with the inverse, and what that is wrong by made
+  // good, which is as good as a division, and faster. Returns the sum of P dP.
   static float complete(float* probability, const float* gradient, int64_t width, float total) {
-    const F32 divisor = F32::set(total == 0.0f ? 1.0f : total);
+    if (total == 0.0f) total = 1.0f;
+    const F32 minus_divisor = F32::set(-total), inverse = F32::set(1.0f / total);
     F32 products = F32::zero();
     for (int64_t j = 0; j < width; j += F32::width) {
-      const F32 p = F32::load(probability + j) / divisor;
+      const F32 dividend = F32::load(probability + j), quotient = dividend * inverse;
+      const F32 p = fma(fma(quotient, minus_divisor, dividend), inverse, quotient);
       p.store(probability + j);
       products = fma(abs(p), F32::load(gradient + j), products);
     }
     return bigmodel::BIGMODEL_ISA::sum(products);
   }
 
-  // P becomes what multiplies dO, and dP becomes dS, the gradient of the logits.
-  void scores_gradient(float* probability, float* gradient, int64_t width, float delta, float logsumexp_grad) const {
-    const F32 shift = F32::set(delta), addend = F32::set(logsumexp_grad), kept = F32::set(args.dropout.enabled ? args.dropout.scale : 1.0f);
-    for (int64_t j = 0; j < width; j += F32::width) {
-      const F32 p = F32::load(probability + j);
-      (abs(p) * (F32::load(gradient + j) - shift + addend)).store(gradient + j);  // the difference first: of a lone key it is 0
-      (max(p, F32::zero()) * kept).store(probability + j);
-    }
-  }
-
-  void add_bias_gradient(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, const float* gradient) const {
-    float* to = gradients.dbias + s.batch * gradients.dbias_stride[0] + head * gradients.dbias_stride[1] + query * gradients.dbias_stride[2] + key;
-    for (int64_t j = 0; j < n; j++) to[j] += gradient[j];
+  void add_bias_gradient(const Sequence& s, int64_t row, int64_t key, F32 ds) const {
+    const int64_t head = head_of(s, row), left = s.keys - key;
+    float* to = gradients.dbias + s.batch * gradients.dbias_stride[0] + head * gradients.dbias_stride[1] + query_of(0, row) * gradients.dbias_stride[2] + key;
+    if (left >= F32::width) (F32::load(to) + ds).store(to);
+    else if (left > 0) store_partial(load_partial(to, int(left)) + ds, to, int(left));
   }
 };
 
 // What reads and writes arrays of T: a task, one kv head of a sequence.
 template <class T>
 struct Backward : ChunkBackward {
-  // The chunk's rows of Q or dO as floats: tiles for the products over head_dim, panels of columns for those over rows.
-  void pack(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line, float* tiles,
-            float* columns) const {
+  // The chunk's rows of Q or dO as floats, depth_padded apart.
+  void widen(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line) const {
     for (int64_t row = 0; row < count; row++) {
       const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
       for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
     }
-    pack_rows(line, depth_padded, count, depth, tiles);
-    pack_columns(line, depth_padded, count, depth, columns);
   }
 
   static void store_rows(const float* from, int64_t from_stride, float scale, T* to, int64_t to_stride, int64_t rows, int64_t n) {
@@ -232,7 +295,19 @@ struct Backward : ChunkBackward {
   }
 
   void task(const Sequence& s) const {
-    const int64_t rows = s.queries * group, keys_padded = round_up(s.keys, block);
+#if BIGMODEL_AMX
+    if constexpr (!__is_same(T, fp16)) {
+      using Products = UnitProducts<__is_same(T, float) ? 3 : 1, __is_same(T, float) ? 3 : 2>;
+      if (Products::worthwhile(s.queries * group, s.keys)) return task(s, Products{runtime, depth, s.keys});
+    }
+#endif
+    task(s, VectorProducts{runtime, depth, s.keys});
+  }
+
+  template <class Products>
+  void task(const Sequence& s, Products products) const {
+    constexpr int64_t chunk_rows = Products::chunk_rows;
+    const int64_t rows = s.queries * group;
     const T *q = static_cast<const T*>(args.query) + s.query, *k = static_cast<const T*>(args.key) + s.key, *v = static_cast<const T*>(args.value) + s.value;
     T* dk = static_cast<T*>(gradients.dk) + s.batch * gradients.dk_stride[0] + s.kv_head * gradients.dk_stride[1];
     T* dv = static_cast<T*>(gradients.dv) + s.batch * gradients.dv_stride[0] + s.kv_head * gradients.dv_stride[1];
@@ -244,33 +319,17 @@ struct Backward : ChunkBackward {
       dq += s.first_query * gradients.dq_stride[2];
       grad += s.first_query * gradients.grad_out_stride[2];
     }
-
-    float* packed = floats(scratch_key, keys_padded * (2 * depth + depth_padded));
-    float* sums = floats(scratch_sums, 2 * keys_padded * depth_padded);
-    const Keys keys = {packed, packed + 2 * keys_padded * depth, packed + keys_padded * depth, sums, sums + keys_padded * depth_padded};
-    memset(sums, 0, size_t(2 * keys_padded * depth_padded) * sizeof(float));
-    for (int64_t key = 0; key < s.keys; key += block) {
-      const int64_t n = smaller(block, s.keys - key);
-      pack_transposed(k + key * args.key_stride[2], args.key_stride[2], n, depth, keys.transposed + key * depth);
-      pack_transposed(v + key * args.value_stride[2], args.value_stride[2], n, depth, keys.value_transposed + key * depth);
-      pack_columns(k + key * args.key_stride[2], args.key_stride[2], n, depth, keys.columns + key * depth_padded);
-    }
+    products.put_keys(k, args.key_stride[2], v, args.value_stride[2]);
     if (gradients.dsinks)
       for (int64_t g = 0; g < group; g++) gradients.dsinks[s.batch * args.heads + s.kv_head * group + g] = 0.0f;
 
-    const int64_t stride = keys_padded + 16;  // not a power of two
     const bool capped = args.softcap > 0;
     Chunk c = {};
-    float* line = floats(scratch_hidden, chunk_rows * depth_padded);
-    c.stride = stride;
-    c.query_tiles = floats(scratch_a, chunk_rows * depth + 8);
-    c.query_columns = floats(scratch_query, chunk_rows * depth_padded);
-    c.grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
-    c.grad_columns = floats(scratch_grad_hidden, chunk_rows * depth_padded);
-    c.query_grad = floats(scratch_output, chunk_rows * depth_padded);
-    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * stride);
-    c.gradient = c.probability + chunk_rows * stride;
-    c.slope = capped ? c.gradient + chunk_rows * stride : nullptr;
+    float* line = floats(scratch_c, chunk_rows * depth_padded);
+    c.stride = round_up(s.keys, block) + 16;  // not a power of two
+    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * c.stride);
+    c.gradient = c.probability + chunk_rows * c.stride;
+    c.slope = capped ? c.gradient + chunk_rows * c.stride : nullptr;
     c.logsumexp = floats(scratch_statistics, 4 * chunk_rows);
     c.total = c.logsumexp + chunk_rows;
     c.delta = c.total + chunk_rows;
@@ -281,18 +340,21 @@ struct Backward : ChunkBackward {
       c.count = smaller(chunk_rows, rows - c.first);
       c.begin = low(s, query_of(0, c.first)) / block * block;
       c.end = high(s, query_of(0, c.first + c.count - 1));
-      memset(c.query_grad, 0, size_t(c.count * depth_padded) * sizeof(float));
-      if (c.begin < c.end) {
-        pack(q, args.query_stride, s, c.first, c.count, line, c.query_tiles, c.query_columns);
-        pack(grad, gradients.grad_out_stride, s, c.first, c.count, line, c.grad_tiles, c.grad_columns);
-      }
-      chunk(s, c, keys);
+      widen(q, args.query_stride, s, c.first, c.count, line);
+      products.put_queries(line, c.count);
+      widen(grad, gradients.grad_out_stride, s, c.first, c.count, line);
+      products.put_grads(line, c.count);
+      chunk(s, c, products);
       for (int64_t r = 0; r < c.count; r++)
-        store_rows(c.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
+        store_rows(products.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
                    dq + query_of(0, c.first + r) * gradients.dq_stride[2] + head_of(s, c.first + r) * gradients.dq_stride[1], 0, 1, depth);
     }
-    store_rows(keys.grad, depth_padded, args.softmax_scale, dk, gradients.dk_stride[2], s.keys, depth);
-    store_rows(keys.value_grad, depth_padded, 1.0f, dv, gradients.dv_stride[2], s.keys, depth);
+    products.key_gradient([&](const float* from, int64_t from_stride, int64_t d, int64_t n) {
+      store_rows(from, from_stride, args.softmax_scale, dk + d, gradients.dk_stride[2], s.keys, n);
+    });
+    products.value_gradient([&](const float* from, int64_t from_stride, int64_t d, int64_t n) {
+      store_rows(from, from_stride, 1.0f, dv + d, gradients.dv_stride[2], s.keys, n);
+    });
   }
 
   void run() const {

@@ -16,8 +16,7 @@
 //
 // What a block lacks in rows, depth, keys or columns is there as zeros, so that only whole registers are loaded and stored.
 #pragma once
-#include "../gemm/split.h"
-#include "attention.h"
+#include "parts.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -309,24 +308,14 @@ struct Operands<float> {
     query_marks[row / block_rows] |= !split_row(source ? source : zeros, depth, query + row / block_rows * block_rows * padded, row % block_rows);
   }
   void pack(const float* k, int64_t k_stride, const float* v, int64_t v_stride, int64_t n) {
-    alignas(64) float buffer[256 * panel];  // a panel of keys, or 32 values of the last columns
     keys = round_up(n, panel);
     for (int64_t first = 0; first < n; first += panel) {
-      const int64_t here = smaller(panel, n - first), ahead = smaller(panel, n - first - here);
-      for (int64_t i = 0; i < ahead; i++)  // strides are long, and no hardware prefetcher follows
-        for (int64_t d = 0; d < depth; d += 16) {
-          __builtin_prefetch(k + (first + here + i) * k_stride + d);
-          __builtin_prefetch(v + (first + here + i) * v_stride + d);
-        }
-      pack_transposed(k + first * k_stride, k_stride, here, depth, buffer);
-      key_marks[first / panel] = !split_panel(buffer, depth, key + first * padded);
-      for (int64_t d = 0; d < padded; d += panel) {
-        const float* source = v + first * v_stride + d;
-        const bool whole = d + panel <= depth;
-        if (!whole) pack_columns(source, v_stride, here, depth - d, buffer);
-        const bool marked = !split_panel(whole ? source : buffer, here, value + (d * keys + first * panel), whole ? v_stride : panel);
-        value_marks[d / panel] = marked || (first > 0 && value_marks[d / panel]);
-      }
+      const int64_t here = smaller(panel, n - first), next = first + here, ahead = smaller(panel, n - next);
+      ask_for_rows(k + next * k_stride, k_stride, ahead, depth);
+      ask_for_rows(v + next * v_stride, v_stride, ahead, depth);
+      key_marks[first / panel] = !split_keys(k + first * k_stride, k_stride, here, depth, key + first * padded);
+      split_values(v + first * v_stride, v_stride, here, depth, value + first * panel, keys * panel,
+                   [&](int64_t p, bool parts) { value_marks[p] = !parts || (first > 0 && value_marks[p]); });
     }
   }
   void multiply_scores(int64_t row, int64_t here, int64_t from, float* scores) const {

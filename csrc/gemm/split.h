@@ -121,16 +121,19 @@ static bool split_row(const float* x, int64_t n, Parts<count>* tile, int64_t row
   return false;
 }
 
+// 16 numbers of two rows of B, an even one and the next, into a block.
+template <int count>
+BIGMODEL_INLINE void put_pair(Parts<count>* block, int64_t pair, int64_t half, const PartsOf16<count>& even, const PartsOf16<count>& odd) {
+#pragma GCC unroll 3
+  for (int part = 0; part < count; part++)
+    _mm512_store_si512(part_of(block, part, half) + pair * 32, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even.part[part], 16), odd.part[part]));
+}
+
 // `depth` rows of a panel of B, `stride` apart, into blocks; the last block is completed with zeros. `next`: what is asked of memory at each
 // row. Returns whether all have parts.
 template <class T, int count, class Next = Nothing>
 static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks, int64_t stride = panel, const Next next = {}) {
   __m512i largest = _mm512_setzero_si512();
-  auto put = [&](Parts<count>* block, int64_t pair, int64_t half, const PartsOf16<count>& even, const PartsOf16<count>& odd) __attribute__((always_inline)) {
-#pragma GCC unroll 3
-    for (int part = 0; part < count; part++)
-      _mm512_store_si512(part_of(block, part, half) + pair * 32, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(even.part[part], 16), odd.part[part]));
-  };
   auto row = [&](int64_t k, int64_t half) __attribute__((always_inline)) { return k < depth ? F32::load(x + k * stride + half * F32::width).v : _mm512_setzero_ps(); };
   for (int64_t k = 0; k < round_up(depth, split_depth); k += 2) {
     next(k);
@@ -138,13 +141,13 @@ static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks, int64_t
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
       const auto even = split<count>(row(k, half), largest), odd = split<count>(row(k + 1, half), largest);
-      put(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, even, odd);
+      put_pair(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, even, odd);
     }
   }
   if (!without_parts(largest)) return true;
   for (int64_t k = 0; k < round_up(depth, split_depth); k += 2)
     for (int half = 0; half < 2; half++)
-      put(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, split_any<count>(row(k, half)), split_any<count>(row(k + 1, half)));
+      put_pair(blocks + k / split_depth * (split_depth * panel), k % split_depth / 2, half, split_any<count>(row(k, half)), split_any<count>(row(k + 1, half)));
   return false;
 }
 

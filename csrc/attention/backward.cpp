@@ -8,7 +8,7 @@
 //
 //                       all keys that the chunk sees, in blocks (K^T, K and V^T in panels, packed once)
 //                      +------------------------+
-//      chunk of rows   |  P, then dS, in L2     |  -> dQ of the chunk;  dK and dV in float buffers of all keys
+//      chunk of rows   |  P and dP, in L2       |  -> dQ of the chunk;  dK and dV in float buffers of all keys
 //                      +------------------------+
 //
 // A chunk's rows are complete before any dS is made. So P is divided by its own sum, which takes out the rounding of logsumexp that
@@ -25,9 +25,6 @@ namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
-constexpr int64_t block = 128;               // keys
-static_assert(block % 16 == 0 && block <= key_block, "a block's dropout bits start at a call of the generator, in a row of keep_stride bytes");
-
 struct ColumnTile {                          // the transpose of rows as they lie in memory
   const float* a;
   int64_t stride;
@@ -42,7 +39,7 @@ struct VectorProducts {
   using Step = Widen<float>;
 
   const Runtime& runtime;
-  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, block);
+  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, weight_block);
   float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
   float* const key_transposed = floats(scratch_key, keys_padded * (2 * depth + padded));
   float* const value_transposed = key_transposed + keys_padded * depth;
@@ -58,8 +55,8 @@ struct VectorProducts {
   template <class T>
   void put_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride) {
     memset(key_grad, 0, size_t(2 * keys_padded * padded) * sizeof(float));
-    for (int64_t key = 0; key < keys; key += block) {
-      const int64_t n = smaller(block, keys - key);
+    for (int64_t key = 0; key < keys; key += weight_block) {
+      const int64_t n = smaller(weight_block, keys - key);
       pack_transposed(k + key * k_stride, k_stride, n, depth, key_transposed + key * depth);
       pack_transposed(v + key * v_stride, v_stride, n, depth, value_transposed + key * depth);
       pack_columns(k + key * k_stride, k_stride, n, depth, key_columns + key * padded);
@@ -78,53 +75,54 @@ struct VectorProducts {
   }
 
   // S and dP of a chunk and `width` keys from `key` on, whole panels.
-  void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient, int64_t stride) const {
+  void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient) const {
     for (int64_t p = 0; p < width; p += panel)
       for (int64_t r = 0; r < count; r += tile_rows)
         for (int64_t d = 0; d < depth; d += logit_depth) {
           const int64_t here = smaller(tile_rows, count - r), steps = smaller(logit_depth, depth - d);
-          const int64_t at = r * stride + p, tile = r * depth + d * tile_rows, panels = (key + p) * depth + d * panel;
-          multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_transposed + panels, scores + at, stride, d > 0);
-          multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_transposed + panels, gradient + at, stride, d > 0);
+          const int64_t at = r * weight_line + p, tile = r * depth + d * tile_rows, panels = (key + p) * depth + d * panel;
+          multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_transposed + panels, scores + at, weight_line, d > 0);
+          multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_transposed + panels, gradient + at, weight_line, d > 0);
         }
   }
 
   // What P and dS of keys of one block give to the three gradients. `make` makes them of what is stored, a vector at a time.
   template <class Make>
-  void multiply_gradients(int64_t count, int64_t key, int64_t width, float* probability, float* gradient, int64_t stride, const Make& make) const {
+  void multiply_gradients(int64_t count, int64_t key, int64_t width, float* probability, float* gradient, const Make& make) const {
     for (int64_t r = 0; r < count; r++)
       for (int64_t j = 0; j < width; j += F32::width) {
-        const auto [p, ds] = make(r, j, F32::load(probability + r * stride + j), F32::load(gradient + r * stride + j));
-        p.store(probability + r * stride + j);
-        ds.store(gradient + r * stride + j);
+        const auto [p, ds] = make(r, j, F32::load(probability + r * weight_line + j), F32::load(gradient + r * weight_line + j));
+        p.store(probability + r * weight_line + j);
+        ds.store(gradient + r * weight_line + j);
       }
-    const int64_t first = key / block * block, n = smaller(block, keys - first), steps = smaller(width, keys - key);
+    const int64_t first = key / weight_block * weight_block, n = smaller(weight_block, keys - first), steps = smaller(width, keys - key);
     for (int64_t i = 0; i * panel < depth; i++) {
       for (int64_t r = 0; r < count; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, count - r), steps, RowMajorTile{gradient + r * stride, stride},
+        multiply_rows<Step>(smaller(tile_rows, count - r), steps, RowMajorTile{gradient + r * weight_line, weight_line},
                             key_columns + first * padded + (i * n + key - first) * panel, query_grad + r * padded + i * panel, padded, true);
       for (int64_t j = 0; j < steps; j += tile_rows) {
         const int64_t here = smaller(tile_rows, steps - j), at = (key + j) * padded + i * panel, columns = i * count * panel;
-        multiply_rows<Step>(here, count, ColumnTile{probability + j, stride}, grad_columns + columns, value_grad + at, padded, true);
-        multiply_rows<Step>(here, count, ColumnTile{gradient + j, stride}, query_columns + columns, key_grad + at, padded, true);
+        multiply_rows<Step>(here, count, ColumnTile{probability + j, weight_line}, grad_columns + columns, value_grad + at, padded, true);
+        multiply_rows<Step>(here, count, ColumnTile{gradient + j, weight_line}, query_columns + columns, key_grad + at, padded, true);
       }
     }
   }
 
-  // Calls store(rows of keys, their stride, the first column, columns).
-  template <class Store> void key_gradient(const Store& store) const { store(key_grad, padded, 0, depth); }
-  template <class Store> void value_gradient(const Store& store) const { store(value_grad, padded, 0, depth); }
+  // Calls store(rows of keys, their stride, the first key, keys, the first column, columns).
+  template <class Store> void key_gradient(const Store& store) const { store(key_grad, padded, 0, keys, 0, depth); }
+  template <class Store> void value_gradient(const Store& store) const { store(value_grad, padded, 0, keys, 0, depth); }
 };
 
 // The gradients of a chunk, in float32 whatever is stored.
 struct ChunkBackward : Attention {
   const AttentionBackwardArgs& gradients;
 
-  // What a chunk works with. P, dP and their like have a row for each of its rows and a column for each key from `begin` on.
+  // What a chunk works with. P, dP and their like are blocks [from `begin` on][chunk_rows][weight_line]: a block is in one piece, or each
+  // of its rows would be on a page of its own.
   struct Chunk {
-    int64_t first, count, begin, end, stride;
+    int64_t first, count, begin, end, block_size;
     float *probability, *gradient, *slope;   // slope: of the softcap, or null
-    float *logsumexp, *total, *delta, *logsumexp_grad;   // of each row
+    float *logsumexp, *total, *inverse, *delta, *logsumexp_grad;   // of each row; total: of P as it is, and 1 over that
     uint8_t* bits;                           // dropout's, or null
   };
 
@@ -134,9 +132,9 @@ struct ChunkBackward : Attention {
   // key padding mask of the block or null.
   template <class Each>
   void visible_blocks(const Sequence& s, const Chunk& c, const Each& each) const {
-    alignas(64) float buffer[block];
-    for (int64_t key = c.begin; key < c.end; key += block) {
-      const int64_t n = smaller(block, s.keys - key);
+    alignas(64) float buffer[weight_block];
+    for (int64_t key = c.begin; key < c.end; key += weight_block) {
+      const int64_t n = smaller(weight_block, s.keys - key);
       const int64_t low_key = larger(0, low(s, query_of(0, c.first)) - key), high_key = smaller(n, c.end - key);
       bool visible;
       const float* mask = padding(s, key, n, round_up(n, panel), buffer, visible);
@@ -157,13 +155,13 @@ struct ChunkBackward : Attention {
 
     // ---- S = Q K^T -> P,  dP = dO V^T, and the sum of each row of P ----
     visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float* mask) {
-      const int64_t n = smaller(block, s.keys - key), column = key - c.begin + from;
-      products.multiply_scores(c.count, key + from, width, c.probability + column, c.gradient + column, c.stride);
+      const int64_t n = smaller(weight_block, s.keys - key), column = (key - c.begin) / weight_block * c.block_size + from;
+      products.multiply_scores(c.count, key + from, width, c.probability + column, c.gradient + column);
       // draw counts in queries; a chunk of a group that does not divide it begins within one.
       const int64_t first_query = query_of(0, c.first), last_query = query_of(0, c.first + c.count - 1);
       if (c.bits) draw(s, first_query, last_query - first_query + 1, key, n, c.bits);
       for (int64_t r = 0; r < c.count; r++) {
-        const int64_t row = c.first + r, at = r * c.stride + column;
+        const int64_t row = c.first + r, at = r * weight_line + column;
         float* line = c.probability + at;
         if (c.slope) cap_slope(line, width, c.slope + at);
         modify(s, query_of(0, row), head_of(s, row), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
@@ -172,11 +170,15 @@ struct ChunkBackward : Attention {
       }
     });
 
-    // ---- P complete, and the sum of each row of P dP ----
+    // ---- P divided by its sum, and the sum of each row of P dP ----
+    for (int64_t r = 0; r < c.count; r++) {
+      if (c.total[r] == 0.0f) c.total[r] = 1.0f;
+      c.inverse[r] = 1.0f / c.total[r];
+    }
     visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
       for (int64_t r = 0; r < c.count; r++) {
-        const int64_t at = r * c.stride + key - c.begin + from;
-        c.delta[r] += complete(c.probability + at, c.gradient + at, width, c.total[r]);
+        const int64_t at = (key - c.begin) / weight_block * c.block_size + r * weight_line + from;
+        c.delta[r] += weighted_sum({c.total[r], c.inverse[r]}, c.probability + at, c.gradient + at, width);
       }
     });
     for (int64_t r = 0; r < c.count; r++) {
@@ -191,19 +193,20 @@ struct ChunkBackward : Attention {
     // ---- P as it multiplies dO, dS, the gradient of the products;  dQ += dS K,  dV += P^T dO,  dK += dS^T Q ----
     const F32 kept = F32::set(args.dropout.enabled ? args.dropout.scale : 1.0f);
     visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
-      const int64_t column = key - c.begin + from;
-      auto logits_gradient = [&](int64_t r, F32 p, F32 dp) __attribute__((always_inline)) {
-        return abs(p) * (dp - F32::set(c.delta[r]) + F32::set(c.logsumexp_grad[r]));  // the difference first: of a lone key it is 0
+      const int64_t column = (key - c.begin) / weight_block * c.block_size + from;
+      auto logits_gradient = [&](int64_t r, F32 p, F32 dp) __attribute__((always_inline)) {  // the difference first: of a lone key it is 0
+        return abs(p) * (dp - F32::set(c.delta[r]) + F32::set(c.logsumexp_grad[r]));
       };
       if (gradients.dbias)
         for (int64_t r = 0; r < c.count; r++)
-          for (int64_t j = 0, at = r * c.stride + column; j < width; j += F32::width)
-            add_bias_gradient(s, c.first + r, key + from + j, logits_gradient(r, F32::load(c.probability + at + j), F32::load(c.gradient + at + j)));
+          for (int64_t j = 0, at = r * weight_line + column; j < width; j += F32::width)
+            add_bias_gradient(s, c.first + r, key + from + j,
+                              logits_gradient(r, Divisor(c.total[r], c.inverse[r]).of(F32::load(c.probability + at + j)), F32::load(c.gradient + at + j)));
       auto make = [&](int64_t r, int64_t j, F32 p, F32 dp) __attribute__((always_inline)) {
-        const F32 ds = logits_gradient(r, p, dp);
-        return Weights{max(p, F32::zero()) * kept, c.slope ? ds * F32::load(c.slope + r * c.stride + column + j) : ds};
+        const F32 whole = Divisor(c.total[r], c.inverse[r]).of(p), ds = logits_gradient(r, whole, dp);
+        return Weights{max(whole, F32::zero()) * kept, c.slope ? ds * F32::load(c.slope + r * weight_line + column + j) : ds};
       };
-      products.multiply_gradients(c.count, key + from, width, c.probability + column, c.gradient + column, c.stride, make);
+      products.multiply_gradients(c.count, key + from, width, c.probability + column, c.gradient + column, make);
     });
   }
 
@@ -252,18 +255,20 @@ struct ChunkBackward : Attention {
     total += bigmodel::BIGMODEL_ISA::sum(sum_p);
   }
 
-  // Divides P by the sum of its row; a lone probability becomes 1, exactly: a product with the inverse, and what that is wrong by made
-  // good, which is as good as a division, and faster. Returns the sum of P dP.
-  static float complete(float* probability, const float* gradient, int64_t width, float total) {
-    if (total == 0.0f) total = 1.0f;
-    const F32 minus_divisor = F32::set(-total), inverse = F32::set(1.0f / total);
-    F32 products = F32::zero();
-    for (int64_t j = 0; j < width; j += F32::width) {
-      const F32 dividend = F32::load(probability + j), quotient = dividend * inverse;
-      const F32 p = fma(fma(quotient, minus_divisor, dividend), inverse, quotient);
-      p.store(probability + j);
-      products = fma(abs(p), F32::load(gradient + j), products);
+  // Divides by the sum of a row, exactly 1 where the two are the same: a product with the inverse, and what that is wrong by made good.
+  struct Divisor {
+    F32 minus, inverse;
+    BIGMODEL_INLINE Divisor(float divisor, float inverse) : minus(F32::set(-divisor)), inverse(F32::set(inverse)) {}
+    BIGMODEL_INLINE F32 of(F32 p) const {
+      const F32 quotient = p * inverse;
+      return fma(fma(quotient, minus, p), inverse, quotient);
     }
+  };
+
+  // The sum of P dP.
+  static float weighted_sum(const Divisor& divisor, const float* probability, const float* gradient, int64_t width) {
+    F32 products = F32::zero();
+    for (int64_t j = 0; j < width; j += F32::width) products = fma(abs(divisor.of(F32::load(probability + j))), F32::load(gradient + j), products);
     return bigmodel::BIGMODEL_ISA::sum(products);
   }
 
@@ -326,19 +331,21 @@ struct Backward : ChunkBackward {
     const bool capped = args.softcap > 0;
     Chunk c = {};
     float* line = floats(scratch_c, chunk_rows * depth_padded);
-    c.stride = round_up(s.keys, block) + 16;  // not a power of two
-    c.probability = floats(scratch_scores, (capped ? 3 : 2) * chunk_rows * c.stride);
-    c.gradient = c.probability + chunk_rows * c.stride;
-    c.slope = capped ? c.gradient + chunk_rows * c.stride : nullptr;
-    c.logsumexp = floats(scratch_statistics, 4 * chunk_rows);
+    c.block_size = chunk_rows * weight_line;
+    const int64_t all = ceil_div(s.keys, weight_block) * c.block_size;
+    c.probability = floats(scratch_scores, (capped ? 3 : 2) * all);
+    c.gradient = c.probability + all;
+    c.slope = capped ? c.gradient + all : nullptr;
+    c.logsumexp = floats(scratch_statistics, 5 * chunk_rows);
     c.total = c.logsumexp + chunk_rows;
-    c.delta = c.total + chunk_rows;
+    c.inverse = c.total + chunk_rows;
+    c.delta = c.inverse + chunk_rows;
     c.logsumexp_grad = c.delta + chunk_rows;
     if (args.dropout.enabled) c.bits = static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t((chunk_rows + 2 * group) * keep_stride)));
 
     for (c.first = 0; c.first < rows; c.first += chunk_rows) {
       c.count = smaller(chunk_rows, rows - c.first);
-      c.begin = low(s, query_of(0, c.first)) / block * block;
+      c.begin = low(s, query_of(0, c.first)) / weight_block * weight_block;
       c.end = high(s, query_of(0, c.first + c.count - 1));
       widen(q, args.query_stride, s, c.first, c.count, line);
       products.put_queries(line, c.count);
@@ -349,11 +356,11 @@ struct Backward : ChunkBackward {
         store_rows(products.query_grad + r * depth_padded, depth_padded, args.softmax_scale,
                    dq + query_of(0, c.first + r) * gradients.dq_stride[2] + head_of(s, c.first + r) * gradients.dq_stride[1], 0, 1, depth);
     }
-    products.key_gradient([&](const float* from, int64_t from_stride, int64_t d, int64_t n) {
-      store_rows(from, from_stride, args.softmax_scale, dk + d, gradients.dk_stride[2], s.keys, n);
+    products.key_gradient([&](const float* from, int64_t from_stride, int64_t key, int64_t count, int64_t d, int64_t n) {
+      store_rows(from, from_stride, args.softmax_scale, dk + key * gradients.dk_stride[2] + d, gradients.dk_stride[2], count, n);
     });
-    products.value_gradient([&](const float* from, int64_t from_stride, int64_t d, int64_t n) {
-      store_rows(from, from_stride, 1.0f, dv + d, gradients.dv_stride[2], s.keys, n);
+    products.value_gradient([&](const float* from, int64_t from_stride, int64_t key, int64_t count, int64_t d, int64_t n) {
+      store_rows(from, from_stride, 1.0f, dv + key * gradients.dv_stride[2] + d, gradients.dv_stride[2], count, n);
     });
   }
 

@@ -15,15 +15,15 @@ template <int inputs, int weights>
 struct UnitProducts {
   static constexpr int64_t chunk_rows = 96;    // whole tiles
   // Below, splitting costs more than the unit saves.
-  static bool worthwhile(int64_t rows, int64_t keys) { return rows >= 64 && keys >= 64; }
+  static bool worthwhile(int64_t rows, int64_t keys) { return smaller(rows, keys) >= (inputs == 1 ? 32 : 128); }
 
   using Input = Parts<inputs>;
   using Weight = Parts<weights>;
-  static constexpr int64_t tile = 2 * unit_rows, widest = 128;
-  static_assert(tile == panel && chunk_rows % tile == 0 && chunk_rows <= deepest_block && widest <= deepest_block);
+  static constexpr int64_t tile = 2 * unit_rows;
+  static_assert(tile == panel && chunk_rows % tile == 0 && chunk_rows <= deepest_block && weight_block <= deepest_block);
 
   const Runtime& runtime;
-  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, panel), line = keys_padded + 16;  // not a power of two
+  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, panel);
   const TileUnit registers = {};
   template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(runtime.scratch(slot, size_t(n) * sizeof(P))); }
   Input* const key_transposed = scratch<Input>(scratch_key, 3 * keys_padded * padded);
@@ -33,18 +33,18 @@ struct UnitProducts {
   Input* const grad = query + chunk_rows * padded;
   Input* const query_columns = grad + chunk_rows * padded;
   Input* const grad_columns = query_columns + chunk_rows * padded;
-  Weight* const gradient_rows = scratch<Weight>(scratch_parts, chunk_rows * (widest + 2 * panel));   // of dS, a row of tiles after the other
-  Weight* const probability_panel = gradient_rows + chunk_rows * widest;
+  Weight* const gradient_rows = scratch<Weight>(scratch_parts, chunk_rows * (weight_block + 2 * panel));   // of dS, a row of tiles after the other
+  Weight* const probability_panel = gradient_rows + chunk_rows * weight_block;
   Weight* const gradient_panel = probability_panel + chunk_rows * panel;
-  float* const turned = scratch<float>(scratch_hidden, larger(chunk_rows * padded, keys_padded * panel));
+  float* const turned = scratch<float>(scratch_hidden, chunk_rows * padded);
   float* const query_grad = scratch<float>(scratch_output, chunk_rows * padded);
-  float* const key_grad = scratch<float>(scratch_sums, 2 * padded * line);
-  float* const value_grad = key_grad + padded * line;
+  float* const key_grad = scratch<float>(scratch_sums, 2 * keys_padded * padded);   // [panel of keys][column of dK][key]
+  float* const value_grad = key_grad + keys_padded * padded;
   bool keys_in_parts = true, query_in_parts = true, grad_in_parts = true;    // or they hold numbers that have none
 
   template <class T>
   void put_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride) {
-    memset(key_grad, 0, size_t(2 * padded * line) * sizeof(float));
+    memset(key_grad, 0, size_t(2 * keys_padded * padded) * sizeof(float));
     for (int64_t first = 0; first < keys; first += panel) {
       const int64_t here = smaller(panel, keys - first), next = first + here, ahead = smaller(panel, keys - next);
       ask_for_rows(k + next * k_stride, k_stride, ahead, depth);
@@ -72,19 +72,24 @@ struct UnitProducts {
   }
   void put_grads(const float* rows, int64_t count) { put_rows(rows, count, grad, grad_columns, grad_in_parts); }
 
+  // C (rows x panel) = or += A B, for any number of rows of A.
+  template <int of_a, int of_b>
+  static void multiply(bool by_unit, int64_t rows, int64_t steps, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate) {
+    for (int64_t r = 0; r < rows; r += tile)
+      multiply_split(by_unit, smaller(tile, rows - r), steps, a + r * steps, b, c + r * c_stride, c_stride, accumulate);
+  }
+
   // S and dP of a chunk and `width` keys from `key` on, whole panels.
-  void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient, int64_t stride) const {
+  void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient) const {
     for (int64_t p = 0; p < width; p += panel)
-      for (int64_t r = 0; r < count; r += tile) {
-        const int64_t here = smaller(tile, count - r), at = r * stride + p, panels = (key + p) * padded;
-        multiply_split(keys_in_parts && query_in_parts, here, padded, query + r * padded, key_transposed + panels, scores + at, stride, false);
-        multiply_split(keys_in_parts && grad_in_parts, here, padded, grad + r * padded, value_transposed + panels, gradient + at, stride, false);
-      }
+      multiply(keys_in_parts && query_in_parts, count, padded, query, key_transposed + (key + p) * padded, scores + p, weight_line, false);
+    for (int64_t p = 0; p < width; p += panel)
+      multiply(keys_in_parts && grad_in_parts, count, padded, grad, value_transposed + (key + p) * padded, gradient + p, weight_line, false);
   }
 
   // What P and dS give to the three gradients. `make` makes them of what is stored, a vector at a time; they are split as they are made.
   template <class Make>
-  void multiply_gradients(int64_t count, int64_t key, int64_t width, const float* probability, const float* gradient, int64_t stride, const Make& make) const {
+  void multiply_gradients(int64_t count, int64_t key, int64_t width, const float* probability, const float* gradient, const Make& make) const {
     const int64_t steps = round_up(count, panel);
     bool rows_in_parts = true;
     for (int64_t p = 0; p < width; p += panel) {
@@ -96,7 +101,7 @@ struct UnitProducts {
           for (int i = 0; i < 2; i++)
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-              const int64_t at = (k + i) * stride + p + half * F32::width;
+              const int64_t at = (k + i) * weight_line + p + half * F32::width;
               F32 one = F32::zero(), two = F32::zero();
               if (k + i < count) {
                 const auto [pr, ds] = make(k + i, p + half * F32::width, F32::load(probability + at), F32::load(gradient + at));
@@ -113,32 +118,32 @@ struct UnitProducts {
             put_pair(gradient_panel + at, pair, half, gradients[0][half], gradients[1][half]);
           }
 #pragma GCC unroll 2
-          for (int i = 0; i < 2; i++) put_row(gradient_rows + k / tile * tile * widest + p * tile, (k + i) % tile, gradients[i][0], gradients[i][1]);
+          for (int i = 0; i < 2; i++) put_row(gradient_rows + k / tile * tile * weight_block + p * tile, (k + i) % tile, gradients[i][0], gradients[i][1]);
         }
       };
       each_pair([&](__m512 x) { return split<weights>(x, largest_probability); }, [&](__m512 x) { return split<weights>(x, largest_gradient); });
       const bool marked = without_parts(_mm512_max_epi32(largest_probability, largest_gradient));
       if (marked) each_pair([](__m512 x) { return split_any<weights>(x); }, [](__m512 x) { return split_any<weights>(x); });
       rows_in_parts &= !marked;
-      for (int64_t d = 0; d < depth; d += tile) {
-        const int64_t here = smaller(tile, depth - d), at = d * line + key + p;
-        multiply_split(!marked && grad_in_parts, here, steps, grad_columns + d * steps, probability_panel, value_grad + at, line, true);
-        multiply_split(!marked && query_in_parts, here, steps, query_columns + d * steps, gradient_panel, key_grad + at, line, true);
-      }
+      multiply(!marked && grad_in_parts, depth, steps, grad_columns, probability_panel, value_grad + (key + p) * padded, panel, true);
+      multiply(!marked && query_in_parts, depth, steps, query_columns, gradient_panel, key_grad + (key + p) * padded, panel, true);
     }
     for (int64_t r = 0; r < count; r += tile)
       for (int64_t d = 0; d < depth; d += panel)
-        multiply_split(rows_in_parts && keys_in_parts, smaller(tile, count - r), width, gradient_rows + r * widest, key_columns + d * keys_padded + key * panel,
-                       query_grad + r * padded + d, padded, true);
+        multiply(rows_in_parts && keys_in_parts, smaller(tile, count - r), width, gradient_rows + r * weight_block, key_columns + d * keys_padded + key * panel,
+                 query_grad + r * padded + d, padded, true);
   }
 
-  // Calls store(rows of keys, their stride, the first column, columns) for all columns of `sums`, dK or dV.
+  // Calls store(rows of keys, their stride, the first key, keys, the first column, columns) for all of `sums`, dK or dV.
   template <class Store>
   void turn_back(const float* sums, const Store& store) const {
-    for (int64_t d = 0; d < depth; d += panel) {
-      pack_transposed(sums + d * line, line, panel, keys, turned);
-      store(turned, panel, d, smaller(panel, depth - d));
-    }
+    alignas(64) float rows[panel * panel];
+    for (int64_t key = 0; key < keys; key += panel)
+      for (int64_t d = 0; d < depth; d += panel) {
+        const int64_t here = smaller(panel, keys - key);
+        pack_transposed(sums + key * padded + d * panel, panel, panel, here, rows);
+        store(rows, panel, key, here, d, smaller(panel, depth - d));
+      }
   }
   template <class Store> void key_gradient(const Store& store) const { turn_back(key_grad, store); }
   template <class Store> void value_gradient(const Store& store) const { turn_back(value_grad, store); }

@@ -69,6 +69,8 @@ CALLS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 4, 4, 128, 128, 64), {"dropout_p": 0.3}),
     ((1, 6, 2, 50, 130, 16), {"dropout_p": 0.5, "is_causal": True, "window": (60, None)}),
     ((1, 3, 3, 200, 5, 7), {"is_causal": True}),
+    ((1, 4, 2, 75, 131, 33), {"softcap": 5.0, "window": (90, 30), "grad_lse": True}),
+    ((1, 1, 1, 300, 290, 160), {"dropout_p": 0.1}),
 ]
 
 
@@ -85,6 +87,30 @@ def test_padding_bias_alibi_and_sinks(isa: str) -> None:
     for size in ((2, 4, 50, 60), (4, 50, 60), (2, 1, 50, 60), (50, 1), (60,)):
         check(*make(2, 4, 2, 50, 60, 32), bias=torch.randn(size))
     check(*make(2, 4, 4, 50, 60, 32), sinks=torch.randn(4), alibi_slopes=torch.rand(4), is_causal=True)
+    mask = torch.rand(2, 140) < 0.5
+    check(*make(2, 2, 2, 130, 140, 32), key_padding_mask=mask, bias=torch.randn(2, 130, 140), softcap=4.0)
+    check(*make(2, 2, 1, 70, 131, 32), sinks=torch.randn(2), alibi_slopes=torch.rand(2), is_causal=True)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("where", range(4), ids=["query", "key", "value", "grad"])
+def test_numbers_without_bf16_parts(isa: str, where: int, value: float) -> None:
+    """They change what float32 products change, and nothing else. 3.4e38 would be infinite in bf16."""
+    tensors = make(1, 1, 1, 150, 160, 40)
+    grad = torch.randn_like(tensors[0])
+    (*tensors, grad)[where][0, 0, 137, 30] = value
+    args, options = prepare(*tensors, bias=torch.randn(150, 160) * 0.1, is_causal=True)
+    results = []
+    for name in (isa, "portable"):
+        torch.ops.bigmodel.cpu_set_isa(name)
+        out, lse = native.run(*args, **options)
+        results.append(
+            native.run_backward(
+                grad, None, *args[:3], out, lse, *args[3:], **options, bias_requires_grad=True
+            )
+        )
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=2e-3, atol=1e-5, equal_nan=True)
 
 
 def test_packed_sequences(isa: str) -> None:

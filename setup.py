@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 KERNELS = [
     "activations",
     "attention",
+    "attention_maps",
     "cross_entropy",
     "embedding",
     "feed_forward",

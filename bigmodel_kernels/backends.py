@@ -7,8 +7,8 @@ it can run is better left to the next. Modules are imported on first use, so tha
 compiles and loads nothing. An operator's training form and its gradient are rows of their own, of the same
 modules: `run_training` and `run_backward` with `supports_training` and `supports_backward`.
 
-`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator that has more than one, and a call
-that it cannot run is an error.
+`BIGMODEL_BACKEND=native|triton|reference` forces one for every operator that it has code for and that has
+more than one, and a call that it cannot run is an error.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ _CUDA = {("attention", s) for s in ("", "_backward", "_decode")}
 _CUDA |= {(folder, s) for folder in ("linear", "feed_forward") for s in ("", "_training")}
 
 
-#: folders of the operators that plain PyTorch alone has
-_PLAIN = {"attention_maps"}
+#: folders of the operators that a backend has no code for at all
+_LACKING = {"attention_maps": ("triton",)}
 
 
 def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementation, ...]:
@@ -113,13 +113,13 @@ def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementat
     def one(name: str, only_when_forced: str | None = None, file: str = "") -> Implementation:
         return Implementation(name, f"bigmodel_kernels.ops.{folder}.{file or name}", suffix, only_when_forced)
 
-    if folder in _PLAIN:
-        return (one("reference"),)
     if device == "cuda":
         native = (one("native", file="cuda"),) if (folder, suffix) in _CUDA else ()
-        return *native, one("triton"), one("reference")
-    interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"
-    return one("native"), one("triton", interpreted), one("reference")
+        row = (*native, one("triton"), one("reference"))
+    else:
+        interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"
+        row = (one("native"), one("triton", interpreted), one("reference"))
+    return tuple(backend for backend in row if backend.name not in _LACKING.get(folder, ()))
 
 
 #: operator -> (folder, suffix of its functions there)
@@ -223,9 +223,10 @@ def select(op: str, device_type: str, args: Sequence[Any], kwargs: Mapping[str, 
     force = forced()
     if force is not None and any(i.name == force and i.exists() for i in row):
         return _forced(op, device_type, force, row, args, kwargs)
-    # A backend may have no code for gradients, which then take the table's order; and of an operator with one
-    # implementation there is nothing to choose.
-    if force is not None and not op.endswith(("_training", "_backward")) and len(row) > 1:
+    # A backend may have no code for gradients, or for an operator at all: these then take the table's order.
+    lacking = _LACKING.get(_OPERATORS[op][0], ()) if op in _OPERATORS else ()
+    may_lack = op.endswith(("_training", "_backward")) or force in lacking
+    if force is not None and not may_lack and len(row) > 1:
         raise BackendError(
             f"{ENVIRONMENT}={force} cannot run {op} on {device_type}: it has no such implementation"
         )

@@ -303,20 +303,35 @@ CROSS_ENTROPY: dict[str, Build] = {
 }
 
 
-def _statistics(m: Maker) -> Any:
-    query = m.constant(1, 2, 4, 64, dtype=m.dtype)
-    return bk.attention_statistics(query, query, top_k=2)
+def _statistics(top_k: int) -> Build:
+    def build(m: Maker) -> Any:
+        query = m.constant(1, 2, 4, 64, dtype=m.dtype)
+        return bk.attention_statistics(query, query, top_k=top_k)
+
+    return build
 
 
-def _probabilities(m: Maker) -> Any:
-    query = m.constant(1, 2, 4, 64, dtype=m.dtype)
-    return bk.attention_probabilities(query, query)
+def _probabilities(**chosen: Any) -> Build:
+    def build(m: Maker) -> Any:
+        query = m.constant(1, 2, 4, 64, dtype=m.dtype)
+        return bk.attention_probabilities(query, query, **chosen)
+
+    return build
+
+
+STATISTICS: dict[str, Build] = {"plain": _statistics(2), "more than 64 top keys": _statistics(65)}
+PROBABILITIES: dict[str, Build] = {
+    "plain": _probabilities(),
+    "of some heads and queries": _probabilities(heads=[1], queries=[0, 2]),
+}
 
 
 #: Title, examples by feature.
 GROUPS: dict[str, dict[str, Build]] = {
     "Attention": ATTENTION,
     "Attention over a key-value cache": DECODE,
+    "Entropy, mass and top keys of attention": STATISTICS,
+    "Probabilities of attention": PROBABILITIES,
     "Linear": LINEAR,
     "Feed-forward": FEED_FORWARD,
     "LayerNorm": LAYER_NORM,
@@ -325,8 +340,6 @@ GROUPS: dict[str, dict[str, Build]] = {
     "Rotary embedding": ROTARY,
     "Linear cross-entropy": CROSS_ENTROPY,
 }
-#: Operators that plain PyTorch alone has.
-PLAIN: dict[str, Build] = {"attention_statistics": _statistics, "attention_probabilities": _probabilities}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,7 +426,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _operators() -> list[str]:
-    builds = [*(build for group in GROUPS.values() for build in group.values()), *PLAIN.values()]
+    builds = [build for group in GROUPS.values() for build in group.values()]
     calls: dict[str, dict[str, Call]] = {name: {} for name in DTYPES}
     for name, dtype in DTYPES.items():
         for build in builds:  # of each operator the first example, which is the plain one

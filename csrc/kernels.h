@@ -283,6 +283,23 @@ struct AttentionBackwardArgs {
   float* dsinks;                       // (batch, heads) to be written, or null
 };
 
+inline constexpr int64_t most_top_keys = 64;   // a row's are kept in order as they come
+
+// Probabilities, or the rest, of attention without value and dropout.
+struct AttentionMapsArgs {
+  AttentionArgs attention;             // value, dropout, out and logsumexp are not read
+  const uint8_t* query_padding_mask;   // (batch, query_length), 1 = counts, or null
+  const int64_t* queries;              // of which probabilities are asked, counted from the first sequence on, or null: all
+  int64_t count;                       // of these
+  void* probabilities;                 // or null
+  int64_t out_stride[3];               // batch, head, row
+  int64_t width;                       // of a row, which is written whole
+  float *entropy, *mass, *top_probabilities;
+  int64_t* top_keys;
+  int64_t top_k;
+  int64_t rows_stride[2], mass_stride[2];  // batch, head; a row's top_k are contiguous
+};
+
 struct KernelTable {
   const char* isa;
   int32_t panel;                       // columns per packed panel, by dtype the same
@@ -300,6 +317,7 @@ struct KernelTable {
   void (*cross_entropy)(const Runtime&, const CrossEntropyArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
   void (*attention_backward)(const Runtime&, const AttentionBackwardArgs&);
+  void (*attention_maps)(const Runtime&, const AttentionMapsArgs&);
   void (*philox_block)(const PhiloxArgs&);
 };
 

@@ -262,6 +262,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   return {dq, dk, dv, dbias, dsinks};
 }
 
+AttentionMapsArgs attention_maps_args(const Tensor& query, const Tensor& key, const OptionalTensor& query_padding_mask, const AttentionOptions& options) {
+  AttentionMapsArgs args = {};
+  args.attention = attention_args(query, key, key, options);
+  if (query_padding_mask) {
+    const auto& [batch, length] = std::pair(args.attention.batch, args.attention.query_length);
+    STD_TORCH_CHECK(!args.attention.cu_seqlens_q, "query_padding_mask: must be None with cu_seqlens");
+    STD_TORCH_CHECK(query_padding_mask->dim() == 2 && query_padding_mask->size(0) == batch && query_padding_mask->size(1) == length,
+                    "query_padding_mask: shape ", shape_of(*query_padding_mask), " must be (", batch, ", ", length, ")");
+    args.query_padding_mask = static_cast<const uint8_t*>(data_of(*query_padding_mask, "query_padding_mask", ScalarType::Bool, batch * length));
+  }
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_attention_statistics(
+    Tensor query, Tensor key, OptionalTensor key_padding_mask, OptionalTensor query_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+    bool is_causal, int64_t window_left, int64_t window_right, double softcap, int64_t top_k) {
+  AttentionMapsArgs args = attention_maps_args(query, key, query_padding_mask,
+                                               {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, {}, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+                                                softmax_scale, is_causal, window_left, window_right, softcap, 0.0});
+  STD_TORCH_CHECK(top_k >= 0 && top_k <= most_top_keys, "top_k: ", top_k, " must be 0 to ", most_top_keys);
+  const bool varlen = cu_seqlens_q.has_value();
+  const std::vector<int64_t> rows = logsumexp_shape(query, args.attention, args.rows_stride);
+  std::vector<int64_t> keys = rows, top = rows;
+  keys.back() = key.size(varlen ? 0 : 2);
+  top.push_back(top_k);
+  args.mass_stride[1] = keys.back();
+  args.mass_stride[0] = varlen ? 0 : args.attention.heads * keys.back();
+  Tensor entropy = torch::stable::empty(rows, ScalarType::Float), mass = torch::stable::empty(keys, ScalarType::Float);
+  Tensor top_keys = torch::stable::empty(top, ScalarType::Long), top_probabilities = torch::stable::empty(top, ScalarType::Float);
+  args.entropy = static_cast<float*>(entropy.mutable_data_ptr());
+  args.mass = static_cast<float*>(mass.mutable_data_ptr());
+  args.top_keys = static_cast<int64_t*>(top_keys.mutable_data_ptr());
+  args.top_probabilities = static_cast<float*>(top_probabilities.mutable_data_ptr());
+  args.top_k = top_k;
+  if (args.attention.batch > 0) kernels().attention_maps(runtime(), args);
+  return {entropy, mass, top_keys, top_probabilities};
+}
+
+// `queries`: int64, counted from the first sequence on; None: all.
+Tensor cpu_attention_probabilities(Tensor query, Tensor key, OptionalTensor key_padding_mask, OptionalTensor query_padding_mask, OptionalTensor bias,
+                                   OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                   OptionalTensor queries, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
+                                   int64_t window_left, int64_t window_right, double softcap) {
+  AttentionMapsArgs args = attention_maps_args(query, key, query_padding_mask,
+                                               {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, {}, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+                                                softmax_scale, is_causal, window_left, window_right, softcap, 0.0});
+  const bool varlen = cu_seqlens_q.has_value();
+  const int64_t total = query.size(varlen ? 0 : 2);
+  int64_t rows = total;
+  if (queries) {
+    rows = args.count = queries->numel();
+    args.queries = static_cast<const int64_t*>(data_of(*queries, "queries", ScalarType::Long, rows));
+    for (int64_t i = 0; i < rows; i++)
+      STD_TORCH_CHECK(args.queries[i] >= 0 && args.queries[i] < total, "queries: ", args.queries[i], " must be 0 to ", total - 1);
+  }
+  args.width = varlen ? max_seqlen_k : key.size(2);
+  STD_TORCH_CHECK(args.width >= 0, "max_seqlen_k: ", args.width, " must not be negative");
+  std::vector<int64_t> shape = {args.attention.heads, rows, args.width};
+  if (!varlen) shape.insert(shape.begin(), args.attention.batch);
+  Tensor out = empty_result(shape, query.scalar_type());
+  args.out_stride[2] = args.width;
+  args.out_stride[1] = rows * args.width;
+  args.out_stride[0] = varlen ? 0 : args.attention.heads * args.out_stride[1];
+  args.probabilities = out.mutable_data_ptr();
+  if (out.numel() > 0) kernels().attention_maps(runtime(), args);
+  return out;
+}
+
 }  // namespace
 }  // namespace bigmodel
 
@@ -271,6 +340,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_attention(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, "
         "Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, "
         "float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p) -> (Tensor, Tensor)");
+  m.def("cpu_attention_statistics(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor? query_padding_mask, Tensor? bias, "
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+        "float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, float softcap, SymInt top_k) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_attention_probabilities(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor? query_padding_mask, Tensor? bias, "
+        "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? queries, SymInt max_seqlen_q, "
+        "SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, float softcap) -> Tensor");
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
         "Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, "
         "Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, "
@@ -279,6 +354,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_philox", TORCH_BOX(&bigmodel::cpu_philox));
+  m.impl("cpu_attention_statistics", TORCH_BOX(&bigmodel::cpu_attention_statistics));
+  m.impl("cpu_attention_probabilities", TORCH_BOX(&bigmodel::cpu_attention_probabilities));
   m.impl("cpu_attention", TORCH_BOX(&bigmodel::cpu_attention));
   m.impl("cpu_attention_backward", TORCH_BOX(&bigmodel::cpu_attention_backward));
 }

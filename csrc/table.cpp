@@ -27,6 +27,7 @@ void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
 void rotary(const Runtime&, const RotaryArgs&);
+void attention_maps(const Runtime&, const AttentionMapsArgs&);
 void philox_block(const PhiloxArgs&);
 
 }  // namespace bigmodel::BIGMODEL_REST
@@ -40,6 +41,6 @@ namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward,
                            feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           rest::rotary, cross_entropy, attention, attention_backward, rest::philox_block};
+                           rest::rotary, cross_entropy, attention, attention_backward, rest::attention_maps, rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -210,13 +210,35 @@ struct Attention {
     }
   }
 
+  float sink(int64_t head) const {
+    float value = 0;
+    with_dtype(args.sinks_dtype, [&](auto type) { value = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
+    return value;
+  }
+
   // The running maximum, in units of scores, and sum of a row before any key.
   Statistics start(const Sequence& s, int64_t head) const {
     if (!args.sinks) return {-infinity, 0.0f};
-    float sink = 0;
-    with_dtype(args.sinks_dtype, [&](auto type) { sink = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
-    return {sink / unit, sink == -infinity ? 0.0f : 1.0f};
+    const float first = sink(head);
+    return {first / unit, first == -infinity ? 0.0f : 1.0f};
   }
+
+  // e^x. The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
+  static BIGMODEL_INLINE F32 exponential(F32 x) {
+    const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y));
+    const F32 p = exp2(y);
+    return fma(p, max(lost, F32::set(-1.0f)) * F32::set(0.693147181f), p);  // max: of -inf nothing is known to be lost, a NaN
+  }
+
+  // Divides by the sum of a row, exactly 1 where the two are the same: a product with the inverse, and what that is wrong by made good.
+  struct Divisor {
+    F32 minus, inverse;
+    BIGMODEL_INLINE Divisor(float divisor, float inverse) : minus(F32::set(-divisor)), inverse(F32::set(inverse)) {}
+    BIGMODEL_INLINE F32 of(F32 p) const {
+      const F32 quotient = p * inverse;
+      return fma(fma(quotient, minus, p), inverse, quotient);
+    }
+  };
 
   static void rescale(float* output, int64_t n, float factor) {
     if (factor == 1.0f) return;

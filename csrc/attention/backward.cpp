@@ -214,12 +214,6 @@ struct ChunkBackward : Attention {
     return s.batch * args.logsumexp_stride[0] + head_of(s, row) * args.logsumexp_stride[1] + s.first_query + query_of(0, row);
   }
 
-  float sink(int64_t head) const {
-    float value = 0;
-    with_dtype(args.sinks_dtype, [&](auto type) { value = to_float(static_cast<const decltype(type)*>(args.sinks)[head]); });
-    return value;
-  }
-
   // 1 - tanh^2: what the softcap's gradient is multiplied with.
   void cap_slope(const float* products, int64_t width, float* slope) const {
     const F32 inner = F32::set(args.softmax_scale / args.softcap), one = F32::set(1.0f);
@@ -227,13 +221,6 @@ struct ChunkBackward : Attention {
       const F32 t = tanh(F32::load(products + j) * inner);
       (one - t * t).store(slope + j);
     }
-  }
-
-  // e^x. The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
-  static BIGMODEL_INLINE F32 exponential(F32 x) {
-    const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y));
-    const F32 p = exp2(y);
-    return fma(p, max(lost, F32::set(-1.0f)) * F32::set(0.693147181f), p);  // max: of -inf nothing is known to be lost, a NaN
   }
 
   // Scores become P, with the sign turned where dropout takes it, and dP is dropped too; the sum of P is added to `total`.
@@ -254,16 +241,6 @@ struct ChunkBackward : Attention {
     }
     total += bigmodel::BIGMODEL_ISA::sum(sum_p);
   }
-
-  // Divides by the sum of a row, exactly 1 where the two are the same: a product with the inverse, and what that is wrong by made good.
-  struct Divisor {
-    F32 minus, inverse;
-    BIGMODEL_INLINE Divisor(float divisor, float inverse) : minus(F32::set(-divisor)), inverse(F32::set(inverse)) {}
-    BIGMODEL_INLINE F32 of(F32 p) const {
-      const F32 quotient = p * inverse;
-      return fma(fma(quotient, minus, p), inverse, quotient);
-    }
-  };
 
   // The sum of P dP.
   static float weighted_sum(const Divisor& divisor, const float* probability, const float* gradient, int64_t width) {

@@ -15,6 +15,7 @@ from bigmodel_kernels.bench.timing import Timing
 
 NAMES = (
     "attention",
+    "attention_maps",
     "embedding",
     "feed_forward",
     "linear",

@@ -325,6 +325,30 @@ def attention_backward(i: Inputs) -> dict[str, Any]:
     return {**grads, **call, "out": out, "logsumexp": logsumexp, **needs}
 
 
+def attention_maps(i: Inputs) -> dict[str, Any]:
+    call = attention(i)
+    for name in ("value", "dropout_seed", "dropout_p"):
+        del call[name]
+    query, packed = call["query"], call["cu_seqlens_q"] is not None
+    mask = None
+    if not packed and i.chance():
+        mask = torch.rand(query.shape[0], query.shape[2], generator=i.generator) < 0.7
+    return {**call, "query_padding_mask": mask}
+
+
+def attention_statistics(i: Inputs) -> dict[str, Any]:
+    return {**attention_maps(i), "top_k": i.among((0, 1, 5, 64))}
+
+
+def attention_probabilities(i: Inputs) -> dict[str, Any]:
+    call = attention_maps(i)
+    total = call["query"].shape[0 if call["cu_seqlens_q"] is not None else 2]
+    queries = None
+    if total and i.chance():
+        queries = torch.randint(total, i.among(((0,), (1,), (7,))), generator=i.generator)
+    return {**call, "queries": queries}
+
+
 def philox(i: Inputs) -> dict[str, Any]:
     return {
         "seed": torch.tensor(i.draw(st.integers(-(2**63), 2**63 - 1))),
@@ -424,6 +448,8 @@ def set_isa(i: Inputs) -> dict[str, Any]:
 MAKERS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "cpu_attention": attention,
     "cpu_attention_backward": attention_backward,
+    "cpu_attention_probabilities": attention_probabilities,
+    "cpu_attention_statistics": attention_statistics,
     "cpu_embedding": embedding,
     "cpu_embedding_backward": embedding_backward,
     "cpu_feed_forward": feed_forward,

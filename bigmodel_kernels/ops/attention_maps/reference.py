@@ -90,7 +90,7 @@ def run_probabilities(
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, 0.0)
     packed = cu_seqlens_q is not None
     if heads is not None:
-        query, key, bias, alibi_slopes, sinks = _of_heads(heads, query, key, bias, alibi_slopes, sinks)
+        query, key, bias, alibi_slopes, sinks = of_heads(heads, query, key, bias, alibi_slopes, sinks)
     total = query.shape[0] if packed else query.shape[2]
     chosen = list(range(total)) if queries is None else [q % total for q in queries]
     size = (query.shape[1], len(chosen), max_seqlen_k if packed else key.shape[2])
@@ -111,7 +111,7 @@ def run_probabilities(
     return out
 
 
-def _of_heads(
+def of_heads(
     heads: Sequence[int],
     query: Tensor,
     key: Tensor,

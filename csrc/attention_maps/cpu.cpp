@@ -30,7 +30,8 @@ struct Maps : Attention {
   struct Chunk {
     int64_t count, begin, end;          // rows; keys of which one of them sees some
     Row* rows;
-    float *tiles, *scores, *mass;       // scores: [block of keys][row][weight_line]; mass: a row of keys for each head of the group
+    float *tiles, *scores;              // scores: [block of keys][row][weight_line]
+    float *mass, *lost;                 // of the task: a row of keys for each head of the group, and what adding up has rounded off
   };
 
   template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(runtime.scratch(slot, size_t(n) * sizeof(P))); }
@@ -139,10 +140,12 @@ struct Maps : Attention {
     maps.entropy[at] = __builtin_logf(row.total) + row.surprise / row.total;
     const Divisor divisor(row.total, 1.0f / row.total);
     each_block(c, r, [&](int64_t key, int64_t n, const float* weights) {
-      float* mass = c.mass + row.head % group * round_up(s.keys, weight_block) + key;
+      const int64_t first = row.head % group * round_up(s.keys, weight_block) + key;
+      float *mass = c.mass + first, *lost = c.lost + first;
       for (int64_t j = 0; j < n; j += F32::width) {
-        const F32 p = divisor.of(F32::load(weights + j));
-        (F32::load(mass + j) + p).store(mass + j);
+        const F32 p = divisor.of(F32::load(weights + j)), before = F32::load(mass + j), sum = before + p;
+        sum.store(mass + j);
+        (F32::load(lost + j) + (p - (sum - before))).store(lost + j);
         if (maps.top_k == 0 || maximum(p) <= largest.probabilities[maps.top_k - 1]) continue;
         alignas(64) float lanes[F32::width];
         p.store(lanes);
@@ -170,9 +173,11 @@ struct Maps : Attention {
     for (int64_t i = 0; i < listed; i++)
       if (!maps.queries || (maps.queries[i] >= s.first_query && maps.queries[i] < s.first_query + s.queries)) places[count++] = maps.queries ? i : s.first_query + i;
 
-    c.mass = maps.mass ? scratch<float>(scratch_output, 2 * group * keys_padded) : nullptr;
-    float* mass = c.mass + group * keys_padded;        // of all chunks
-    if (maps.mass) memset(mass, 0, size_t(group * keys_padded) * sizeof(float));
+    if (maps.mass) {
+      c.mass = scratch<float>(scratch_output, 2 * group * keys_padded);
+      c.lost = c.mass + group * keys_padded;
+      memset(c.mass, 0, size_t(2 * group * keys_padded) * sizeof(float));
+    }
     for (int64_t first = 0; first < count * group; first += chunk_rows) {
       c.count = smaller(chunk_rows, count * group - first);
       c.begin = s.keys;
@@ -188,17 +193,17 @@ struct Maps : Attention {
       }
       pack_rows(line, depth_padded, c.count, depth, c.tiles);
       multiply(s, c, keys);
-      if (c.mass) memset(c.mass, 0, size_t(group * keys_padded) * sizeof(float));
       for (int64_t r = 0; r < c.count; r++) {
         exponentials(c, r);
         if (maps.probabilities) store_probabilities(s, c, r);
         else store_statistics(s, c, r);
       }
-      for (int64_t j = 0; c.mass && j < group * keys_padded; j += F32::width) (F32::load(mass + j) + F32::load(c.mass + j)).store(mass + j);
     }
-    for (int64_t g = 0; g < group && maps.mass; g++)
-      memcpy(maps.mass + s.batch * maps.mass_stride[0] + (s.kv_head * group + g) * maps.mass_stride[1] + (args.cu_seqlens_k ? args.cu_seqlens_k[s.batch] : 0),
-             mass + g * keys_padded, size_t(s.keys) * sizeof(float));
+    for (int64_t g = 0; g < group && maps.mass; g++) {
+      const int64_t first_key = args.cu_seqlens_k ? args.cu_seqlens_k[s.batch] : 0;
+      float* out = maps.mass + s.batch * maps.mass_stride[0] + (s.kv_head * group + g) * maps.mass_stride[1] + first_key;
+      for (int64_t j = 0; j < s.keys; j++) out[j] = c.mass[g * keys_padded + j] + c.lost[g * keys_padded + j];
+    }
   }
 
   void run() const {

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_typ
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigmodel_kernels.ops.packed_weight import PackedWeight
 
@@ -25,11 +26,13 @@ _Result = TypeVar("_Result")
 
 def public(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorates a public function: an argument of another type than the annotated one is a TypeError that
-    names it. Types are looked at once a call has failed, so that others pay nothing for it.
+    names it. Types are looked at once a call has failed, so that others pay nothing for it. A derivative in
+    forward mode is refused.
     """
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        _refuse_tangents(function.__name__, (*args, *kwargs.values()))
         try:
             return function(*args, **kwargs)
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -52,7 +55,9 @@ def _require_annotated(
         if not _is_a(value, expected[name]):
             shown = "" if isinstance(value, Tensor) else f"={value!r:.60}"
             allowed = function.__annotations__[name]
-            raise TypeError(f"{name}{shown} is of type {type(value).__name__}; it must be {allowed}") from error
+            raise TypeError(
+                f"{name}{shown} is of type {type(value).__name__}; it must be {allowed}"
+            ) from error
 
 
 def _is_a(value: Any, expected: Any) -> bool:
@@ -81,6 +86,7 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     implementation is called, checks and all, without the dispatcher, whose Python parts cost tens of
     microseconds a call. Otherwise this is `torch.ops.bigmodel.<name>.default`.
     """
+    _refuse_tangents(name, args)
     if not torch.is_grad_enabled():
         for option in _TRAINING.get(name, ()):
             options.pop(option, None)
@@ -88,6 +94,21 @@ def call(name: str, *args: Any, **options: Any) -> Any:
             return _IMPLEMENTATIONS[name](*args, **options)
         return getattr(torch.ops.bigmodel, name).default(*args, **options)
     return differentiable(name, args, options)
+
+
+def _refuse_tangents(name: str, values: Any) -> None:
+    """torch takes an operator without a forward-mode derivative for a constant, without a word."""
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, values)):
+        raise NotImplementedError(
+            f"bigmodel_kernels.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use plain PyTorch for that"
+        )
+
+
+def _has_tangent(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tangent, value))
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 #: Operators with a form `<name>_training`, which keeps what the backward would have to compute again, and the

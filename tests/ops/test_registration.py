@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,5 +134,17 @@ def test_an_argument_of_another_type_is_named(
 def test_an_error_of_another_kind_stays_as_it_is() -> None:
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         bk.attention(x(), x())  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="key has dtype torch.float16"):
+    with pytest.raises(TypeError, match=r"key has dtype torch\.float16"):
         bk.attention(x(), x().half(), x())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, nullcontext])
+def test_a_derivative_in_forward_mode_is_refused(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    """An operator without one would be a constant to torch."""
+    with mode(), pytest.raises(NotImplementedError, match="linear has no forward-mode derivative"):
+        torch.func.jvp(lambda w: bk.linear(x(), [w]), (torch.ones(5, 17),), (torch.ones(5, 17),))
+    with mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x(), x())
+        with pytest.raises(NotImplementedError, match="layer_norm has no forward-mode derivative"):
+            norm(dual)
+        assert norm(x()).isfinite().all()  # others are not concerned

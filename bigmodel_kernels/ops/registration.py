@@ -53,6 +53,8 @@ def _require_annotated(
     expected = get_type_hints(function)
     for name, value in given.items():
         if not _is_a(value, expected[name]):
+            if isinstance(error, TypeError) and str(error).startswith(name):
+                return  # a check has said more
             shown = "" if isinstance(value, Tensor) else f"={value!r:.60}"
             allowed = function.__annotations__[name]
             raise TypeError(

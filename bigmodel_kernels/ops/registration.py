@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bigmodel_kernels.ops.packed_weight import PackedWeight
 
@@ -14,6 +18,63 @@ LIBRARY = torch.library.Library("bigmodel", "FRAGMENT")
 
 #: Floating types an operator accepts. float64 runs in the reference only.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def public(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates a public function: an argument of another type than the annotated one is a TypeError that
+    names it. Types are looked at once a call has failed, so that others pay nothing for it. A derivative in
+    forward mode is refused.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        _refuse_tangents(function.__name__, (*args, *kwargs.values()))
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            _require_annotated(function, args, kwargs, error)
+            raise
+
+    return checked
+
+
+def _require_annotated(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> None:
+    """Raises TypeError, from `error`, for the first argument of a wrong type."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # Python has said what is wrong with the call
+    expected = get_type_hints(function)
+    for name, value in given.items():
+        if not _is_a(value, expected[name]):
+            if isinstance(error, TypeError) and str(error).startswith(name):
+                return  # a check has said more
+            shown = "" if isinstance(value, Tensor) else f"={value!r:.60}"
+            allowed = function.__annotations__[name]
+            raise TypeError(
+                f"{name}{shown} is of type {type(value).__name__}; it must be {allowed}"
+            ) from error
+
+
+def _is_a(value: Any, expected: Any) -> bool:
+    origin, parts = get_origin(expected), get_args(expected)
+    if origin in (Union, types.UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(map(_is_a, value, parts))
+    if origin is not None:
+        return isinstance(value, origin) and all(_is_a(item, parts[0]) for item in value)
+    if expected in (int, float):  # numbers of compiled graphs are ones too
+        return isinstance(value, (int, torch.SymInt)) or (
+            expected is float and isinstance(value, (float, torch.SymFloat))
+        )
+    return isinstance(value, expected)
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -27,6 +88,7 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     implementation is called, checks and all, without the dispatcher, whose Python parts cost tens of
     microseconds a call. Otherwise this is `torch.ops.bigmodel.<name>.default`.
     """
+    _refuse_tangents(name, args)
     if not torch.is_grad_enabled():
         for option in _TRAINING.get(name, ()):
             options.pop(option, None)
@@ -34,6 +96,21 @@ def call(name: str, *args: Any, **options: Any) -> Any:
             return _IMPLEMENTATIONS[name](*args, **options)
         return getattr(torch.ops.bigmodel, name).default(*args, **options)
     return differentiable(name, args, options)
+
+
+def _refuse_tangents(name: str, values: Any) -> None:
+    """torch takes an operator without a forward-mode derivative for a constant, without a word."""
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, values)):
+        raise NotImplementedError(
+            f"bigmodel_kernels.{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use plain PyTorch for that"
+        )
+
+
+def _has_tangent(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_tangent, value))
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 #: Operators with a form `<name>_training`, which keeps what the backward would have to compute again, and the

@@ -229,7 +229,7 @@ class SelfOutput(Form):
             input_tensor,
             checks.dropout_p(self.dropout),
             blocks.part(self.LayerNorm, nn.LayerNorm, dtype),
-            self.LayerNorm.eps,
+            blocks.eps_of(self.LayerNorm),
         )
 
 
@@ -512,12 +512,12 @@ def _layer_parts(modules: _Modules, dtype: torch.dtype | None) -> LayerParts:
         head_dim=attention.attention_head_size,
         attention_out=blocks.part(attention_output.dense, nn.Linear, dtype),
         attention_norm=blocks.part(attention_output.LayerNorm, nn.LayerNorm, dtype),
-        attention_eps=attention_output.LayerNorm.eps,
+        attention_eps=blocks.eps_of(attention_output.LayerNorm),
         attention_p=attention.dropout_p(),
         context_p=checks.dropout_p(attention_output.dropout),
         ffn=_ffn(intermediate, output, dtype, recompute),
         ffn_norm=blocks.part(output.LayerNorm, nn.LayerNorm, dtype),
-        ffn_eps=output.LayerNorm.eps,
+        ffn_eps=blocks.eps_of(output.LayerNorm),
         ffn_p=checks.dropout_p(output.dropout),
         unfused=lambda x: output(intermediate(x), x),
     )

@@ -59,6 +59,11 @@ def part(module: nn.Module, cls: type, dtype: torch.dtype | None) -> Part:
     return module if held is None else Affine(*held)
 
 
+def eps_of(norm: Any) -> float:
+    """The epsilon of a norm; what stands in its place, and is called as it is, may have none."""
+    return float(getattr(norm, "eps", 0.0))
+
+
 class Terms(NamedTuple):
     """All that `bigmodel::attention` is told in a layer but for its dropout; the defaults are the operator's.
 

@@ -279,11 +279,11 @@ class Layer(Form):
         return DecoderParts(
             order=order,
             attention_norm=blocks.part(first, nn.LayerNorm, dtype),
-            attention_eps=_eps(first),
+            attention_eps=blocks.eps_of(first),
             attention_out=blocks.part(attention.__dict__["_modules"][kin.out], kin.linear, dtype),
             attention_p=attention_p,
             ffn_norm=None if second is None else blocks.part(second, nn.LayerNorm, dtype),
-            ffn_eps=_eps(first if second is None else second),
+            ffn_eps=blocks.eps_of(first if second is None else second),
             ffn=ffn,
             unfused=partial(_unfused, self, ffn_p),
             ffn_p=ffn_p,
@@ -379,10 +379,6 @@ def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     return blocks.feed_forward_of(
         mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None, linear=kin.linear
     )
-
-
-def _eps(norm: Any) -> float:
-    return getattr(norm, "eps", 0.0)  # nn.Identity has none
 
 
 def _unfused(layer: Any, p: float, x: Tensor) -> Tensor:

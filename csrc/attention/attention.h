@@ -12,13 +12,16 @@ namespace {
 constexpr int64_t key_block = 256;
 constexpr int64_t score_rows = 4 * tile_rows;
 constexpr int64_t score_stride = key_block + 16;    // not a power of two, or the rows of a tile would share their cache sets
-constexpr int64_t logit_depth = 128;                // longest chain of additions in a logit, as depth_block is for a product
 constexpr int64_t direct_rows = 3;                  // up to here K and V are read in place
 constexpr int64_t direct_scores = 32;               // so few fill too little of the tile unit's registers
 constexpr int64_t keep_stride = key_block / 8;
 constexpr int64_t weight_block = 128;               // keys whose P and dS the backward makes together
 constexpr int64_t weight_line = weight_block + 16;  // as score_stride
 static_assert(weight_block % 16 == 0 && weight_block <= key_block, "a block's dropout bits start at a call of the generator, in a row of keep_stride bytes");
+// Longest chain of additions in a logit, as depth_block is for a product. Plain PyTorch takes the products of few rows as dot products of
+// vectors, whose chains are short.
+constexpr int64_t few_queries = 16;
+constexpr int64_t logit_depth(int64_t queries) { return queries <= few_queries ? 16 : 128; }
 constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
 
 // Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.

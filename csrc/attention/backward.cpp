@@ -39,7 +39,8 @@ struct VectorProducts {
   using Step = Widen<float>;
 
   const Runtime& runtime;
-  const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, weight_block);
+  const int64_t depth, keys, chain;          // chain: see logit_depth
+  const int64_t padded = round_up(depth, panel), keys_padded = round_up(keys, weight_block);
   float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
   float* const key_transposed = floats(scratch_key, keys_padded * (2 * depth + padded));
   float* const value_transposed = key_transposed + keys_padded * depth;
@@ -78,8 +79,8 @@ struct VectorProducts {
   void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient) const {
     for (int64_t p = 0; p < width; p += panel)
       for (int64_t r = 0; r < count; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += logit_depth) {
-          const int64_t here = smaller(tile_rows, count - r), steps = smaller(logit_depth, depth - d);
+        for (int64_t d = 0; d < depth; d += chain) {
+          const int64_t here = smaller(tile_rows, count - r), steps = smaller(chain, depth - d);
           const int64_t at = r * weight_line + p, tile = r * depth + d * tile_rows, panels = (key + p) * depth + d * panel;
           multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_transposed + panels, scores + at, weight_line, d > 0);
           multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_transposed + panels, gradient + at, weight_line, d > 0);
@@ -283,7 +284,7 @@ struct Backward : ChunkBackward {
       if (Products::worthwhile(s.queries * group, s.keys)) return task(s, Products{runtime, depth, s.keys});
     }
 #endif
-    task(s, VectorProducts{runtime, depth, s.keys});
+    task(s, VectorProducts{runtime, depth, s.keys, logit_depth(s.queries)});
   }
 
   template <class Products>

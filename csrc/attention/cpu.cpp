@@ -33,11 +33,11 @@ struct PackedForward : Attention {
     const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
     const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
     if (low_key >= high_key) return;
-    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
+    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel), chain = logit_depth(s.queries);
     for (int64_t p = first_panel; p < last_panel; p++)
       for (int64_t r = 0; r < rows; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += logit_depth)
-          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(logit_depth, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
+        for (int64_t d = 0; d < depth; d += chain)
+          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
                               packed_key + (p * depth + d) * panel, scores + r * score_stride + p * panel, score_stride, d > 0);
 
     const int64_t from = first_panel * panel, width = last_panel * panel - from;

@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {
     "one": Shape(queries=1, keys=1, dim=1),
     "decode": Shape(queries=1, keys=300, heads=6, causal=True, dim=64),
+    "decode, grouped": Shape(queries=2, keys=300, heads=8, dim=128, batch=4, scale=0.26),
     "decode, all": Shape(queries=2, keys=129, causal=True, alibi=1, sinks=True, dropout=0.3, dim=33),
     "square": Shape(queries=129, keys=129, dim=64),
     "causal": Shape(queries=127, keys=127, causal=True, dim=80),

@@ -71,6 +71,7 @@ CALLS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 3, 3, 200, 5, 7), {"is_causal": True}),
     ((1, 4, 2, 75, 131, 33), {"softcap": 5.0, "window": (90, 30), "grad_lse": True}),
     ((1, 1, 1, 300, 290, 160), {"dropout_p": 0.1}),
+    ((2, 8, 1, 4, 300, 128), {"softmax_scale": 1.0}),
 ]
 
 

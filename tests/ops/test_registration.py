@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bigmodel_kernels  # noqa: F401  (defines the operators)
+import bigmodel_kernels as bk
 from bigmodel_kernels.ops import registration
 
 
@@ -101,3 +103,48 @@ def test_a_weight_that_is_a_subclass_in_a_list(taken: list[str]) -> None:
 def test_bad_input_raises_on_both_ways(mode: Callable[[], AbstractContextManager[None]]) -> None:
     with mode(), pytest.raises(ValueError, match="weight has shape"):
         registration.call("layer_norm", x(), torch.ones(5), None, 1e-5, None)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, nullcontext])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda q: bk.attention(None, q, q), "query=None is of type NoneType; it must be Tensor"),
+        (lambda q: bk.attention(q, q, q, bias=1.0), "bias=1.0 is of type float; it must be Tensor"),
+        (lambda q: bk.attention(q, q, q, window=(1.5, 0)), "window=(1.5, 0) is of type tuple; it must be"),
+        (lambda q: bk.attention(q, q, q, softcap=None), "softcap=None is of type NoneType; it must be float"),
+        (lambda q: bk.attention_decode(q, q, q, [2]), "cache_seqlens=[2] is of type list; it must be Tensor"),
+        (lambda q: bk.attention_probabilities(q, q, heads=1), "heads=1 is of type int; it must be Sequence"),
+        (lambda q: bk.linear(q, [q, 3]), "weight=["),
+        (lambda q: bk.feed_forward(q, q, None, q, None, activation=3), "activation=3 is of type int"),
+        (lambda q: bk.layer_norm(q, None, None, "a"), "eps='a' is of type str; it must be float"),
+        (lambda q: bk.rms_norm([1.0], None), "x=[1.0] is of type list; it must be Tensor"),
+        (lambda q: bk.rotary(q, q, q, 1), "sin=1 is of type int; it must be Tensor"),
+        (lambda q: bk.embedding([1], q), "input_ids=[1] is of type list; it must be Tensor"),
+        (lambda q: bk.linear_cross_entropy(q, q, 1), "target=1 is of type int; it must be Tensor"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(
+    call: Callable[[Tensor], object], message: str, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    with mode(), pytest.raises(TypeError, match=re.escape(message)):
+        call(torch.ones(1, 2, 3, 8))
+
+
+def test_an_error_of_another_kind_stays_as_it_is() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        bk.attention(x(), x())  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"key has dtype torch\.float16"):
+        bk.attention(x(), x().half(), x())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, nullcontext])
+def test_a_derivative_in_forward_mode_is_refused(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    """An operator without one would be a constant to torch."""
+    with mode(), pytest.raises(NotImplementedError, match="linear has no forward-mode derivative"):
+        torch.func.jvp(lambda w: bk.linear(x(), [w]), (torch.ones(5, 17),), (torch.ones(5, 17),))
+    with mode(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x(), x())
+        with pytest.raises(NotImplementedError, match="layer_norm has no forward-mode derivative"):
+            norm(dual)
+        assert norm(x()).isfinite().all()  # others are not concerned

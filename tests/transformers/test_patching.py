@@ -25,10 +25,13 @@ from transformers.models.bert import modeling_bert
 from transformers.pytorch_utils import Conv1D
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.models.rule import eager_of
 from bigmodel_kernels.models.tiny import (
+    TINY,
     bert_config,
     build,
     gpt2_config,
+    inputs_of,
     right_padding,
     token_ids,
 )
@@ -426,6 +429,23 @@ def test_an_attention_that_is_not_as_known(change: Callable[[Any], None], reason
     assert rows["encoder.layer.0.attention.self"].status == "patched"
     assert rows["encoder.layer.1"].status == "patched"
     torch.testing.assert_close(forward(model), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "gpt2", "opt", "bart"])
+def test_norms_that_are_taken_out(family: str, when: str) -> None:
+    """What stands in the place of a norm has no epsilon."""
+    model = TINY[family].model()
+    eager, inputs = eager_of(model), inputs_of(model)
+    if when == "after":
+        bk.patch(model)
+    for network in (model, eager):
+        for name, module in list(network.named_modules()):
+            if isinstance(module, nn.LayerNorm):
+                network.set_submodule(name, nn.Identity())
+    bk.patch(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs)[0], eager(**inputs)[0], atol=1e-3, rtol=1e-3)
 
 
 def test_a_subclass_of_the_model_with_its_own_forward() -> None:

@@ -20,6 +20,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     draw_seed,
     no_second_derivative,
+    public,
     register_gradient,
     require_device,
 )
@@ -35,6 +36,7 @@ _OPTIONS = (
 )
 
 
+@public
 def attention(
     query: Tensor,
     key: Tensor,

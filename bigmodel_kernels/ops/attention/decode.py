@@ -14,6 +14,7 @@ from bigmodel_kernels.ops.registration import (
     call,
     compute_dtype,
     define,
+    public,
     require_device,
     require_float,
     require_like,
@@ -21,6 +22,7 @@ from bigmodel_kernels.ops.registration import (
 )
 
 
+@public
 def attention_decode(
     query: Tensor,
     key_cache: Tensor,

@@ -20,6 +20,7 @@ from bigmodel_kernels.ops.registration import (
     compute_dtype,
     define,
     map_elements,
+    public,
     require_device,
     shape,
 )
@@ -34,6 +35,7 @@ class AttentionStatistics(NamedTuple):
     top_probabilities: Tensor
 
 
+@public
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -102,6 +104,7 @@ def attention_statistics(
     return AttentionStatistics(*call("attention_statistics", *args, **options))
 
 
+@public
 def attention_probabilities(
     query: Tensor,
     key: Tensor,

@@ -19,6 +19,7 @@ from bigmodel_kernels.ops.registration import (
     fake_gradients,
     gradients,
     no_second_derivative,
+    public,
     require_choice,
     require_device,
     require_float,
@@ -32,6 +33,7 @@ from bigmodel_kernels.ops.registration import (
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@public
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

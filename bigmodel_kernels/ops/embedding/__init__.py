@@ -22,6 +22,7 @@ from bigmodel_kernels.ops.registration import (
     given,
     gradients,
     no_second_derivative,
+    public,
     register_gradient,
     require_device,
     require_dropout,
@@ -33,6 +34,7 @@ from bigmodel_kernels.ops.registration import (
 )
 
 
+@public
 def embedding(
     input_ids: Tensor,
     word_weight: Tensor,

@@ -22,6 +22,7 @@ from bigmodel_kernels.ops.registration import (
     gradients,
     no_second_derivative,
     placeholder,
+    public,
     register_gradient,
     require_choice,
     require_dropout,
@@ -35,6 +36,7 @@ from bigmodel_kernels.ops.registration import (
 NORM_POSITIONS = ("none", "pre", "post")
 
 
+@public
 def feed_forward(
     x: Tensor,
     w_in: Tensor,

@@ -23,6 +23,7 @@ from bigmodel_kernels.ops.registration import (
     gradients,
     no_second_derivative,
     placeholder,
+    public,
     require_choice,
     require_dropout,
     require_float,
@@ -36,6 +37,7 @@ from bigmodel_kernels.ops.registration import (
 LAYOUTS = ("linear", "conv1d")
 
 
+@public
 def linear(
     x: Tensor,
     weight: Tensor | Sequence[Tensor],

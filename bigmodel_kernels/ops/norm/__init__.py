@@ -19,6 +19,7 @@ from bigmodel_kernels.ops.registration import (
     given,
     gradients,
     no_second_derivative,
+    public,
     register_gradient,
     require_choice,
     require_dropout,
@@ -33,6 +34,7 @@ from bigmodel_kernels.ops.registration import (
 KINDS = ("layer_norm", "rms_norm")
 
 
+@public
 def layer_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -74,6 +76,7 @@ def prepare(
     return (x, weight, bias, eps, residual, draw_seed(dropout_p, x.device)), {"dropout_p": dropout_p}
 
 
+@public
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,

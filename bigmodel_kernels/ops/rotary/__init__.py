@@ -13,6 +13,7 @@ from bigmodel_kernels.ops.registration import (
     backward_formula,
     call,
     define,
+    public,
     register_gradient,
     require_device,
     require_float,
@@ -21,6 +22,7 @@ from bigmodel_kernels.ops.registration import (
 )
 
 
+@public
 def rotary(
     query: Tensor,
     key: Tensor,

@@ -55,7 +55,7 @@ class BigmodelAlbertAttention(bert_like.SelfAttention, hf.AlbertAttention, kin=K
             hidden_states,
             checks.dropout_p(self.output_dropout),
             blocks.part(self.LayerNorm, nn.LayerNorm, dtype),
-            self.LayerNorm.eps,
+            blocks.eps_of(self.LayerNorm),
         )
         return out, found[1]
 

@@ -46,6 +46,7 @@ struct Maps : Attention {
   // Scores of all rows, and the maximum of each.
   void multiply(const Sequence& s, const Chunk& c, const float* keys) const {
     using Step = Widen<float>;
+    const int64_t chain = logit_depth(s.queries);
     alignas(64) float buffer[weight_block];
     for (int64_t key = c.begin; key < c.end; key += weight_block) {
       const int64_t n = smaller(weight_block, c.end - key), width = round_up(n, panel);
@@ -54,8 +55,8 @@ struct Maps : Attention {
       const float* mask = padding(s, key, n, width, buffer, visible);
       for (int64_t p = 0; p < width && visible; p += panel)
         for (int64_t r = 0; r < c.count; r += tile_rows)
-          for (int64_t d = 0; d < depth; d += logit_depth)
-            multiply_rows<Step>(smaller(tile_rows, c.count - r), smaller(logit_depth, depth - d), PackedTile<Step>{c.tiles + r * depth + d * tile_rows},
+          for (int64_t d = 0; d < depth; d += chain)
+            multiply_rows<Step>(smaller(tile_rows, c.count - r), smaller(chain, depth - d), PackedTile<Step>{c.tiles + r * depth + d * tile_rows},
                                 keys + (key + p) * depth + d * panel, scores + r * weight_line + p, weight_line, d > 0);
       for (int64_t r = 0; r < c.count; r++) {
         Row& row = c.rows[r];

@@ -948,13 +948,17 @@ def _named(arguments: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _evaluate(
+def evaluate(
     function: Callable[..., Any],
     args: Any,
     kwargs: Any,
     dtype: torch.dtype | None,
     upstream: Sequence[Tensor],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of a call, and by name the gradients of all floating tensors in it.
+
+    dtype: in which it runs; None for each tensor in its own. upstream: the gradients of the outputs.
+    """
     args, kwargs = _leaves(args, dtype), _leaves(kwargs, dtype)
     outputs = function(*args, **kwargs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -990,14 +994,14 @@ def run_case(case: Case, backend: str | None = None, device: str = "cpu", seed: 
         upstream = [maker.normal(*shape) for shape in shapes]
         try:
             with poisoned():
-                outs, grads = _evaluate(public, args, kwargs, None, upstream)
+                outs, grads = evaluate(public, args, kwargs, None, upstream)
         except (
             Exception
         ) as problem:  # a broken kernel is a finding of this tool, which goes on to the next case
             error = f"{type(problem).__name__}: {problem}"
             return Result(case, chosen, {}, time.perf_counter() - start, error=error)
-    eager_outs, eager_grads = _evaluate(formula, args, kwargs, None, upstream)
-    ref_outs, ref_grads = _evaluate(formula, args, kwargs, torch.float64, upstream)
+    eager_outs, eager_grads = evaluate(formula, args, kwargs, None, upstream)
+    ref_outs, ref_grads = evaluate(formula, args, kwargs, torch.float64, upstream)
     names = _RESULTS.get(case.op, ("out",))
     for name, out, eager, ref in zip(names, outs, eager_outs, ref_outs, strict=True):
         verdicts[name] = compare(out, eager, ref)

@@ -171,20 +171,24 @@ def _messages(path: Path) -> Iterator[tuple[str, str]]:
     order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(data[:4])
     if order is None:
         raise ValueError(f"{path} does not begin as a .mo file does")
-    count, *tables = struct.unpack_from(f"{order}3I", data, 8)
 
-    def strings(table: int) -> Iterator[bytes]:
-        for length, start in struct.iter_unpack(f"{order}2I", data[table : table + 8 * count]):
-            yield data[start : start + length]
+    def strings(count: int, table: int) -> list[bytes]:
+        rows = (struct.unpack_from(f"{order}2I", data, table + 8 * row) for row in range(count))
+        return [struct.unpack_from(f"{length}s", data, start)[0] for length, start in rows]
 
-    pairs = list(zip(*map(strings, tables), strict=True))
+    try:
+        count, *tables = struct.unpack_from(f"{order}3I", data, 8)
+        sources, targets = (strings(count, table) for table in tables)
+    except struct.error as error:
+        raise ValueError(f"{path} is cut off, or no .mo file: it has {len(data)} bytes, {error}") from error
+    pairs = list(zip(sources, targets, strict=True))
     charset = re.search(rb"charset=([^\s;]+)", dict(pairs).get(b"", b""))
-    encoding = charset[1].decode("ascii") if charset else "ascii"
+    encoding = charset[1].decode("ascii", "backslashreplace") if charset else "ascii"
     try:
         for pair in pairs:
             source, target = (text.partition(b"\0")[0].decode(encoding) for text in pair)
             yield source, target
-    except (UnicodeDecodeError, LookupError) as error:
+    except (ValueError, LookupError) as error:
         raise ValueError(f"{path} cannot be read in its charset, {encoding}: {error}") from error
 
 

@@ -8,16 +8,19 @@ at all times.
 The views of a model are of one company. Where one of its modules gets its config back, that module reads the
 masks of its own implementation only, and from then on the others' views answer as their bases do: small masks
 are for a model of which everybody can read them.
+
+A view is for its model alone: who makes another model with it gets what its base says (see `_hand_over`).
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 from bigmodel_kernels.transformers.autoregister import NAME
 
-_BASE, _COMPANY = "_bigmodel_base", "_bigmodel_company"
+_SLOTS = ("_bigmodel_base", "_bigmodel_company", "_bigmodel_owner")
 _INTERNAL = "_attn_implementation_internal"  # where the base keeps it
 _SHORT_MASKS = "_bigmodel_short_masks"
 #: Class of a config, and whether masks are short -> that of its views.
@@ -34,10 +37,15 @@ class Company:
     def __reduce__(self) -> tuple[Any, ...]:
         return Company, ()
 
+    def break_up(self) -> None:
+        for each in self.views:
+            _break_up(each)
+        self.views.clear()
 
-def view(base: Any, company: Company | None = None, short_masks: bool = False) -> Any:
+
+def view(base: Any, company: Company | None = None, short_masks: bool = False, owner: Any = None) -> Any:
     """A config equal to `base` but for the attention implementation, until its company breaks up.
-    `short_masks` are for models that would ask for full ones.
+    `short_masks` are for models that would ask for full ones, `owner` is the module whose config it becomes.
     """
     cls = type(base)
     if (cls, short_masks) not in _classes:
@@ -56,8 +64,9 @@ def view(base: Any, company: Company | None = None, short_masks: bool = False) -
     company = company or Company()
     result: Any = object.__new__(_classes[cls, short_masks])
     object.__setattr__(result, "__dict__", base.__dict__)
-    object.__setattr__(result, _BASE, base)
-    object.__setattr__(result, _COMPANY, company)
+    result._bigmodel_base = base
+    result._bigmodel_company = company
+    result._bigmodel_owner = None if owner is None else weakref.ref(owner)
     company.views.append(result)
     return result
 
@@ -67,12 +76,13 @@ def _subclass(cls: type, **namespace: Any) -> type:
         cls.__name__,
         (cls,),
         {
-            "__slots__": (_BASE, _COMPANY),
+            "__slots__": _SLOTS,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             # transformers makes a config of defaults by `type(config)()`: that is a plain one.
             "__new__": lambda _, *args, **kwargs: cls(*args, **kwargs),
             "__eq__": _equal,
+            "__copy__": _copy,
             **namespace,
         },
     )
@@ -94,17 +104,39 @@ def keeps_masks_short(config: Any) -> bool:
 
 def base_of(config: Any) -> Any:
     """The config behind a view; any other config itself."""
-    return object.__getattribute__(config, _BASE) if is_view(config) else config
+    return config._bigmodel_base if is_view(config) else config
+
+
+def in_one_company(one: Any, other: Any) -> bool:
+    """Whether both were made as views of one model: of one module, one is the other or took its place."""
+    return is_view(one) and is_view(other) and one._bigmodel_company is other._bigmodel_company
 
 
 def leave(config: Any) -> Any:
     """The config behind a view that is given up, with which its company breaks up."""
-    company: Company = object.__getattribute__(config, _COMPANY)
-    for each in company.views:
-        # Not an answer that is looked up at each call: torch.compile reads a class, and guards it.
-        object.__setattr__(each, "__class__", _broken_up[type(base_of(each))])
-    company.views.clear()
+    if is_complete(config):  # one that was handed over is of no company any more
+        config._bigmodel_company.break_up()
     return base_of(config)
+
+
+def _break_up(config: Any) -> None:
+    # Not an answer that is looked up at each call: torch.compile reads a class, and guards it.
+    object.__setattr__(config, "__class__", _broken_up[type(base_of(config))])
+
+
+def _hand_over(config: Any) -> None:
+    """Another model is being made with a view. That model keeps the object, which from now on answers as its
+    base; the owner gets a new view in its place. Where that is unknown (pickle does not keep it) or has
+    another config by now, its company breaks up: right in any case, but masks are full again.
+    """
+    company: Company = config._bigmodel_company
+    owner = config._bigmodel_owner and config._bigmodel_owner()
+    if owner is None or owner.__dict__.get("config") is not config:
+        company.break_up()
+        return
+    owner.__dict__["config"] = view(base_of(config), company, keeps_masks_short(config), owner)
+    company.views[:] = (each for each in company.views if each is not config)
+    _break_up(config)
 
 
 def _implementation(self: Any) -> str:
@@ -112,7 +144,7 @@ def _implementation(self: Any) -> str:
 
 
 def _set_implementation(self: Any, value: Any) -> None:
-    object.__getattribute__(self, _BASE)._attn_implementation = value
+    base_of(self)._attn_implementation = value
 
 
 def _internal(self: Any) -> Any:
@@ -120,28 +152,37 @@ def _internal(self: Any) -> Any:
 
 
 def _set_internal(self: Any, value: Any) -> None:
-    """A model that is made with this config writes back what it reads, which nobody has asked for."""
-    if value != NAME:
+    """The constructor of a model writes back what it has read, which nobody has asked for."""
+    if value == NAME:
+        _hand_over(self)
+    else:
         self.__dict__[_INTERNAL] = value
 
 
 def _set_output_attentions(self: Any, value: Any) -> None:
-    object.__getattribute__(self, _BASE).output_attentions = value
+    base_of(self).output_attentions = value
 
 
 def _equal(self: Any, other: Any) -> bool:
     return bool(base_of(self) == base_of(other))
 
 
+def _copy(self: Any) -> Any:
+    """The copy of a config is for another model, and plain."""
+    return copy.copy(base_of(self))
+
+
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    return view, (base_of(self), object.__getattribute__(self, _COMPANY), keeps_masks_short(self))
+    return view, (base_of(self), self._bigmodel_company, keeps_masks_short(self))
 
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     """A copy of a patched model has a view too; that of the config alone, for another model, is plain."""
     if not memo:
         return copy.deepcopy(base_of(self))
-    return view(*(copy.deepcopy(part, memo) for part in _reduce(self, None)[1]))
+    owner = self._bigmodel_owner and self._bigmodel_owner()
+    base, company = (copy.deepcopy(part, memo) for part in (base_of(self), self._bigmodel_company))
+    return view(base, company, keeps_masks_short(self), memo.get(id(owner)))
 
 
 def _reduce_to_base(self: Any, protocol: Any) -> tuple[Any, ...]:

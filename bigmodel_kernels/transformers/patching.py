@@ -109,7 +109,8 @@ class Change:
 
     def undo(self) -> None:
         """Restores what was before, unless somebody else has changed it since."""
-        if self._get() is self.after:
+        now = self._get()
+        if now is self.after or config_view.in_one_company(now, self.after):
             self._set(self.before)
 
     def _get(self) -> Any:
@@ -349,7 +350,7 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
     for module in (root, *on_path):
         own = module.__dict__.get("config")
         if own is not None and not config_view.is_complete(own):
-            seen = config_view.view(config_view.base_of(own), company, family.asks_for_full_masks)
+            seen = config_view.view(config_view.base_of(own), company, family.asks_for_full_masks, module)
             plan.changes.append(Change(module, own, seen, "config"))
 
 

@@ -100,3 +100,16 @@ def test_a_catalogue_is_read_in_its_own_charset(tmp_path: Path, order: str) -> N
     path.write_bytes(b"no catalogue")
     with pytest.raises(ValueError, match=r"a\.mo does not begin as a \.mo file does"):
         texts.catalogue_pairs("de", [tmp_path])
+
+
+def test_a_catalogue_that_is_cut_off(tmp_path: Path) -> None:
+    """In its header, in each of its tables, and in a string; only the last zero byte may be missing."""
+    path = tmp_path / "de" / "LC_MESSAGES" / "a.mo"
+    write_catalogue(path, {"open the file": "Datei öffnen"})
+    whole = path.read_bytes()
+    for size in range(4, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"a\.mo is cut off, or no \.mo file: it has {size} bytes"):
+            texts.catalogue_pairs("de", [tmp_path])
+    path.write_bytes(whole[:-1])
+    assert len(texts.catalogue_pairs("de", [tmp_path])) == 1

@@ -23,7 +23,8 @@
 
 #define BIGMODEL_INLINE inline __attribute__((always_inline))
 
-#if BIGMODEL_AMX  // has products of its own, and the rest from the instruction set that it extends
+// Where the kernels are that do not multiply by the tile unit: `amx` has products of its own, and the rest from the set that it extends.
+#if BIGMODEL_AMX
 #define BIGMODEL_REST avx512_bf16
 #else
 #define BIGMODEL_REST BIGMODEL_ISA

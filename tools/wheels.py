@@ -202,7 +202,7 @@ def main() -> int:
     found = compilers()
     variants, left_out = choose(arguments.variant, found)
     status = 0
-    # The second builds share a folder, as the first do: what is for CPUs is compiled once more, not once for each.
+    # The second builds share a folder, as the first do: what is for CPUs is compiled once more, not for each.
     with tempfile.TemporaryDirectory() as second:
         for variant in variants:
             wheel = build(variant, arguments.output, FOLDER)

@@ -111,7 +111,7 @@ def usage_since(folder: Path, start: float) -> str:
     largest = max(usage, key=lambda name: usage[name]["megabytes"])
     return (
         f"{folder.name}: {len(usage)} jobs in {time.time() - start:.0f} s "
-        f"({sum(u['seconds'] for u in usage.values()):.0f} s of jobs); "
+        f"({sum(u['processor_seconds'] for u in usage.values()):.0f} s of processors); "
         f"the largest took {usage[largest]['megabytes']} MB ({largest})"
     )
 

@@ -3,8 +3,9 @@
     python csrc/job.py OUTPUT [--log FILE] -- COMMAND...
 
 The command's own output goes to FILE, which is shown when the command fails; without --log it is shown as it
-comes. The time and the memory are also kept in OUTPUT.usage, for build.py's summary. Memory is the largest
-resident set of any one process of the command, as the system counts it.
+comes. These are also kept in OUTPUT.usage, for build.py's summary. Time is that on the clock and that on
+processors, which says more where other work shares them. Memory is the largest resident set of any one
+process of the command, as the system counts it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ def main(arguments: list[str]) -> int:
         if status:
             print(Path(log).read_text(), end="")
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     usage = {
         "seconds": round(time.monotonic() - start, 1),
-        "megabytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit // 1_000_000,
+        "processor_seconds": round(children.ru_utime + children.ru_stime, 1),
+        "megabytes": children.ru_maxrss * unit // 1_000_000,
     }
     if status == 0:
         Path(f"{output}.usage").write_text(json.dumps(usage))
-        print(f"{output.name}: {usage['seconds']} s, {usage['megabytes']} MB")
+        print(
+            f"{output.name}: {usage['seconds']} s ({usage['processor_seconds']} s of processors), "
+            f"{usage['megabytes']} MB"
+        )
     return status
 
 

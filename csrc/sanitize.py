@@ -17,6 +17,7 @@ Linux, g++ or clang++ with its sanitizer libraries. CXX and MAX_JOBS as for setu
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -59,10 +60,12 @@ def preloaded(**more: str) -> dict[str, str]:
 
 
 def run(command: list[str], environment: dict[str, str]) -> None:
-    start = time.monotonic()
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     print("+", " ".join(command), flush=True)
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-    print(f"  {time.monotonic() - start:.0f} s", flush=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"  {time.monotonic() - start:.0f} s ({processors:.0f} s of processors)", flush=True)
     if code:
         raise SystemExit(f"exited with {code}")
 

@@ -1,12 +1,6 @@
 // One instruction set's kernels as a table: compiled once per instruction set.
 #include "gemm/gemm.h"
 
-#if BIGMODEL_AMX  // has products of its own, and the rest from the instruction set that it extends
-#define BIGMODEL_REST avx512_bf16
-#else
-#define BIGMODEL_REST BIGMODEL_ISA
-#endif
-
 namespace bigmodel::BIGMODEL_ISA {
 
 void pack(const Runtime&, const PackArgs&);
@@ -37,7 +31,6 @@ namespace bigmodel::BIGMODEL_ISA {
 #define BIGMODEL_NAME_OF(isa) #isa
 #define BIGMODEL_NAME(isa) BIGMODEL_NAME_OF(isa)
 
-namespace rest = bigmodel::BIGMODEL_REST;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, linear_backward,
                            feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,

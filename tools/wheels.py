@@ -202,16 +202,17 @@ def main() -> int:
     found = compilers()
     variants, left_out = choose(arguments.variant, found)
     status = 0
-    for variant in variants:
-        wheel = build(variant, arguments.output, FOLDER)
-        print(describe(wheel), flush=True)
-        if arguments.twice:
-            os.environ["CCACHE_DISABLE"] = "1"
-            with tempfile.TemporaryDirectory() as folder:
-                again = build(variant, Path(folder, "wheel"), Path(folder, "source"))
+    # The second builds share a folder, as the first do: what is for CPUs is compiled once more, not for each.
+    with tempfile.TemporaryDirectory() as second:
+        for variant in variants:
+            wheel = build(variant, arguments.output, FOLDER)
+            print(describe(wheel), flush=True)
+            if arguments.twice:
+                os.environ["CCACHE_DISABLE"] = "1"
+                again = build(variant, Path(second, "wheels"), Path(second, "source"))
                 same = again.read_bytes() == wheel.read_bytes()
-            print(f"  a second build has {'the same' if same else 'OTHER'} bytes", flush=True)
-            status |= not same
+                print(f"  a second build has {'the same' if same else 'OTHER'} bytes", flush=True)
+                status |= not same
     if left_out:
         print(
             f"left out: CUDA {' and '.join(left_out)} (no nvcc of it; there is: {', '.join(found) or 'none'})"

@@ -23,7 +23,17 @@
 
 #define BIGMODEL_INLINE inline __attribute__((always_inline))
 
+// Where the kernels are that do not multiply by the tile unit: `amx` has products of its own, and the rest from the set that it extends.
+#if BIGMODEL_AMX
+#define BIGMODEL_REST avx512_bf16
+#else
+#define BIGMODEL_REST BIGMODEL_ISA
+#endif
+namespace bigmodel::BIGMODEL_REST {}
+
 namespace bigmodel::BIGMODEL_ISA {
+
+namespace rest = bigmodel::BIGMODEL_REST;
 
 // Storage types of the half formats. They are only ever converted: arithmetic is in float32.
 struct bf16 { uint16_t bits; };
@@ -200,15 +210,16 @@ BIGMODEL_INLINE float maximum(F32 a) { float m = a.v[0]; for (int i = 1; i < 8; 
 
 BIGMODEL_INLINE F32 operator-(F32 a) { return F32::zero() - a; }
 
-// The first n lanes (1 <= n <= width); the rest are `fill`. Through a buffer: tails are rare and a masked load saves little.
+// The first n lanes (1 <= n <= width); the rest are `fill`. Through a buffer: tails are rare and a masked load saves little. Never
+// inlined: a branch for each lane at the end of every loop would be half of what there is to compile.
 template <class T>
-BIGMODEL_INLINE F32 load_partial(const T* p, int n, float fill = 0.0f) {
+__attribute__((noinline)) static F32 load_partial(const T* p, int n, float fill = 0.0f) {
   alignas(64) float lanes[F32::width];
   for (int i = 0; i < F32::width; i++) lanes[i] = i < n ? to_float(p[i]) : fill;
   return F32::load(lanes);
 }
 template <class T>
-BIGMODEL_INLINE void store_partial(F32 x, T* p, int n) {
+__attribute__((noinline)) static void store_partial(F32 x, T* p, int n) {
   alignas(64) T lanes[F32::width];
   x.store(lanes);
   memcpy(p, lanes, size_t(n) * sizeof(T));

@@ -4,6 +4,7 @@
 //      neither dropout nor norm: d is then dy itself
 //   2. table by table: the tokens are given in the order of their ids, and each table row is the sum of its tokens' d, in that order.
 //      A task owns some columns of all rows: no two threads write to one place, and no result depends on how many there are.
+#include "../arch/philox.h"
 #include "../gemm/product.h"
 #include "../norm/backward.h"
 #include "embedding.h"

@@ -6,6 +6,7 @@
 //   3. dW_out = h^T da; h is recomputed from z while it is packed
 //   4. dx = dz W_in^T (+ dg W_gate^T: one product twice as deep), then through the norm before
 //   5. dW_in = x^T dz, dW_gate = x^T dg; a normalised x is recomputed while it is packed
+#include "../activations/activations.h"
 #include "../linear/backward.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -100,13 +101,13 @@ struct FeedForwardBackward {
     if (changes && (wants_inner || args.w_out_grad))
       da = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * columns) * sizeof(float)));
     if (changes || args.b_out_grad || args.residual_grad) {
-      const TailBackward<T> tail = {.rows = rows, .n = columns, .grad = static_cast<const T*>(args.grad),
-                                    .norm_input = static_cast<const T*>(args.prenorm), .norm_input_addend = nullptr, .norm_input_drops = false,
-                                    .has_norm = post, .norm = args.norm, .dropout = args.dropout, .activation = Activation::none,
-                                    .preactivation = nullptr, .sum_grad = out(args.residual_grad), .z_grad = da, .z_grad_rounded = nullptr,
-                                    .norm_weight_grad = post ? out(args.norm_weight_grad) : nullptr,
-                                    .norm_bias_grad = post ? out(args.norm_bias_grad) : nullptr, .wants_column_sums = args.b_out_grad != nullptr};
-      tail.run(runtime, [&](const float* sums, int64_t parts, int64_t stride) { add_parts(sums, parts, stride, columns, out(args.b_out_grad)); });
+      rest::tail_backward(runtime, {.dtype = args.dtype, .rows = rows, .n = columns, .grad = args.grad, .norm_input = args.prenorm,
+                                    .norm_input_addend = nullptr, .norm_input_drops = false, .has_norm = post, .norm = args.norm,
+                                    .dropout = args.dropout, .activation = Activation::none, .preactivation = nullptr,
+                                    .sum_grad = args.residual_grad, .z_grad = da, .z_grad_rounded = nullptr,
+                                    .norm_weight_grad = post ? args.norm_weight_grad : nullptr,
+                                    .norm_bias_grad = post ? args.norm_bias_grad : nullptr, .biases = 1, .bias_n = &columns,
+                                    .bias_grad = &args.b_out_grad});
     }
     const Stored<float> made = {da, columns};
     const Stored<T> given = {static_cast<const T*>(args.grad), columns};

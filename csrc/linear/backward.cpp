@@ -21,17 +21,13 @@ void linear_backward(const Runtime& runtime, const LinearBackwardArgs& args) {
     float* dz = nullptr;
     if (changes && (wants_weight || args.x_grad)) dz = static_cast<float*>(runtime.scratch(scratch_grad, size_t(rows * n) * sizeof(float)));
     if (changes || wants_bias || args.residual_grad) {
-      const TailBackward<T> tail = {.rows = rows, .n = n, .grad = grad, .norm_input = static_cast<const T*>(args.prenorm),
+      rest::tail_backward(runtime, {.dtype = args.dtype, .rows = rows, .n = n, .grad = grad, .norm_input = args.prenorm,
                                     .norm_input_addend = nullptr, .norm_input_drops = false, .has_norm = args.has_norm, .norm = args.norm,
                                     .dropout = args.dropout, .activation = args.activation,
-                                    .preactivation = args.activation == Activation::none ? nullptr : static_cast<const T*>(args.preactivation),
-                                    .sum_grad = static_cast<T*>(args.residual_grad), .z_grad = dz, .z_grad_rounded = nullptr,
-                                    .norm_weight_grad = static_cast<T*>(args.norm_weight_grad),
-                                    .norm_bias_grad = static_cast<T*>(args.norm_bias_grad), .wants_column_sums = wants_bias};
-      tail.run(runtime, [&](const float* sums, int64_t parts, int64_t stride) {
-        for (int64_t i = 0, column = 0; i < args.weights; column += args.weight_n[i++])
-          if (args.bias_grad[i]) add_parts(sums + column, parts, stride, args.weight_n[i], static_cast<T*>(args.bias_grad[i]));
-      });
+                                    .preactivation = args.activation == Activation::none ? nullptr : args.preactivation,
+                                    .sum_grad = args.residual_grad, .z_grad = dz, .z_grad_rounded = nullptr,
+                                    .norm_weight_grad = args.norm_weight_grad, .norm_bias_grad = args.norm_bias_grad,
+                                    .biases = args.weights, .bias_n = args.weight_n, .bias_grad = args.bias_grad});
     }
     const Stored<float> made = {dz, n};
     const Stored<T> given = {grad, n};

@@ -43,9 +43,10 @@ def test_a_job_says_what_it_took(tmp_path: Path, capfd: pytest.CaptureFixture[st
     status = job.main([str(tmp_path / "a.o"), "--", sys.executable, "-c", grow])
     assert status == 0
     usage = json.loads((tmp_path / "a.o.usage").read_text())
-    assert usage["megabytes"] >= 300
+    assert usage["megabytes"] >= 300 and usage["processor_seconds"] > 0
     said = capfd.readouterr().out
-    assert "grown" in said and f"a.o: {usage['seconds']} s, {usage['megabytes']} MB" in said
+    times = f"{usage['seconds']} s ({usage['processor_seconds']} s of processors)"
+    assert "grown" in said and f"a.o: {times}, {usage['megabytes']} MB" in said
 
 
 def test_a_job_keeps_a_log_and_shows_it_on_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +62,12 @@ def test_a_job_keeps_a_log_and_shows_it_on_failure(tmp_path: Path, capfd: pytest
 def test_the_summary_is_of_this_build(tmp_path: Path) -> None:
     assert build.usage_since(tmp_path, 0.0) == ""
     for name, seconds, megabytes in (("a.o", 2.0, 90), ("b.o", 3.5, 400)):
-        (tmp_path / f"{name}.usage").write_text(json.dumps({"seconds": seconds, "megabytes": megabytes}))
+        usage = {"processor_seconds": seconds, "megabytes": megabytes}
+        (tmp_path / f"{name}.usage").write_text(json.dumps(usage))
     said = build.usage_since(tmp_path, time.time() - 100)
-    assert "2 jobs" in said and "(6 s of jobs)" in said and said.endswith("the largest took 400 MB (b.o)")
+    assert (
+        "2 jobs" in said and "(6 s of processors)" in said and said.endswith("the largest took 400 MB (b.o)")
+    )
     assert build.usage_since(tmp_path, time.time() + 100) == ""
 
 

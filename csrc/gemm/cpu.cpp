@@ -154,6 +154,13 @@ struct SplitRight {
 
 // ---- the product ----
 
+// Of additions that follow each other. Libraries multiply few rows by kernels of their own, with short sums; so are these, and reading the
+// weight hides what they add. Of a deep product other roundings are the larger part.
+BIGMODEL_INLINE int64_t longest_chain(int64_t rows, int64_t depth) {
+  if (rows <= 16 && depth <= 512) return rows == 1 ? 64 : 16;  // a single row is dealt to four chains
+  return rows > 1 && rows <= 2 * tile_rows ? depth_block / 4 : depth_block;
+}
+
 // C (m x n) = left right, see multiply_packed.
 template <class Step, class Right>
 static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
@@ -163,8 +170,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   using Cut = CutBy<tile_rows>;
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
-  // Libraries multiply few rows by kernels of their own, whose sums are short; so are these, and reading the weight hides the additions.
-  const int64_t chain = m > 1 && m <= 2 * tile_rows && Step::k_per_step == 1 && !splits<Step> ? depth_block / 4 : depth_block;
+  constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
+  const int64_t chain = one_number ? longest_chain(m, steps) : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
   auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
     const int64_t depth = left.depth(begin), count = last - tile, bytes = next ? ceil_div(row_bytes<B>, count) : 0;

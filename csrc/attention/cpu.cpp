@@ -164,27 +164,29 @@ struct Forward : PackedForward {
       for (int64_t j = n; j < n_padded; j++) line[j] = 0.0f;
       modify(s, query_of(first, r), head_of(s, r), key, n, n_padded, mask, line);
       rescale(output + r * depth_padded, depth_padded, softmax(line, n_padded, statistics[r], keep ? keep + r * keep_stride : nullptr));
-      float* out = output + r * depth_padded;
-      constexpr int64_t stripe = 4 * F32::width;
-      int64_t d = 0;
-      for (; d + stripe <= whole; d += stripe) {
-        F32 acc[4];
-        for (int i = 0; i < 4; i++) acc[i] = F32::load(out + d + i * F32::width);
-        const T* v = values + d;
-        for (int64_t j = 0; j < n; j++, v += args.value_stride[2]) {
-          const F32 p = F32::set(line[j]);
-          for (int i = 0; i < 4; i++) acc[i] = fma(p, F32::load(v + i * F32::width), acc[i]);
+      constexpr int64_t stripe = 4 * F32::width, chain = 32;  // of keys whose sum is made before it is added, as in products of few rows
+      for (int64_t first = 0; first < n; first += chain) {
+        float* out = output + r * depth_padded;
+        const int64_t last = smaller(n, first + chain);
+        int64_t d = 0;
+        for (; d + stripe <= whole; d += stripe) {
+          F32 acc[4] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
+          const T* v = values + first * args.value_stride[2] + d;
+          for (int64_t j = first; j < last; j++, v += args.value_stride[2]) {
+            const F32 p = F32::set(line[j]);
+            for (int i = 0; i < 4; i++) acc[i] = fma(p, F32::load(v + i * F32::width), acc[i]);
+          }
+          for (int i = 0; i < 4; i++) (F32::load(out + d + i * F32::width) + acc[i]).store(out + d + i * F32::width);
         }
-        for (int i = 0; i < 4; i++) acc[i].store(out + d + i * F32::width);
-      }
-      for (; d < depth; d += F32::width) {
-        const int here = int(smaller(F32::width, depth - d));
-        F32 acc = F32::load(out + d);
-        for (int64_t j = 0; j < n; j++) {
-          const T* v = values + j * args.value_stride[2] + d;
-          acc = fma(F32::set(line[j]), here == F32::width ? F32::load(v) : load_partial(v, here), acc);
+        for (; d < depth; d += F32::width) {
+          const int here = int(smaller(F32::width, depth - d));
+          F32 acc = F32::zero();
+          for (int64_t j = first; j < last; j++) {
+            const T* v = values + j * args.value_stride[2] + d;
+            acc = fma(F32::set(line[j]), here == F32::width ? F32::load(v) : load_partial(v, here), acc);
+          }
+          (F32::load(out + d) + acc).store(out + d);
         }
-        acc.store(out + d);
       }
     }
   }

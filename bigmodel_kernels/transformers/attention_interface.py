@@ -307,6 +307,16 @@ def _window_of(mask: Tensor, window: int | None) -> int:
     return found
 
 
+def set_implementation(model: Any, name: str) -> None:
+    """`model.set_attn_implementation(name)`, of the models in it as well.
+
+    In transformers 5.16 it does not reach the stacks of T5, whose configs are copies of the model's.
+    """
+    for part in model.modules():
+        if hasattr(part, "set_attn_implementation"):
+            part.set_attn_implementation(name)
+
+
 def gets_readable_masks(module: Any) -> bool:
     """Whether the masks that are made for this module are such as `visibility` reads."""
     return module.config._attn_implementation in _MASK_MAKERS

@@ -310,7 +310,7 @@ def _window_of(mask: Tensor, window: int | None) -> int:
 def set_implementation(model: Any, name: str) -> None:
     """`model.set_attn_implementation(name)`, of the models in it as well.
 
-    In transformers 5.16 it does not reach the stacks of T5, whose configs are copies of the model's.
+    Before transformers 5.20 it does not reach the stacks of T5, whose configs are copies of the model's.
     """
     for part in model.modules():
         if hasattr(part, "set_attn_implementation"):

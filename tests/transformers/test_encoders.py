@@ -80,7 +80,7 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     prefix: dict.fromkeys(changes, 0.0) for prefix, changes in DROPOUT.items()
 }
 #: What differs in other models of the families.
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
+VARIANTS: list[Any] = [
     ("ViT", {"qkv_bias": False}),
     ("CLIP", {"hidden_act": "gelu"}),
     ("ModernBert", {"norm_bias": True, "attention_bias": True, "mlp_bias": True}),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bigmodel_kernels as bk
+from bigmodel_kernels.transformers.attention_interface import set_implementation
 from bigmodel_kernels.verify import Verdict, compare
 
 FEW, ULPS = 1000, 8
@@ -35,7 +36,7 @@ def eager_of(model: Any) -> Any:
     """A copy of the model, not patched, with transformers' eager attention."""
     eager = copy.deepcopy(model)
     bk.unpatch(eager)
-    eager.set_attn_implementation("eager")
+    set_implementation(eager, "eager")
     return eager
 
 

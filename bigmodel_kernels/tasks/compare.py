@@ -13,6 +13,7 @@ import bigmodel_kernels as bk
 from bigmodel_kernels.bench import memory
 from bigmodel_kernels.bench.timing import Contender, race
 from bigmodel_kernels.tasks.base import Record, Say, Task
+from bigmodel_kernels.transformers.attention_interface import set_implementation
 
 EAGER, PATCHED = "eager", "patched"
 
@@ -23,7 +24,7 @@ def twins(model: Any) -> dict[str, Any]:
     found = {}
     for name in dict.fromkeys((EAGER, own)):
         found[name] = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-        found[name].set_attn_implementation(name)
+        set_implementation(found[name], name)
     return found
 
 

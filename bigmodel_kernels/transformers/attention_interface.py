@@ -307,6 +307,16 @@ def _window_of(mask: Tensor, window: int | None) -> int:
     return found
 
 
+def set_implementation(model: Any, name: str) -> None:
+    """`model.set_attn_implementation(name)`, of the models in it as well.
+
+    Before transformers 5.20 it does not reach the stacks of T5, whose configs are copies of the model's.
+    """
+    for part in model.modules():
+        if hasattr(part, "set_attn_implementation"):
+            part.set_attn_implementation(name)
+
+
 def gets_readable_masks(module: Any) -> bool:
     """Whether the masks that are made for this module are such as `visibility` reads."""
     return module.config._attn_implementation in _MASK_MAKERS
@@ -359,7 +369,8 @@ def attention_forward(
 
     Returns the output as (B, Sq, H, D), and the probabilities (B, H, Sq, Sk) where the call asks for them
     (`output_attentions`): those are then computed by `bigmodel::attention_probabilities` next to the kernel's
-    output, or in plain PyTorch where they need a gradient. Dropout of probabilities is the operator's own.
+    output. Where they need a gradient or are dropped, plain PyTorch makes them, and the output of them.
+    Dropout of probabilities is otherwise the operator's own.
     `s_aux` (H,) are attention sinks. Value heads of another size than the key's, and heads above 256, run in
     torch's scaled_dot_product_attention and are logged once.
     """
@@ -396,9 +407,10 @@ def attend(
     observe = observer()
     if observe is not None:
         observe(module, query, key, seen, scale, softcap, s_aux)
-    if p and (wanted or p >= 1):
+    # Weights that are dropped are what the output is made of; and their gradient is that through the output.
+    if p >= 1 or (wanted and (p or wants_gradient((query, key, seen.bias, s_aux)))):
         weights = _probabilities(query, key, seen, scale, softcap, s_aux)
-        weights = torch.nn.functional.dropout(weights, p=p)
+        weights = torch.dropout(weights, p, p > 0)
         return _weigh(weights, value).transpose(1, 2).contiguous(), weights if wanted else None
     if value.shape[-1] != key.shape[-1] or query.shape[-1] > 256:
         out = _sdpa(query, key, value, seen, scale, softcap, s_aux, p)
@@ -447,9 +459,8 @@ def of_operator(
 def _weights(
     query: Tensor, key: Tensor, seen: Visibility, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """The weights (B, H, Sq, Sk): by the operator, which has no gradient, or else by definition."""
-    plain = type(query) is not Tensor or query.shape[-1] > 256
-    if plain or wants_gradient((query, key, seen.bias, sinks)):
+    """The weights (B, H, Sq, Sk), without gradient: by the operator, or else by definition."""
+    if type(query) is not Tensor or query.shape[-1] > 256:
         return _probabilities(query, key, seen, scale, softcap, sinks)
     return attention_probabilities(query, key, **of_operator(query, seen, scale, softcap, sinks))
 

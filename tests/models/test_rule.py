@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigmodel_kernels.models.rule import FEW, CheckFailed, assert_as_near
+from bigmodel_kernels.models.rule import FEW, CheckFailed, assert_as_near, eager_of
+from bigmodel_kernels.models.tiny import seq2seq
 
 
 def test_a_few_numbers_may_be_some_ulps_off_where_eager_happens_to_be_right() -> None:
@@ -15,3 +16,9 @@ def test_a_few_numbers_may_be_some_ulps_off_where_eager_happens_to_be_right() ->
     many = loss.expand(FEW)
     with pytest.raises(CheckFailed, match="mean"):
         assert_as_near((many + ulp).float(), many.float(), many, None, "logits")
+
+
+def test_eager_is_eager_in_every_part() -> None:
+    eager = eager_of(seq2seq("T5"))
+    parts = (eager, eager.encoder, eager.decoder)
+    assert {part.config._attn_implementation for part in parts} == {"eager"}

@@ -11,7 +11,7 @@ import transformers
 from transformers import BertModel, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.models.rule import assert_as_near, eager_of, float64_of
+from bigmodel_kernels.models.rule import assert_as_near, assert_gradients, eager_of, float64_of
 from bigmodel_kernels.models.tiny import (
     SIZES,
     bert_config,
@@ -211,8 +211,13 @@ def test_output_attentions_are_the_operator_s(cls: Any, config: Any, monkeypatch
     assert calls.count("attention_probabilities") == 2
     for ours, of_eager, reference in zip(found, *expected, strict=True):
         assert_as_near(ours, of_eager, reference)
-    # Where a gradient is wanted they are plain PyTorch, which has one.
-    assert model(ids, output_attentions=True).attentions[0].requires_grad
+    # Where a gradient is wanted they are plain PyTorch, and the output hangs on them.
+    gradients = []
+    for network in (model, eager, exact):
+        output = network(ids, output_attentions=True)
+        found = torch.autograd.grad(output[0].square().mean(), output.attentions)
+        gradients.append({f"attentions.{i}": gradient for i, gradient in enumerate(found)})
+    assert_gradients(*gradients)
     assert calls.count("attention_probabilities") == 2
 
 

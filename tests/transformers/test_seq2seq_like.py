@@ -11,6 +11,7 @@ import pytest
 import torch
 from decoder_checks import (
     Doubled,
+    before,
     check_autocast,
     check_compiled,
     check_dropout,
@@ -179,6 +180,8 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @crossed("kind", GENERATION, SEQ2SEQ, KINDS)
 def test_generate(prefix: str, kind: str) -> None:
+    if (prefix, kind) == ("Whisper", "prompt lookup") and before("5.18"):
+        pytest.skip("Whisper's own generate fails with it before transformers 5.18")
     check_generation(seq2seq(prefix), kind, (False, True), length=9, new=7)
 
 

@@ -7,14 +7,15 @@ test,
     mean |out - ref| <= 1.2 * mean |eager - ref|               (gradients: 1.5)
 
 where atol is what rounding alone costs (twice the error of adding and taking away 0.3 in that dtype). Where
-eager is nearer to ref than ref rounded to the dtype is, as when it happens to be exact, the second line takes
-the latter. Mean and maximum of n errors are themselves uncertain, so their limits are widened by three
-standard deviations of the ratio of two such numbers. For the mean that is a part 3 / sqrt(n): nothing to
-speak of for a large tensor, and all for one of two elements. The maximum of n normal errors is near sqrt(2 ln
-n) of their deviations and varies by pi / sqrt(6) / sqrt(2 ln n) of them (Gumbel's law), which makes a part 3
-* 1.81 / (2 ln n): a quarter for 20,000 elements, at most 1. Patched models are held to the same rule
-(`bigmodel_kernels.models.rule`). Outputs are NaN before the call. The formulas here are
-written for themselves, and share nothing with the kernels.
+eager is nearer to ref than rounding is on average (a quarter of the distance of the dtype's numbers), as when
+it happens to be exact, the second line takes the latter. Mean and maximum of n errors are themselves
+uncertain, so their limits are widened by three standard deviations of the ratio of two such numbers. For the
+mean that is a part 3 / sqrt(n), and 1 + 2 / n times that, for the lower number may be far off where there are
+few: nothing to speak of for a large tensor, and all for one of two elements. The maximum of n normal errors
+is near sqrt(2 ln n) of their deviations and varies by pi / sqrt(6) / sqrt(2 ln n) of them (Gumbel's law),
+which makes a part 3 * 1.81 / (2 ln n): a quarter for 20,000 elements, at most 1. Patched models
+are held to the same rule (`bigmodel_kernels.models.rule`). Outputs are NaN before the call. The formulas here
+are written for themselves, and share nothing with the kernels.
 """
 
 from __future__ import annotations
@@ -105,13 +106,23 @@ def compare(
     )
     count = exact.numel()
     largest_spread = 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
-    mean_spread = 1 + 3 / math.sqrt(count)
+    mean_spread = 1 + 3 / math.sqrt(count) * (1 + 2 / count)
     max_limit = max_factor * largest_spread * eager_max + max(atol, chance)
-    mean_limit = mean_factor * mean_spread * max(eager_mean, rounding.mean().item())
+    mean_limit = mean_factor * mean_spread * max(eager_mean, _mean_rounding(exact, out.dtype))
     mean_limit += max(negligible or 0.0, chance)
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN
     reason = "" if ok else "error above the limit"
     return Verdict(ok, max_error, max_limit, mean_error, mean_limit, reason, eager_max, eager_mean)
+
+
+def _mean_rounding(exact: Tensor, dtype: torch.dtype) -> float:
+    """What rounding to a dtype costs on average: a quarter of the distance of its numbers. Of few numbers,
+    what it has cost is as much chance as what it has not.
+    """
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.clamp(info.min, info.max)).exponent - 1
+    distance = torch.ldexp(torch.full_like(exact, info.eps), exponent)
+    return distance.clamp_min(info.tiny * info.eps).where(exact != 0, 0.0).mean().item() / 4
 
 
 # The formulas, in the dtype of their arguments.

@@ -226,9 +226,9 @@ struct Attention {
     return {first / unit, first == -infinity ? 0.0f : 1.0f};
   }
 
-  // e^x. The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
-  static BIGMODEL_INLINE F32 exponential(F32 x) {
-    const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y));
+  // e^(x + low). The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
+  static BIGMODEL_INLINE F32 exponential(F32 x, F32 low) {
+    const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(low, base2, fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y)));
     const F32 p = exp2(y);
     return fma(p, max(lost, F32::set(-1.0f)) * F32::set(0.693147181f), p);  // max: of -inf nothing is known to be lost, a NaN
   }

@@ -229,7 +229,9 @@ struct ChunkBackward : Attention {
     const F32 scale = F32::set(unit), shift = F32::set(logsumexp), kept = F32::set(args.dropout.scale);
     F32 sum_p = F32::zero();
     for (int64_t j = 0; j < width; j += F32::width) {
-      const F32 p = exponential(F32::load(scores + j) * scale - shift);
+      // Logits are near 0, and logsumexp grows with the keys: without `low` their difference would be rounded more than they are.
+      const F32 score = F32::load(scores + j), t = fma(score, scale, -shift), low = fma(score, scale, -(t + shift));
+      const F32 p = exponential(t, low);
       sum_p = sum_p + p;
       if (keep) {
         const uint32_t lanes = lane_bits(keep + j / 8);

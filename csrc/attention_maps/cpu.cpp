@@ -86,7 +86,7 @@ struct Maps : Attention {
     each_block(c, r, [&](int64_t, int64_t n, float* scores) {
       F32 sum = F32::zero(), products = F32::zero();
       for (int64_t j = 0; j < n; j += F32::width) {
-        const F32 t = max(F32::set(lowest), (F32::load(scores + j) - shift) * scale), weight = exponential(t);
+        const F32 t = max(F32::set(lowest), (F32::load(scores + j) - shift) * scale), weight = exponential(t, F32::zero());
         weight.store(scores + j);
         sum = sum + weight;
         products = fma(t, weight, products);

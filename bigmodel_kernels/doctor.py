@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import warnings
@@ -14,6 +15,7 @@ import torch
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native, backends
+from bigmodel_kernels.ops.examples import OPERATORS, example
 
 DTYPES = ("float32", "bfloat16", "float16")
 LIVE, OFF, BROKEN = "live", "off", "broken"
@@ -212,9 +214,8 @@ def run_operators(backend: str, device: str, only: str | None = None) -> str | N
     Whether results are right is for `bigmodel-kernels verify` to say.
     """
     for dtype in (torch.float32, torch.bfloat16):
-        for op, (args, kwargs) in _examples(dtype, device).items():
-            if only not in (None, op):
-                continue
+        for op in OPERATORS if only is None else (only,):
+            args, kwargs = example(op, dtype, device)
             try:
                 with backends.use(backend):
                     answer = bk.explain(op, *args, **kwargs)
@@ -233,8 +234,8 @@ def run_operators(backend: str, device: str, only: str | None = None) -> str | N
 def _backend_rows(device: str) -> list[dict[str, Any]]:
     """For each operator and dtype which backend runs a plain call, and why the others do not."""
     rows = []
-    for op, dtype in ((op, dtype) for op in _examples(torch.float32, device) for dtype in DTYPES):
-        args, kwargs = _examples(getattr(torch, dtype), device)[op]
+    for op, dtype in itertools.product(OPERATORS, DTYPES):
+        args, kwargs = example(op, getattr(torch, dtype), device)
         answer = bk.explain(op, *args, **kwargs)
         rows.append(
             {
@@ -247,27 +248,6 @@ def _backend_rows(device: str) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _examples(dtype: torch.dtype, device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    def new(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
-    length = torch.ones(1, dtype=torch.int32, device=device)
-    return {
-        "attention": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "linear": ((new(4, 64), new(64, 64), new(64)), {}),
-        "feed_forward": ((new(4, 64), new(128, 64), new(128), new(64, 128), new(64)), {"activation": "gelu"}),
-        "layer_norm": ((new(4, 64), new(64), new(64)), {}),
-        "rms_norm": ((new(4, 64), new(64)), {}),
-        "embedding": ((ids, new(8, 64)), {}),
-        "rotary": ((new(1, 2, 4, 64), new(1, 2, 4, 64), new(4, 32), new(4, 32)), {}),
-        "attention_decode": ((new(1, 2, 1, 64), new(1, 2, 8, 64), new(1, 2, 8, 64), length), {}),
-        "attention_statistics": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "attention_probabilities": ((new(1, 2, 4, 64), new(1, 2, 4, 64)), {}),
-        "linear_cross_entropy": ((new(4, 64), new(8, 64), ids[0]), {}),
-    }
 
 
 #: operator -> the operator of its gradient, where its name does not say it. The linear cross-entropy makes

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bigmodel_kernels import backends
+from bigmodel_kernels.ops.examples import example
 from bigmodel_kernels.transformers import checks, config_view, families, report
 from bigmodel_kernels.transformers.autoregister import register
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
@@ -367,54 +368,14 @@ def _backends(ops: tuple[str, ...], module: nn.Module) -> tuple[tuple[str, ...],
     chosen = []
     for op in ops:
         try:
-            answer = backends.explain_call(op, weight.device.type, *_example(op, weight, heads))
+            args, kwargs = example(op, weight.dtype, weight.device, heads)
+            answer = backends.explain(op, *args, **kwargs)
         except backends.BackendError as error:
             return (), str(error)
         if answer.chosen is None:
             return (), answer.error or "no backend runs it"
         chosen.append(answer.chosen)
     return tuple(chosen), None
-
-
-def _example(op: str, like: torch.Tensor, head_dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a small call of the operator, of the weights' dtype and device."""
-    from bigmodel_kernels import ops
-    from bigmodel_kernels.ops.norm import prepare_rms_norm
-
-    def new(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-
-    prepare = __import__(f"{ops.__name__}.{_FOLDERS[op]}", fromlist=["prepare"]).prepare
-    if op == "attention":
-        query = new(1, 1, 2, head_dim)
-        return prepare(query, query, query)  # type: ignore[no-any-return]
-    if op == "linear":
-        return prepare(new(1, 64), new(64, 64), new(64))  # type: ignore[no-any-return]
-    if op == "feed_forward":
-        return prepare(new(1, 64), new(64, 64), new(64), new(64, 64), new(64), activation="gelu")  # type: ignore[no-any-return]
-    if op == "layer_norm":
-        return prepare(new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
-    if op == "rms_norm":
-        return prepare_rms_norm(new(1, 64), new(64))
-    if op == "rotary":
-        query, angles = new(1, 1, 2, head_dim // 2 * 2), new(2, head_dim // 2)
-        return prepare(query, query, angles, angles)  # type: ignore[no-any-return]
-    ids = torch.zeros(1, dtype=torch.int64, device=like.device)
-    if op == "linear_cross_entropy":
-        return prepare(new(1, 64), new(64, 64), ids)  # type: ignore[no-any-return]
-    return prepare(ids, new(1, 64), ids, new(1, 64), ids, new(1, 64), new(64), new(64))  # type: ignore[no-any-return]
-
-
-_FOLDERS = {
-    "attention": "attention",
-    "linear": "linear",
-    "feed_forward": "feed_forward",
-    "layer_norm": "norm",
-    "rms_norm": "norm",
-    "rotary": "rotary",
-    "embedding": "embedding",
-    "linear_cross_entropy": "cross_entropy",
-}
 
 
 def _packed_bytes(targets: list[nn.Module]) -> tuple[int, int]:

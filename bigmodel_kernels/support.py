@@ -303,26 +303,21 @@ CROSS_ENTROPY: dict[str, Build] = {
 }
 
 
-def _statistics(top_k: int) -> Build:
-    def build(m: Maker) -> Any:
+def _maps(function: Callable[..., Any], **options: Any) -> Build:
+    def run(m: Maker) -> Any:
         query = m.constant(1, 2, 4, 64, dtype=m.dtype)
-        return bk.attention_statistics(query, query, top_k=top_k)
+        return function(query, query, **options)
 
-    return build
-
-
-def _probabilities(**chosen: Any) -> Build:
-    def build(m: Maker) -> Any:
-        query = m.constant(1, 2, 4, 64, dtype=m.dtype)
-        return bk.attention_probabilities(query, query, **chosen)
-
-    return build
+    return run
 
 
-STATISTICS: dict[str, Build] = {"plain": _statistics(2), "more than 64 top keys": _statistics(65)}
+STATISTICS: dict[str, Build] = {
+    "plain": _maps(bk.attention_statistics, top_k=2),
+    "more than 64 top keys": _maps(bk.attention_statistics, top_k=65),
+}
 PROBABILITIES: dict[str, Build] = {
-    "plain": _probabilities(),
-    "of some heads and queries": _probabilities(heads=[1], queries=[0, 2]),
+    "plain": _maps(bk.attention_probabilities),
+    "of some heads and queries": _maps(bk.attention_probabilities, heads=[1], queries=[0, 2]),
 }
 
 

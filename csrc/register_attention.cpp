@@ -266,7 +266,7 @@ AttentionMapsArgs attention_maps_args(const Tensor& query, const Tensor& key, co
   AttentionMapsArgs args = {};
   args.attention = attention_args(query, key, key, options);
   if (query_padding_mask) {
-    const auto& [batch, length] = std::pair(args.attention.batch, args.attention.query_length);
+    const int64_t batch = args.attention.batch, length = args.attention.query_length;
     STD_TORCH_CHECK(!args.attention.cu_seqlens_q, "query_padding_mask: must be None with cu_seqlens");
     STD_TORCH_CHECK(query_padding_mask->dim() == 2 && query_padding_mask->size(0) == batch && query_padding_mask->size(1) == length,
                     "query_padding_mask: shape ", shape_of(*query_padding_mask), " must be (", batch, ", ", length, ")");

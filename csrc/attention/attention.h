@@ -24,6 +24,25 @@ constexpr int64_t few_queries = 16;
 constexpr int64_t logit_depth(int64_t queries) { return queries <= few_queries ? 16 : 128; }
 constexpr float log2e = 1.44269504f, infinity = __builtin_inff();
 
+template <class P>
+static P* scratch_of(const Runtime& runtime, ScratchSlot slot, int64_t n) { return static_cast<P*>(runtime.scratch(slot, size_t(n) * sizeof(P))); }
+
+// A row of Q or dO as floats, completed with zeros.
+template <class T>
+static void widen_row(const T* x, int64_t depth, int64_t padded, float* out) {
+  for (int64_t d = 0; d < padded; d++) out[d] = d < depth ? to_float(x[d]) : 0.0f;
+}
+
+// Scores of `rows` rows, in tiles, against `width` keys, in panels: whole ones. `chain`: see logit_depth.
+static void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride) {
+  using Step = Widen<float>;
+  for (int64_t p = 0; p < width; p += panel)
+    for (int64_t r = 0; r < rows; r += tile_rows)
+      for (int64_t d = 0; d < depth; d += chain)
+        multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + r * depth + d * tile_rows},
+                            keys + p * depth + d * panel, scores + r * stride + p, stride, d > 0);
+}
+
 // Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
 template <class T>
 static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {

@@ -41,16 +41,15 @@ struct VectorProducts {
   const Runtime& runtime;
   const int64_t depth, keys, chain;          // chain: see logit_depth
   const int64_t padded = round_up(depth, panel), keys_padded = round_up(keys, weight_block);
-  float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
-  float* const key_transposed = floats(scratch_key, keys_padded * (2 * depth + padded));
+  float* const key_transposed = scratch_of<float>(runtime, scratch_key, keys_padded * (2 * depth + padded));
   float* const value_transposed = key_transposed + keys_padded * depth;
   float* const key_columns = value_transposed + keys_padded * depth;
-  float* const query_tiles = floats(scratch_a, chunk_rows * depth + 8);
-  float* const query_columns = floats(scratch_query, chunk_rows * padded);
-  float* const grad_tiles = floats(scratch_grad, chunk_rows * depth + 8);
-  float* const grad_columns = floats(scratch_grad_hidden, chunk_rows * padded);
-  float* const query_grad = floats(scratch_output, chunk_rows * padded);
-  float* const key_grad = floats(scratch_sums, 2 * keys_padded * padded);
+  float* const query_tiles = scratch_of<float>(runtime, scratch_a, chunk_rows * depth + 8);
+  float* const query_columns = scratch_of<float>(runtime, scratch_query, chunk_rows * padded);
+  float* const grad_tiles = scratch_of<float>(runtime, scratch_grad, chunk_rows * depth + 8);
+  float* const grad_columns = scratch_of<float>(runtime, scratch_grad_hidden, chunk_rows * padded);
+  float* const query_grad = scratch_of<float>(runtime, scratch_output, chunk_rows * padded);
+  float* const key_grad = scratch_of<float>(runtime, scratch_sums, 2 * keys_padded * padded);
   float* const value_grad = key_grad + keys_padded * padded;
 
   template <class T>
@@ -77,14 +76,8 @@ struct VectorProducts {
 
   // S and dP of a chunk and `width` keys from `key` on, whole panels.
   void multiply_scores(int64_t count, int64_t key, int64_t width, float* scores, float* gradient) const {
-    for (int64_t p = 0; p < width; p += panel)
-      for (int64_t r = 0; r < count; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += chain) {
-          const int64_t here = smaller(tile_rows, count - r), steps = smaller(chain, depth - d);
-          const int64_t at = r * weight_line + p, tile = r * depth + d * tile_rows, panels = (key + p) * depth + d * panel;
-          multiply_rows<Step>(here, steps, PackedTile<Step>{query_tiles + tile}, key_transposed + panels, scores + at, weight_line, d > 0);
-          multiply_rows<Step>(here, steps, PackedTile<Step>{grad_tiles + tile}, value_transposed + panels, gradient + at, weight_line, d > 0);
-        }
+    multiply_keys(count, depth, chain, query_tiles, key_transposed + key * depth, width, scores, weight_line);
+    multiply_keys(count, depth, chain, grad_tiles, value_transposed + key * depth, width, gradient, weight_line);
   }
 
   // What P and dS of keys of one block give to the three gradients. `make` makes them of what is stored, a vector at a time.
@@ -127,10 +120,8 @@ struct ChunkBackward : Attention {
     uint8_t* bits;                           // dropout's, or null
   };
 
-  float* floats(ScratchSlot slot, int64_t n) const { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); }
-
-  // Calls each(key, from, width, mask) for the blocks of keys of which the chunk sees some: whole panels from key + from on, and the
-  // key padding mask of the block or null.
+  // Calls each(key, from, width, column, mask) for the blocks of keys of which the chunk sees some: whole panels from key + from on, where
+  // they are in a row of P, and the key padding mask of the block or null.
   template <class Each>
   void visible_blocks(const Sequence& s, const Chunk& c, const Each& each) const {
     alignas(64) float buffer[weight_block];
@@ -141,7 +132,7 @@ struct ChunkBackward : Attention {
       const float* mask = padding(s, key, n, round_up(n, panel), buffer, visible);
       if (!visible || low_key >= high_key) continue;
       const int64_t from = low_key / panel * panel;
-      each(key, from, round_up(high_key, panel) - from, mask);
+      each(key, from, round_up(high_key, panel) - from, (key - c.begin) / weight_block * c.block_size + from, mask);
     }
   }
 
@@ -155,8 +146,8 @@ struct ChunkBackward : Attention {
     }
 
     // ---- S = Q K^T -> P,  dP = dO V^T, and the sum of each row of P ----
-    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float* mask) {
-      const int64_t n = smaller(weight_block, s.keys - key), column = (key - c.begin) / weight_block * c.block_size + from;
+    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, int64_t column, const float* mask) {
+      const int64_t n = smaller(weight_block, s.keys - key);
       products.multiply_scores(c.count, key + from, width, c.probability + column, c.gradient + column);
       // draw counts in queries; a chunk of a group that does not divide it begins within one.
       const int64_t first_query = query_of(0, c.first), last_query = query_of(0, c.first + c.count - 1);
@@ -176,9 +167,9 @@ struct ChunkBackward : Attention {
       if (c.total[r] == 0.0f) c.total[r] = 1.0f;
       c.inverse[r] = 1.0f / c.total[r];
     }
-    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
+    visible_blocks(s, c, [&](int64_t, int64_t, int64_t width, int64_t column, const float*) {
       for (int64_t r = 0; r < c.count; r++) {
-        const int64_t at = (key - c.begin) / weight_block * c.block_size + r * weight_line + from;
+        const int64_t at = column + r * weight_line;
         c.delta[r] += weighted_sum({c.total[r], c.inverse[r]}, c.probability + at, c.gradient + at, width);
       }
     });
@@ -193,8 +184,7 @@ struct ChunkBackward : Attention {
 
     // ---- P as it multiplies dO, dS, the gradient of the products;  dQ += dS K,  dV += P^T dO,  dK += dS^T Q ----
     const F32 kept = F32::set(args.dropout.enabled ? args.dropout.scale : 1.0f);
-    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, const float*) {
-      const int64_t column = (key - c.begin) / weight_block * c.block_size + from;
+    visible_blocks(s, c, [&](int64_t key, int64_t from, int64_t width, int64_t column, const float*) {
       auto logits_gradient = [&](int64_t r, F32 p, F32 dp) __attribute__((always_inline)) {  // the difference first: of a lone key it is 0
         return abs(p) * (dp - F32::set(c.delta[r]) + F32::set(c.logsumexp_grad[r]));
       };
@@ -265,10 +255,8 @@ template <class T>
 struct Backward : ChunkBackward {
   // The chunk's rows of Q or dO as floats, depth_padded apart.
   void widen(const T* source, const int64_t (&stride)[3], const Sequence& s, int64_t first, int64_t count, float* line) const {
-    for (int64_t row = 0; row < count; row++) {
-      const T* x = source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1];
-      for (int64_t d = 0; d < depth_padded; d++) line[row * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
-    }
+    for (int64_t row = 0; row < count; row++)
+      widen_row(source + query_of(0, first + row) * stride[2] + head_of(s, first + row) * stride[1], depth, depth_padded, line + row * depth_padded);
   }
 
   static void store_rows(const float* from, int64_t from_stride, float scale, T* to, int64_t to_stride, int64_t rows, int64_t n) {
@@ -310,18 +298,18 @@ struct Backward : ChunkBackward {
 
     const bool capped = args.softcap > 0;
     Chunk c = {};
-    float* line = floats(scratch_c, chunk_rows * depth_padded);
+    float* line = scratch_of<float>(runtime, scratch_c, chunk_rows * depth_padded);
     c.block_size = chunk_rows * weight_line;
     const int64_t all = ceil_div(s.keys, weight_block) * c.block_size;
-    c.probability = floats(scratch_scores, (capped ? 3 : 2) * all);
+    c.probability = scratch_of<float>(runtime, scratch_scores, (capped ? 3 : 2) * all);
     c.gradient = c.probability + all;
     c.slope = capped ? c.gradient + all : nullptr;
-    c.logsumexp = floats(scratch_statistics, 5 * chunk_rows);
+    c.logsumexp = scratch_of<float>(runtime, scratch_statistics, 5 * chunk_rows);
     c.total = c.logsumexp + chunk_rows;
     c.inverse = c.total + chunk_rows;
     c.delta = c.inverse + chunk_rows;
     c.logsumexp_grad = c.delta + chunk_rows;
-    if (args.dropout.enabled) c.bits = static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t((chunk_rows + 2 * group) * keep_stride)));
+    if (args.dropout.enabled) c.bits = scratch_of<uint8_t>(runtime, scratch_keep, (chunk_rows + 2 * group) * keep_stride);
 
     for (c.first = 0; c.first < rows; c.first += chunk_rows) {
       c.count = smaller(chunk_rows, rows - c.first);

@@ -33,14 +33,9 @@ struct PackedForward : Attention {
     const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
     const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
     if (low_key >= high_key) return;
-    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel), chain = logit_depth(s.queries);
-    for (int64_t p = first_panel; p < last_panel; p++)
-      for (int64_t r = 0; r < rows; r += tile_rows)
-        for (int64_t d = 0; d < depth; d += chain)
-          multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + (row + r) * depth + d * tile_rows},
-                              packed_key + (p * depth + d) * panel, scores + r * score_stride + p * panel, score_stride, d > 0);
-
+    const int64_t first_panel = low_key / panel, last_panel = ceil_div(high_key, panel);
     const int64_t from = first_panel * panel, width = last_panel * panel - from;
+    multiply_keys(rows, depth, logit_depth(s.queries), tiles + row * depth, packed_key + from * depth, width, scores + from, score_stride);
     for (int64_t r = 0; r < rows; r++) {
       float* line = scores + r * score_stride + from;
       modify(s, query_of(first, row + r), head_of(s, row + r), key + from, smaller(width, n - from), width, mask ? mask + from : nullptr, line);
@@ -74,28 +69,27 @@ struct Forward : PackedForward {
 #endif
     const bool direct = few || (BIGMODEL_AMX && __is_same(T, bf16));
     const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
-    auto floats = [&](ScratchSlot slot, int64_t n) { return static_cast<float*>(runtime.scratch(slot, size_t(n) * sizeof(float))); };
-    float* query = floats(scratch_query, rows * depth_padded);
-    float* output = floats(scratch_output, rows * depth_padded);
-    float* scores = floats(scratch_scores, (score_rows + 1) * score_stride);     // the last row holds the padding mask
-    auto* statistics = static_cast<Statistics*>(runtime.scratch(scratch_statistics, size_t(rows) * sizeof(Statistics)));
+    float* query = scratch_of<float>(runtime, scratch_query, rows * depth_padded);
+    float* output = scratch_of<float>(runtime, scratch_output, rows * depth_padded);
+    float* scores = scratch_of<float>(runtime, scratch_scores, (score_rows + 1) * score_stride);     // the last row holds the padding mask
+    auto* statistics = scratch_of<Statistics>(runtime, scratch_statistics, rows);
     float *tiles = nullptr, *packed_key = nullptr, *packed_value = nullptr;
     if (!direct) {
-      tiles = floats(scratch_a, padded_rows * depth + 8);
-      packed_key = floats(scratch_key, key_block * depth);
-      packed_value = floats(scratch_value, key_block * depth_padded);
+      tiles = scratch_of<float>(runtime, scratch_a, padded_rows * depth + 8);
+      packed_key = scratch_of<float>(runtime, scratch_key, key_block * depth);
+      packed_value = scratch_of<float>(runtime, scratch_value, key_block * depth_padded);
     }
 
     for (int64_t row = 0; row < rows; row++) {
       const T* source = static_cast<const T*>(args.query) + s.query + query_of(first, row) * args.query_stride[2] + head_of(s, row) * args.query_stride[1];
-      for (int64_t d = 0; d < depth_padded; d++) query[row * depth_padded + d] = d < depth ? to_float(source[d]) : 0.0f;
+      widen_row(source, depth, depth_padded, query + row * depth_padded);
       statistics[row] = start(s, head_of(s, row));
     }
     if (!direct) pack_rows(query, depth_padded, rows, depth, tiles);
     memset(output, 0, size_t(rows * depth_padded) * sizeof(float));
 
     const bool dropping = args.dropout.enabled;
-    auto* bits = dropping ? static_cast<uint8_t*>(runtime.scratch(scratch_keep, size_t(rows * keep_stride))) : nullptr;
+    auto* bits = dropping ? scratch_of<uint8_t>(runtime, scratch_keep, rows * keep_stride) : nullptr;
 
     const int64_t begin = dropping ? low(s, first) / 16 * 16 : low(s, first), end = high(s, first + count - 1);
     for (int64_t key = begin; key < end; key += key_block) {
@@ -165,14 +159,14 @@ struct Forward : PackedForward {
       modify(s, query_of(first, r), head_of(s, r), key, n, n_padded, mask, line);
       rescale(output + r * depth_padded, depth_padded, softmax(line, n_padded, statistics[r], keep ? keep + r * keep_stride : nullptr));
       constexpr int64_t stripe = 4 * F32::width, chain = 32;  // of keys whose sum is made before it is added, as in products of few rows
-      for (int64_t first = 0; first < n; first += chain) {
+      for (int64_t from = 0; from < n; from += chain) {
         float* out = output + r * depth_padded;
-        const int64_t last = smaller(n, first + chain);
+        const int64_t last = smaller(n, from + chain);
         int64_t d = 0;
         for (; d + stripe <= whole; d += stripe) {
           F32 acc[4] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
-          const T* v = values + first * args.value_stride[2] + d;
-          for (int64_t j = first; j < last; j++, v += args.value_stride[2]) {
+          const T* v = values + from * args.value_stride[2] + d;
+          for (int64_t j = from; j < last; j++, v += args.value_stride[2]) {
             const F32 p = F32::set(line[j]);
             for (int i = 0; i < 4; i++) acc[i] = fma(p, F32::load(v + i * F32::width), acc[i]);
           }
@@ -181,7 +175,7 @@ struct Forward : PackedForward {
         for (; d < depth; d += F32::width) {
           const int here = int(smaller(F32::width, depth - d));
           F32 acc = F32::zero();
-          for (int64_t j = first; j < last; j++) {
+          for (int64_t j = from; j < last; j++) {
             const T* v = values + j * args.value_stride[2] + d;
             acc = fma(F32::set(line[j]), here == F32::width ? F32::load(v) : load_partial(v, here), acc);
           }

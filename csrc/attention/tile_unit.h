@@ -349,11 +349,10 @@ struct UnitChunk {
   const int64_t rows = count * of.group, padded_rows = round_up(rows, block_rows), padded = round_up(of.depth, 32);
   const float base = of.unit * log2e;
   Operands<T> operands = {of.runtime, of.depth, padded, padded_rows};
-  template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(of.runtime.scratch(slot, size_t(n) * sizeof(P))); }
-  float* const output = scratch<float>(scratch_output, padded_rows * padded);
-  float* const scores = scratch<float>(scratch_scores, (block_rows + 1) * score_line);  // the last line holds the padding mask
-  Statistics* const statistics = scratch<Statistics>(scratch_statistics, rows);
-  uint8_t* const bits = of.args.dropout.enabled ? scratch<uint8_t>(scratch_keep, rows * keep_line) : nullptr;
+  float* const output = scratch_of<float>(of.runtime, scratch_output, padded_rows * padded);
+  float* const scores = scratch_of<float>(of.runtime, scratch_scores, (block_rows + 1) * score_line);  // the last line holds the padding mask
+  Statistics* const statistics = scratch_of<Statistics>(of.runtime, scratch_statistics, rows);
+  uint8_t* const bits = of.args.dropout.enabled ? scratch_of<uint8_t>(of.runtime, scratch_keep, rows * keep_line) : nullptr;
 
   struct Keys {                        // what is packed: [first, first + n)
     int64_t first, n;

@@ -25,20 +25,19 @@ struct UnitProducts {
   const Runtime& runtime;
   const int64_t depth, keys, padded = round_up(depth, panel), keys_padded = round_up(keys, panel);
   const TileUnit registers = {};
-  template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(runtime.scratch(slot, size_t(n) * sizeof(P))); }
-  Input* const key_transposed = scratch<Input>(scratch_key, 3 * keys_padded * padded);
+  Input* const key_transposed = scratch_of<Input>(runtime, scratch_key, 3 * keys_padded * padded);
   Input* const value_transposed = key_transposed + keys_padded * padded;
   Input* const key_columns = value_transposed + keys_padded * padded;
-  Input* const query = scratch<Input>(scratch_query, 4 * chunk_rows * padded);
+  Input* const query = scratch_of<Input>(runtime, scratch_query, 4 * chunk_rows * padded);
   Input* const grad = query + chunk_rows * padded;
   Input* const query_columns = grad + chunk_rows * padded;
   Input* const grad_columns = query_columns + chunk_rows * padded;
-  Weight* const gradient_rows = scratch<Weight>(scratch_parts, chunk_rows * (weight_block + 2 * panel));   // of dS, a row of tiles after the other
+  Weight* const gradient_rows = scratch_of<Weight>(runtime, scratch_parts, chunk_rows * (weight_block + 2 * panel));   // of dS, a row of tiles after the other
   Weight* const probability_panel = gradient_rows + chunk_rows * weight_block;
   Weight* const gradient_panel = probability_panel + chunk_rows * panel;
-  float* const turned = scratch<float>(scratch_hidden, chunk_rows * padded);
-  float* const query_grad = scratch<float>(scratch_output, chunk_rows * padded);
-  float* const key_grad = scratch<float>(scratch_sums, 2 * keys_padded * padded);   // [panel of keys][column of dK][key]
+  float* const turned = scratch_of<float>(runtime, scratch_hidden, chunk_rows * padded);
+  float* const query_grad = scratch_of<float>(runtime, scratch_output, chunk_rows * padded);
+  float* const key_grad = scratch_of<float>(runtime, scratch_sums, 2 * keys_padded * padded);   // [panel of keys][column of dK][key]
   float* const value_grad = key_grad + keys_padded * padded;
   bool keys_in_parts = true, query_in_parts = true, grad_in_parts = true;    // or they hold numbers that have none
 

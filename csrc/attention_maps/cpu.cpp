@@ -34,8 +34,6 @@ struct Maps : Attention {
     float *mass, *lost;                 // of the task: a row of keys for each head of the group, and what adding up has rounded off
   };
 
-  template <class P> P* scratch(ScratchSlot slot, int64_t n) const { return static_cast<P*>(runtime.scratch(slot, size_t(n) * sizeof(P))); }
-
   // Calls each(key, n, row of scores) for the blocks of keys of row r.
   template <class Each>
   static void each_block(const Chunk& c, int64_t r, const Each& each) {
@@ -45,19 +43,13 @@ struct Maps : Attention {
 
   // Scores of all rows, and the maximum of each.
   void multiply(const Sequence& s, const Chunk& c, const float* keys) const {
-    using Step = Widen<float>;
-    const int64_t chain = logit_depth(s.queries);
     alignas(64) float buffer[weight_block];
     for (int64_t key = c.begin; key < c.end; key += weight_block) {
       const int64_t n = smaller(weight_block, c.end - key), width = round_up(n, panel);
       float* scores = c.scores + (key - c.begin) / weight_block * chunk_rows * weight_line;
       bool visible;
       const float* mask = padding(s, key, n, width, buffer, visible);
-      for (int64_t p = 0; p < width && visible; p += panel)
-        for (int64_t r = 0; r < c.count; r += tile_rows)
-          for (int64_t d = 0; d < depth; d += chain)
-            multiply_rows<Step>(smaller(tile_rows, c.count - r), smaller(chain, depth - d), PackedTile<Step>{c.tiles + r * depth + d * tile_rows},
-                                keys + (key + p) * depth + d * panel, scores + r * weight_line + p, weight_line, d > 0);
+      if (visible) multiply_keys(c.count, depth, logit_depth(s.queries), c.tiles, keys + key * depth, width, scores, weight_line);
       for (int64_t r = 0; r < c.count; r++) {
         Row& row = c.rows[r];
         float* line = scores + r * weight_line;
@@ -159,23 +151,23 @@ struct Maps : Attention {
     const int64_t keys_padded = round_up(s.keys, weight_block);
     const T *q = static_cast<const T*>(args.query) + s.query, *k = static_cast<const T*>(args.key) + s.key;
     Chunk c = {};
-    c.rows = scratch<Row>(scratch_statistics, chunk_rows);
-    c.tiles = scratch<float>(scratch_a, chunk_rows * depth + 8);
-    c.scores = scratch<float>(scratch_scores, ceil_div(s.keys, weight_block) * chunk_rows * weight_line);
-    float* line = scratch<float>(scratch_c, chunk_rows * depth_padded);
-    float* keys = scratch<float>(scratch_key, keys_padded * depth);
+    c.rows = scratch_of<Row>(runtime, scratch_statistics, chunk_rows);
+    c.tiles = scratch_of<float>(runtime, scratch_a, chunk_rows * depth + 8);
+    c.scores = scratch_of<float>(runtime, scratch_scores, ceil_div(s.keys, weight_block) * chunk_rows * weight_line);
+    float* line = scratch_of<float>(runtime, scratch_c, chunk_rows * depth_padded);
+    float* keys = scratch_of<float>(runtime, scratch_key, keys_padded * depth);
     for (int64_t key = 0; key < s.keys; key += weight_block)
       pack_transposed(k + key * args.key_stride[2], args.key_stride[2], smaller(weight_block, s.keys - key), depth, keys + key * depth);
 
     // The queries of this sequence: all, or those of the list that are its own.
     const int64_t listed = maps.queries ? maps.count : s.queries;
-    int64_t* places = scratch<int64_t>(scratch_sums, listed + 1);
+    int64_t* places = scratch_of<int64_t>(runtime, scratch_sums, listed + 1);
     int64_t count = 0;
     for (int64_t i = 0; i < listed; i++)
       if (!maps.queries || (maps.queries[i] >= s.first_query && maps.queries[i] < s.first_query + s.queries)) places[count++] = maps.queries ? i : s.first_query + i;
 
     if (maps.mass) {
-      c.mass = scratch<float>(scratch_output, 2 * group * keys_padded);
+      c.mass = scratch_of<float>(runtime, scratch_output, 2 * group * keys_padded);
       c.lost = c.mass + group * keys_padded;
       memset(c.mass, 0, size_t(2 * group * keys_padded) * sizeof(float));
     }
@@ -190,7 +182,7 @@ struct Maps : Attention {
         c.begin = smaller(c.begin, low(s, query) / weight_block * weight_block);
         c.end = larger(c.end, high(s, query));
         const T* x = q + query * args.query_stride[2] + head * args.query_stride[1];
-        for (int64_t d = 0; d < depth_padded; d++) line[r * depth_padded + d] = d < depth ? to_float(x[d]) : 0.0f;
+        widen_row(x, depth, depth_padded, line + r * depth_padded);
       }
       pack_rows(line, depth_padded, c.count, depth, c.tiles);
       multiply(s, c, keys);

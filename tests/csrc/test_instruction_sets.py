@@ -6,8 +6,6 @@ so that they run on any AVX2 CPU, and runs this file again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -29,14 +27,6 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "silu": torch.nn.functional.silu,
 }
-
-
-@pytest.fixture(params=native.cpu_isas().split(", "))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.cpu_isa()
-    native.cpu_set_isa(request.param)
-    yield request.param
-    native.cpu_set_isa(before)
 
 
 def randn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

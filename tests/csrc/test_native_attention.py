@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,14 +56,6 @@ SHAPES = {
     ),
     "packed, long": Shape(lengths=((130, 130), (70, 300), (64, 64), (63, 65)), causal=True, dim=64),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.cpu_isa()
-    native.cpu_set_isa(request.param)
-    yield request.param
-    native.cpu_set_isa(before)
 
 
 def check_forward(call: Call) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,6 @@ from bigmodel_kernels.ops.attention import native, prepare, reference
 from bigmodel_kernels.verify import compare
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=str(_native.reason()))
-ISAS = torch.ops.bigmodel.cpu_isas().split(", ") if _native.available() else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.ops.bigmodel.cpu_isa()
-    torch.ops.bigmodel.cpu_set_isa(request.param)
-    yield request.param
-    torch.ops.bigmodel.cpu_set_isa(before)
 
 
 def make(batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int) -> tuple[Tensor, ...]:

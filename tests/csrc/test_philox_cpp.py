@@ -6,8 +6,6 @@ copy is held to the published known answers first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,14 +19,6 @@ if not _native.available():
 native = torch.ops.bigmodel
 ISAS = native.cpu_isas().split(", ")
 MASK = 0xFFFFFFFF
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.cpu_isa()
-    native.cpu_set_isa(request.param)
-    yield request.param
-    native.cpu_set_isa(before)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

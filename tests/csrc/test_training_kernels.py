@@ -3,7 +3,7 @@ set: against autograd in float64, no further from it than autograd in the dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -27,14 +27,6 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-@pytest.fixture(params=native.cpu_isas().split(", "))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.cpu_isa()
-    native.cpu_set_isa(request.param)
-    yield request.param
-    native.cpu_set_isa(before)
 
 
 class Inputs:

@@ -22,27 +22,10 @@ def supports_statistics(query: Tensor, *args: Any, top_k: int = 0, **options: An
     return lacking("cpu_attention_statistics", query.dtype)
 
 
-def run_statistics(
-    query: Tensor,
-    key: Tensor,
-    key_padding_mask: Tensor | None = None,
-    query_padding_mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    top_k: int = 0,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_statistics(*args: Any, top_k: int = 0, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `bigmodel_kernels.attention_statistics`."""
-    return torch.ops.bigmodel.cpu_attention_statistics.default(  # type: ignore[no-any-return]
-        *(query, key, contiguous(key_padding_mask), contiguous(query_padding_mask), bias),
-        *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(alibi_slopes), contiguous(sinks)),
-        *_numbers(**options),
-        top_k,
-    )
+    tensors, numbers = _arguments(*args, **options)
+    return torch.ops.bigmodel.cpu_attention_statistics.default(*tensors, *numbers, top_k)  # type: ignore[no-any-return]
 
 
 def supports_probabilities(query: Tensor, *args: Any, **options: Any) -> str | None:
@@ -51,6 +34,24 @@ def supports_probabilities(query: Tensor, *args: Any, **options: Any) -> str | N
 
 
 def run_probabilities(
+    *args: Any, heads: Sequence[int] | None = None, queries: Sequence[int] | None = None, **options: Any
+) -> Tensor:
+    """See `bigmodel_kernels.attention_probabilities`."""
+    tensors, numbers = _arguments(*args, **options)
+    query, key, key_mask, query_mask, bias, cu_seqlens_q, cu_seqlens_k, slopes, sinks = tensors
+    if heads is not None:
+        query, key, bias, slopes, sinks = of_heads(heads, query, key, bias, slopes, sinks)
+    chosen = None
+    if queries is not None:
+        total = query.shape[0] if cu_seqlens_q is not None else query.shape[2]
+        chosen = torch.tensor([q % total for q in queries], dtype=torch.int64)
+    return torch.ops.bigmodel.cpu_attention_probabilities.default(  # type: ignore[no-any-return]
+        *(query, key, key_mask, query_mask, bias, cu_seqlens_q, cu_seqlens_k, slopes, sinks, chosen),
+        *numbers,
+    )
+
+
+def _arguments(
     query: Tensor,
     key: Tensor,
     key_padding_mask: Tensor | None = None,
@@ -61,27 +62,6 @@ def run_probabilities(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
-    heads: Sequence[int] | None = None,
-    queries: Sequence[int] | None = None,
-    **options: Any,
-) -> Tensor:
-    """See `bigmodel_kernels.attention_probabilities`."""
-    if heads is not None:
-        query, key, bias, alibi_slopes, sinks = of_heads(heads, query, key, bias, alibi_slopes, sinks)
-    chosen = None
-    if queries is not None:
-        total = query.shape[0] if cu_seqlens_q is not None else query.shape[2]
-        chosen = torch.tensor([q % total for q in queries], dtype=torch.int64)
-    return torch.ops.bigmodel.cpu_attention_probabilities.default(  # type: ignore[no-any-return]
-        *(query, key, contiguous(key_padding_mask), contiguous(query_padding_mask), bias),
-        *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(alibi_slopes), contiguous(sinks)),
-        chosen,
-        *_numbers(**options),
-    )
-
-
-def _numbers(
-    *,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     softmax_scale: float,
@@ -89,6 +69,13 @@ def _numbers(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
-) -> tuple[int | float, ...]:
-    """What both operators take by name, in the library's order."""
-    return max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap
+) -> tuple[tuple[Any, ...], tuple[int | float, ...]]:
+    """What both operators take, in the library's order: tensors, and numbers."""
+    tensors = (
+        *(query, key, contiguous(key_padding_mask), contiguous(query_padding_mask), bias),
+        *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(alibi_slopes), contiguous(sinks)),
+    )
+    return tensors, (
+        *(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal),
+        *(window_left, window_right, softcap),
+    )

@@ -41,9 +41,15 @@ KERNELS = [
 ]
 # csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
 BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
-# What multiplies by the tile unit, and what that calls; the rest is avx512_bf16's.
-TILE_UNIT_KERNELS = ["activations", "attention", "cross_entropy", "feed_forward", "gemm", "linear"]
-TILE_UNIT_BACKWARD = ["attention", "feed_forward", "linear"]
+# Sets that extend avx512 -> what multiplies by what they have more, and what calls that, forward and
+# backward; they take the rest from it.
+OWN_KERNELS = {
+    "avx512_bf16": (["feed_forward", "gemm", "linear"], []),
+    "amx": (
+        ["attention", "cross_entropy", "feed_forward", "gemm", "linear"],
+        ["attention", "feed_forward", "linear"],
+    ),
+}
 REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -164,9 +170,22 @@ class BuildWithNinja(build_ext):
         rules = {"link": f"{compiler} {build} -o $out $in {result}"}
         targets: list[tuple[str, str, list[str]]] = []
 
+        objects: list[str] = []
+
         def add(rule: str, flags: list[str], sources: dict[str, str]) -> None:
-            rules[rule] = f"{common} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out"
-            targets.extend((name, rule, [str(ROOT / "csrc" / source)]) for name, source in sources.items())
+            command = f"{common} {' '.join(flags)} -MMD -MF $out.d"
+            before: list[str] = []
+            # Compilers take the .gch beside a header, or the header where another compiler made the .gch: it is
+            # empty, for sources include what they need. ccache would ask for options of its own.
+            if not ninja.launcher():
+                header = f"{rule}.h"
+                rules[f"{rule}_header"] = f"{command} -x c++-header $in -o $out && : > {header}"
+                targets.append((f"{header}.gch", f"{rule}_header", [str(ROOT / "csrc" / "precompiled.h")]))
+                command, before = f"{command} -Winvalid-pch -include {header}", ["|", f"{header}.gch"]
+            rules[rule] = f"{command} -c $in -o $out"
+            for name, source in sources.items():
+                targets.append((name, rule, [str(ROOT / "csrc" / source), *before]))
+                objects.append(name)
 
         sets = INSTRUCTION_SETS
         if sanitizer == "thread":  # a program instead of torch: what threads share is the same in every set
@@ -176,18 +195,22 @@ class BuildWithNinja(build_ext):
         else:
             defines = [*ninja.DEFINES, *(["-DBIGMODEL_X86"] if X86 else [])]
             defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
-            add("register", [*defines, include], {f"{name}.o": f"{name}.cpp" for name in REGISTRATION})
+            # No kernel is among these: what little they compute is not worth what -O3 takes.
+            add(
+                "register",
+                [*defines, include, *([] if sanitizer else ["-O1"])],
+                {f"{name}.o": f"{name}.cpp" for name in REGISTRATION},
+            )
         for isa, (flags, bits, bf16) in sets.items():
-            amx = isa == "amx"
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
-            named.append(f"-DBIGMODEL_AMX={int(amx)}")
-            kernels, backward = (TILE_UNIT_KERNELS, TILE_UNIT_BACKWARD) if amx else (KERNELS, BACKWARD)
+            named.append(f"-DBIGMODEL_AMX={int(isa == 'amx')}")
+            kernels, backward = OWN_KERNELS.get(isa, (KERNELS, BACKWARD))
             sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
             sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
             add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})
-        targets.append((library, "link", [name for name, _, _ in targets]))
+        targets.append((library, "link", objects))
         return rules, targets
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -4,9 +4,9 @@
 #include "../arch/simd.h"
 #include "../kernels.h"
 
-namespace bigmodel::BIGMODEL_ISA {
+namespace bigmodel::BIGMODEL_REST {
 
 void activate_row(Activation activation, const float* x, int64_t n, float* out);
 void derivative_row(Activation activation, const float* x, int64_t n, float* out);
 
-}  // namespace bigmodel::BIGMODEL_ISA
+}  // namespace bigmodel::BIGMODEL_REST

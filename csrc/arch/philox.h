@@ -58,12 +58,13 @@ BIGMODEL_INLINE Lanes8 product(Lanes8 a, uint32_t b) {
 BIGMODEL_INLINE Lanes8 high_half(Lanes8 a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
 BIGMODEL_INLINE __m256i words8(Lanes8 a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xaa); }
 #else
-struct Lanes8 { uint64_t v[8]; };
-BIGMODEL_INLINE Lanes8 lanes8(uint32_t x) { Lanes8 r; for (uint64_t& e : r.v) e = x; return r; }
-BIGMODEL_INLINE Lanes8 lanes8_from(uint32_t x) { Lanes8 r; for (int i = 0; i < 8; i++) r.v[i] = x + uint32_t(i); return r; }
-BIGMODEL_INLINE Lanes8 operator^(Lanes8 a, Lanes8 b) { for (int i = 0; i < 8; i++) a.v[i] ^= b.v[i]; return a; }
-BIGMODEL_INLINE Lanes8 product(Lanes8 a, uint32_t b) { for (uint64_t& e : a.v) e = (e & 0xffffffffu) * b; return a; }
-BIGMODEL_INLINE Lanes8 high_half(Lanes8 a) { for (uint64_t& e : a.v) e >>= 32; return a; }
+typedef uint64_t Words2 __attribute__((vector_size(16)));
+struct Lanes8 { Words2 v[4]; };
+BIGMODEL_INLINE Lanes8 lanes8(uint32_t x) { const Words2 two = {x, x}; return {{two, two, two, two}}; }
+BIGMODEL_INLINE Lanes8 lanes8_from(uint32_t x) { const Words2 two = {x, x}; return {{two + Words2{0, 1}, two + Words2{2, 3}, two + Words2{4, 5}, two + Words2{6, 7}}}; }
+BIGMODEL_INLINE Lanes8 operator^(Lanes8 a, Lanes8 b) { return {{a.v[0] ^ b.v[0], a.v[1] ^ b.v[1], a.v[2] ^ b.v[2], a.v[3] ^ b.v[3]}}; }
+BIGMODEL_INLINE Lanes8 product(Lanes8 a, uint32_t b) { for (Words2& e : a.v) e = (e & 0xffffffffu) * b; return a; }
+BIGMODEL_INLINE Lanes8 high_half(Lanes8 a) { for (Words2& e : a.v) e >>= 32; return a; }
 #endif
 
 struct Philox8 { Lanes8 word[4]; };
@@ -88,7 +89,7 @@ BIGMODEL_INLINE void store_words(Lanes8 a, uint32_t out[8]) {
 #if BIGMODEL_SIMD >= 256
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words8(a));
 #else
-  for (int i = 0; i < 8; i++) out[i] = uint32_t(a.v[i]);
+  for (int i = 0; i < 8; i++) out[i] = uint32_t(a.v[i / 2][i % 2]);
 #endif
 }
 
@@ -99,12 +100,13 @@ BIGMODEL_INLINE uint32_t at_least(Lanes8 a, uint32_t threshold) {
   return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(words, least), words))));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < 8; i++) bits |= uint32_t(uint32_t(a.v[i]) >= threshold) << i;
+  for (int i = 0; i < 8; i++) bits |= uint32_t(uint32_t(a.v[i / 2][i % 2]) >= threshold) << i;
   return bits;
 #endif
 }
 
-BIGMODEL_INLINE uint32_t keep_bits(const Dropout& dropout, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+// Not inlined: forty multiplications are worth a call.
+__attribute__((noinline)) static uint32_t keep_bits(const Dropout& dropout, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   const Philox8 r = philox8(dropout.key, c0, c1, c2, c3);
   return at_least(r.word[0], dropout.threshold) | at_least(r.word[1], dropout.threshold) << 8 |
          at_least(r.word[2], dropout.threshold) << 16 | at_least(r.word[3], dropout.threshold) << 24;
@@ -131,8 +133,8 @@ BIGMODEL_INLINE F32 keep_lanes(F32 x, uint32_t bits) {
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
   return {_mm256_and_ps(x.v, _mm256_castsi256_ps(kept))};
 #else
-  for (int i = 0; i < 8; i++) x.v[i] = bits >> i & 1 ? x.v[i] : 0.0f;
-  return x;
+  const Bits4 all = Bits4{} + bits, low = {1, 2, 4, 8}, high = {16, 32, 64, 128};
+  return {select((all & low) == low, x.low, Float4{}), select((all & high) == high, x.high, Float4{})};
 #endif
 }
 

@@ -2,7 +2,7 @@
 //
 // A kernel is written once against F32 and compiled once per instruction set into its own namespace (BIGMODEL_ISA), so
 // objects for different instruction sets can live in one library and be chosen at load time (isa.h). The bodies below are
-// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and portable C++ (8 lanes). Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
+// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes). Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
 // on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
 //
 // No standard-library templates here: an inline function that the linker merges across objects could carry AVX-512
@@ -23,9 +23,10 @@
 
 #define BIGMODEL_INLINE inline __attribute__((always_inline))
 
-// Where the kernels are that do not multiply by the tile unit: `amx` has products of its own, and the rest from the set that it extends.
-#if BIGMODEL_AMX
-#define BIGMODEL_REST avx512_bf16
+// Where the kernels are that multiply neither by bf16's dot product nor by the tile unit: the sets that have one of these have kernels of
+// their own where they use it (setup.py), and the rest from the set that they extend.
+#if BIGMODEL_BF16_DOT
+#define BIGMODEL_REST avx512
 #else
 #define BIGMODEL_REST BIGMODEL_ISA
 #endif
@@ -174,37 +175,75 @@ BIGMODEL_INLINE float maximum(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-#else  // portable: plain loops over eight lanes, which compilers turn into whatever vectors the target has
+#else  // portable: twice four lanes as GCC and Clang have them, which are SSE2's and NEON's registers
+
+typedef float Float4 __attribute__((vector_size(16)));
+typedef uint32_t Bits4 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));  // and what comparisons give: -1 or 0
+typedef uint16_t Half4 __attribute__((vector_size(8)));
+
+BIGMODEL_INLINE Bits4 select(Int4 which, Bits4 yes, Bits4 no) { return (Bits4(which) & yes) | (~Bits4(which) & no); }
+BIGMODEL_INLINE Float4 select(Int4 which, Float4 yes, Float4 no) { return Float4(select(which, Bits4(yes), Bits4(no))); }
+
+// to_float and from_float, four at a time.
+BIGMODEL_INLINE Float4 load4(const float* p) { Float4 x; memcpy(&x, p, 16); return x; }
+BIGMODEL_INLINE Float4 load4(const bf16* p) { Half4 x; memcpy(&x, p, 8); return Float4(__builtin_convertvector(x, Bits4) << 16); }
+BIGMODEL_INLINE Float4 load4(const fp16* p) {
+  Half4 x;
+  memcpy(&x, p, 8);
+  const Bits4 bits = __builtin_convertvector(x, Bits4), magnitude = (bits & 0x7fffu) << 13;
+  const Bits4 finite = Bits4(Float4(magnitude) * 0x1p112f);
+  return Float4((bits & 0x8000u) << 16 | select(magnitude >= 0x0f800000u, magnitude + 0x70000000u, finite));
+}
+BIGMODEL_INLINE void store4(Float4 x, float* p) { memcpy(p, &x, 16); }
+BIGMODEL_INLINE void store4(Bits4 x, void* p) { const Half4 low = __builtin_convertvector(x, Half4); memcpy(p, &low, 8); }
+BIGMODEL_INLINE void store4(Float4 x, bf16* p) {
+  const Bits4 u = Bits4(x);
+  store4(select(x != x, (u >> 16) | 0x40u, (u + 0x7fffu + ((u >> 16) & 1u)) >> 16), static_cast<void*>(p));
+}
+BIGMODEL_INLINE void store4(Float4 x, fp16* p) {
+  const Bits4 u = Bits4(x), magnitude = u & 0x7fffffffu, rebiased = magnitude - 0x38000000u;
+  const Bits4 normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13, subnormal = Bits4(Float4(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits4 infinity = Bits4{} + 0x7c00u, nan = Bits4{} + 0x7e00u;
+  const Bits4 finite = select(magnitude < 0x38800000u, subnormal, normal);
+  const Bits4 large = select(magnitude > 0x7f800000u, nan, infinity);
+  store4((u >> 16 & 0x8000u) | select(magnitude >= 0x477ff000u, large, finite), static_cast<void*>(p));
+}
 
 struct F32 {
   static constexpr int width = 8;
-  float v[8];
-  static BIGMODEL_INLINE F32 zero() { return set(0.0f); }
-  static BIGMODEL_INLINE F32 set(float x) { F32 r; for (float& e : r.v) e = x; return r; }
-  template <class T> static BIGMODEL_INLINE F32 load(const T* p) { F32 r; for (int i = 0; i < 8; i++) r.v[i] = to_float(p[i]); return r; }
-  template <class T> BIGMODEL_INLINE void store(T* p) const { for (int i = 0; i < 8; i++) from_float(v[i], p + i); }
+  Float4 low, high;
+  static BIGMODEL_INLINE F32 zero() { return {Float4{}, Float4{}}; }
+  static BIGMODEL_INLINE F32 set(float x) { return {Float4{x, x, x, x}, Float4{x, x, x, x}}; }
+  template <class T> static BIGMODEL_INLINE F32 load(const T* p) { return {load4(p), load4(p + 4)}; }
+  template <class T> BIGMODEL_INLINE void store(T* p) const { store4(low, p); store4(high, p + 4); }
 };
-BIGMODEL_INLINE F32 operator+(F32 a, F32 b) { for (int i = 0; i < 8; i++) a.v[i] += b.v[i]; return a; }
-BIGMODEL_INLINE F32 operator-(F32 a, F32 b) { for (int i = 0; i < 8; i++) a.v[i] -= b.v[i]; return a; }
-BIGMODEL_INLINE F32 operator*(F32 a, F32 b) { for (int i = 0; i < 8; i++) a.v[i] *= b.v[i]; return a; }
-BIGMODEL_INLINE F32 operator/(F32 a, F32 b) { for (int i = 0; i < 8; i++) a.v[i] /= b.v[i]; return a; }
-BIGMODEL_INLINE F32 fma(F32 a, F32 b, F32 c) { for (int i = 0; i < 8; i++) c.v[i] += a.v[i] * b.v[i]; return c; }
-BIGMODEL_INLINE F32 max(F32 a, F32 b) { for (int i = 0; i < 8; i++) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }
-BIGMODEL_INLINE F32 min(F32 a, F32 b) { for (int i = 0; i < 8; i++) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
-BIGMODEL_INLINE F32 abs(F32 a) { for (float& e : a.v) e = __builtin_fabsf(e); return a; }
-BIGMODEL_INLINE F32 copy_sign(F32 magnitude, F32 sign) { for (int i = 0; i < 8; i++) magnitude.v[i] = __builtin_copysignf(magnitude.v[i], sign.v[i]); return magnitude; }
-BIGMODEL_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { for (int i = 0; i < 8; i++) no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
-BIGMODEL_INLINE F32 round_nearest(F32 a) {
-  // Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds to nearest even; |a| < 2^22 is all callers need.
-  for (float& e : a.v) { volatile float shifted = e + 12582912.0f; e = shifted - 12582912.0f; }
-  return a;
+BIGMODEL_INLINE F32 operator+(F32 a, F32 b) { return {a.low + b.low, a.high + b.high}; }
+BIGMODEL_INLINE F32 operator-(F32 a, F32 b) { return {a.low - b.low, a.high - b.high}; }
+BIGMODEL_INLINE F32 operator*(F32 a, F32 b) { return {a.low * b.low, a.high * b.high}; }
+BIGMODEL_INLINE F32 operator/(F32 a, F32 b) { return {a.low / b.low, a.high / b.high}; }
+BIGMODEL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {c.low + a.low * b.low, c.high + a.high * b.high}; }
+// a < b ? yes : no, lane by lane.
+BIGMODEL_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return {select(a.low < b.low, yes.low, no.low), select(a.high < b.high, yes.high, no.high)}; }
+BIGMODEL_INLINE F32 max(F32 a, F32 b) { return select_less(b, a, a, b); }
+BIGMODEL_INLINE F32 min(F32 a, F32 b) { return select_less(a, b, a, b); }
+BIGMODEL_INLINE F32 abs(F32 a) { return {Float4(Bits4(a.low) & 0x7fffffffu), Float4(Bits4(a.high) & 0x7fffffffu)}; }
+BIGMODEL_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
+  const Int4 bit = Int4(Bits4{} + 0x80000000u);
+  return {select(bit, sign.low, magnitude.low), select(bit, sign.high, magnitude.high)};
 }
+// Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds to nearest even; |a| < 2^22 is all callers need.
+BIGMODEL_INLINE F32 round_nearest(F32 a) { return {a.low + 12582912.0f - 12582912.0f, a.high + 12582912.0f - 12582912.0f}; }
 BIGMODEL_INLINE F32 scale_exponent(F32 a, F32 n) {
-  for (int i = 0; i < 8; i++) a.v[i] = bits_to_float(float_to_bits(a.v[i]) + (uint32_t(int32_t(n.v[i])) << 23));
-  return a;
+  const Bits4 low = Bits4(__builtin_convertvector(n.low, Int4)) << 23, high = Bits4(__builtin_convertvector(n.high, Int4)) << 23;
+  return {Float4(Bits4(a.low) + low), Float4(Bits4(a.high) + high)};
 }
-BIGMODEL_INLINE float sum(F32 a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
-BIGMODEL_INLINE float maximum(F32 a) { float m = a.v[0]; for (int i = 1; i < 8; i++) m = a.v[i] > m ? a.v[i] : m; return m; }
+BIGMODEL_INLINE float sum(F32 a) { const Float4 s = a.low + a.high; return (s[0] + s[2]) + (s[1] + s[3]); }
+BIGMODEL_INLINE float maximum(F32 a) {
+  const Float4 m = select(a.low < a.high, a.high, a.low);
+  const float even = m[0] < m[2] ? m[2] : m[0], odd = m[1] < m[3] ? m[3] : m[1];
+  return even < odd ? odd : even;
+}
 
 #endif
 

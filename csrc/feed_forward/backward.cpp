@@ -22,7 +22,7 @@ struct Hidden {
   const float* get(int64_t row, int64_t column, int64_t n, float* buffer) const {
     const int64_t at = row * stride + column;
     add_row<T>((gate ? gate : z) + at, nullptr, n, buffer);
-    activate_row(activation, buffer, n, buffer);
+    rest::activate_row(activation, buffer, n, buffer);
     if (gate)
       each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(buffer + i, here) * load(z + at + i, here), buffer + i, here); });
     return buffer;
@@ -74,8 +74,8 @@ struct FeedForwardBackward {
       const float* dh = c + r * c_stride;
       float* target = dz + (first_row + r) * inner_stride + column;
       add_row<T>((gated ? g : z) + at, nullptr, count, slope);
-      if (gated) activate_row(args.activation, slope, count, opened);
-      derivative_row(args.activation, slope, count, slope);
+      if (gated) rest::activate_row(args.activation, slope, count, opened);
+      rest::derivative_row(args.activation, slope, count, slope);
       each_vector(count, [&](int64_t i, int here) __attribute__((always_inline)) {
         const F32 gradient = F32::load(dh + i), d = gradient * F32::load((gated ? opened : slope) + i);
         store(d, target + i, here);

@@ -44,10 +44,10 @@ static void finish_columns(const Epilogue<T>& e, int64_t rows, int64_t column, i
           y.store(row + i);
         });
       if (e.gate) {
-        activate_row(e.activation, e.gate + r * e.gate_stride + column, count, opened);
+        rest::activate_row(e.activation, e.gate + r * e.gate_stride + column, count, opened);
         for (int64_t i = 0; i < count; i += F32::width) (F32::load(row + i) * F32::load(opened + i)).store(row + i);
       } else if (e.activation != Activation::none) {
-        activate_row(e.activation, row, count, row);
+        rest::activate_row(e.activation, row, count, row);
       }
       if (e.dropout) drop_elements(*e.dropout, e.first_row + r, column, count, row);
       if (!residual && !e.prenorm && !e.out) continue;

@@ -175,8 +175,8 @@ class BuildWithNinja(build_ext):
         def add(rule: str, flags: list[str], sources: dict[str, str]) -> None:
             command = f"{common} {' '.join(flags)} -MMD -MF $out.d"
             before: list[str] = []
-            # Compilers take the .gch beside a header, or the header where another compiler made the .gch: it is
-            # empty, for sources include what they need. ccache would ask for options of its own.
+            # Compilers take the .gch beside a header, or the header where another compiler made the .gch: it
+            # is empty, for sources include what they need. ccache would ask for options of its own.
             if not ninja.launcher():
                 header = f"{rule}.h"
                 rules[f"{rule}_header"] = f"{command} -x c++-header $in -o $out && : > {header}"

@@ -201,7 +201,7 @@ class BuildWithNinja(build_ext):
                 [*defines, include, *([] if sanitizer else ["-O1"])],
                 {f"{name}.o": f"{name}.cpp" for name in REGISTRATION},
             )
-        for isa, (flags, bits, bf16) in sets.items():
+        for isa, (flags, bits, bf16) in reversed(sets.items()):  # jobs start in this order: longest first
             if emulate and bits == 512:
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]

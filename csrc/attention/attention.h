@@ -33,16 +33,6 @@ static void widen_row(const T* x, int64_t depth, int64_t padded, float* out) {
   for (int64_t d = 0; d < padded; d++) out[d] = d < depth ? to_float(x[d]) : 0.0f;
 }
 
-// Scores of `rows` rows, in tiles, against `width` keys, in panels: whole ones. `chain`: see logit_depth.
-static void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride) {
-  using Step = Widen<float>;
-  for (int64_t p = 0; p < width; p += panel)
-    for (int64_t r = 0; r < rows; r += tile_rows)
-      for (int64_t d = 0; d < depth; d += chain)
-        multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + r * depth + d * tile_rows},
-                            keys + p * depth + d * panel, scores + r * stride + p, stride, d > 0);
-}
-
 // Rows [0, keys) of K (or of any matrix, `depth` wide) as panels [keys / panel][depth][panel]: row r becomes column r.
 template <class T>
 static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t depth, float* packed) {
@@ -79,6 +69,16 @@ static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth
       }
     }
 }
+
+}  // namespace
+
+// What forward, backward and maps call, with the micro kernel for all rows in it, is compiled once, in cpu.cpp: these two and
+// Attention::modify.
+
+// Scores of `rows` rows, in tiles, against `width` keys, in panels: whole ones. `chain`: see logit_depth.
+void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride);
+// out += weights times a panel of `keys` values: `rows` rows of each.
+void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride);
 
 struct Statistics {  // of one query row: running maximum of the scores and sum of what the softmax made of them
   float maximum, sum;
@@ -132,48 +132,8 @@ struct Attention {
 
   // ---- what is done to logits between S = QK^T and the softmax ----
 
-  // scores = scores * scale + bias
-  template <class B>
-  static void add_bias(const B* bias, int64_t stride, float scale, float* scores, int64_t n) {
-    const F32 factor = F32::set(scale);
-    int64_t j = 0;
-    if (stride == 1)
-      for (; j + F32::width <= n; j += F32::width) fma(F32::load(scores + j), factor, F32::load(bias + j)).store(scores + j);
-    for (; j < n; j++) scores[j] = scores[j] * scale + to_float(bias[j * stride]);
-  }
-
-  // scores -= slope * |position - j|, both counted from this block's first key
-  static void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
-    alignas(64) float lanes[F32::width];
-    for (int i = 0; i < F32::width; i++) lanes[i] = float(i);
-    const F32 negative = F32::set(-slope), from = F32::load(lanes) - F32::set(position);
-    for (int64_t j = 0; j < n_padded; j += F32::width) fma(abs(from + F32::set(float(j))), negative, F32::load(scores + j)).store(scores + j);
-  }
-
   // Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
-  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
-    float scale = args.softmax_scale;  // what is still to be multiplied in
-    if (args.softcap > 0) {
-      const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
-      for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j) * inner) * cap).store(scores + j);
-      scale = 1.0f;
-    }
-    if (args.bias) {
-      const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
-      with_dtype(args.bias_dtype, [&](auto type) {
-        add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
-      });
-    } else if (!raw && args.softcap == 0) {
-      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
-    }
-    if (args.alibi_slopes)
-      add_alibi(args.alibi_slopes[s.batch * args.alibi_batch_stride + head], float(query + s.diagonal() - key), scores, n_padded);
-    if (mask)
-      for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
-    const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
-    for (int64_t j = 0; j < first; j++) scores[j] = -infinity;
-    for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
-  }
+  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const;
 
   // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before. With DROP those
   // whose bit in `keep` is 0 are zero for P V, though not for the sum.
@@ -283,7 +243,5 @@ struct Attention {
     return count == n ? nullptr : buffer;
   }
 };
-
-}  // namespace
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -91,9 +91,8 @@ struct VectorProducts {
       }
     const int64_t first = key / weight_block * weight_block, n = smaller(weight_block, keys - first), steps = smaller(width, keys - key);
     for (int64_t i = 0; i * panel < depth; i++) {
-      for (int64_t r = 0; r < count; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, count - r), steps, RowMajorTile{gradient + r * weight_line, weight_line},
-                            key_columns + first * padded + (i * n + key - first) * panel, query_grad + r * padded + i * panel, padded, true);
+      multiply_values(count, steps, gradient, weight_line, key_columns + first * padded + (i * n + key - first) * panel,
+                      query_grad + i * panel, padded);
       for (int64_t j = 0; j < steps; j += tile_rows) {
         const int64_t here = smaller(tile_rows, steps - j), at = (key + j) * padded + i * panel, columns = i * count * panel;
         multiply_rows<Step>(here, count, ColumnTile{probability + j, weight_line}, grad_columns + columns, value_grad + at, padded, true);

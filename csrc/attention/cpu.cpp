@@ -24,12 +24,72 @@ namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
+// scores = scores * scale + bias
+template <class B>
+void add_bias(const B* bias, int64_t stride, float scale, float* scores, int64_t n) {
+  const F32 factor = F32::set(scale);
+  int64_t j = 0;
+  if (stride == 1)
+    for (; j + F32::width <= n; j += F32::width) fma(F32::load(scores + j), factor, F32::load(bias + j)).store(scores + j);
+  for (; j < n; j++) scores[j] = scores[j] * scale + to_float(bias[j * stride]);
+}
+
+// scores -= slope * |position - j|, both counted from this block's first key
+void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
+  alignas(64) float lanes[F32::width];
+  for (int i = 0; i < F32::width; i++) lanes[i] = float(i);
+  const F32 negative = F32::set(-slope), from = F32::load(lanes) - F32::set(position);
+  for (int64_t j = 0; j < n_padded; j += F32::width) fma(abs(from + F32::set(float(j))), negative, F32::load(scores + j)).store(scores + j);
+}
+
+}  // namespace
+
+void Attention::modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+  float scale = args.softmax_scale;  // what is still to be multiplied in
+  if (args.softcap > 0) {
+    const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
+    for (int64_t j = 0; j < n_padded; j += F32::width) (tanh(F32::load(scores + j) * inner) * cap).store(scores + j);
+    scale = 1.0f;
+  }
+  if (args.bias) {
+    const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
+    with_dtype(args.bias_dtype, [&](auto type) {
+      add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
+    });
+  } else if (!raw && args.softcap == 0) {
+    for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
+  }
+  if (args.alibi_slopes)
+    add_alibi(args.alibi_slopes[s.batch * args.alibi_batch_stride + head], float(query + s.diagonal() - key), scores, n_padded);
+  if (mask)
+    for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
+  const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
+  for (int64_t j = 0; j < first; j++) scores[j] = -infinity;
+  for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
+}
+
+void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride) {
+  using Step = Widen<float>;
+  for (int64_t p = 0; p < width; p += panel)
+    for (int64_t r = 0; r < rows; r += tile_rows)
+      for (int64_t d = 0; d < depth; d += chain)
+        multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + r * depth + d * tile_rows},
+                            keys + p * depth + d * panel, scores + r * stride + p, stride, d > 0);
+}
+
+void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += tile_rows)
+    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), keys, RowMajorTile{weights + r * stride, stride}, values, out + r * out_stride,
+                                out_stride, true);
+}
+
+namespace {
+
 // What works on packed keys and values, in float32 whatever is stored.
 struct PackedForward : Attention {
   // score_rows rows against one packed key block.
   void tile(const Sequence& s, int64_t first, int64_t row, int64_t rows, int64_t key, int64_t n, const float* mask, const uint8_t* keep,
             const float* tiles, const float* packed_key, const float* packed_value, float* scores, Statistics* statistics, float* output) const {
-    using Step = Widen<float>;
     const int64_t low_key = larger(0, low(s, query_of(first, row)) - key);
     const int64_t high_key = smaller(n, high(s, query_of(first, row + rows - 1)) - key);
     if (low_key >= high_key) return;
@@ -42,9 +102,8 @@ struct PackedForward : Attention {
       rescale(output + (row + r) * depth_padded, depth_padded, softmax(line, width, statistics[row + r], keep ? keep + (row + r) * keep_stride + from / 8 : nullptr));
     }
     for (int64_t p = 0; p * panel < depth; p++)
-      for (int64_t r = 0; r < rows; r += tile_rows)
-        multiply_rows<Step>(smaller(tile_rows, rows - r), high_key - from, RowMajorTile{scores + r * score_stride + from, score_stride},
-                            packed_value + (p * n + from) * panel, output + (row + r) * depth_padded + p * panel, depth_padded, true);
+      multiply_values(rows, high_key - from, scores + from, score_stride, packed_value + (p * n + from) * panel,
+                      output + row * depth_padded + p * panel, depth_padded);
   }
 };
 

@@ -186,9 +186,9 @@ struct TableOfPowers {
 
 // The softmax of `rows` (up to 16) rows of `width` scores, Operands::score_line apart, each of which becomes a row of P, which `put` takes
 // by 32. As Attention::softmax, for the rows together; `base` is what a score is multiplied by to be an exponent of 2. The factors by
-// which what was summed before shrinks go to `factors`.
+// which what was summed before shrinks go to `factors`. Returns whether all P are numbers; then they are at most 1.
 template <class Operands, bool DROP, class Put>
-static void softmax_rows(int64_t rows, int64_t width, const float* scores, float base, Statistics* statistics, const uint8_t* keep, float* factors, const Put& put) {
+static bool softmax_rows(int64_t rows, int64_t width, const float* scores, float base, Statistics* statistics, const uint8_t* keep, float* factors, const Put& put) {
   constexpr int64_t score_line = Operands::score_line, keep_line = Operands::keep_line;
   alignas(64) float maximum[16], sums[16], references[16];
   F32 partial[16];
@@ -232,8 +232,10 @@ static void softmax_rows(int64_t rows, int64_t width, const float* scores, float
     partial[r] = t0 + t1;
   }
   for (int64_t r = rows; r < 16; r++) partial[r] = F32::zero();
-  fma(F32::load(sums), factor, reduce_rows(partial, [](F32 a, F32 b) { return a + b; })).store(sums);
+  const F32 added = reduce_rows(partial, [](F32 a, F32 b) { return a + b; });
+  fma(F32::load(sums), factor, added).store(sums);
   for (int64_t r = 0; r < rows; r++) statistics[r] = {maximum[r], sums[r]};
+  return _mm512_cmp_ps_mask(added.v, added.v, _CMP_UNORD_Q) == 0;
 }
 
 // ---- what is multiplied ----
@@ -324,11 +326,9 @@ struct Operands<float> {
   }
   template <class Softmax>
   void make_probabilities(int64_t row, float*, const Softmax& softmax) {
-    __m512i largest = _mm512_setzero_si512();
-    softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) __attribute__((always_inline)) {
-      put_row(probabilities + j * block_rows, row + r, split<3>(p0.v, largest), split<3>(p1.v, largest));
+    const bool marked = !softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) __attribute__((always_inline)) {
+      put_row(probabilities + j * block_rows, row + r, split<3>(p0.v), split<3>(p1.v));
     });
-    const bool marked = without_parts(largest);  // NaN
     probabilities_mark = marked || (row > 0 && probabilities_mark);
     if (marked)
       softmax([&](int64_t r, int64_t j, F32 p0, F32 p1) { put_row(probabilities + j * block_rows, row + r, split_any<3>(p0.v), split_any<3>(p1.v)); });
@@ -405,8 +405,8 @@ struct UnitChunk {
       memcpy(before, statistics + row + r, size_t(count) * sizeof(Statistics));
       operands.make_probabilities(r, scores, [&](const auto& put) __attribute__((always_inline)) {
         memcpy(statistics + row + r, before, size_t(count) * sizeof(Statistics));
-        if (bits) softmax_rows<Operands<T>, true>(count, width, lines, base, statistics + row + r, bits + (row + r) * keep_line + from / 8, factors + r, put);
-        else softmax_rows<Operands<T>, false>(count, width, lines, base, statistics + row + r, nullptr, factors + r, put);
+        if (!bits) return softmax_rows<Operands<T>, false>(count, width, lines, base, statistics + row + r, nullptr, factors + r, put);
+        return softmax_rows<Operands<T>, true>(count, width, lines, base, statistics + row + r, bits + (row + r) * keep_line + from / 8, factors + r, put);
       });
     }
     for (int64_t r = 0; r < here; r++) of.rescale(output + (row + r) * padded, padded, factors[r]);

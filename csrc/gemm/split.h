@@ -45,11 +45,9 @@ template <int count>
 struct PartsOf16 { __m512i part[count]; };
 
 BIGMODEL_INLINE __m512i magnitude(__m512 x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
-// `largest` gathers the largest magnitude, whose bits are in order.
 template <int count>
-BIGMODEL_INLINE PartsOf16<count> split(__m512 x, __m512i& largest) {
+BIGMODEL_INLINE PartsOf16<count> split(__m512 x) {
   const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
-  largest = _mm512_max_epi32(largest, magnitude(x));
   PartsOf16<count> parts;
 #pragma GCC unroll 3
   for (int part = 0; part < count; part++) {
@@ -59,6 +57,12 @@ BIGMODEL_INLINE PartsOf16<count> split(__m512 x, __m512i& largest) {
     if (part + 1 < count) x = _mm512_sub_ps(x, _mm512_castsi512_ps(parts.part[part]));
   }
   return parts;
+}
+// `largest` gathers the largest magnitude, whose bits are in order.
+template <int count>
+BIGMODEL_INLINE PartsOf16<count> split(__m512 x, __m512i& largest) {
+  largest = _mm512_max_epi32(largest, magnitude(x));
+  return split<count>(x);
 }
 BIGMODEL_INLINE bool without_parts(__m512i largest) {  // from half a bf16 step below infinity
   return _mm512_cmpgt_epi32_mask(largest, _mm512_set1_epi32(0x7f7f7fff)) != 0;

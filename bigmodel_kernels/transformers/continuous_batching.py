@@ -1,0 +1,198 @@
+"""transformers' continuous batching (`model.generate_batch`, `model.init_continuous_batching`) with our attention.
+
+transformers lets three kinds of attention into continuous batching: `sdpa` and `paged|eager`, for which it makes
+a dense mask of all tokens in a batch by all their keys, and implementations with "flash" in their name, which
+are told where each request begins. Ours is of the third kind (`paged`), under the name FLASH_NAME. A model has
+that name only while a manager of continuous batching is at work: from `init_continuous_batching`, which
+`enable_continuous_batching` puts in front of the model's own, to the manager's `stop`. Every other call of the
+model, and its masks, are what they were.
+
+transformers takes block tables from packages of flash-attention alone; here they are switched on for our
+attention, for models without windows, so that decoding reads the pages in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from bigmodel_kernels.transformers import config_view, paged
+from bigmodel_kernels.transformers.autoregister import FLASH_NAME, NAME, register
+
+ATTRIBUTE = "init_continuous_batching"
+_IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it
+
+
+def enable_continuous_batching(model: nn.Module) -> None:
+    """Lets `model.generate_batch` and `model.init_continuous_batching` run `bigmodel::attention` and
+    `bigmodel::attention_decode`, in place. `patch` does this too; this alone is for a model that was made with
+    `attn_implementation="bigmodel"` and is to keep its own layers. `unpatch` undoes it.
+
+    model: a decoder of transformers whose attention transformers lets be set.
+
+    Raises TypeError for anything else. Continuous batching itself then raises NotImplementedError before
+    transformers 5.24, and ValueError for CUDA graphs and compiled steps, which pad the batch.
+    """
+    if not isinstance(model, nn.Module) or not generates(model):
+        raise TypeError(
+            f"model is a {type(model).__name__}; it must be a decoder of transformers that generates, and whose "
+            "attention calls transformers' attention interface"
+        )
+    register()
+    model.__dict__[ATTRIBUTE] = Door(model)
+
+
+def generates(module: Any) -> bool:
+    """Whether transformers' continuous batching can be had of this module, with an attention of our choice."""
+    return (
+        hasattr(type(module), ATTRIBUTE)
+        and isinstance(module, transformers.PreTrainedModel)
+        and bool(module.can_generate())
+        and not module.config.is_encoder_decoder
+        and bool(module._can_set_attn_implementation())
+    )
+
+
+def has_our_attention(model: Any) -> bool:
+    return any(getattr(config, "_attn_implementation", None) == NAME for config in _configs(model))
+
+
+class Door:
+    """`init_continuous_batching` of one model, in its `__dict__`: it goes where a copy of the model goes, and is
+    no reason to keep the model alive.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        workload_hints: Any = None,
+        **others: Any,
+    ) -> Any:
+        """As transformers' own, with the same arguments and result."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this init_continuous_batching is gone")
+        if paged.CACHE is None:
+            raise NotImplementedError(
+                f"continuous batching with bigmodel attention needs transformers {paged.SINCE}; this is "
+                f"{transformers.__version__}. Without it: bigmodel_kernels.unpatch(model)"
+            )
+        own = getattr(type(model), ATTRIBUTE)
+        asked = _asked(model, generation_config, continuous_batching_config)
+        switched = Switched(model)
+        try:
+            manager = own(
+                model,
+                generation_config=generation_config,
+                continuous_batching_config=_without_graphs(asked),
+                workload_hints=workload_hints,
+                **others,
+            )
+            if not isinstance(manager, Manager):  # else the model has kept it from an earlier session
+                _check_and_complete(manager, model, asked, workload_hints)
+                manager.__class__ = Manager
+        except BaseException:
+            switched.undo()
+            raise
+        manager.bigmodel_switched = switched
+        return manager
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Door, (self._model(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Door:
+        model = self._model()
+        return Door(memo.get(id(model), model))
+
+
+class Manager(ContinuousBatchingManager):
+    """One that gives the model its implementation back when it stops."""
+
+    bigmodel_switched: Switched
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        super().stop(*args, **kwargs)
+        self.bigmodel_switched.undo()
+
+
+class Switched:
+    """The configs of a model's text part, under the name for continuous batching until `undo`."""
+
+    def __init__(self, model: Any) -> None:
+        self._before = [
+            (config, getattr(config, _IMPLEMENTATION))
+            for config in _configs(model)
+            if getattr(config, _IMPLEMENTATION) != FLASH_NAME  # another manager of the model is at work
+        ]
+        for config, _ in self._before:
+            setattr(config, _IMPLEMENTATION, FLASH_NAME)
+
+    def undo(self) -> None:
+        """As before, but where somebody has chosen another implementation since."""
+        while self._before:
+            config, before = self._before.pop()
+            if getattr(config, _IMPLEMENTATION) == FLASH_NAME:
+                setattr(config, _IMPLEMENTATION, before)
+
+
+def _configs(model: Any) -> list[Any]:
+    """Those by which transformers and the text part's modules choose an attention, each once; behind views."""
+    text = config_view.base_of(model.config).get_text_config()
+    found = [config_view.base_of(model.config), text]
+    found += [config_view.base_of(module.__dict__.get("config")) for module in model.modules()]
+    kind = type(text)
+    return list({id(c): c for c in found if c is found[0] or isinstance(c, kind)}.values())
+
+
+def _asked(model: Any, generation_config: Any, continuous_batching_config: Any) -> Any:
+    """The config of continuous batching that transformers would take."""
+    if continuous_batching_config is not None:
+        return continuous_batching_config
+    generation_config = generation_config if generation_config is not None else model.generation_config
+    inside = getattr(generation_config, "continuous_batching_config", None)
+    return inside if inside is not None else transformers.ContinuousBatchingConfig()
+
+
+def _without_graphs(asked: Any) -> Any:
+    """CUDA graphs are on by default for flash implementations, and pad the batch; block tables are transformers'
+    for those of its own.
+    """
+    graphs = asked.use_cuda_graph
+    if any(graphs) if isinstance(graphs, tuple) else graphs:
+        raise ValueError(
+            f"use_cuda_graph={graphs}: it pads the batch, which bigmodel attention does not take in continuous "
+            "batching; allowed are None and False"
+        )
+    changed = copy.copy(asked)
+    changed.use_cuda_graph, changed.max_blocks_per_request = False, 0
+    return changed
+
+
+def _check_and_complete(manager: Any, model: Any, asked: Any, workload_hints: Any) -> None:
+    """Refuses compiled steps, and switches block tables on, as transformers does for its own."""
+    config = manager.continuous_batching_config
+    for name in ("varlen_compile_config", "decode_compile_config"):
+        if getattr(config, name) is not None or getattr(asked, name) is not None:
+            raise ValueError(
+                f"{name} is set: compiled steps pad the batch, which bigmodel attention does not take in "
+                "continuous batching; it must be None, and default_compile_level 0"
+            )
+    text = model.config.get_text_config()
+    from transformers.generation.continuous_batching import cache, initialization, utils
+
+    kinds = cache.group_layers_by_attn_type(text)
+    tables = all(cache.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in kinds)
+    if asked.max_blocks_per_request == 0 or not tables or utils.find_head_dim(text) > 256:
+        return
+    config.max_blocks_per_request = asked.max_blocks_per_request
+    initialization.resolve_using_hints(config, workload_hints)
+    initialization.resolve_without_hints(config)

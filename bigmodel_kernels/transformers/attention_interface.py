@@ -242,8 +242,8 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
 def updated(
     cache: Any, key: Tensor, value: Tensor, layer: int, told: dict[str, Any] | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Keys and values of a layer with those in its cache, and what the attention function is to be told of them;
-    `told` is what the layer was told of continuous batching (see `paged.arguments`), if that is what runs.
+    """Keys and values of a layer with those in its cache, and what the attention function is to be told of
+    them; `told` is what the layer was told of continuous batching (see `paged.arguments`), if that is what runs.
     """
     if told is None:
         return *cache.update(key, value, layer), {}
@@ -385,7 +385,8 @@ def attention_forward(
     Dropout of probabilities is otherwise the operator's own.
     `s_aux` (H,) are attention sinks. Value heads of another size than the key's, and heads above 256, run in
     torch's scaled_dot_product_attention and are logged once.
-    Without a mask and with `cu_seq_lens_q` and `cu_seq_lens_k`, each sequence attends to itself alone (`paged`).
+    Without a mask and with `cu_seq_lens_q` and `cu_seq_lens_k`, each sequence attends to itself alone (see
+    paged.py).
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
@@ -397,8 +398,8 @@ def attention_forward(
             raise ValueError("position_bias with cu_seq_lens_q: sequences one behind the other take no bias")
         if _returns_attentions(kwargs) or observer() is not None:
             raise ValueError(
-                "output_attentions with cu_seq_lens_q: there are no probabilities of sequences that stand one "
-                "behind the other; look at them in a padded batch"
+                "output_attentions with cu_seq_lens_q: probabilities of sequences one behind the other are not "
+                "made; look at them in a padded batch"
             )
         window = kwargs.get("sliding_window")
         args = (requests, is_causal, window, scale, p, softcap, s_aux)
@@ -459,7 +460,7 @@ def _attend_packed(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention of sequences one behind the other, (1, heads, total, head size); the result is (1, total, H, D)."""
+    """Attention of sequences one behind the other, (1, heads, total, head size), to (1, total, H, D)."""
     if value.shape[-1] == key.shape[-1] and query.shape[-1] <= 256:
         return paged.packed_attention(
             *(query, key, value, requests),

@@ -1,11 +1,12 @@
-"""transformers' continuous batching (`model.generate_batch`, `model.init_continuous_batching`) with our attention.
+"""transformers' continuous batching (`model.generate_batch`, `model.init_continuous_batching`) with our
+attention.
 
-transformers lets three kinds of attention into continuous batching: `sdpa` and `paged|eager`, for which it makes
-a dense mask of all tokens in a batch by all their keys, and implementations with "flash" in their name, which
-are told where each request begins. Ours is of the third kind (`paged`), under the name FLASH_NAME. A model has
-that name only while a manager of continuous batching is at work: from `init_continuous_batching`, which
-`enable_continuous_batching` puts in front of the model's own, to the manager's `stop`. Every other call of the
-model, and its masks, are what they were.
+transformers lets three kinds of attention in: `sdpa` and `paged|eager`, for which it makes a dense mask of all
+tokens in a batch by all their keys, and implementations with "flash" in their name, which are told where each
+request begins. Ours is of the third kind (see paged.py), under the name FLASH_NAME. A model has that name only
+while a manager of continuous batching is at work: from `init_continuous_batching`, for which
+`enable_continuous_batching` puts a door in front of the model's own, to the manager's `stop`. Every other call
+of the model, and its masks, are what they were.
 
 transformers takes block tables from packages of flash-attention alone; here they are switched on for our
 attention, for models without windows, so that decoding reads the pages in place.
@@ -30,8 +31,8 @@ _IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it
 
 def enable_continuous_batching(model: nn.Module) -> None:
     """Lets `model.generate_batch` and `model.init_continuous_batching` run `bigmodel::attention` and
-    `bigmodel::attention_decode`, in place. `patch` does this too; this alone is for a model that was made with
-    `attn_implementation="bigmodel"` and is to keep its own layers. `unpatch` undoes it.
+    `bigmodel::attention_decode`, in place. `patch` does this too; this alone is for a model that is to keep its
+    own layers, such as one made with `attn_implementation="bigmodel"`. `unpatch` undoes it.
 
     model: a decoder of transformers whose attention transformers lets be set.
 
@@ -40,15 +41,15 @@ def enable_continuous_batching(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module) or not generates(model):
         raise TypeError(
-            f"model is a {type(model).__name__}; it must be a decoder of transformers that generates, and whose "
-            "attention calls transformers' attention interface"
+            f"model is a {type(model).__name__}; it must be a decoder of transformers that generates, and "
+            "whose attention calls transformers' attention interface"
         )
     register()
     model.__dict__[ATTRIBUTE] = Door(model)
 
 
 def generates(module: Any) -> bool:
-    """Whether transformers' continuous batching can be had of this module, with an attention of our choice."""
+    """Whether this is a model for continuous batching, whose attention can be chosen."""
     return (
         hasattr(type(module), ATTRIBUTE)
         and isinstance(module, transformers.PreTrainedModel)
@@ -58,13 +59,24 @@ def generates(module: Any) -> bool:
     )
 
 
+def is_enabled(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get(ATTRIBUTE), Door)
+
+
 def has_our_attention(model: Any) -> bool:
     return any(getattr(config, "_attn_implementation", None) == NAME for config in _configs(model))
 
 
+def note() -> str:
+    """What a report says of a model that is enabled."""
+    if paged.CACHE is None:
+        return f"continuous batching (generate_batch) needs transformers {paged.SINCE}, and is refused"
+    return "continuous batching (generate_batch) runs bigmodel attention on packed requests and paged caches"
+
+
 class Door:
-    """`init_continuous_batching` of one model, in its `__dict__`: it goes where a copy of the model goes, and is
-    no reason to keep the model alive.
+    """`init_continuous_batching` of one model, in its `__dict__`. A copy of the model has its own, and it does
+    not keep the model alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,7 +157,7 @@ class Switched:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Those by which transformers and the text part's modules choose an attention, each once; behind views."""
+    """Those by which transformers and the modules of the text part choose attention; none is a view."""
     text = config_view.base_of(model.config).get_text_config()
     found = [config_view.base_of(model.config), text]
     found += [config_view.base_of(module.__dict__.get("config")) for module in model.modules()]
@@ -163,14 +175,14 @@ def _asked(model: Any, generation_config: Any, continuous_batching_config: Any) 
 
 
 def _without_graphs(asked: Any) -> Any:
-    """CUDA graphs are on by default for flash implementations, and pad the batch; block tables are transformers'
-    for those of its own.
+    """The same without CUDA graphs, which are the default for flash implementations and pad the batch, and
+    without block tables, which transformers has for its own implementations alone, and warns.
     """
     graphs = asked.use_cuda_graph
     if any(graphs) if isinstance(graphs, tuple) else graphs:
         raise ValueError(
-            f"use_cuda_graph={graphs}: it pads the batch, which bigmodel attention does not take in continuous "
-            "batching; allowed are None and False"
+            f"use_cuda_graph={graphs}: CUDA graphs pad the batch, which bigmodel attention does not take in "
+            "continuous batching; allowed are None and False"
         )
     changed = copy.copy(asked)
     changed.use_cuda_graph, changed.max_blocks_per_request = False, 0

@@ -1,13 +1,13 @@
 """What transformers' continuous batching tells a layer, and attention of it.
 
-The tokens of all requests stand one behind the other in one row: query (1, H, total_q, D), with `cu_seq_lens_q`
-and `cu_seq_lens_k` for where each request begins and ends. Keys and values live in the pages of a
-`PagedAttentionCache`, whose `update` either gives those of every request, gathered one behind the other
+The tokens of all requests stand one behind the other in one row: query (1, H, total_q, D), with
+`cu_seq_lens_q` and `cu_seq_lens_k` for where each request begins and ends. Keys and values live in the pages of
+a `PagedAttentionCache`, whose `update` either gives those of every request, gathered one behind the other
 (prompts, and batches of prompts and decoding requests), or leaves a block table and the pages (batches in
 which every request has one new token). The first runs in `bigmodel::attention`, the second in
 `bigmodel::attention_decode`. No mask is made.
 
-transformers' side: generation/continuous_batching, and `_flash_attention_forward`, which reads the same arguments.
+transformers' side: generation/continuous_batching, and `_flash_attention_forward`, which reads the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_paged(cache: Any) -> bool:
 
 
 def arguments(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """What a layer was told of continuous batching; None if that is not its cache, or was not told in full."""
+    """What a layer was told of continuous batching; None if its cache is another, or not all was told."""
     if not is_paged(cache) or not all(name in kwargs for name in _ARGUMENTS):
         return None
     return {name: kwargs[name] for name in _ARGUMENTS}
@@ -64,7 +64,7 @@ def sequences(kwargs: dict[str, Any]) -> Sequences | None:
     for name, given in zip(_ARGUMENTS[:2], starts, strict=True):
         if not isinstance(given, Tensor):
             raise TypeError(
-                f"{name} is a {type(given).__name__}; it must be a tensor, as PagedAttentionCache.update leaves it"
+                f"{name} is a {type(given).__name__}; it must be a tensor, as the cache's update leaves it"
             )
     cu_q, cu_k = (given.to(torch.int32) for given in starts)
     pages = [kwargs.get(name) for name in ("k_cache", "v_cache")]
@@ -85,8 +85,8 @@ def packed_attention(
     sinks: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """Attention of query (1, H, total_q, D) on key and value (1, Hkv, total_k, D), each request on its own; the
-    result is (1, total_q, H, D). `window` counts the keys on a side, that of the query included.
+    """Attention of query (1, H, total_q, D) on key and value (1, Hkv, total_k, D), each request on its own, to
+    (1, total_q, H, D). `window` counts the keys on a side, that of the query included.
 
     With a block table, key and value are those of the new tokens, one a request, which are written into the
     pages first.

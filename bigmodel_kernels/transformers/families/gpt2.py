@@ -101,11 +101,9 @@ class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
 # arguments and weights, read at each call
 
 
-def _call(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any, dict[str, Any] | None, bool]:
-    """Cache and mask of a call of a block or its attention, what it is told of continuous batching, and whether
-    it is plain causal self-attention.
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any] | None, bool]:
+    """Cache and mask of a call of a block or its attention, what it is told of continuous batching, and
+    whether it is plain causal self-attention.
     """
     cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")

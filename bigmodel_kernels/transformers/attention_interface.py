@@ -243,7 +243,7 @@ def updated(
     cache: Any, key: Tensor, value: Tensor, layer: int, told: dict[str, Any] | None
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Keys and values of a layer with those in its cache, and what the attention function is to be told of
-    them; `told` is what the layer was told of continuous batching (see `paged.arguments`), if that is what runs.
+    them; `told` is what the layer was told of continuous batching (see `paged.arguments`), if that runs.
     """
     if told is None:
         return *cache.update(key, value, layer), {}
@@ -398,8 +398,8 @@ def attention_forward(
             raise ValueError("position_bias with cu_seq_lens_q: sequences one behind the other take no bias")
         if _returns_attentions(kwargs) or observer() is not None:
             raise ValueError(
-                "output_attentions with cu_seq_lens_q: probabilities of sequences one behind the other are not "
-                "made; look at them in a padded batch"
+                "output_attentions with cu_seq_lens_q: probabilities of sequences one behind the other are "
+                "not made; look at them in a padded batch"
             )
         window = kwargs.get("sliding_window")
         args = (requests, is_causal, window, scale, p, softcap, s_aux)

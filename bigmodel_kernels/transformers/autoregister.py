@@ -18,8 +18,8 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 NAME = "bigmodel"
-#: The same functions under the name that a model has while it runs in transformers' continuous batching, which
-#: takes names with "flash" in them for attention without dense masks (see continuous_batching.py).
+#: The same functions under the name that a model has while it runs in transformers' continuous batching,
+#: which takes names with "flash" in them for attention without dense masks (see continuous_batching.py).
 #: `from_pretrained` and `set_attn_implementation` refuse it: they look for a package behind such a name.
 FLASH_NAME = "bigmodel_flash"
 _WATCHED = "transformers.modeling_utils"

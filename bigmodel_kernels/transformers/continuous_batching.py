@@ -1,12 +1,12 @@
 """transformers' continuous batching (`model.generate_batch`, `model.init_continuous_batching`) with our
 attention.
 
-transformers lets three kinds of attention in: `sdpa` and `paged|eager`, for which it makes a dense mask of all
-tokens in a batch by all their keys, and implementations with "flash" in their name, which are told where each
-request begins. Ours is of the third kind (see paged.py), under the name FLASH_NAME. A model has that name only
-while a manager of continuous batching is at work: from `init_continuous_batching`, for which
-`enable_continuous_batching` puts a door in front of the model's own, to the manager's `stop`. Every other call
-of the model, and its masks, are what they were.
+transformers lets three kinds of attention in: `sdpa` and `paged|eager`, for which it makes a dense mask of
+all tokens in a batch by all their keys, and implementations with "flash" in their name, which are told where
+each request begins. Ours is of the third kind (see paged.py), under the name FLASH_NAME. A model has that
+name only while a manager of continuous batching is at work: from `init_continuous_batching`, for which
+`enable_continuous_batching` puts a door in front of the model's own, to the manager's `stop`. Every other
+call of the model, and its masks, are what they were.
 
 transformers takes block tables from packages of flash-attention alone; here they are switched on for our
 attention, for models without windows, so that decoding reads the pages in place.
@@ -31,8 +31,8 @@ _IMPLEMENTATION = "_attn_implementation_internal"  # where a config keeps it
 
 def enable_continuous_batching(model: nn.Module) -> None:
     """Lets `model.generate_batch` and `model.init_continuous_batching` run `bigmodel::attention` and
-    `bigmodel::attention_decode`, in place. `patch` does this too; this alone is for a model that is to keep its
-    own layers, such as one made with `attn_implementation="bigmodel"`. `unpatch` undoes it.
+    `bigmodel::attention_decode`, in place. `patch` does this too; this alone is for a model that is to keep
+    its own layers, such as one made with `attn_implementation="bigmodel"`. `unpatch` undoes it.
 
     model: a decoder of transformers whose attention transformers lets be set.
 
@@ -75,8 +75,8 @@ def note() -> str:
 
 
 class Door:
-    """`init_continuous_batching` of one model, in its `__dict__`. A copy of the model has its own, and it does
-    not keep the model alive.
+    """`init_continuous_batching` of one model, in its `__dict__`. A copy of the model has its own, and none
+    keeps its model alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,7 +123,8 @@ class Door:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Door:
         model = self._model()
-        return Door(memo.get(id(model), model))
+        copied: Any = memo.get(id(model), model)
+        return Door(copied)
 
 
 class Manager(ContinuousBatchingManager):

@@ -1,8 +1,8 @@
 """What transformers' continuous batching tells a layer, and attention of it.
 
 The tokens of all requests stand one behind the other in one row: query (1, H, total_q, D), with
-`cu_seq_lens_q` and `cu_seq_lens_k` for where each request begins and ends. Keys and values live in the pages of
-a `PagedAttentionCache`, whose `update` either gives those of every request, gathered one behind the other
+`cu_seq_lens_q` and `cu_seq_lens_k` for where each request begins and ends. Keys and values live in the pages
+of a `PagedAttentionCache`, whose `update` either gives those of every request, gathered one behind the other
 (prompts, and batches of prompts and decoding requests), or leaves a block table and the pages (batches in
 which every request has one new token). The first runs in `bigmodel::attention`, the second in
 `bigmodel::attention_decode`. No mask is made.
@@ -44,6 +44,21 @@ def arguments(cache: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     return {name: kwargs[name] for name in _ARGUMENTS}
 
 
+class Pages(NamedTuple):
+    """Where the keys and values of each request are, if attention is to read them in place."""
+
+    block_table: Tensor  # int32 (requests, blocks)
+    keys: Tensor  # (pages, page size, Hkv, D)
+    values: Tensor
+
+    def write(self, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+        """Puts the last key and value of each request, (requests, Hkv, D), where they belong."""
+        last, size = lengths.long() - 1, self.keys.shape[1]
+        at = self.block_table.long().gather(1, (last // size)[:, None])[:, 0], last % size
+        self.keys[at] = key
+        self.values[at] = value
+
+
 class Sequences(NamedTuple):
     """The requests of a batch, as a layer sees them: where they begin and end, and where their keys are."""
 
@@ -51,25 +66,24 @@ class Sequences(NamedTuple):
     cu_seqlens_k: Tensor
     longest_q: int | None
     longest_k: int | None
-    block_table: Tensor | None = None  # int32 (requests, blocks)
-    k_cache: Tensor | None = None  # (pages, page size, Hkv, D)
-    v_cache: Tensor | None = None
+    pages: Pages | None
 
 
 def sequences(kwargs: dict[str, Any]) -> Sequences | None:
     """Those of a call of the attention function, after `update`; None for a call without any."""
-    starts = [kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")]
-    if starts == [None, None]:
+    starts = {name: kwargs.get(name) for name in _ARGUMENTS[:2]}
+    if all(given is None for given in starts.values()):
         return None
-    for name, given in zip(_ARGUMENTS[:2], starts, strict=True):
+    for name, given in starts.items():
         if not isinstance(given, Tensor):
             raise TypeError(
                 f"{name} is a {type(given).__name__}; it must be a tensor, as the cache's update leaves it"
             )
-    cu_q, cu_k = (given.to(torch.int32) for given in starts)
-    pages = [kwargs.get(name) for name in ("k_cache", "v_cache")]
-    table = kwargs.get("block_table") if pages[0] is not None else None
-    return Sequences(cu_q, cu_k, kwargs.get("max_length_q"), kwargs.get("max_length_k"), table, *pages)
+    cu_q, cu_k = (kwargs[name].to(torch.int32) for name in starts)
+    pages = None
+    if kwargs.get("k_cache") is not None:
+        pages = Pages(kwargs["block_table"], kwargs["k_cache"], kwargs["v_cache"])
+    return Sequences(cu_q, cu_k, kwargs.get("max_length_q"), kwargs.get("max_length_k"), pages)
 
 
 def packed_attention(
@@ -85,11 +99,10 @@ def packed_attention(
     sinks: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """Attention of query (1, H, total_q, D) on key and value (1, Hkv, total_k, D), each request on its own, to
-    (1, total_q, H, D). `window` counts the keys on a side, that of the query included.
+    """Attention of query (1, H, total_q, D) on key and value (1, Hkv, total_k, D), each request on its own,
+    to (1, total_q, H, D). `window` counts the keys on a side, that of the query included.
 
-    With a block table, key and value are those of the new tokens, one a request, which are written into the
-    pages first.
+    With pages, key and value are those of the new tokens, one a request, which are written there first.
     """
     side = None if window is None else window - 1
     options: dict[str, Any] = {
@@ -100,31 +113,22 @@ def packed_attention(
         "sinks": sinks,
     }
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-    if requests.block_table is not None:
-        lengths = requests.cu_seqlens_k.diff()
-        _write(key, value, lengths, requests)
-        pages = (cache.transpose(1, 2) for cache in (requests.k_cache, requests.v_cache))
-        out = attention_decode(query[:, :, None], *pages, lengths, requests.block_table, **options)
-        return out.transpose(1, 2).flatten(0, 1)[None]
-    out = attention(
-        *(query, key, value),
-        cu_seqlens_q=requests.cu_seqlens_q,
-        cu_seqlens_k=requests.cu_seqlens_k,
-        max_seqlen_q=requests.longest_q,
-        max_seqlen_k=requests.longest_k,
-        dropout_p=dropout_p,
-        **options,
-    )
-    return out[None]
-
-
-def _write(key: Tensor, value: Tensor, lengths: Tensor, requests: Sequences) -> None:
-    """Puts the last key and value of each request, (requests, Hkv, D), into its page."""
-    last, size = lengths.long() - 1, requests.k_cache.shape[1]
-    page = requests.block_table.long().gather(1, (last // size)[:, None])[:, 0]
-    at = (page, last % size)
-    requests.k_cache[at] = key
-    requests.v_cache[at] = value
+    if requests.pages is None:
+        out: Any = attention(
+            *(query, key, value),
+            cu_seqlens_q=requests.cu_seqlens_q,
+            cu_seqlens_k=requests.cu_seqlens_k,
+            max_seqlen_q=requests.longest_q,
+            max_seqlen_k=requests.longest_k,
+            dropout_p=dropout_p,
+            **options,
+        )
+        return out[None]  # type: ignore[no-any-return]
+    lengths, pages = requests.cu_seqlens_k.diff(), requests.pages
+    pages.write(key, value, lengths)
+    keys, values = (cache.transpose(1, 2) for cache in pages[1:])
+    out = attention_decode(query[:, :, None], keys, values, lengths, pages.block_table, **options)
+    return out.transpose(1, 2).flatten(0, 1)[None]  # type: ignore[no-any-return]
 
 
 def by_request(

@@ -70,7 +70,7 @@ def generated(model: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int]]
 class Calls(list[paged.Sequences]):
     @property
     def with_tables(self) -> int:
-        return sum(requests.block_table is not None for requests in self)
+        return sum(requests.pages is not None for requests in self)
 
 
 @pytest.fixture

@@ -63,8 +63,15 @@ def is_enabled(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get(ATTRIBUTE), Door)
 
 
+def disable(module: Any) -> None:
+    """Undoes `enable_continuous_batching`. A manager that the model has kept from a session goes with it."""
+    del module.__dict__[ATTRIBUTE]
+    if isinstance(module.__dict__.get("_cached_continuous_batching_manager"), Manager):
+        module.destroy_cached_continuous_batching_manager()
+
+
 def has_our_attention(model: Any) -> bool:
-    return any(getattr(config, "_attn_implementation", None) == NAME for config in _configs(model))
+    return bool(config_view.base_of(model.config)._attn_implementation == NAME)
 
 
 def note() -> str:
@@ -110,7 +117,7 @@ class Door:
                 **others,
             )
             if not isinstance(manager, Manager):  # else the model has kept it from an earlier session
-                _check_and_complete(manager, model, asked, workload_hints)
+                _complete(manager, model, asked, workload_hints)
                 manager.__class__ = Manager
         except BaseException:
             switched.undo()
@@ -131,6 +138,14 @@ class Manager(ContinuousBatchingManager):
     """One that gives the model its implementation back when it stops."""
 
     bigmodel_switched: Switched
+
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any) -> None:
+        """Called where the model has kept this manager, whose batches have no masks for other attention."""
+        if model.config._attn_implementation != FLASH_NAME:
+            raise RuntimeError(
+                "the model has kept a manager from when it had bigmodel attention; give it up first, by "
+                "model.destroy_cached_continuous_batching_manager()"
+            )
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
         super().stop(*args, **kwargs)
@@ -166,42 +181,46 @@ def _configs(model: Any) -> list[Any]:
     return list({id(c): c for c in found if c is found[0] or isinstance(c, kind)}.values())
 
 
+#: What pads the batches of continuous batching, by its name in their config.
+_PADDING = (
+    *("use_cuda_graph", "q_padding_interval_size", "kv_padding_interval_size"),
+    *("varlen_compile_config", "decode_compile_config", "default_compile_level"),
+)
+
+
 def _asked(model: Any, generation_config: Any, continuous_batching_config: Any) -> Any:
-    """The config of continuous batching that transformers would take."""
-    if continuous_batching_config is not None:
-        return continuous_batching_config
-    generation_config = generation_config if generation_config is not None else model.generation_config
-    inside = getattr(generation_config, "continuous_batching_config", None)
-    return inside if inside is not None else transformers.ContinuousBatchingConfig()
+    """The config of continuous batching that transformers would take. It must not pad."""
+    found = continuous_batching_config
+    if found is None:
+        found = getattr(generation_config or model.generation_config, "continuous_batching_config", None)
+    if found is None:
+        found = transformers.ContinuousBatchingConfig()
+    for name in _PADDING:
+        given = getattr(found, name)
+        if any(given) if isinstance(given, tuple) else given:
+            raise ValueError(f"{name}={given} {_REFUSED}; allowed is its default, and False for CUDA graphs")
+    return found
+
+
+_REFUSED = "pads the batch, which bigmodel attention does not take in continuous batching"
 
 
 def _without_graphs(asked: Any) -> Any:
     """The same without CUDA graphs, which are the default for flash implementations and pad the batch, and
     without block tables, which transformers has for its own implementations alone, and warns.
     """
-    graphs = asked.use_cuda_graph
-    if any(graphs) if isinstance(graphs, tuple) else graphs:
-        raise ValueError(
-            f"use_cuda_graph={graphs}: CUDA graphs pad the batch, which bigmodel attention does not take in "
-            "continuous batching; allowed are None and False"
-        )
     changed = copy.copy(asked)
     changed.use_cuda_graph, changed.max_blocks_per_request = False, 0
     return changed
 
 
-def _check_and_complete(manager: Any, model: Any, asked: Any, workload_hints: Any) -> None:
-    """Refuses compiled steps, and switches block tables on, as transformers does for its own."""
-    config = manager.continuous_batching_config
-    for name in ("varlen_compile_config", "decode_compile_config"):
-        if getattr(config, name) is not None or getattr(asked, name) is not None:
-            raise ValueError(
-                f"{name} is set: compiled steps pad the batch, which bigmodel attention does not take in "
-                "continuous batching; it must be None, and default_compile_level 0"
-            )
-    text = model.config.get_text_config()
+def _complete(manager: Any, model: Any, asked: Any, workload_hints: Any) -> None:
+    """Switches block tables on, as transformers does for its own."""
     from transformers.generation.continuous_batching import cache, initialization, utils
 
+    config, text = manager.continuous_batching_config, model.config.get_text_config()
+    if config.varlen_compile_config is not None:
+        raise ValueError(f"compile_config={config.varlen_compile_config} in the model's config {_REFUSED}")
     kinds = cache.group_layers_by_attn_type(text)
     tables = all(cache.ATTN_TYPE_TO_ALLOCATOR[kind].supports_block_table for kind in kinds)
     if asked.max_blocks_per_request == 0 or not tables or utils.find_head_dim(text) > 256:

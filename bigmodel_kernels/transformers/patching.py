@@ -73,7 +73,7 @@ def unpatch(model: nn.Module) -> int:
         if config is not None and config_view.is_view(config):
             module.__dict__["config"] = config_view.leave(config)
         if continuous_batching.is_enabled(module):
-            del module.__dict__[continuous_batching.ATTRIBUTE]
+            continuous_batching.disable(module)
     return restored
 
 

@@ -77,7 +77,7 @@ class BigmodelGPT2Block(hf.GPT2Block):
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
-        if plain and told is None:  # continuous batching: its own code, with the parts' patched forms
+        if plain and told is None:  # in continuous batching its own code calls the patched parts
             parts = _block_parts(self, checks.dtype_of(hidden_states))
         if parts is None or attention_interface.wants_attentions(kwargs) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)

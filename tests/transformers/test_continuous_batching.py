@@ -101,17 +101,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 @pytest.mark.parametrize(
     "family",
     [
-        "llama",
-        "gpt2",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "gemma3",
-        "gpt_oss",
-        "phi",
-        "gpt_neox",
-        "stablelm",
+        *("llama", "gpt2", "mistral", "qwen2", "gemma2", "gpt_oss", "stablelm"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3", "gemma3", "phi3", "phi", "gpt_neox")
+        ),
     ],
 )
 def test_a_patched_model(family: str, calls: Calls) -> None:
@@ -171,6 +165,20 @@ def test_prefixes_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_paging
+def test_several_answers_to_a_prompt() -> None:
+    """Forks of a request share its pages, and go on in their own."""
+    model = TINY["llama"].model()
+    expected = generated(model)
+    bk.patch(model)
+    twice = copy.deepcopy(GREEDY)
+    twice.do_sample, twice.top_k, twice.num_return_sequences = True, 1, 2
+    out = model.generate_batch(PROMPTS, generation_config=twice, continuous_batching_config=settings())
+    assert [result.generated_tokens for result in out.values()] == [
+        text for text in expected for _ in range(2)
+    ]
+
+
+@needs_paging
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_bfloat16(family: str, calls: Calls) -> None:
     """Log-probabilities of the first tokens are as near to those in float32 as sdpa's are."""
@@ -211,10 +219,10 @@ def test_everything_else_is_as_before(kind: str) -> None:
         before = plain(ids).logits
         bk.patch(model)
         patched = model(ids).logits
-        assert served(model) == served(model)
+        assert served(model) == (expected := generated(plain))
         assert torch.equal(model(ids).logits, patched)
-        assert generated(model) == generated(plain)
-        assert bk.patch(model).patched and served(model)
+        assert generated(model, PROMPTS[:2]) == expected[:2]
+        assert bk.patch(model).patched and served(model, PROMPTS[:2]) == expected[:2]
         assert bk.unpatch(model) > 0
         assert torch.equal(model(ids).logits, before)
     assert set(vars(model)) == state
@@ -230,7 +238,7 @@ def test_the_manager_by_hand() -> None:
     bk.patch(model)
     with torch.no_grad():
         logits = model(ids).logits
-    for _ in range(2):
+    for _ in range(2):  # the second time it is the one of the first
         manager = model.init_continuous_batching(GREEDY, settings())
         assert model.config._attn_implementation == FLASH_NAME
         manager.start()
@@ -304,6 +312,8 @@ def test_models_that_continuous_batching_does_not_know(family: str) -> None:
         {"use_cuda_graph": (False, True)},
         {"varlen_compile_config": CompileConfig()},
         {"decode_compile_config": CompileConfig()},
+        {"default_compile_level": 1},
+        {"q_padding_interval_size": 64},
     ],
 )
 def test_padded_batches_are_refused(asked: dict[str, Any]) -> None:
@@ -312,6 +322,30 @@ def test_padded_batches_are_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(asked))):
         model.generate_batch(PROMPTS, generation_config=GREEDY, continuous_batching_config=settings(**asked))
     assert model.config._attn_implementation == SDPA
+
+
+@needs_paging
+def test_a_compile_config_of_the_model_is_refused() -> None:
+    model = TINY["llama"].model()
+    model.config.compile_config = CompileConfig()
+    bk.patch(model)
+    with pytest.raises(ValueError, match=r"compile_config=.* in the model's config"):
+        model.init_continuous_batching(GREEDY, settings())
+    assert model.config._attn_implementation == SDPA
+
+
+@needs_paging
+def test_a_kept_manager_is_not_for_other_attention() -> None:
+    model = TINY["llama"].model()
+    expected = generated(model, PROMPTS[:2])
+    options = {"generation_config": GREEDY, "continuous_batching_config": settings()}
+    with bk.patched(model):
+        model.generate_batch(PROMPTS[:2], persistent_manager=True, **options)
+    with pytest.raises(RuntimeError, match="destroy_cached_continuous_batching_manager"):
+        model.init_continuous_batching()
+    bk.patch(model)
+    bk.unpatch(model)
+    assert served(model, PROMPTS[:2]) == expected
 
 
 def test_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     training mode and when labels are given by name. Their output then has `logits=None`. Evaluation has
     logits as ever. The report names those that keep them, such as Gemma 2 with its softcap.
 
+    Decoders run our attention in transformers' continuous batching too, see `enable_continuous_batching`.
+
     Raises TypeError for something that is not a module.
     """
     plan = _plan(model, recompute, fused_loss)

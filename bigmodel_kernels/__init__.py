@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         PatchReport,
         attention_maps,
         collect_attention,
+        enable_continuous_batching,
         patch,
         patched,
         release_weights,
@@ -61,6 +62,7 @@ __all__ = [
     "collect_attention",
     "deactivate_sdpa",
     "embedding",
+    "enable_continuous_batching",
     "explain",
     "feed_forward",
     "layer_norm",
@@ -80,6 +82,7 @@ __all__ = [
 _FROM_TRANSFORMERS_LAYER = (
     *("AttentionMaps", "attention_maps", "collect_attention"),
     *("PatchReport", "patch", "patched", "unpatch", "release_weights", "restore_weights"),
+    "enable_continuous_batching",
 )
 
 

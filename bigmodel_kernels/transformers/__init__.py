@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bigmodel_kernels.transformers.autoregister import register, register_when_imported
 
 if TYPE_CHECKING:
+    from bigmodel_kernels.transformers.continuous_batching import enable_continuous_batching
     from bigmodel_kernels.transformers.maps import (
         AttentionMaps,
         LayerAttention,
@@ -28,6 +29,7 @@ __all__ = [
     "Row",
     "attention_maps",
     "collect_attention",
+    "enable_continuous_batching",
     "explain",
     "patch",
     "patched",
@@ -45,6 +47,7 @@ _HOMES = {
     "Row": "report",
     "attention_maps": "maps",
     "collect_attention": "maps",
+    "enable_continuous_batching": "continuous_batching",
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",

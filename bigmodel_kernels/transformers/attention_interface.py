@@ -32,8 +32,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from bigmodel_kernels.ops.attention_maps import attention_probabilities
 from bigmodel_kernels.ops.registration import wants_gradient
-from bigmodel_kernels.transformers import blocks, config_view
-from bigmodel_kernels.transformers.autoregister import NAME
+from bigmodel_kernels.transformers import blocks, config_view, paged
+from bigmodel_kernels.transformers.autoregister import FLASH_NAME, NAME
 
 #: Caches whose `update` gives keys and values as the operator reads them.
 CACHES: tuple[type, ...] = (type(None), DynamicCache, StaticCache)
@@ -42,7 +42,7 @@ CACHES: tuple[type, ...] = (type(None), DynamicCache, StaticCache)
 _CACHE_NAMES = ("cache", "layer_past", "past_key_values")
 
 #: Who makes masks that `visibility` reads; flash attention's say nothing of a window.
-_MASK_MAKERS = (NAME, "sdpa", "eager", None)
+_MASK_MAKERS = (NAME, FLASH_NAME, "sdpa", "eager", None)
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
@@ -239,6 +239,18 @@ def cache_of(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
+def updated(
+    cache: Any, key: Tensor, value: Tensor, layer: int, told: dict[str, Any] | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Keys and values of a layer with those in its cache, and what the attention function is to be told of
+    them; `told` is what the layer was told of continuous batching (see `paged.arguments`), if that runs.
+    """
+    if told is None:
+        return *cache.update(key, value, layer), {}
+    own = dict(told)  # `update` puts what concerns this layer in the place of what concerns all
+    return *cache.update(key, value, layer, kwargs=own), own
+
+
 def readable(mask: Any) -> bool:
     """Whether `visibility` knows masks of this form."""
     return mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 3, 4))
@@ -373,10 +385,25 @@ def attention_forward(
     Dropout of probabilities is otherwise the operator's own.
     `s_aux` (H,) are attention sinks. Value heads of another size than the key's, and heads above 256, run in
     torch's scaled_dot_product_attention and are logged once.
+    Without a mask and with `cu_seq_lens_q` and `cu_seq_lens_k`, each sequence attends to itself alone (see
+    paged.py).
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p = dropout if module.training else 0.0
+    requests = paged.sequences(kwargs) if attention_mask is None else None
+    if requests is not None:
+        if position_bias is not None:
+            raise ValueError("position_bias with cu_seq_lens_q: sequences one behind the other take no bias")
+        if _returns_attentions(kwargs) or observer() is not None:
+            raise ValueError(
+                "output_attentions with cu_seq_lens_q: probabilities of sequences one behind the other are "
+                "not made; look at them in a padded batch"
+            )
+        window = kwargs.get("sliding_window")
+        args = (requests, is_causal, window, scale, p, softcap, s_aux)
+        return _attend_packed(module, query, key, value, *args), None
     seen = visibility(
         query,
         key.shape[2],
@@ -385,7 +412,6 @@ def attention_forward(
         position_bias=position_bias,
         window=kwargs.get("sliding_window"),
     )
-    p = dropout if module.training else 0.0
     return attend(module, query, key, value, seen, scale, p, softcap, s_aux, _returns_attentions(kwargs))
 
 
@@ -419,6 +445,37 @@ def attend(
         terms = terms._replace(softcap=softcap or 0.0, sinks=_readable_sinks(s_aux, query))
         out = blocks.attention(terms, p)
     return out.transpose(1, 2), _weights(query, key, seen, scale, softcap, s_aux) if wanted else None
+
+
+def _attend_packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    requests: paged.Sequences,
+    is_causal: bool,
+    window: int | None,
+    scale: float,
+    p: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of sequences one behind the other, (1, heads, total, head size), to (1, total, H, D)."""
+    if value.shape[-1] == key.shape[-1] and query.shape[-1] <= 256:
+        return paged.packed_attention(
+            *(query, key, value, requests),
+            is_causal=is_causal,
+            softmax_scale=scale,
+            window=window,
+            softcap=softcap or 0.0,
+            sinks=_readable_sinks(sinks, query),
+            dropout_p=p,
+        )
+    parts = []
+    for q, k, v in paged.by_request(query, key, value, requests):
+        seen = Visibility(k.shape[2], is_causal, window, two_sided=not is_causal)
+        parts.append(attend(module, q, k, v, seen, scale, p, softcap, sinks)[0])
+    return torch.cat(parts, dim=1)
 
 
 def _readable_sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:

@@ -18,6 +18,10 @@ from importlib.abc import MetaPathFinder
 from types import ModuleType
 
 NAME = "bigmodel"
+#: The same functions under the name that a model has while it runs in transformers' continuous batching,
+#: which takes names with "flash" in them for attention without dense masks (see continuous_batching.py).
+#: `from_pretrained` and `set_attn_implementation` refuse it: they look for a package behind such a name.
+FLASH_NAME = "bigmodel_flash"
 _WATCHED = "transformers.modeling_utils"
 
 
@@ -30,8 +34,9 @@ def register() -> None:
 
     from bigmodel_kernels.transformers.attention_interface import attention_forward, attention_mask
 
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    for name in (NAME, FLASH_NAME):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, attention_mask)
 
 
 def register_when_imported() -> None:

@@ -34,7 +34,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 
 from bigmodel_kernels.ops.registration import call
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    packed_encoder,
+    paged,
+)
 from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
@@ -163,15 +170,18 @@ class Attention(Form):
         query, key, value = (t.transpose(1, 2) for t in self._heads(hidden_states))
         if given.angles is not None:
             query, key = self._turned(query, key, *given.angles)
+        told: dict[str, Any] = {}
         if given.cache is not None:
             if (times := self.kin.repeats(self)) != 1:
                 key, value = (t.repeat_interleave(times, dim=1) for t in (key, value))
-            key, value = given.cache.update(key, value, getattr(self, self.kin.index))
-        out, weights = self._attend(query, key, value, given)
+            key, value, told = attention_interface.updated(
+                given.cache, key, value, getattr(self, self.kin.index), given.told
+            )
+        out, weights = self._attend(query, key, value, given, told)
         return out.flatten(2), weights
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, given: Given
+        self, query: Tensor, key: Tensor, value: Tensor, given: Given, told: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         scale = self.kin.scale(self)
         window = getattr(self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None))
@@ -197,13 +207,14 @@ class Attention(Form):
             sliding_window=window,
             position_bias=self._alibi(query, given),
             output_attentions=given.output_attentions,
+            **told,
         )
 
     def _for_its_own_code(self, states: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of its own code, which without transformers' interface reads dense masks."""
-        if self.kin.interface:
-            return kwargs
         keys, cache = states.shape[1], attention_interface.cache_of(kwargs)
+        if self.kin.interface or paged.is_paged(cache):
+            return kwargs
         if cache is not None:
             keys = cache.get_mask_sizes(keys, getattr(self, self.kin.index))[0]
         return {
@@ -305,6 +316,7 @@ class Given(NamedTuple):
     dropout_p: float
     alibi: Tensor | None = None
     packing: blocks.Packing | None = None
+    told: dict[str, Any] | None = None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
@@ -314,10 +326,11 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
     mask, cache, angles = kwargs.get("attention_mask"), attention_interface.cache_of(kwargs), None
     dropout_p = checks.probability(attention, attention.kin.attention_dropout_of(attention))
     packing = kwargs.get(packed_encoder.ARGUMENT)
+    told = paged.arguments(cache, kwargs) if attention.kin.interface else None
     if (
         args
         or dropout_p is None
-        or type(cache) not in attention_interface.CACHES
+        or (told is None and type(cache) not in attention_interface.CACHES)
         or not attention_interface.readable(mask)
         or (packing is not None and not attention_interface.packable(mask))
         or (attention.kin.interface and not attention_interface.gets_readable_masks(attention))
@@ -339,7 +352,7 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         return None
     wanted = bool(kwargs.get("output_attentions"))
     causal, alibi = kwargs.get("is_causal"), kwargs.get("alibi")
-    return Given(angles, mask, cache, causal, wanted, dropout_p, alibi, packing)
+    return Given(angles, mask, cache, causal, wanted, dropout_p, alibi, packing, told)
 
 
 def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:

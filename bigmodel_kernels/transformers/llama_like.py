@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels.ops.registration import call
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, paged
 from bigmodel_kernels.transformers.blocks import FeedForward, GatedParts, Scale
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
@@ -138,8 +138,11 @@ class Attention(Form):
         query, key, value = self._heads(hidden_states)
         if getattr(self, "use_rope", True):  # SmolLM3 has layers without
             query, key = self._turned(query, key, given.cos, given.sin)
+        told: dict[str, Any] = {}
         if given.cache is not None:
-            key, value = given.cache.update(key, value, self.layer_idx)
+            key, value, told = attention_interface.updated(
+                given.cache, key, value, self.layer_idx, given.told
+            )
         out, weights = attention_interface.attention_forward(
             self,
             query,
@@ -153,6 +156,7 @@ class Attention(Form):
             is_causal=given.is_causal,
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             output_attentions=given.output_attentions,
+            **told,
         )
         return out.flatten(2), weights
 
@@ -248,18 +252,20 @@ class Given(NamedTuple):
     cache: Any
     is_causal: bool | None
     output_attentions: bool
+    told: dict[str, Any] | None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments of a layer or of its attention; None if its own code has to read them."""
     positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
     cache = attention_interface.cache_of(kwargs)
+    told = paged.arguments(cache, kwargs)
     if (
         args
         or not isinstance(positions, (tuple, list))
         or len(positions) != 2
         or positions[0].dim() != 3
-        or type(cache) not in attention_interface.CACHES
+        or (told is None and type(cache) not in attention_interface.CACHES)
         or not attention_interface.readable(mask)
         or not attention_interface.gets_readable_masks(attention)
         or checks.watched_globally()
@@ -267,7 +273,7 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         return None
     wanted = bool(kwargs.get("output_attentions"))
     cos, sin = positions
-    return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted)
+    return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted, told)
 
 
 def scale_of(norm: Any, dtype: torch.dtype | None) -> Scale | None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from bigmodel_kernels import backends
 from bigmodel_kernels.ops.examples import example
-from bigmodel_kernels.transformers import checks, config_view, families, report
+from bigmodel_kernels.transformers import checks, config_view, continuous_batching, families, report
 from bigmodel_kernels.transformers.autoregister import register
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.release import restore_weights
@@ -47,6 +47,8 @@ def patch(model: nn.Module, *, recompute: bool = False, fused_loss: bool = False
     training mode and when labels are given by name. Their output then has `logits=None`. Evaluation has
     logits as ever. The report names those that keep them, such as Gemma 2 with its softcap.
 
+    Decoders run our attention in transformers' continuous batching too, see `enable_continuous_batching`.
+
     Raises TypeError for something that is not a module.
     """
     plan = _plan(model, recompute, fused_loss)
@@ -72,6 +74,8 @@ def unpatch(model: nn.Module) -> int:
         config = module.__dict__.get("config")
         if config is not None and config_view.is_view(config):
             module.__dict__["config"] = config_view.leave(config)
+        if continuous_batching.is_enabled(module):
+            continuous_batching.disable(module)
     return restored
 
 
@@ -163,6 +167,10 @@ class _Plan:
                 "attn_implementation='bigmodel' replaces the attention of any model that calls transformers' "
                 "attention interface"
             )
+        if any(change.attribute == continuous_batching.ATTRIBUTE for change in self.changes) or any(
+            map(continuous_batching.is_enabled, self.model.modules())
+        ):
+            notes.append(continuous_batching.note())
         return PatchReport(
             model=type(self.model).__name__,
             rows=self.rows,
@@ -181,6 +189,7 @@ def _plan(model: nn.Module, recompute: bool = False, fused_loss: bool = False) -
     plan = _Plan(model, [], [], [], recompute, fused_loss)
     for family in families.loaded():
         _plan_family(plan, family)
+    _plan_continuous_batching(plan)
     _rows_for_unfit_families(plan)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     plan.rows.sort(key=lambda row: order[row.name])
@@ -353,6 +362,19 @@ def _plan_config(plan: _Plan, family: Family, root: nn.Module) -> None:
         if own is not None and not config_view.is_complete(own):
             seen = config_view.view(config_view.base_of(own), company, family.asks_for_full_masks, module)
             plan.changes.append(Change(module, own, seen, "config"))
+
+
+def _plan_continuous_batching(plan: _Plan) -> None:
+    """A door to transformers' continuous batching, which lets few implementations in, for every model that
+    has our attention then.
+    """
+    ours = {change.module for change in plan.changes if change.attribute is None}
+    for module in plan.model.modules():
+        if not continuous_batching.generates(module) or continuous_batching.is_enabled(module):
+            continue
+        if continuous_batching.has_our_attention(module) or not ours.isdisjoint(module.modules()):
+            door = continuous_batching.Door(module)
+            plan.changes.append(Change(module, None, door, continuous_batching.ATTRIBUTE))
 
 
 # ------------------------------------------------------------------------------------------------------------

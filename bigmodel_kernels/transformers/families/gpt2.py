@@ -23,7 +23,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, paged
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
@@ -35,7 +35,7 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
     """Self-attention with Conv1D projections by the operators; used when the block runs its own code."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        cache, mask, plain = _call(args, kwargs)
+        cache, mask, told, plain = _call(args, kwargs)
         if not plain or not _projects(self) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)
         dtype = checks.dtype_of(hidden_states)
@@ -43,7 +43,7 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
         query, key, value = (
             t.transpose(1, 2) for t in blocks.heads(hidden_states, parts, "conv1d", self.head_dim)
         )
-        key, value = _cached(cache, key, value, self.layer_idx)
+        key, value, told = _cached(cache, key, value, self.layer_idx, told)
         context, weights = attention_interface.attention_forward(
             self,
             query,
@@ -53,6 +53,7 @@ class BigmodelGPT2Attention(hf.GPT2Attention):
             dropout=self.attn_dropout.p if self.training else 0.0,
             scaling=self.scaling,
             output_attentions=kwargs.get("output_attentions", False),
+            **told,
         )
         out = blocks.project(context.flatten(2), blocks.part(self.c_proj, Conv1D, dtype), "conv1d")
         return self.resid_dropout(out), weights
@@ -74,15 +75,17 @@ class BigmodelGPT2Block(hf.GPT2Block):
     """The whole block in five calls, or two."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        cache, mask, plain = _call(args, kwargs)
-        parts = _block_parts(self, checks.dtype_of(hidden_states)) if plain else None
+        cache, mask, told, plain = _call(args, kwargs)
+        parts = None
+        if plain and told is None:  # in continuous batching its own code calls the patched parts
+            parts = _block_parts(self, checks.dtype_of(hidden_states))
         if parts is None or attention_interface.wants_attentions(kwargs) or checks.watched_globally():
             return super().forward(hidden_states, *args, **kwargs)
         scale, index = self.attn.scaling, self.attn.layer_idx
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Terms:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            key, value = _cached(cache, key, value, index)
+            key, value, _ = _cached(cache, key, value, index)
             seen = attention_interface.visibility(query, key.shape[2], mask, is_causal=True)
             return blocks.terms(query, key, value, seen, scale)
 
@@ -98,24 +101,31 @@ class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
 # arguments and weights, read at each call
 
 
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
-    """Cache and mask of a call of a block or its attention, and whether it is plain causal self-attention."""
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any] | None, bool]:
+    """Cache and mask of a call of a block or its attention, what it is told of continuous batching, and
+    whether it is plain causal self-attention.
+    """
     cache = args[0] if args else kwargs.get("cache", kwargs.get("past_key_values"))
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     encoder = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+    told = paged.arguments(cache, kwargs)
     plain = (
-        encoder is None and len(args) <= 3 and type(cache) in _CACHES and attention_interface.readable(mask)
+        encoder is None
+        and len(args) <= 3
+        and (told is not None or type(cache) in _CACHES)
+        and attention_interface.readable(mask)
     )
-    return cache, mask, plain
+    return cache, mask, told, plain
 
 
-def _cached(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+def _cached(
+    cache: Any, key: Tensor, value: Tensor, layer: int, told: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if cache is None:
-        return key, value
+        return key, value, {}
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    key, value = cache.update(key, value, layer)
-    return key, value
+    return attention_interface.updated(cache, key, value, layer, told)
 
 
 def _projects(attention: Any) -> bool:

@@ -40,5 +40,5 @@ def test_a_name_is_looked_for_and_the_answer_is_one_sentence(model: str) -> None
 
 def test_a_folder_is_told_what_is_wrong_with_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    with pytest.raises(ValueError, match="cannot be loaded: no model type$"), loading(str(tmp_path)):
+    with pytest.raises(ValueError, match=r"cannot be loaded: no model type$"), loading(str(tmp_path)):
         raise ValueError("no model type")

@@ -320,7 +320,7 @@ def test_the_command_as_json() -> None:
         (("--head", "-1"), "head='-1' is unknown"),
         (("--layer", "6"), "layers=[6] are not there; those of the model are 0, 1, 2, 3, 4, 5"),
         (("--head", "12"), "allowed are -12 to 11"),
-        (("--model", "/not/there"), "model='/not/there' cannot be loaded"),
+        (("--model", "/not/there"), "model='/not/there' cannot be loaded: there is no such folder"),
         (("--device", "tpu"), "device='tpu' is unknown"),
         (("--output", "/"), "Is a directory: '/'"),
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.extras import minilm, package
+from bigmodel_kernels.extras import loading, minilm, package
 
 EXTRA = "attention-map"
 
@@ -86,11 +86,9 @@ def compute(
     transformers = package("transformers", "transformers", EXTRA)
     transformers.utils.logging.disable_progress_bar()
     source = str(minilm(EXTRA)) if model is None else model
-    try:
+    with loading(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         loaded = transformers.AutoModel.from_pretrained(source, attn_implementation="bigmodel")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={source!r} cannot be loaded: {error}") from error
     loaded = loaded.eval().to(device)
     if loaded.config.is_encoder_decoder:
         loaded = loaded.get_encoder()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.extras import minilm, package
+from bigmodel_kernels.extras import loading, minilm, package
 from bigmodel_kernels.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ def tokenizer(settings: Settings, texts: Iterable[str], saved: Path) -> Any:
     if settings.model in SMALL:
         made = train_tokenizer(settings.model, texts, settings.vocabulary)
     else:
-        made = transformers.AutoTokenizer.from_pretrained(source(settings))
+        with loading(source(settings)):
+            made = transformers.AutoTokenizer.from_pretrained(source(settings))
     if made.pad_token is None:
         made.pad_token = made.eos_token
     return made
@@ -182,7 +183,8 @@ def build(settings: Settings, auto_class: Any, tokens: Any, length: int, **chang
         special = {"size": len(tokens), "pad": tokens.pad_token_id, "end": end}
         config = SMALL[settings.model](settings, special, length)
     else:
-        config = transformers.AutoConfig.from_pretrained(source(settings))
+        with loading(source(settings)):
+            config = transformers.AutoConfig.from_pretrained(source(settings))
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < length:
         raise ValueError(f"max_length={length}; the model has {positions} positions")
@@ -195,7 +197,8 @@ def build(settings: Settings, auto_class: Any, tokens: Any, length: int, **chang
     if settings.model in SMALL:
         model = auto_class.from_config(config, **how)
     else:
-        model = auto_class.from_pretrained(source(settings), config=config, **how)
+        with loading(source(settings)):
+            model = auto_class.from_pretrained(source(settings), config=config, **how)
     if settings.freeze_layers:
         freeze(model, settings.freeze_layers)
     return add_lora(model, settings.lora) if settings.lora else model

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bigmodel_kernels.doctor import DTYPES
-from bigmodel_kernels.extras import package
+from bigmodel_kernels.extras import loading, package
 
 if TYPE_CHECKING:
     from bigmodel_kernels.tasks.base import Task
@@ -29,11 +28,8 @@ def load(task: Task, source: str, device: str, dtype: str) -> tuple[Any, Any]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     auto_class = getattr(transformers, task.auto_class)
-    try:
+    with loading(source):
         config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        where = "" if Path(source).is_dir() else "there is no such folder, and by that name "
-        raise ValueError(f"model={source!r} cannot be loaded: {where}{error}") from error
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"model={source!r} is a {config.model_type} model, for which transformers has no "
@@ -43,13 +39,11 @@ def load(task: Task, source: str, device: str, dtype: str) -> tuple[Any, Any]:
         task.check_config(config)
     except ValueError as error:
         raise ValueError(f"model={source!r}: {error}") from error
-    try:
+    with loading(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model, info = auto_class.from_pretrained(
             source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model={source!r} cannot be loaded: {error}") from error
     if missing := missing_weights(info["missing_keys"], task.spare_weights):
         was = ", ".join(config.architectures or ["a model without a head"])
         raise ValueError(

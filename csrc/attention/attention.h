@@ -208,8 +208,9 @@ struct Attention {
   // e^(x + low). The product with log2(e) is rounded by more, for large x, than 2^y is: what it lost is made good.
   static BIGMODEL_INLINE F32 exponential(F32 x, F32 low) {
     const F32 base2 = F32::set(log2e), y = x * base2, lost = fma(low, base2, fma(x, F32::set(1.92596299e-8f), fma(x, base2, -y)));
-    const F32 p = exp2(y);
-    return fma(p, max(lost, F32::set(-1.0f)) * F32::set(0.693147181f), p);  // max: of -inf nothing is known to be lost, a NaN
+    // Of -inf nothing is known to be lost, a NaN; of a product that is beyond float (a mask of float's lowest) all is, and p is 0.
+    const F32 p = exp2(y), made_good = min(max(lost, F32::set(-1.0f)), F32::set(1.0f));
+    return fma(p, made_good * F32::set(0.693147181f), p);
   }
 
   // Divides by the sum of a row, exactly 1 where the two are the same: a product with the inverse, and what that is wrong by made good.

@@ -618,6 +618,23 @@ def test_errors_of_dtypes(function: Any, args: Any, kwargs: Any, name: str) -> N
         function(*args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (fa.flash_attn_func, (1, X, X), "q=1 is of type int; it must be Tensor"),
+        (fa.flash_attn_kvpacked_func, (X, None), "kv=None is of type NoneType; it must be Tensor"),
+        (
+            fa.flash_attn_varlen_func,
+            (*[X.flatten(0, 1)] * 3, CU, CU, 9, None),
+            "max_seqlen_k=None is of type NoneType; it must be int",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_named(function: Any, args: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        function(*args)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # padding
 

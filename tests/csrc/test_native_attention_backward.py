@@ -80,6 +80,17 @@ def test_padding_bias_alibi_and_sinks(isa: str) -> None:
     check(*make(2, 2, 1, 70, 131, 32), sinks=torch.randn(2), alibi_slopes=torch.rand(2), is_causal=True)
 
 
+@pytest.mark.parametrize("size", [(2, 4, 2, 33, 40, 32), (1, 2, 1, 5, 3, 16)], ids=str)
+def test_masks_of_the_lowest_float(isa: str, size: tuple[int, ...]) -> None:
+    """Some keys, and all keys of a query, masked by it; times log2(e) it is beyond float32."""
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.zeros(size[3], size[4])
+    bias[:, 0] = bias[1] = lowest
+    check(*make(*size), bias=bias)
+    check(*make(*size), bias=bias, softmax_scale=3.0, grad_lse=True)
+    check(*(t.bfloat16() for t in make(*size)), bias=bias)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
 @pytest.mark.parametrize("where", range(4), ids=["query", "key", "value", "grad"])
 def test_numbers_without_bf16_parts(isa: str, where: int, value: float) -> None:

@@ -33,13 +33,14 @@ from bigmodel_kernels.ops.attention import attention
 from bigmodel_kernels.ops.attention.checks import check_head_terms
 from bigmodel_kernels.ops.attention.decode import attention_decode
 from bigmodel_kernels.ops.philox import keep_attention
-from bigmodel_kernels.ops.registration import draw_seed, require_float, require_like, shape
+from bigmodel_kernels.ops.registration import draw_seed, public, require_float, require_like, shape
 from bigmodel_kernels.ops.rotary import rotary
 
 # ------------------------------------------------------------------------------------------------------------
 # one length
 
 
+@public
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -80,6 +81,7 @@ def flash_attn_func(
     return out.transpose(1, 2), _their_lse(lse), probabilities
 
 
+@public
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -100,6 +102,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@public
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
@@ -123,6 +126,7 @@ def flash_attn_qkvpacked_func(
 # packed sequences
 
 
+@public
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -186,6 +190,7 @@ def flash_attn_varlen_func(
     return out, _their_lse(lse), probabilities
 
 
+@public
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -210,6 +215,7 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
+@public
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -235,6 +241,7 @@ def flash_attn_varlen_qkvpacked_func(
 # a cache
 
 
+@public
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

@@ -86,6 +86,19 @@ def test_bias(size: tuple[int, ...], dtype: torch.dtype) -> None:
     check(*make(2, 4, 2, 50, 60, 32, torch.bfloat16), bias=torch.randn(size).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_the_lowest_number(dtype: torch.dtype) -> None:
+    """Times log2(e) it is beyond float32: as -inf, for a query all of whose keys have it too."""
+    bias = torch.zeros(33, 40, dtype=dtype)
+    bias[:, 0] = torch.finfo(dtype).min
+    tensors = make(2, 4, 2, 33, 40, 32, torch.bfloat16)
+    check(*tensors, bias=bias)
+    bias[1] = torch.finfo(dtype).min
+    out, lse = emulated(*tensors, bias=bias)
+    assert out.isfinite().all()
+    assert (out[:, :, 1] == 0).all() and (lse[:, :, 1] == -torch.inf).all()
+
+
 def test_alibi_and_sinks() -> None:
     tensors = make(2, 4, 2, 45, 70, 64, torch.float16)
     check(*tensors, alibi_slopes=torch.rand(4), is_causal=True)

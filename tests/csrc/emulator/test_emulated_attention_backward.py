@@ -126,6 +126,20 @@ def test_bias(size: tuple[int, ...]) -> None:
     check(*make(2, 4, 2, 50, 60, 32, torch.float16), bias=torch.randn(size))
 
 
+def test_masks_of_the_lowest_number() -> None:
+    """Times log2(e) it is beyond float32: as -inf, for a query all of whose keys have it too."""
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.zeros(33, 40)
+    bias[:, 0] = lowest
+    tensors = make(1, 2, 1, 33, 40, 32, torch.bfloat16)
+    check(*tensors, bias=bias)
+    bias[1] = lowest
+    args, options = prepare(*tensors, bias=bias)
+    gradients = emulated((torch.randn_like(tensors[0]), None), args, options, bias_requires_grad=True)[:4]
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[0][:, :, 1] == 0).all() and (gradients[3][..., 1, :] == 0).all()
+
+
 def test_packed_sequences() -> None:
     cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 5, 5, 140, 150], [0, 70, 71, 200, 200]))
     query, key, value = (torch.randn(n, 2, 64).to(torch.bfloat16) for n in (150, 200, 200))

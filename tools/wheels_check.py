@@ -1,7 +1,7 @@
 """Installs each wheel in clean environments of several Pythons and torches, and tries it there.
 
     python tools/wheels_check.py                       every wheel of dist/ in every environment of MATRIX
-    python tools/wheels_check.py --in 3.12:2.15.0      in these only (may be repeated): Python, torch
+    python tools/wheels_check.py --in 3.12:2.14.1      in these only (may be repeated): Python, torch
     python tools/wheels_check.py dist/*+cu130*.whl     these wheels only
 
 In each: the import, `bigmodel-kernels doctor` (which must find nothing broken, and the libraries loaded), a
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Python and torch: the oldest and the newest of both, and those between.
-MATRIX = ("3.10:2.10.0", "3.11:2.13.0", "3.12:2.10.0", "3.13:2.15.0")
+MATRIX = ("3.10:2.10.0", "3.11:2.13.0", "3.12:2.10.0", "3.13:2.14.1")
 TESTS = ("tests/ops/test_norm.py", "tests/csrc/test_native_attention.py")
 TEST_PACKAGES = ("pytest", "hypothesis")
 

@@ -25,6 +25,9 @@ _CUDA_BUILD = re.compile(
     rb"bigmodel_kernels CUDA library: CUDART_VERSION (\d+), architectures ([0-9a-z ]+)\."
 )
 
+#: torch's major version of CUDA -> the wheel for it, of those in docs/building.md.
+_CUDA_WHEELS = {"12": "+cu124", "13": "+cu130"}
+
 
 @dataclass(frozen=True)
 class CudaBuild:
@@ -87,13 +90,24 @@ def cuda_build() -> CudaBuild | None:
         return CudaBuild(f"{version // 1000}.{version % 1000 // 10}", tuple(found[2].decode().split()))
 
 
+def how_to_have_cuda(torch_cuda: str | None) -> str:
+    """How to get the CUDA library for a torch of this CUDA version, such as "13.0", or without (None)."""
+    if torch_cuda is None:
+        return "it needs a torch with CUDA, and the wheel for that CUDA"
+    major = torch_cuda.partition(".")[0]
+    from_sources = f"build with BIGMODEL_CUDA=1 and nvcc of CUDA {major} (docs/building.md)"
+    if major not in _CUDA_WHEELS:
+        return from_sources
+    return f"install the wheel for CUDA {major} ({_CUDA_WHEELS[major]}), or {from_sources}"
+
+
 @functools.cache
 def cuda_reason() -> str | None:
     """Why the CUDA library is not loaded, or None where it is (``torch.ops.bigmodel.cuda_*``)."""
     if not _CUDA_LIBRARY.exists():
         return (
             f"the CUDA extension is not built ({_CUDA_LIBRARY.name} is missing); "
-            "reinstall with nvcc on PATH and BIGMODEL_CUDA=1"
+            f"{how_to_have_cuda(torch.version.cuda)}"
         )
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"

@@ -168,8 +168,7 @@ def native_cuda(
         return Check(name, BROKEN, f"{detail}; the machine has NVIDIA's driver", wanted)
     if torch_cuda is None:
         return Check(name, OFF, "it is for NVIDIA GPUs", "Triton's kernels serve this GPU")
-    major = torch_cuda.partition(".")[0]
-    wanted = f"install the wheel for CUDA {major}, or build with nvcc of CUDA {major} (docs/building.md)"
+    wanted = _native.how_to_have_cuda(torch_cuda)
     if reason is not None:
         # A wheel without the library is whole: Triton's kernels run in its place.
         return Check(name, OFF if build is None else BROKEN, reason, wanted)

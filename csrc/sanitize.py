@@ -71,8 +71,9 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def pytest(files: list[str], environment: dict[str, str], *options: str) -> None:
-    # Without capture: what a sanitizer prints as it ends the process would be lost.
-    run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-x", *options, *files], environment)
+    # Without capture: what a sanitizer prints as it ends a process would be lost.
+    how = ["-p", "no:cacheprovider", "-s", "-x", "-n", "2", "--dist", "worksteal", "--max-worker-restart=0"]
+    run([sys.executable, "-m", "pytest", *how, *options, *files], environment)
 
 
 # Name of the fault: (sanitizer, what the report says, C++).

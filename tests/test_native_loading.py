@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_a_torch_without_cuda(cuda_library_for: Path, monkeypatch: pytest.Monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _native.cuda_reason() == f"this torch ({torch.__version__}) is built without CUDA"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "remedy"),
+    [
+        (None, "it needs a torch with CUDA, and the wheel"),
+        ("12.8", "install the wheel for CUDA 12 (+cu124), or build with BIGMODEL_CUDA=1 and nvcc of CUDA 12"),
+        ("13.0", "install the wheel for CUDA 13 (+cu130), or build with BIGMODEL_CUDA=1 and nvcc of CUDA 13"),
+        ("14.0", "build with BIGMODEL_CUDA=1 and nvcc of CUDA 14"),  # which has no wheel yet
+    ],
+)
+def test_a_wheel_without_cuda_names_the_one_that_fits(
+    torch_cuda: str | None, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "_CUDA_LIBRARY", tmp_path / "libbigmodel_cuda.so")
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    said = cuda_library.lacking(torch.zeros(8, dtype=torch.bfloat16))
+    missing = "the CUDA extension is not built (libbigmodel_cuda.so is missing); "
+    assert said is not None and said.startswith(missing + remedy)
+
+
+def test_the_wheels_that_are_named_are_those_of_the_documentation() -> None:
+    building = (Path(__file__).parents[1] / "docs" / "building.md").read_text()
+    documented = re.findall(
+        r"^\| `bigmodel_kernels-\S+(\+cu\d+)` .* a torch of CUDA (\d+)", building, re.MULTILINE
+    )
+    assert {major: wheel for wheel, major in documented} == _native._CUDA_WHEELS
 
 
 @pytest.mark.parametrize("torch_cuda", ["12.6", "14.0"])

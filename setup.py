@@ -5,15 +5,16 @@ every Python from 3.10. Environment: BIGMODEL_CPU_EXTENSION=0 leaves it out; BIG
 test build whose AVX-512 and AMX objects run on any AVX2 CPU, through the SIMD Everywhere headers;
 BIGMODEL_CUDA=1 or 0 decides whether the CUDA library is built too (by default where torch has CUDA and nvcc
 is on PATH); BIGMODEL_LOCAL_VERSION=cu130 adds +cu130 to the version; BIGMODEL_SANITIZE=address or thread is a
-test build that stays under build/ (csrc/sanitize.py); CXX names the compiler; CXXFLAGS is added to its flags;
-MAX_JOBS limits parallel compilation.
+test build that stays under build/ (csrc/sanitize.py); BIGMODEL_TARGET=aarch64 makes a wheel for that machine
+on another one; CXX names the compiler (with arguments, if need be: for another machine it is
+aarch64-linux-gnu-g++ by default); CXXFLAGS is added to its flags; MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,8 +52,6 @@ OWN_KERNELS = {
     ),
 }
 REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,
@@ -63,20 +62,28 @@ AVX512 = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-# name: (compiler flags, lanes in bits, has the bf16 dot product)
-INSTRUCTION_SETS: dict[str, tuple[list[str], int, int]] = {"portable": ([], 0, 0)}
-if X86:
-    INSTRUCTION_SETS |= {
-        "avx2": (AVX2, 256, 0),
-        "avx512": (AVX512, 512, 0),
-        "avx512_bf16": ([*AVX512, "-mavx512bf16"], 512, 1),
-        "amx": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], 512, 1),
-    }
+# name: (compiler flags, lanes in bits, has the bf16 dot product); first what every CPU of the machine has.
+InstructionSets = dict[str, tuple[list[str], int, int]]
+PORTABLE: InstructionSets = {"portable": ([], 0, 0)}
+X86: InstructionSets = {
+    **PORTABLE,
+    "avx2": (AVX2, 256, 0),
+    "avx512": (AVX512, 512, 0),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], 512, 1),
+    "amx": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], 512, 1),
+}
+NEON: InstructionSets = {"neon": ([], 128, 0)}  # part of every ARMv8
+
+
+def instruction_sets(machine: str) -> InstructionSets:
+    """By what platform.machine() says, which differs between systems."""
+    named = {"x86_64": X86, "amd64": X86, "aarch64": NEON, "arm64": NEON}
+    return named.get(machine.lower(), PORTABLE)
 
 
 def missing_tool(compiler: str) -> str | None:
     """Why the extension cannot be built here, or None."""
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         return f"no C++ compiler: '{compiler}' is not on PATH (install g++ or clang++, or set CXX)"
     if shutil.which("ninja") is None:
         return "ninja is not on PATH (pip install ninja)"
@@ -96,9 +103,12 @@ def load_build() -> ModuleType:
 
 def wants_cuda() -> bool:
     """BIGMODEL_CUDA=1 or 0 decides; otherwise whether torch has CUDA and nvcc is there to compile for it."""
-    if "BIGMODEL_CUDA" in os.environ:
-        return os.environ["BIGMODEL_CUDA"] == "1"
-    return load_build().torch_cuda() is not None and shutil.which(os.environ.get("NVCC", "nvcc")) is not None
+    build, asked = load_build(), os.environ.get("BIGMODEL_CUDA")
+    if asked == "1" and build.crossing():
+        raise SystemExit(f"BIGMODEL_CUDA=1: for BIGMODEL_TARGET={build.target()} there are CPU kernels alone")
+    if asked is not None or build.crossing():
+        return asked == "1"
+    return build.torch_cuda() is not None and shutil.which(os.environ.get("NVCC", "nvcc")) is not None
 
 
 class BuildWithNinja(build_ext):
@@ -108,8 +118,10 @@ class BuildWithNinja(build_ext):
         reason = (
             "BIGMODEL_CPU_EXTENSION=0"
             if os.environ.get("BIGMODEL_CPU_EXTENSION") == "0"
-            else missing_tool(os.environ.get("CXX", "g++"))
+            else missing_tool(load_build().compiler())
         )
+        if reason and load_build().crossing() and os.environ.get("BIGMODEL_CPU_EXTENSION") != "0":
+            raise SystemExit(f"BIGMODEL_TARGET={load_build().target()}: {reason}")
         if reason:
             print(
                 f"bigmodel_kernels: building without the CPU extension: {reason}. "
@@ -135,11 +147,13 @@ class BuildWithNinja(build_ext):
         emulate = os.environ.get("BIGMODEL_EMULATE_AVX512") == "1"
         ninja = load_build()
         sanitizer = ninja.sanitizer()
-        build = (
-            ROOT
-            / "build"
-            / ("cpu" + ("-emulated" if emulate else "") + (f"-{sanitizer}" if sanitizer else ""))
-        )
+        machine = ninja.target() if ninja.crossing() else None
+        if machine and self.inplace:
+            raise SystemExit(
+                f"BIGMODEL_TARGET={machine} is for wheels: in the tree this machine's library would go"
+            )
+        kinds = ["cpu", machine, "emulated" if emulate else None, sanitizer]
+        build = ROOT / "build" / "-".join(filter(None, kinds))
         target.parent.mkdir(parents=True, exist_ok=True)
         library = build / ("threads" if sanitizer == "thread" else "libbigmodel_cpu.so")
         ninja.write_ninja(build, *self.plan(ninja, library.name, emulate, sanitizer))
@@ -161,14 +175,18 @@ class BuildWithNinja(build_ext):
     ) -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
         """Rules and targets: a rule for each instruction set, and one for what torch sees."""
         include, libraries = ninja.torch_flags()
-        compiler = os.environ.get("CXX", "g++")
+        compiler, sets = ninja.compiler(), instruction_sets(ninja.target())
+        every_cpu = next(iter(sets))
+        rules, targets = ninja.torch_stand_ins() if ninja.crossing() else ({}, [])
+        stand_ins = [name for name, _, _ in targets]
+        if stand_ins:  # stripped here: what strips a wheel may know this machine's files alone
+            libraries = f"-s -Wl,--no-as-needed {' '.join(stand_ins)}"
         build = ninja.SANITIZERS[sanitizer] if sanitizer else "-O3 -g0"
         common = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-psabi"
         common = f"{ninja.launcher()}{compiler} {common} {os.environ.get('CXXFLAGS', '')}"
         common = f"{common} {' '.join(ninja.path_flags())}"
         result = "-pthread" if sanitizer == "thread" else f"-shared {libraries}"
-        rules = {"link": f"{compiler} {build} -o $out $in {result}"}
-        targets: list[tuple[str, str, list[str]]] = []
+        rules["link"] = f"{compiler} {build} -o $out $in {result}"
 
         objects: list[str] = []
 
@@ -187,13 +205,16 @@ class BuildWithNinja(build_ext):
                 targets.append((name, rule, [str(ROOT / "csrc" / source), *before]))
                 objects.append(name)
 
-        sets = INSTRUCTION_SETS
         if sanitizer == "thread":  # a program instead of torch: what threads share is the same in every set
-            isa = "avx2" if X86 else "portable"
-            sets = {isa: INSTRUCTION_SETS[isa]}
+            isa = "avx2" if "avx2" in sets else every_cpu
+            sets = {isa: sets[isa]}
             add("driver", [f"-DBIGMODEL_DRIVEN={isa}"], {"threads.o": "testing/threads.cpp"})
         else:
-            defines = [*ninja.DEFINES, *(["-DBIGMODEL_X86"] if X86 else [])]
+            defines = [
+                *ninja.DEFINES,
+                f"-DBIGMODEL_EVERY_CPU={every_cpu}",
+                *(["-DBIGMODEL_X86"] if "avx2" in sets else []),
+            ]
             defines += ["-DBIGMODEL_EMULATE_AVX512"] if emulate else []
             # No kernel is among these: what little they compute is not worth what -O3 takes.
             add(
@@ -210,7 +231,7 @@ class BuildWithNinja(build_ext):
             sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
             sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
             add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})
-        targets.append((library, "link", objects))
+        targets.append((library, "link", [*objects, "|", *stand_ins]))
         return rules, targets
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -231,7 +252,8 @@ class PlatformWheel(bdist_wheel):
     """A wheel for any Python 3 on this platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        build = load_build()
+        return "py3", "none", f"linux_{build.target()}" if build.crossing() else super().get_tag()[2]
 
 
 setup(

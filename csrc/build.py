@@ -36,6 +36,7 @@ KERNELS = {
     "linear/sm90.cu": "90a",
     "norm/rows.cu": "80",
 }
+TORCH_LIBRARIES = ("torch_cpu", "torch", "c10")
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # What the CUDA runtime, which is linked in, takes from the libraries that glibc 2.34 merged into libc.so.6.
 GLIBC_MERGED = {
@@ -67,6 +68,21 @@ def sanitizer() -> str | None:
     if name not in (None, *SANITIZERS):
         raise SystemExit(f"BIGMODEL_SANITIZE={name} is not one of {', '.join(SANITIZERS)}")
     return name
+
+
+def target() -> str:
+    """The machine to build for, as platform.machine() names it: BIGMODEL_TARGET, or this one."""
+    return os.environ.get("BIGMODEL_TARGET") or platform.machine()
+
+
+def crossing() -> bool:
+    """Whether that is another machine than this one."""
+    return target() != platform.machine()
+
+
+def compiler() -> str:
+    """The C++ compiler's command, which may have arguments: CXX, or g++ by the name that Debian gives it."""
+    return os.environ.get("CXX") or (f"{target()}-linux-gnu-g++" if crossing() else "g++")
 
 
 def write_ninja(
@@ -144,7 +160,19 @@ def torch_include() -> Path:
 
 def torch_flags() -> tuple[str, str]:
     include = torch_include()
-    return f"-isystem {include}", f"-L{include.parent / 'lib'} -ltorch_cpu -ltorch -lc10"
+    libraries = " ".join(f"-l{name}" for name in TORCH_LIBRARIES)
+    return f"-isystem {include}", f"-L{include.parent / 'lib'} {libraries}"
+
+
+def torch_stand_ins() -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
+    """Rules and targets of empty libraries named as torch's, for a machine whose torch is not here.
+
+    They are for the linker, which then names torch's libraries in the result; programs that load it have them.
+    """
+    names = [f"lib{name}.so" for name in TORCH_LIBRARIES]
+    command = f"{compiler()} -shared -nostdlib -x c++ /dev/null -o $out"
+    rules = {f"stand_in_{name}": f"{command} -Wl,-soname,{name}" for name in names}
+    return rules, [(f"torch/{name}", f"stand_in_{name}", []) for name in names]
 
 
 def path_flags() -> list[str]:

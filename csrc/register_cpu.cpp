@@ -22,6 +22,9 @@
 
 namespace bigmodel {
 
+#ifndef BIGMODEL_EVERY_CPU
+#error "compile with -DBIGMODEL_EVERY_CPU=<the instruction set that every CPU of the machine has>"
+#endif
 #define BIGMODEL_DECLARE_TABLE(isa) namespace isa { extern const KernelTable table; }
 #if defined(BIGMODEL_X86)
 BIGMODEL_DECLARE_TABLE(amx)
@@ -29,7 +32,7 @@ BIGMODEL_DECLARE_TABLE(avx512_bf16)
 BIGMODEL_DECLARE_TABLE(avx512)
 BIGMODEL_DECLARE_TABLE(avx2)
 #endif
-BIGMODEL_DECLARE_TABLE(portable)
+BIGMODEL_DECLARE_TABLE(BIGMODEL_EVERY_CPU)
 
 // ---- instruction sets ----
 
@@ -72,7 +75,7 @@ const std::vector<Isa>& instruction_sets() {  // best first
 #endif
     all.push_back({&avx2::table, avx2});
 #endif
-    all.push_back({&portable::table, true});
+    all.push_back({&BIGMODEL_EVERY_CPU::table, true});
     return all;
   }();
   return sets;
@@ -100,7 +103,7 @@ const KernelTable* default_isa() {
 #endif
     if (isa.supported) return isa.table;
   }
-  return &portable::table;
+  return &BIGMODEL_EVERY_CPU::table;
 }
 
 std::atomic<const KernelTable*>& chosen() {

@@ -2,7 +2,7 @@
 //
 // A kernel is written once against F32 and compiled once per instruction set into its own namespace (BIGMODEL_ISA), so
 // objects for different instruction sets can live in one library and be chosen at load time (isa.h). The bodies below are
-// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes). Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
+// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes), to which NEON lends a few words. Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
 // on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
 //
 // No standard-library templates here: an inline function that the linker merges across objects could carry AVX-512
@@ -12,13 +12,15 @@
 #include <cstring>
 
 #ifndef BIGMODEL_ISA
-#error "compile with -DBIGMODEL_ISA=<namespace> and -DBIGMODEL_SIMD=<0 portable, 256, 512>"
+#error "compile with -DBIGMODEL_ISA=<namespace> and -DBIGMODEL_SIMD=<0 portable, 128 NEON, 256, 512>"
 #endif
 
 #if BIGMODEL_SIMD == 512 && defined(BIGMODEL_SIMDE)
 #include "avx512_emulated.h"
 #elif BIGMODEL_SIMD >= 256
 #include <immintrin.h>
+#elif BIGMODEL_SIMD == 128
+#include <arm_neon.h>
 #endif
 
 #define BIGMODEL_INLINE inline __attribute__((always_inline))
@@ -175,7 +177,7 @@ BIGMODEL_INLINE float maximum(F32 a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
-#else  // portable: twice four lanes as GCC and Clang have them, which are SSE2's and NEON's registers
+#else  // portable and NEON: twice four lanes as GCC and Clang have them, which are SSE2's and NEON's registers
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef uint32_t Bits4 __attribute__((vector_size(16)));
@@ -191,9 +193,13 @@ BIGMODEL_INLINE Float4 load4(const bf16* p) { Half4 x; memcpy(&x, p, 8); return 
 BIGMODEL_INLINE Float4 load4(const fp16* p) {
   Half4 x;
   memcpy(&x, p, 8);
+#if BIGMODEL_SIMD == 128
+  return Float4(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(x))));
+#else
   const Bits4 bits = __builtin_convertvector(x, Bits4), magnitude = (bits & 0x7fffu) << 13;
   const Bits4 finite = Bits4(Float4(magnitude) * 0x1p112f);
   return Float4((bits & 0x8000u) << 16 | select(magnitude >= 0x0f800000u, magnitude + 0x70000000u, finite));
+#endif
 }
 BIGMODEL_INLINE void store4(Float4 x, float* p) { memcpy(p, &x, 16); }
 BIGMODEL_INLINE void store4(Bits4 x, void* p) { const Half4 low = __builtin_convertvector(x, Half4); memcpy(p, &low, 8); }
@@ -202,13 +208,26 @@ BIGMODEL_INLINE void store4(Float4 x, bf16* p) {
   store4(select(x != x, (u >> 16) | 0x40u, (u + 0x7fffu + ((u >> 16) & 1u)) >> 16), static_cast<void*>(p));
 }
 BIGMODEL_INLINE void store4(Float4 x, fp16* p) {
+#if BIGMODEL_SIMD == 128
+  const Half4 half = Half4(vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(x))));
+  memcpy(p, &half, 8);
+#else
   const Bits4 u = Bits4(x), magnitude = u & 0x7fffffffu, rebiased = magnitude - 0x38000000u;
   const Bits4 normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13, subnormal = Bits4(Float4(magnitude) + 0.5f) - 0x3f000000u;
   const Bits4 infinity = Bits4{} + 0x7c00u, nan = Bits4{} + 0x7e00u;
   const Bits4 finite = select(magnitude < 0x38800000u, subnormal, normal);
   const Bits4 large = select(magnitude > 0x7f800000u, nan, infinity);
   store4((u >> 16 & 0x8000u) | select(magnitude >= 0x477ff000u, large, finite), static_cast<void*>(p));
+#endif
 }
+#if BIGMODEL_SIMD == 128  // one rounding, and one instruction, whatever -ffp-contract says
+BIGMODEL_INLINE Float4 fma(Float4 a, Float4 b, Float4 c) { return Float4(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))); }
+BIGMODEL_INLINE Float4 round_nearest(Float4 a) { return Float4(vrndnq_f32(float32x4_t(a))); }
+#else
+BIGMODEL_INLINE Float4 fma(Float4 a, Float4 b, Float4 c) { return c + a * b; }
+// Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds to nearest even; |a| < 2^22 is all callers need.
+BIGMODEL_INLINE Float4 round_nearest(Float4 a) { return a + 12582912.0f - 12582912.0f; }
+#endif
 
 struct F32 {
   static constexpr int width = 8;
@@ -222,7 +241,7 @@ BIGMODEL_INLINE F32 operator+(F32 a, F32 b) { return {a.low + b.low, a.high + b.
 BIGMODEL_INLINE F32 operator-(F32 a, F32 b) { return {a.low - b.low, a.high - b.high}; }
 BIGMODEL_INLINE F32 operator*(F32 a, F32 b) { return {a.low * b.low, a.high * b.high}; }
 BIGMODEL_INLINE F32 operator/(F32 a, F32 b) { return {a.low / b.low, a.high / b.high}; }
-BIGMODEL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {c.low + a.low * b.low, c.high + a.high * b.high}; }
+BIGMODEL_INLINE F32 fma(F32 a, F32 b, F32 c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
 // a < b ? yes : no, lane by lane.
 BIGMODEL_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return {select(a.low < b.low, yes.low, no.low), select(a.high < b.high, yes.high, no.high)}; }
 BIGMODEL_INLINE F32 max(F32 a, F32 b) { return select_less(b, a, a, b); }
@@ -232,8 +251,7 @@ BIGMODEL_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
   const Int4 bit = Int4(Bits4{} + 0x80000000u);
   return {select(bit, sign.low, magnitude.low), select(bit, sign.high, magnitude.high)};
 }
-// Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds to nearest even; |a| < 2^22 is all callers need.
-BIGMODEL_INLINE F32 round_nearest(F32 a) { return {a.low + 12582912.0f - 12582912.0f, a.high + 12582912.0f - 12582912.0f}; }
+BIGMODEL_INLINE F32 round_nearest(F32 a) { return {round_nearest(a.low), round_nearest(a.high)}; }
 BIGMODEL_INLINE F32 scale_exponent(F32 a, F32 n) {
   const Bits4 low = Bits4(__builtin_convertvector(n.low, Int4)) << 23, high = Bits4(__builtin_convertvector(n.high, Int4)) << 23;
   return {Float4(Bits4(a.low) + low), Float4(Bits4(a.high) + high)};

@@ -20,11 +20,13 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// 16 or 32 registers hold the tile, the panel's row and one broadcast.
+// 16 or 32 registers (half as long as F32 where that is twice four lanes) hold the tile, the panel's row and one broadcast.
 #if BIGMODEL_SIMD == 512
 inline constexpr int tile_rows = 12, panel_vectors = 2;
 #elif BIGMODEL_SIMD == 256
 inline constexpr int tile_rows = 6, panel_vectors = 2;
+#elif BIGMODEL_SIMD == 128
+inline constexpr int tile_rows = 8, panel_vectors = 1;
 #else
 inline constexpr int tile_rows = 4, panel_vectors = 1;
 #endif

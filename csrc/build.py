@@ -167,7 +167,7 @@ def torch_flags() -> tuple[str, str]:
 def torch_stand_ins() -> tuple[dict[str, str], list[tuple[str, str, list[str]]]]:
     """Rules and targets of empty libraries named as torch's, for a machine whose torch is not here.
 
-    They are for the linker, which then names torch's libraries in the result; programs that load it have them.
+    They are for the linker, which then names torch's libraries in the result; what loads it has them.
     """
     names = [f"lib{name}.so" for name in TORCH_LIBRARIES]
     command = f"{compiler()} -shared -nostdlib -x c++ /dev/null -o $out"

@@ -4,3 +4,20 @@
 extern "C" {
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 }
+
+// libstdc++ has these since GCC 9 and 11 (GLIBCXX_3.4.26 and 3.4.29), and its headers call them where they do not inline them: with
+// definitions of our own the library loads with that of GCC 8 (manylinux_2_28 has GLIBCXX_3.4.24). Some of torch's libraries export such
+// definitions too, which the linker would take, but no version of torch owes us that.
+#include <new>
+#include <sstream>
+
+#if defined(__GLIBCXX__) && _GLIBCXX_RELEASE >= 11
+template std::stringstream::basic_stringstream();
+template std::ostringstream::basic_ostringstream();
+template std::string std::stringbuf::str() const&;
+template std::string std::stringbuf::str() &&;
+
+namespace std {
+void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
+#endif

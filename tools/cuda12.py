@@ -5,8 +5,7 @@
 
 No Python package has the whole of nvcc 12: `nvidia-cuda-nvcc-cu12` holds ptxas, without nvcc, cudafe++ and
 fatbinary; `nvidia-cuda-nvcc`, which has all, begins at 13.0. This is for x86-64 machines with Debian among
-apt's sources, of any release. apt runs with a configuration of its own and installs nothing; what it loads
-(1 GB, of which 0.2 GB are kept) is checked against Debian's keys. The licence is that of the CUDA toolkit.
+apt's sources (debian.py); it loads 1 GB, of which 0.2 GB are kept. The licence is that of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path, PurePosixPath
 
+import debian
+
 SUITE = "trixie"
-KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 PACKAGES = ("nvidia-cuda-toolkit", "nvidia-cuda-dev", "libcu++-dev", "libthrust-dev", "libcub-dev")
 # Where Debian has a file -> where it lies in NVIDIA's own layout, in which nvcc finds the rest beside itself.
 LAYOUT = {
@@ -49,41 +48,6 @@ def place(name: str) -> str | None:
     return None
 
 
-def mirror() -> str:
-    """The address from which this machine's apt gets Debian."""
-    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian"]
-    try:
-        addresses = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except FileNotFoundError:
-        raise SystemExit("no apt-get: this is for Debian and what derives from it") from None
-    if not addresses:
-        raise SystemExit("apt knows no source whose origin is Debian (apt-get update looks for them)")
-    return addresses[0]
-
-
-def download(folder: Path) -> list[Path]:
-    """The packages, into the folder."""
-    for part in ("lists/partial", "cache/archives/partial", "state"):
-        (folder / part).mkdir(parents=True)
-    (folder / "status").touch()  # of installed packages: none
-    (folder / "sources.list").write_text(f"deb [signed-by={KEYS}] {mirror()} {SUITE} main non-free\n")
-    settings = {
-        "Dir::State": folder / "state",
-        "Dir::State::lists": folder / "lists",
-        "Dir::State::status": folder / "status",
-        "Dir::Cache": folder / "cache",
-        "Dir::Etc::sourcelist": folder / "sources.list",
-        "Dir::Etc::sourceparts": "/dev/null",
-        "APT::Architecture": "amd64",
-        "APT::Architectures": "amd64",
-        "APT::Sandbox::User": "root",  # a user of apt's own could not write here
-    }
-    apt = ["apt-get", "-qq", *(f"-o{name}={value}" for name, value in settings.items())]
-    subprocess.run([*apt, "update"], cwd=folder, check=True)
-    subprocess.run([*apt, "download", *PACKAGES], cwd=folder, check=True)
-    return sorted(folder.glob("*.deb"))
-
-
 def unpack(package: Path, target: Path) -> None:
     """What LAYOUT names."""
     command = ["dpkg-deb", "--fsys-tarfile", str(package)]
@@ -110,8 +74,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where the toolkit is to lie")
     target = parser.parse_args().folder.resolve()
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for package in download(Path(folder)):
+    files = debian.downloaded(PACKAGES, SUITE, components="main non-free", with_dependencies=False)
+    with files as packages:
+        for package in packages:
             unpack(package, target)
     (target / "bin" / "nvcc.profile").write_text(PROFILE)
     nvcc = target / "bin" / "nvcc"

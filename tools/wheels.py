@@ -2,6 +2,7 @@
 
     python tools/wheels.py                   cpu, and one for each of MAJORS whose nvcc is on this machine
     python tools/wheels.py cpu cu130         these; a missing nvcc is an error
+    python tools/wheels.py aarch64           CPU kernels for ARM, by the cross compiler aarch64-linux-gnu-g++
     python tools/wheels.py --twice cpu       builds it again in a new folder and compares the bytes
 
 NVCC names compilers to look at first, with colons between them; then come the one on PATH and those of
@@ -28,9 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = "cpu"
 # Versions of CUDA that torch is built for. A wheel works with all of one major, whichever nvcc made it.
 MAJORS = ("12", "13")
-PLATFORM = f"manylinux_2_28_{os.uname().machine}"
+SYSTEM = "manylinux_2_28"
+# Machines for which there is a wheel that another machine can make, with CPU kernels alone.
+MACHINES = ("aarch64",)
 # torch brings these, in whichever version is installed; everything else that a library needs must be in every
-# Linux of PLATFORM.
+# Linux of SYSTEM.
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
 FOLDER = ROOT / "build" / "wheels"
 # Any moment serves, as long as it is the same; the format has no years before 1980.
@@ -42,7 +45,7 @@ FATBIN = (0xBA55ED50).to_bytes(4, "little")
 
 @dataclass(frozen=True)
 class Variant:
-    """A wheel to build: "cpu", or "cu" and the digits of a CUDA version, with the compiler for it."""
+    """A wheel to build: "cpu", one of MACHINES, or "cu" and the digits of a CUDA version, with its nvcc."""
 
     name: str
     nvcc: str | None = None
@@ -50,13 +53,19 @@ class Variant:
     def environment(self) -> dict[str, str]:
         """What setup.py reads."""
         if self.nvcc is None:
-            return {"BIGMODEL_CUDA": "0", "BIGMODEL_LOCAL_VERSION": ""}
+            target = self.name if self.name in MACHINES else ""
+            return {"BIGMODEL_CUDA": "0", "BIGMODEL_LOCAL_VERSION": "", "BIGMODEL_TARGET": target}
         return {
             "BIGMODEL_CUDA": "1",
             "BIGMODEL_LINEINFO": "0",
             "BIGMODEL_LOCAL_VERSION": self.name,
+            "BIGMODEL_TARGET": "",
             "NVCC": self.nvcc,
         }
+
+    def platform(self) -> str:
+        """The wheel's platform tag."""
+        return f"{SYSTEM}_{self.name if self.name in MACHINES else os.uname().machine}"
 
 
 def cuda_name(version_text: str) -> str:
@@ -86,11 +95,13 @@ def choose(wanted: list[str], found: dict[str, str]) -> tuple[list[Variant], lis
     """
     at_hand = ", ".join(f"{name} ({path})" for name, path in sorted(found.items())) or "none"
     for name in wanted:
-        if name != CPU and not re.fullmatch(r"cu\d{3}", name):
+        compiled = re.fullmatch(r"cu\d{3}", name)
+        if name not in (CPU, *MACHINES) and not compiled:
             raise SystemExit(
-                f"variant={name!r} is unknown; allowed are cpu and names such as cu124 and cu130"
+                f"variant={name!r} is unknown; allowed are cpu, {', '.join(MACHINES)}, "
+                "and names such as cu124 and cu130"
             )
-        if name != CPU and name not in found:
+        if compiled and name not in found:
             raise SystemExit(
                 f"variant={name!r} needs nvcc {name[2:-1]}.{name[-1]} (set NVCC); there is: {at_hand}"
             )
@@ -133,13 +144,15 @@ def normalise(wheel: Path) -> None:
 
 
 def build(variant: Variant, output: Path, source: Path) -> Path:
-    """One wheel, from a copy of the sources in that folder, proved by auditwheel to load on PLATFORM."""
+    """One wheel, from a copy of the sources in that folder, proved by auditwheel to load on SYSTEM."""
     copy_sources(source)
     for stale in [*source.glob("build/lib*"), *source.glob("build/bdist*"), *source.glob("*.egg-info")]:
         shutil.rmtree(stale)  # setuptools would pack what another variant has left here
     environment = {**os.environ, **variant.environment()}
     pack = [sys.executable, "-W", "ignore:setup.py install", "setup.py", "-q", "bdist_wheel", "--dist-dir"]
-    audit = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--plat", PLATFORM, "--only-plat"]
+    audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", variant.platform(), "--only-plat"]
+    # strip knows this machine's files; setup.py's linker has stripped those for another one.
+    audit += [] if variant.name in MACHINES else ["--strip"]
     for library in FROM_TORCH:
         audit += ["--exclude", library]
     output.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -37,14 +38,14 @@ def interpreter(version: str) -> str | None:
     return str(installed[0]) if installed else shutil.which(f"python{version}")
 
 
-def steps(binaries: Path) -> dict[str, list[str]]:
+def steps(binaries: Path, tests: tuple[str, ...] = TESTS) -> dict[str, list[str]]:
     """What is run in an environment: name -> command."""
     command = str(binaries / "bigmodel-kernels")
     return {
         "import": [str(binaries / "python"), "-c", "import bigmodel_kernels"],
         "doctor": [command, "doctor", "--json"],
         "verify": [command, "verify", "--fast", "--dtype", "float32", "--dtype", "bfloat16"],
-        "tests": [str(binaries / "pytest"), "-q", "--no-header", *(str(ROOT / test) for test in TESTS)],
+        "tests": [str(binaries / "pytest"), "-q", "--no-header", *(str(ROOT / test) for test in tests)],
     }
 
 
@@ -66,12 +67,12 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("BIGMODEL_")}
 
 
-def try_wheel(wheel: Path, binaries: Path, folder: Path) -> list[str]:
+def try_wheel(wheel: Path, binaries: Path, folder: Path, tests: tuple[str, ...] = TESTS) -> list[str]:
     """Installs the wheel and runs the steps; names of those that failed."""
     pip = [str(binaries / "python"), "-m", "pip", "-qq", "--disable-pip-version-check", "install"]
     subprocess.run([*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True, env=clean_environment())
     failed = []
-    for name, command in steps(binaries).items():
+    for name, command in steps(binaries, tests).items():
         start = time.monotonic()
         done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True)
         ok, output = done.returncode == 0, (done.stdout + done.stderr).strip()
@@ -122,7 +123,9 @@ def main() -> int:
     parser.add_argument("wheel", nargs="*", type=Path)
     parser.add_argument("--in", dest="environments", action="append", metavar="PYTHON:TORCH")
     arguments = parser.parse_args()
-    wheels = [w.resolve() for w in arguments.wheel] or sorted((ROOT / "dist").glob("*.whl"))
+    wheels = [w.resolve() for w in arguments.wheel] or sorted(
+        (ROOT / "dist").glob(f"*_{platform.machine()}.whl")
+    )
     if not wheels:
         raise SystemExit("no wheel in dist/; `make wheels` builds them")
     failed = []

@@ -20,7 +20,6 @@ from bigmodel_kernels.bench.timing import Timing, once, summarize
 
 #: Other runtimes whose versions count (peers.py).
 RUNTIMES = ("onnxruntime", "openvino", "ctranslate2")
-INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 #: How far speed may move between the start and the end of a run, how far samples may spread, and how much of
 #: the processors others may use, before the run is not trusted.
@@ -59,20 +58,7 @@ def instruction_set() -> str | None:
 
 def instruction_sets() -> list[str]:
     """Those that this CPU and build support, best first."""
-    chosen = instruction_set()
-    if chosen is None:
-        return []
-    supported = []
-    try:
-        for name in INSTRUCTION_SETS:
-            try:
-                torch.ops.bigmodel.cpu_set_isa(name)
-            except RuntimeError:  # the library's answer to one that it cannot run
-                continue
-            supported.append(name)
-    finally:
-        torch.ops.bigmodel.cpu_set_isa(chosen)
-    return supported
+    return torch.ops.bigmodel.cpu_isas().split(", ") if _native.available() else []
 
 
 def _commit() -> str | None:

@@ -71,5 +71,5 @@ def test_facts_and_file_name() -> None:
 def test_finding_instruction_sets_leaves_the_chosen_one() -> None:
     before = machine.instruction_set()
     assert before in machine.instruction_sets()
-    assert "portable" in machine.instruction_sets()
+    assert machine.instruction_sets()[-1] in ("portable", "neon")  # what every CPU of the machine has
     assert machine.instruction_set() == before

@@ -32,6 +32,13 @@ MAJORS = ("12", "13")
 SYSTEM = "manylinux_2_28"
 # Machines for which there is a wheel that another machine can make, with CPU kernels alone.
 MACHINES = ("aarch64",)
+# auditwheel knows every machine's rules, and offers those of the one that it runs on: here its first argument.
+AUDITWHEEL = """
+import platform, runpy, sys
+machine = sys.argv.pop(1)
+platform.machine = lambda: machine
+runpy.run_module("auditwheel", run_name="__main__")
+"""
 # torch brings these, in whichever version is installed; everything else that a library needs must be in every
 # Linux of SYSTEM.
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
@@ -63,9 +70,9 @@ class Variant:
             "NVCC": self.nvcc,
         }
 
-    def platform(self) -> str:
-        """The wheel's platform tag."""
-        return f"{SYSTEM}_{self.name if self.name in MACHINES else os.uname().machine}"
+    def machine(self) -> str:
+        """What it is for, as its tag ends."""
+        return self.name if self.name in MACHINES else os.uname().machine
 
 
 def cuda_name(version_text: str) -> str:
@@ -150,7 +157,8 @@ def build(variant: Variant, output: Path, source: Path) -> Path:
         shutil.rmtree(stale)  # setuptools would pack what another variant has left here
     environment = {**os.environ, **variant.environment()}
     pack = [sys.executable, "-W", "ignore:setup.py install", "setup.py", "-q", "bdist_wheel", "--dist-dir"]
-    audit = [sys.executable, "-m", "auditwheel", "repair", "--plat", variant.platform(), "--only-plat"]
+    audit = [sys.executable, "-c", AUDITWHEEL, variant.machine(), "repair"]
+    audit += ["--plat", f"{SYSTEM}_{variant.machine()}", "--only-plat"]
     # strip knows this machine's files; setup.py's linker has stripped those for another one.
     audit += [] if variant.name in MACHINES else ["--strip"]
     for library in FROM_TORCH:

@@ -32,7 +32,7 @@ MAJORS = ("12", "13")
 SYSTEM = "manylinux_2_28"
 # Machines for which there is a wheel that another machine can make, with CPU kernels alone.
 MACHINES = ("aarch64",)
-# auditwheel knows every machine's rules, and offers those of the one that it runs on: here its first argument.
+# auditwheel knows every machine's rules, and offers those of this one: it is told a machine instead.
 AUDITWHEEL = """
 import platform, runpy, sys
 machine = sys.argv.pop(1)

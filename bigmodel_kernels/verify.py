@@ -8,7 +8,7 @@ test,
 
 where atol is what rounding alone costs (twice the error of adding and taking away 0.3 in that dtype). Where
 eager is nearer to ref than rounding is on average (a quarter of the distance of the dtype's numbers), as when
-it happens to be exact, the second line takes the latter. Mean and maximum of n errors are themselves
+it happens to be exact, both lines take the latter. Mean and maximum of n errors are themselves
 uncertain, so their limits are widened by three standard deviations of the ratio of two such numbers. For the
 mean that is a part 3 / sqrt(n), and 1 + 2 / n times that, for the lower number may be far off where there are
 few: nothing to speak of for a large tensor, and all for one of two elements. The maximum of n normal errors
@@ -107,8 +107,9 @@ def compare(
     count = exact.numel()
     largest_spread = 1 + min(1.0, 3 * math.pi / math.sqrt(3) / (2 * math.log(max(count, 2))))
     mean_spread = 1 + 3 / math.sqrt(count) * (1 + 2 / count)
-    max_limit = max_factor * largest_spread * eager_max + max(atol, chance)
-    mean_limit = mean_factor * mean_spread * max(eager_mean, _mean_rounding(exact, out.dtype))
+    least = _mean_rounding(exact, out.dtype)
+    max_limit = max_factor * largest_spread * max(eager_max, least) + max(atol, chance)
+    mean_limit = mean_factor * mean_spread * max(eager_mean, least)
     mean_limit += max(negligible or 0.0, chance)
     ok = max_error <= max_limit and mean_error <= mean_limit  # false for NaN
     reason = "" if ok else "error above the limit"

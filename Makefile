@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check lint format bench bench-cpu verify models models-transformers test-matrix support numerics docs clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check wheels-aarch64 aarch64-check lint format bench bench-cpu verify models models-transformers test-matrix support numerics docs clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -53,6 +53,13 @@ wheels: $(VENV)/.wheels
 wheels-check: $(VENV)/.wheels
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/wheels.py --twice $(WHEELS)
 	$(BIN)/python tools/wheels_check.py
+
+# The wheel for ARM servers, by Debian's cross compiler, into dist/; then, with QEMU, in an emulated environment. On x86-64, with Debian.
+wheels-aarch64: $(VENV)/.wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/aarch64.py wheel
+
+aarch64-check: wheels-aarch64
+	$(BIN)/python tools/aarch64.py check
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

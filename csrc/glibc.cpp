@@ -16,6 +16,10 @@ template std::stringstream::basic_stringstream();
 template std::ostringstream::basic_ostringstream();
 template std::string std::stringbuf::str() const&;
 template std::string std::stringbuf::str() &&;
+template std::string std::stringstream::str() const&;
+template std::string std::stringstream::str() &&;
+template std::string std::ostringstream::str() const&;
+template std::string std::ostringstream::str() &&;
 
 namespace std {
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -27,7 +29,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
+debian = load("debian")  # first: the others import it, and each other
 cuda12, wheels, wheels_check = load("cuda12"), load("wheels"), load("wheels_check")
+aarch64 = load("aarch64")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,10 @@ def test_what_is_built() -> None:
     assert left_out == ["12"]
     variants, left_out = wheels.choose([], {"cu130": "/b", "cu124": "/d", "cu128": "/e"})
     assert [v.name for v in variants] == ["cpu", "cu128", "cu130"] and not left_out
+    variants, left_out = wheels.choose(["aarch64"], {"cu130": "/b"})
+    assert [(v.name, v.nvcc, v.machine()) for v in variants] == [
+        ("aarch64", None, "aarch64")
+    ] and not left_out
     variants, left_out = wheels.choose(["cu124"], {"cu124": "/d", "cu128": "/e"})
     assert [(v.name, v.nvcc) for v in variants] == [("cu124", "/d")] and not left_out
 
@@ -60,7 +68,7 @@ def test_what_is_built() -> None:
     ("name", "message"),
     [
         ("cu126", r"variant='cu126' needs nvcc 12\.6 \(set NVCC\); there is: cu130 \(/b/nvcc\)"),
-        ("rocm", "variant='rocm' is unknown; allowed are cpu and names such as cu124"),
+        ("rocm", "variant='rocm' is unknown; allowed are cpu, aarch64, and names such as cu124"),
         ("cu12", "variant='cu12' is unknown"),
     ],
 )
@@ -99,10 +107,13 @@ def test_where_debians_files_belong(debian: str, ours: str | None) -> None:
 
 
 def test_a_variant_sets_all_that_the_build_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wheels.Variant("cpu").environment() == {"BIGMODEL_CUDA": "0", "BIGMODEL_LOCAL_VERSION": ""}
+    cpu = {"BIGMODEL_CUDA": "0", "BIGMODEL_LOCAL_VERSION": "", "BIGMODEL_TARGET": ""}
+    assert wheels.Variant("cpu").environment() == cpu
+    assert wheels.Variant("aarch64").environment() == {**cpu, "BIGMODEL_TARGET": "aarch64"}
     cuda = wheels.Variant("cu130", "/b/nvcc").environment()
     assert cuda.pop("BIGMODEL_LINEINFO") == "0"  # which would hold the times of source files
-    assert cuda == {"BIGMODEL_CUDA": "1", "BIGMODEL_LOCAL_VERSION": "cu130", "NVCC": "/b/nvcc"}
+    chosen = {"BIGMODEL_CUDA": "1", "BIGMODEL_LOCAL_VERSION": "cu130", "NVCC": "/b/nvcc"}
+    assert cuda == {**chosen, "BIGMODEL_TARGET": ""}
 
 
 def test_the_local_version_is_in_the_metadata(tmp_path: Path) -> None:
@@ -222,4 +233,57 @@ def test_wheels_are_tried_without_the_checkout(monkeypatch: pytest.MonkeyPatch) 
     environment = wheels_check.clean_environment()
     assert "PYTHONPATH" not in environment and "BIGMODEL_BACKEND" not in environment
     assert environment["HOME_OF_SOMETHING"] == "kept"
-    assert all((ROOT / test).exists() for test in wheels_check.TESTS)
+    assert all((ROOT / test).exists() for test in (*wheels_check.TESTS, *aarch64.TESTS))
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_debians_packages_are_loaded_with_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a package made here, and an apt-get that writes down what it is asked."""
+    root, package = tmp_path / "package", tmp_path / "tool_1_all.deb"
+    (root / "DEBIAN").mkdir(parents=True)
+    fields = {"Package": "tool", "Version": 1, "Architecture": "all", "Maintainer": "us", "Description": "-"}
+    control = "".join(f"{name}: {value}\n" for name, value in fields.items())
+    (root / "DEBIAN" / "control").write_text(control)
+    (root / "usr" / "bin").mkdir(parents=True)
+    (root / "usr" / "bin" / "tool").write_text("real")
+    (root / "usr" / "bin" / "name").symlink_to("tool")
+    subprocess.run(["dpkg-deb", "--build", str(root), str(package)], check=True, capture_output=True)
+    script = f"""\
+echo "$*" >> {tmp_path}/asked
+case "$*" in
+  indextargets*) echo http://mirror/debian ;;
+  *install*) cat sources.list >> {tmp_path}/asked; cp {package} cache/archives ;;
+esac"""
+    aarch64.write_script(tmp_path / "bin" / "apt-get", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for _ in range(2):  # the second time it is there
+        target = aarch64.unpacked(tmp_path / "system", "tool", architecture="arm64")
+    assert (target / "usr" / "bin" / "name").read_text() == "real"
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count("--download-only install tool\n") == 1 and "APT::Architecture=arm64" in asked
+    assert f"deb [signed-by={debian.KEYS}] http://mirror/debian {aarch64.SUITE} main\n" in asked
+
+
+def test_an_unfinished_folder_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def fail(packages: tuple[str, ...], suite: str, target: Path, *, architecture: str) -> None:
+        made.append(target)
+        raise subprocess.CalledProcessError(100, ["apt-get"])
+
+    monkeypatch.setattr(debian, "unpack", fail)
+    for _ in range(2):
+        with pytest.raises(subprocess.CalledProcessError):
+            aarch64.unpacked(tmp_path / "system", "tool")
+    assert len(made) == 2
+
+
+def test_the_emulated_python_can_run_programs(tmp_path: Path) -> None:
+    """It is a script, and a script's first line can name it."""
+    aarch64.write_script(tmp_path / "python", 'echo "$0" "$@"')
+    (tmp_path / "program").write_text(f"#!{tmp_path}/python\n")
+    (tmp_path / "program").chmod(0o755)
+    said = subprocess.run([tmp_path / "program", "one"], capture_output=True, text=True, check=True).stdout
+    assert said == f"{tmp_path}/python {tmp_path}/program one\n"

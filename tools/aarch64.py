@@ -78,8 +78,8 @@ def emulator() -> str:
     return str(unpacked(FOLDER / "qemu", "qemu-user-static") / "usr/bin" / EMULATOR)
 
 
-def environment() -> Path:
-    """The folder of an environment's programs, whose Python is emulated, with torch and what the steps need.
+def environment(wheel: Path) -> Path:
+    """The folder of programs of an environment whose Python is emulated, with what wheel and steps need.
 
     Its `python` is a script, so that programs which start another one by sys.executable or by a first line
     do so with no help of the system's.
@@ -96,7 +96,7 @@ def environment() -> Path:
     marker = binaries.parent / TORCH
     if not marker.exists():
         print(f"into {binaries.parent}: {TORCH} (some minutes: pip is emulated too)", flush=True)
-        packages = [TORCH, "pip", *wheels_check.TEST_PACKAGES]
+        packages = [TORCH, "pip", *wheels_check.TEST_PACKAGES, str(wheel)]  # the wheel, for its dependencies
         pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
         command = [*pip, str(binaries / "python"), "install", "--no-compile", *packages]
         if subprocess.run(command, env=wheels_check.clean_environment()).returncode:
@@ -115,7 +115,7 @@ def build_wheel(output: Path) -> Path:
 
 def check(wheel: Path) -> list[str]:
     """Installs the wheel into the environment and runs the steps; names of those that failed."""
-    binaries = environment()
+    binaries = environment(wheel)
     with tempfile.TemporaryDirectory(prefix="bigmodel_kernels-aarch64-") as folder:
         print(f"{wheel.name} on an emulated {CPU}", flush=True)
         return wheels_check.try_wheel(wheel, binaries, Path(folder), TESTS)

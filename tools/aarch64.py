@@ -5,7 +5,7 @@
 
 What PATH lacks of aarch64-linux-gnu-g++ and qemu-aarch64-static comes from Debian (debian.py), as does the
 Python that is emulated; torch for aarch64 comes from the package index. All of it lies in build/aarch64, is
-installed nowhere else, takes 1.3 GB, and is kept for the next time. QEMU translates instructions one by one:
+installed nowhere else, takes 1.4 GB, and is kept for the next time. QEMU translates instructions one by one:
 what it says of results holds for the machine, what a step takes says nothing.
 """
 

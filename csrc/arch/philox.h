@@ -63,7 +63,11 @@ struct Lanes8 { Words2 v[4]; };
 BIGMODEL_INLINE Lanes8 lanes8(uint32_t x) { const Words2 two = {x, x}; return {{two, two, two, two}}; }
 BIGMODEL_INLINE Lanes8 lanes8_from(uint32_t x) { const Words2 two = {x, x}; return {{two + Words2{0, 1}, two + Words2{2, 3}, two + Words2{4, 5}, two + Words2{6, 7}}}; }
 BIGMODEL_INLINE Lanes8 operator^(Lanes8 a, Lanes8 b) { return {{a.v[0] ^ b.v[0], a.v[1] ^ b.v[1], a.v[2] ^ b.v[2], a.v[3] ^ b.v[3]}}; }
+#if BIGMODEL_SIMD == 128  // which multiplies no lanes of 64 bits
+BIGMODEL_INLINE Lanes8 product(Lanes8 a, uint32_t b) { for (Words2& e : a.v) e = Words2(vmull_u32(vmovn_u64(uint64x2_t(e)), vdup_n_u32(b))); return a; }
+#else
 BIGMODEL_INLINE Lanes8 product(Lanes8 a, uint32_t b) { for (Words2& e : a.v) e = (e & 0xffffffffu) * b; return a; }
+#endif
 BIGMODEL_INLINE Lanes8 high_half(Lanes8 a) { for (Words2& e : a.v) e >>= 32; return a; }
 #endif
 

@@ -358,10 +358,29 @@ BIGMODEL_INLINE F32 normal_tail(F32 t) {
 
 // ---- packing ----
 
+// Eight floats, whatever the width of F32; the portable set packs without them.
+#if BIGMODEL_SIMD >= 256
+typedef __m256 Eight;
+BIGMODEL_INLINE Eight zero8() { return _mm256_setzero_ps(); }
+BIGMODEL_INLINE Eight load8(const float* p) { return _mm256_loadu_ps(p); }
+BIGMODEL_INLINE Eight load8(const bf16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+BIGMODEL_INLINE Eight load8(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+BIGMODEL_INLINE void store8(Eight x, float* p) { _mm256_storeu_ps(p, x); }
+BIGMODEL_INLINE Eight times8(Eight x, float factor) { return _mm256_mul_ps(x, _mm256_set1_ps(factor)); }
+#elif BIGMODEL_SIMD == 128
+typedef F32 Eight;
+BIGMODEL_INLINE Eight zero8() { return F32::zero(); }
+template <class T> BIGMODEL_INLINE Eight load8(const T* p) { return F32::load(p); }
+BIGMODEL_INLINE void store8(Eight x, float* p) { x.store(p); }
+BIGMODEL_INLINE Eight times8(Eight x, float factor) { return x * F32::set(factor); }
+#endif
+
 // Transposes an 8x8 block: out[k][r] = in[r][k], rows of `in` are rows[0..7], out has a stride of `out_stride` floats and may
 // overlap forward (each k writes 8 floats, the next k may start before they end): stores are made in the order of k.
 #if BIGMODEL_SIMD >= 256
-BIGMODEL_INLINE void transpose8x8(const __m256 r[8], float* out, int64_t out_stride) {
+BIGMODEL_INLINE void transpose8x8(const Eight r[8], float* out, int64_t out_stride) {
   const __m256 a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
   const __m256 a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
   const __m256 a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);
@@ -379,11 +398,28 @@ BIGMODEL_INLINE void transpose8x8(const __m256 r[8], float* out, int64_t out_str
   _mm256_storeu_ps(out + 6 * out_stride, _mm256_permute2f128_ps(b2, b6, 0x31));
   _mm256_storeu_ps(out + 7 * out_stride, _mm256_permute2f128_ps(b3, b7, 0x31));
 }
-BIGMODEL_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-BIGMODEL_INLINE __m256 load8(const bf16* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#elif BIGMODEL_SIMD == 128
+BIGMODEL_INLINE Float4 two_lanes(bool odd, Float4 a, Float4 b) {  // lanes 0 and 1, or 2 and 3, of both
+  const float64x2_t x = vreinterpretq_f64_f32(float32x4_t(a)), y = vreinterpretq_f64_f32(float32x4_t(b));
+  return Float4(vreinterpretq_f32_f64(odd ? vtrn2q_f64(x, y) : vtrn1q_f64(x, y)));
 }
-BIGMODEL_INLINE __m256 load8(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+BIGMODEL_INLINE void transpose4x4(Float4 a, Float4 b, Float4 c, Float4 d, Float4 columns[4]) {
+  const Float4 even_ab = Float4(vtrn1q_f32(float32x4_t(a), float32x4_t(b))), odd_ab = Float4(vtrn2q_f32(float32x4_t(a), float32x4_t(b)));
+  const Float4 even_cd = Float4(vtrn1q_f32(float32x4_t(c), float32x4_t(d))), odd_cd = Float4(vtrn2q_f32(float32x4_t(c), float32x4_t(d)));
+  columns[0] = two_lanes(false, even_ab, even_cd);
+  columns[1] = two_lanes(false, odd_ab, odd_cd);
+  columns[2] = two_lanes(true, even_ab, even_cd);
+  columns[3] = two_lanes(true, odd_ab, odd_cd);
+}
+BIGMODEL_INLINE void transpose8x8(const Eight r[8], float* out, int64_t out_stride) {
+  Float4 left[8], right[8];  // of each column: rows 0 to 3, and 4 to 7
+  transpose4x4(r[0].low, r[1].low, r[2].low, r[3].low, left);
+  transpose4x4(r[0].high, r[1].high, r[2].high, r[3].high, left + 4);
+  transpose4x4(r[4].low, r[5].low, r[6].low, r[7].low, right);
+  transpose4x4(r[4].high, r[5].high, r[6].high, r[7].high, right + 4);
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; k++) F32{left[k], right[k]}.store(out + k * out_stride);
+}
 #endif
 
 }  // namespace bigmodel::BIGMODEL_ISA

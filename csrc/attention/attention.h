@@ -43,11 +43,11 @@ static void pack_transposed(const T* x, int64_t stride, int64_t keys, int64_t de
     for (int64_t i = panel; i < smaller(2 * panel, keys - first); i++)
       for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + i * stride + d);
     int64_t d = 0;
-#if BIGMODEL_SIMD >= 256
+#if BIGMODEL_SIMD >= 128
     for (; d + 8 <= depth; d += 8)
       for (int64_t group = 0; group < panel; group += 8) {
-        __m256 r[8];
-        for (int i = 0; i < 8; i++) r[i] = group + i < here ? load8(source + (group + i) * stride + d) : _mm256_setzero_ps();
+        Eight r[8];
+        for (int i = 0; i < 8; i++) r[i] = group + i < here ? load8(source + (group + i) * stride + d) : zero8();
         transpose8x8(r, packed + d * panel + group, panel);
       }
 #endif

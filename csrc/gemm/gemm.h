@@ -255,14 +255,13 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
     const int64_t here = smaller(tile_rows, rows - first);
     const T* source = x + first * x_stride;
     int64_t column = 0;
-#if BIGMODEL_SIMD >= 256
+#if BIGMODEL_SIMD >= 128
     // A group's eight-wide store may run past its own rows into the next k: groups go from last to first and k upwards, so
     // whatever was spilled into is written later.
-    const __m256 factor = _mm256_set1_ps(scale);
     for (; column + 8 <= k; column += 8) {
       for (int64_t group = (here - 1) / 8 * 8; group >= 0; group -= 8) {
-        __m256 r[8];
-        for (int i = 0; i < 8; i++) r[i] = group + i < here ? _mm256_mul_ps(load8(source + (group + i) * x_stride + column), factor) : _mm256_setzero_ps();
+        Eight r[8];
+        for (int i = 0; i < 8; i++) r[i] = group + i < here ? times8(load8(source + (group + i) * x_stride + column), scale) : zero8();
         transpose8x8(r, packed + column * tile_rows + group, tile_rows);
       }
     }

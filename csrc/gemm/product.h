@@ -71,18 +71,18 @@ struct Operand {
 // of which what is too much is overwritten by the next k.
 BIGMODEL_INLINE void transpose_rows(const float* const rows[8], int64_t n, int count_out, float* out, int64_t out_stride) {
   int64_t k = 0;
-#if BIGMODEL_SIMD >= 256
+#if BIGMODEL_SIMD >= 128
   auto block = [&](float* to, int64_t stride) __attribute__((always_inline)) {
-    __m256 r[8];
+    Eight r[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(rows[i] + k);
+    for (int i = 0; i < 8; i++) r[i] = load8(rows[i] + k);
     transpose8x8(r, to, stride);
   };
   for (; k + 8 < n; k += 8) block(out + k * out_stride, out_stride);
   if (k + 8 == n) {
     alignas(32) float last[64];
     block(last, 8);
-    for (int i = 0; i < 7; i++) _mm256_storeu_ps(out + (k + i) * out_stride, _mm256_load_ps(last + 8 * i));
+    for (int i = 0; i < 7; i++) store8(load8(last + 8 * i), out + (k + i) * out_stride);
     for (int i = 0; i < count_out; i++) out[(k + 7) * out_stride + i] = last[56 + i];
     return;
   }

@@ -75,8 +75,8 @@ def try_wheel(wheel: Path, binaries: Path, folder: Path, tests: tuple[str, ...] 
     for name, command in steps(binaries, tests).items():
         start = time.monotonic()
         done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True)
-        ok, output = done.returncode == 0, (done.stdout + done.stderr).strip()
-        said = output.rpartition("\n")[2] if ok else output[-2000:]
+        ok = done.returncode == 0
+        said = done.stdout.strip().rpartition("\n")[2] if ok else (done.stdout + done.stderr).strip()[-2000:]
         if name == "doctor" and ok:
             ok, said = doctors_answer(done.stdout)
         print(f"    {name}: {'ok' if ok else 'FAILED'} ({time.monotonic() - start:.0f} s) {said}", flush=True)

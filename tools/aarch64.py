@@ -44,17 +44,13 @@ def write_script(path: Path, command: str) -> None:
     path.chmod(0o755)
 
 
-def complete(folder: Path) -> bool:
-    """Whether `unpacked` has made the folder before, to the end."""
-    return (folder / ".complete").exists()
-
-
 def unpacked(folder: Path, *packages: str, architecture: str = "amd64") -> Path:
     """The folder, with the packages and what they need, unless it has them from before."""
-    if not complete(folder):
+    complete = folder / ".complete"
+    if not complete.exists():
         print(f"Debian {SUITE}: {', '.join(packages)}", flush=True)
         debian.unpack(packages, SUITE, folder, architecture=architecture)
-        (folder / ".complete").touch()
+        complete.touch()
     return folder
 
 

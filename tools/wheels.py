@@ -6,7 +6,8 @@
     python tools/wheels.py --twice cpu       builds it again in a new folder and compares the bytes
 
 NVCC names compilers to look at first, with colons between them; then come the one on PATH and those of
-/usr/local/cuda-*. BIGMODEL_CUDA_ARCHS, CXX, CXXFLAGS and MAX_JOBS are those of the build (docs/building.md).
+/usr/local/cuda-*. BIGMODEL_CUDA_ARCHS, CXX, CXXFLAGS and MAX_JOBS are those of the build (docs/building.md):
+a CXX for another machine is for its wheel alone, so name no other beside it.
 Needs auditwheel and patchelf.
 """
 

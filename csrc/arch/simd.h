@@ -2,8 +2,8 @@
 //
 // A kernel is written once against F32 and compiled once per instruction set into its own namespace (BIGMODEL_ISA), so
 // objects for different instruction sets can live in one library and be chosen at load time (isa.h). The bodies below are
-// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes), to which NEON lends a few words. Compiled with BIGMODEL_SIMDE the AVX-512 bodies run
-// on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
+// AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes), to which NEON adds words of its own. Compiled
+// with BIGMODEL_SIMDE the AVX-512 bodies run on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
 //
 // No standard-library templates here: an inline function that the linker merges across objects could carry AVX-512
 // instructions into code that runs on a CPU without them. Everything is in the instruction set's own namespace.

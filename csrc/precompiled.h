@@ -2,6 +2,6 @@
 // read than most kernels take to compile. It changes no meaning: sources include what they need all the same.
 #ifdef BIGMODEL_ISA
 #include "arch/simd.h"
-#else
+#elif !defined(BIGMODEL_DRIVEN)  // the driver of threads does without torch
 #include "registration.h"
 #endif

@@ -115,13 +115,11 @@ class BuildWithNinja(build_ext):
     """Writes build.ninja and runs it; ninja's own log makes the next build incremental."""
 
     def run(self) -> None:
-        reason = (
-            "BIGMODEL_CPU_EXTENSION=0"
-            if os.environ.get("BIGMODEL_CPU_EXTENSION") == "0"
-            else missing_tool(load_build().compiler())
-        )
-        if reason and load_build().crossing() and os.environ.get("BIGMODEL_CPU_EXTENSION") != "0":
-            raise SystemExit(f"BIGMODEL_TARGET={load_build().target()}: {reason}")
+        build = load_build()
+        wanted = os.environ.get("BIGMODEL_CPU_EXTENSION") != "0"
+        reason = missing_tool(build.compiler()) if wanted else "BIGMODEL_CPU_EXTENSION=0"
+        if reason and wanted and build.crossing():
+            raise SystemExit(f"BIGMODEL_TARGET={build.target()}: {reason}")
         if reason:
             print(
                 f"bigmodel_kernels: building without the CPU extension: {reason}. "

@@ -181,7 +181,6 @@ def path_flags() -> list[str]:
 
 
 def emulator() -> Path:
-    compiler = os.environ.get("CXX", "g++")
     include, libraries = torch_flags()
     name = sanitizer()
     folder = ROOT / "build" / (f"emulator-{name}" if name else "emulator")
@@ -190,7 +189,7 @@ def emulator() -> Path:
     flags = f"-std=c++20 {build} -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-unknown-pragmas"
     extra = os.environ.get("CXXFLAGS", "")
     flags = f"{flags} {extra} -I{CSRC} {include} {' '.join(DEFINES)} -MMD -MF $out.d"
-    compile_ = f"{launcher()}{compiler} {flags} -x c++ -c $in -o $out"
+    compile_ = f"{launcher()}{compiler()} {flags} -x c++ -c $in -o $out"
     sources = [
         "emulator/emulator.cpp",
         "emulator/fiber.cpp",
@@ -201,7 +200,7 @@ def emulator() -> Path:
     objects = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in sources]
     targets = [(o, "compile", [str(CSRC / s)]) for o, s in zip(objects, sources, strict=True)]
     targets.append(("libbigmodel_emulator.so", "link", objects))
-    link = f"{compiler} {build} -shared -o $out $in {libraries}"
+    link = f"{compiler()} {build} -shared -o $out $in {libraries}"
     write_ninja(folder, {"compile": compile_, "link": link}, targets)
     run_ninja(folder, "--quiet")
     return folder / "libbigmodel_emulator.so"
@@ -223,7 +222,6 @@ def older_glibc(folder: Path) -> tuple[dict[str, str], list[tuple[str, str, list
         return {}, []
     rules: dict[str, str] = {}
     targets: list[tuple[str, str, list[str]]] = []
-    compiler = os.environ.get("CXX", "g++")
     stand_ins = folder / "older_glibc"
     stand_ins.mkdir(parents=True, exist_ok=True)
     for library, names in GLIBC_MERGED.items():
@@ -241,7 +239,7 @@ def older_glibc(folder: Path) -> tuple[dict[str, str], list[tuple[str, str, list
                 path.write_text(text)
         targets.append((f"older_glibc/{library}", f"stand_in_{library}", [f"older_glibc/{library}.cpp"]))
         soname = f"-Wl,-soname,{library} -Wl,--version-script,older_glibc/{library}.map"
-        rules[f"stand_in_{library}"] = f"{compiler} -shared -nostdlib -fPIC {soname} -o $out $in"
+        rules[f"stand_in_{library}"] = f"{compiler()} -shared -nostdlib -fPIC {soname} -o $out $in"
     return rules, targets
 
 

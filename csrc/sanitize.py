@@ -24,9 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from build import ROOT, SANITIZERS, emulator
+from build import ROOT, SANITIZERS, compiler, emulator
 
-COMPILER = os.environ.get("CXX", "g++")
+COMPILER = compiler()
 OPTIONS = {
     # Python keeps memory until it ends; a request for more memory than there is must fail as malloc's does.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:halt_on_error=1:exitcode=66",

@@ -150,6 +150,13 @@ def source(settings: Settings) -> str:
     return settings.model
 
 
+def _pretrained(settings: Settings, kind: Any, **how: Any) -> Any:
+    """What `kind` loads of the model that the settings name. Raises ValueError where it cannot be loaded."""
+    named = source(settings)
+    with loading(named):
+        return kind.from_pretrained(named, **how)
+
+
 def tokenizer(settings: Settings, texts: Iterable[str], saved: Path) -> Any:
     """The tokenizer: the one in the run's folder if there is one, else a new one."""
     import transformers
@@ -159,8 +166,7 @@ def tokenizer(settings: Settings, texts: Iterable[str], saved: Path) -> Any:
     if settings.model in SMALL:
         made = train_tokenizer(settings.model, texts, settings.vocabulary)
     else:
-        with loading(source(settings)):
-            made = transformers.AutoTokenizer.from_pretrained(source(settings))
+        made = _pretrained(settings, transformers.AutoTokenizer)
     if made.pad_token is None:
         made.pad_token = made.eos_token
     return made
@@ -183,8 +189,7 @@ def build(settings: Settings, auto_class: Any, tokens: Any, length: int, **chang
         special = {"size": len(tokens), "pad": tokens.pad_token_id, "end": end}
         config = SMALL[settings.model](settings, special, length)
     else:
-        with loading(source(settings)):
-            config = transformers.AutoConfig.from_pretrained(source(settings))
+        config = _pretrained(settings, transformers.AutoConfig)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < length:
         raise ValueError(f"max_length={length}; the model has {positions} positions")
@@ -197,8 +202,7 @@ def build(settings: Settings, auto_class: Any, tokens: Any, length: int, **chang
     if settings.model in SMALL:
         model = auto_class.from_config(config, **how)
     else:
-        with loading(source(settings)):
-            model = auto_class.from_pretrained(source(settings), config=config, **how)
+        model = _pretrained(settings, auto_class, config=config, **how)
     if settings.freeze_layers:
         freeze(model, settings.freeze_layers)
     return add_lora(model, settings.lora) if settings.lora else model

@@ -89,11 +89,11 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
                            SharedAddress staging) {
   constexpr int piece = StagingTile::columns / 8, pieces = blocks / piece, rows_at_once = warp_size / piece, turns = StagingTile::rows / rows_at_once;
   static_assert(blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole groups");
-  const int lane = lane_index(), own_chunk = lane % piece;
   const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
   const auto at = [](auto* matrix, int64_t offset) { return reinterpret_cast<Word<16>*>(static_cast<Element*>(const_cast<void*>(matrix)) + offset); };
   BM_UNROLL_BY(1)
   for (int n = 0; n < groups * pieces; n++) {
+    const int lane = anew(lane_index()), own_chunk = lane % piece;
     const int own_row = row + n / pieces * group_rows + lane / piece;
     const int first = column + StagingTile::columns * (n % pieces) + 8 * own_chunk;  // of this lane's eight columns
     if (first - 8 * own_chunk >= end) continue;
@@ -133,8 +133,6 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
     }
     sync_warp();
     // ---- and on ----
-    float bias_row[8];
-    unpack<Element>(bias_row, bias_word);
     BM_UNROLL_BY(1)
     for (int turn = 0; turn < turns; turn += at_once) {
       const Added now = residual;
@@ -148,10 +146,14 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
           memcpy(x[i] + 4 * half, &word, 16);
         }
       }
+      float added[8];
+      BM_UNROLL
+      for (uint32_t& pair : bias_word.value) pair = anew(pair);  // unpacked here, for want of registers
+      unpack<Element>(added, bias_word);
       BM_UNROLL
       for (int i = 0; i < at_once; i++)
         BM_UNROLL
-        for (int k = 0; k < 8; k++) x[i][k] += bias_row[k];
+        for (int k = 0; k < 8; k++) x[i][k] += added[k];
       if (p.preactivation != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++)
@@ -165,7 +167,6 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
       if (p.residual != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++) {
-          float added[8];
           unpack<Element>(added, now.row[i]);
           BM_UNROLL
           for (int k = 0; k < 8; k++) x[i][k] += added[k];

@@ -83,6 +83,13 @@ template <typename T>
 BM_DEVICE void store_global(T* address, T value) {
 #if !defined(__CUDACC__)
   emulator::check_global(address, sizeof(T), true, "st.global");
+#else
+  if constexpr (sizeof(T) == 16) {  // at once, which a struct of four words is not always
+    uint4 word;
+    memcpy(&word, &value, 16);
+    *reinterpret_cast<uint4*>(address) = word;
+    return;
+  }
 #endif
   *address = value;
 }

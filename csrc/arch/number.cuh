@@ -139,6 +139,14 @@ BM_DEVICE float reciprocal(float x) {
 // tanh(x) = 1 - 2 / (1 + exp(2x)), for x2 = 2 x log2(e).
 BM_DEVICE float tanh_of(float x2) { return 1 - 2 * reciprocal(1 + exp2_approx(x2)); }
 
+BM_DEVICE float absolute(float x) {
+#if defined(__CUDACC__)
+  return fabsf(x);
+#else
+  return std::fabs(x);
+#endif
+}
+
 BM_DEVICE float maximum(float a, float b) {
 #if defined(__CUDACC__)
   return fmaxf(a, b);

@@ -19,7 +19,7 @@ BM_DEVICE float logistic(float x) { return reciprocal(1 + exp2_approx(x)); }
 // x Phi(x) = max(x, 0) - s Phi(-s) for s = |x|, with log2 Phi(-s) as a polynomial: minimax in the error of s Phi(-s), of up to 2e-8 or
 // 1.6e-6 of it, for s up to 5.6, and below -50 from 7 to 13. Rounding to 16 bits leaves nothing of the difference.
 BM_DEVICE float gelu(float x) {
-  const float size = minimum(x < 0 ? -x : x, 13);
+  const float size = minimum(absolute(x), 13);
   float tail = 3.545928535e-05f;
   constexpr float coefficients[] = {-7.851795387e-04f, 8.110228013e-03f, -5.340647640e-02f, -4.588285424e-01f, -1.151160666f, -9.999995563e-01f};
   BM_UNROLL
@@ -53,20 +53,25 @@ BM_DEVICE void activate(float (&x)[rows][8], Activation activation) {
 }
 
 // 16 rows of 64 float32 columns, in chunks of four; of a row the even chunks come before the odd ones. What is written together (four
-// rows of two neighbouring chunks), or read together (eight even or odd ones of a row), lies in different banks.
+// rows of two neighbouring chunks), or read together (eight even or odd ones of a row), lies in different banks. It starts at a multiple
+// of 128 bytes.
 struct StagingTile {
-  static constexpr int rows = 16, columns = 64, bytes = rows * columns * 4;
-  static BM_DEVICE uint32_t offset(int row, int chunk) {
+  static constexpr int rows = 16, columns = 64, row_bytes = columns * 4, bytes = rows * row_bytes;
+  static BM_DEVICE SharedAddress offset(int row, int chunk) {
     const int odd = chunk & 1;
-    return uint32_t(row * columns * 4 + 128 * odd + (chunk >> 1 ^ 2 * (row % 4) ^ odd) * 16);
+    return SharedAddress(row * row_bytes + 128 * odd + (chunk >> 1 ^ 2 * (row % 4) ^ odd) * 16);
   }
+  // From chunk 0 or 1 of a row the one that is `chunks` later, an even number.
+  static BM_DEVICE SharedAddress later(SharedAddress address, int chunks) { return address ^ SharedAddress(chunks / 2 * 16); }
+  // From an even chunk the one after it.
+  static BM_DEVICE SharedAddress neighbour(SharedAddress address) { return (address ^ 16) + 128; }
 };
 
 // Dropout of eight columns from `column`, a multiple of 8. A call of the generator serves the columns that differ in bits 3 and 4
 // (ops/philox.py): four lanes, which have 32 columns of a row between them, make two calls each and exchange the answers. With dropout
 // there is one weight, and its tiles start at multiples of 32. All lanes together.
 BM_DEVICE void drop(float (&x)[8], const LinearParams& p, int row, int column, uint64_t seed) {
-  const int own = column / 8 % 4;
+  const int own = column >> 3 & 3;
   uint32_t kept = 0;  // bit 8 b + i: column i of block b
   BM_UNROLL
   for (int e = 0; e < 2; e++) {
@@ -88,27 +93,29 @@ template <typename Element, int at_once, int group_rows, int groups, int blocks>
 BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearParams& p, int row, int column, int end, const Element* bias,
                            SharedAddress staging) {
   constexpr int piece = StagingTile::columns / 8, pieces = blocks / piece, rows_at_once = warp_size / piece, turns = StagingTile::rows / rows_at_once;
-  static_assert(blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole groups");
+  static_assert(groups <= 2 && blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole turns");
   const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
-  const auto at = [](auto* matrix, int64_t offset) { return reinterpret_cast<Word<16>*>(static_cast<Element*>(const_cast<void*>(matrix)) + offset); };
+  // All addresses go on from the one before: 64-bit products for each row would be as many instructions as an activation.
+  const int64_t step = int64_t(rows_at_once * sizeof(Element)) * p.out_stride;
+  const auto at = [](auto* matrix, int64_t bytes) { return reinterpret_cast<Word<16>*>(static_cast<char*>(const_cast<void*>(matrix)) + bytes); };
   BM_UNROLL_BY(1)
   for (int n = 0; n < groups * pieces; n++) {
-    const int lane = anew(lane_index()), own_chunk = lane % piece;
-    const int own_row = row + n / pieces * group_rows + lane / piece;
-    const int first = column + StagingTile::columns * (n % pieces) + 8 * own_chunk;  // of this lane's eight columns
+    const bool later_group = groups == 2 && n >= pieces;
+    const int lane = anew(lane_index()) & (warp_size - 1), own_chunk = lane % piece;
+    const int first = column + StagingTile::columns * (later_group ? n - pieces : n) + 8 * own_chunk;  // of this lane's eight columns
     if (first - 8 * own_chunk >= end) continue;
-    const int rows = first < end ? p.rows - own_row : 0;  // from this lane's first on
-    const int64_t start = own_row * p.out_stride + first, step = rows_at_once * p.out_stride;
-    const auto writes = [&](int turn) { return turn * rows_at_once < rows; };
-    const auto offset = [&](int turn) { return start + turn * step; };
+    int own_row = row + (later_group ? group_rows : 0) + lane / piece;
+    int rows = first < end ? p.rows - own_row : 0;  // from this lane's first on
+    int64_t offset = int64_t(sizeof(Element)) * (own_row * p.out_stride + first);
+    const auto writes = [&](int i) { return i * rows_at_once < rows; };
     // ---- what is added, on its way while the accumulators move ----
     struct Added { Word<16> row[at_once]; };
-    const auto residual_of = [&](int turn) {
+    const auto residual_of = [&](int after) {
       Added added = {};
       if (p.residual != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++)
-          if (writes(turn + i)) added.row[i] = load_global(at(p.residual, offset(turn + i)));
+          if (writes(after + i)) added.row[i] = load_global(at(p.residual, offset + (after + i) * step));
       }
       return added;
     };
@@ -117,6 +124,7 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
     if (bias != nullptr && first < end) bias_word = load_global(reinterpret_cast<const Word<16>*>(bias + (first - column)));
     // ---- accumulators to shared memory ----
     sync_warp();  // nobody reads the piece before any more
+    const SharedAddress write = staging + StagingTile::offset(lane / 4, lane % 4 / 2) + 8 * (lane % 2);
     BM_UNROLL
     for (int m = 0; m < groups * pieces; m++) {
       if (m != n) continue;  // registers have no index that changes
@@ -128,25 +136,25 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
           const float pair[2] = {block[2 * r], block[2 * r + 1]};
           Word<8> word;
           memcpy(&word, pair, 8);
-          store_shared(staging + StagingTile::offset(lane / 4 + 8 * r, 2 * j + lane % 4 / 2) + 8 * (lane % 2), word);
+          store_shared(StagingTile::later(write, 2 * j) + 8 * r * StagingTile::row_bytes, word);
         }
     }
     sync_warp();
     // ---- and on ----
+    SharedAddress read = staging + StagingTile::offset(lane / piece, 2 * own_chunk);
     BM_UNROLL_BY(1)
     for (int turn = 0; turn < turns; turn += at_once) {
       const Added now = residual;
-      if (turn + at_once < turns) residual = residual_of(turn + at_once);
-      float x[at_once][8];
+      if (turn + at_once < turns) residual = residual_of(at_once);
+      float x[at_once][8], added[8];
       BM_UNROLL
       for (int i = 0; i < at_once; i++) {
         BM_UNROLL
         for (int half = 0; half < 2; half++) {
-          const Word<16> word = load_shared<Word<16>>(staging + StagingTile::offset((turn + i) * rows_at_once + lane / piece, 2 * own_chunk + half));
+          const Word<16> word = load_shared<Word<16>>((half ? StagingTile::neighbour(read) : read) + i * rows_at_once * StagingTile::row_bytes);
           memcpy(x[i] + 4 * half, &word, 16);
         }
       }
-      float added[8];
       BM_UNROLL
       for (uint32_t& pair : bias_word.value) pair = anew(pair);  // unpacked here, for want of registers
       unpack<Element>(added, bias_word);
@@ -157,12 +165,12 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
       if (p.preactivation != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++)
-          if (writes(turn + i)) store_global(at(p.preactivation, offset(turn + i)), pack<Element>(x[i]));
+          if (writes(i)) store_global(at(p.preactivation, offset + i * step), pack<Element>(x[i]));
       }
       activate(x, p.activation);
       if (p.dropout_seed != nullptr) {
         BM_UNROLL
-        for (int i = 0; i < at_once; i++) drop(x[i], p, own_row + (turn + i) * rows_at_once, first, seed);
+        for (int i = 0; i < at_once; i++) drop(x[i], p, own_row + i * rows_at_once, first, seed);
       }
       if (p.residual != nullptr) {
         BM_UNROLL
@@ -174,7 +182,11 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
       }
       BM_UNROLL
       for (int i = 0; i < at_once; i++)
-        if (writes(turn + i)) store_global(at(p.out, offset(turn + i)), pack<Element>(x[i]));
+        if (writes(i)) store_global(at(p.out, offset + i * step), pack<Element>(x[i]));
+      read += at_once * rows_at_once * StagingTile::row_bytes;
+      offset += at_once * step;
+      own_row += at_once * rows_at_once;
+      rows -= at_once * rows_at_once;
     }
   }
 }

@@ -38,7 +38,7 @@ struct LinearSm90 {
   static constexpr int group = 4 * warp_size, threads = consumers * group + producer_warps * warp_size;
   static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n >= 192 ? 4 : 6;
   static constexpr int blocks = tile_n / 8, row_groups = ping_pong ? 2 : 1;  // of 64 rows, that a consumer has of a tile
-  static constexpr int rows_at_once = small || blocks * row_groups > 32 ? 1 : blocks * row_groups > 24 ? 2 : 4;  // of a lane, in the epilogue, as registers allow
+  static constexpr int rows_at_once = blocks * row_groups > 32 ? 1 : 4;  // of a lane, in the epilogue, as registers allow
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target, on_device, target_of
+from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of
 from .triton_logits import (
     add_product,
     divide,
@@ -245,7 +245,7 @@ _MOST_SPLITS = 64
 def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages of a step, for ``rows`` rows that share a key head."""
     tile_d = tile_width(head_dim)
-    tile_m = min(max(16, triton.next_power_of_2(rows)), 32 if itemsize == 4 or tile_d > 128 else 64)
+    tile_m = min(max(16, next_power_of_2(rows)), 32 if itemsize == 4 or tile_d > 128 else 64)
     tile_n = (64 if tile_d <= 64 else 32 if tile_d <= 128 else 16) if itemsize == 4 else 64
     if itemsize == 2 and tile_d > 128:
         tile_n = 32
@@ -261,8 +261,8 @@ def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tupl
 
 def decode_splits(programs: int, keys: int, tile_n: int, target: Target) -> int:
     """Parts of the keys: enough programs for two on each processor, but no part shorter than four tiles."""
-    wanted = triton.cdiv(2 * target.processors, max(1, programs))
-    return max(1, min(wanted, triton.cdiv(keys, 4 * tile_n), _MOST_SPLITS))
+    wanted = cdiv(2 * target.processors, max(1, programs))
+    return max(1, min(wanted, cdiv(keys, 4 * tile_n), _MOST_SPLITS))
 
 
 def run_decode(
@@ -291,7 +291,7 @@ def run_decode(
     group = heads // kv_heads
     target = target_of(query)
     tile_m, tile_n, num_warps, num_stages = decode_tile(group * rows, head_dim, query.element_size(), target)
-    programs = triton.cdiv(group * rows, tile_m) * kv_heads * batches
+    programs = cdiv(group * rows, tile_m) * kv_heads * batches
     splits = decode_splits(programs, capacity, tile_n, target)
     exact = query.dtype == torch.float32
     partial = partial_lse = None
@@ -321,7 +321,7 @@ def run_decode(
         if splits > 1:
             rows_total = batches * heads * rows
             combined = max(1, 1024 // tile_d)
-            attention_decode_combine_kernel[(triton.cdiv(rows_total, combined),)](
+            attention_decode_combine_kernel[(cdiv(rows_total, combined),)](
                 partial, partial_lse, sinks, out, logsumexp, *strides_of(sinks, 1), *out.stride()[:3],
                 heads, rows, head_dim, splits, rows_total,
                 HAS_SINKS=sinks is not None, EXACT=exact, TILE_M=combined, TILE_D=tile_d, num_warps=4,

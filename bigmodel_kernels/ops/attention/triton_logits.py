@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target
+from ...triton_runtime import Target, next_power_of_2
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -225,7 +225,7 @@ def rows_seeing(
 
 def tile_width(head_dim: int) -> int:
     """Columns of a tile that holds ``head_dim``: a power of 2, and enough for a matrix instruction."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def window_arguments(

@@ -423,7 +423,7 @@ def gemm_tiles(
         step = products * tile.tile_m * tile.tile_n + 48 * (tile.tile_m + products * tile.tile_n)
         for splits in _splits(tiles, K, tile_k, target) if split else (1,):
             depth = cdiv(cdiv(K, splits), tile_k) * tile_k
-            time = cdiv(tiles * splits, target.processors) * step * depth
+            time: float = cdiv(tiles * splits, target.processors) * step * depth
             if splits > 1:
                 time += splits * M * N * 8 * byte / target.processors + launch
             if aligned or not descriptors or tile.tile_m < 64:

@@ -337,13 +337,6 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
   return columns == 0 ? 0 : x.numel() / columns;
 }
 
-Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor out = torch::stable::empty(shape, dtype);
-  const size_t bytes = size_t(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
-  if (bytes >= 2 * huge_page) prefer_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
-}
-
 Tensor empty_rows_like(const Tensor& x, int64_t columns) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = columns;

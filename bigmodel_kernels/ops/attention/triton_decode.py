@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import Target, on_device, target_of
+from ..product_triton import add_product
 from .triton_logits import (
-    add_product,
     divide,
     in_base,
     keys_seen,

@@ -5,7 +5,7 @@ Everything is in base 2, the GPU's exponential: ``scale``, ``softcap`` and the s
 log2(e). A tile may lie either way, rows or keys first: positions are blocks that broadcast against it.
 
 EXACT, of float32 inputs, is as accurate as PyTorch, which the fast ways are not there: logits stay in base e
-(:func:`power`), and long products are summed in parts (:func:`add_product`). Inputs of 16 bits round by far
+(:func:`power`), and long products are summed in parts (``product_triton``). Inputs of 16 bits round by far
 more than either saves.
 """
 
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import Target
+from ..product_triton import add_product
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -92,22 +93,6 @@ def divide(x, y, EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, a, b, EXACT: tl.constexpr):
-    """``total + a b``, a step of a long product; EXACT: with a sum of its own for the step.
-
-    A float32 ``tl.dot`` is one chain of fused multiply-adds, and so are all steps together when each starts
-    from the sum of the last: after 256 terms the error is twice that of cuBLAS. Adding a dot does not help,
-    as Triton's combine pass (lib/Dialect/Triton/Transforms/Combine.td, CombineDotAddFPattern) turns that
-    into the start of the chain again. Subtracting one it leaves alone.
-    """
-    # "ieee": float32 products in full precision, not TF32. It changes nothing for 16-bit operands.
-    if EXACT:
-        return total - tl.dot(-a, b, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
 def long_product(
     a_rows, b_rows, in_a, in_b, head_dim,
     TILE_A: tl.constexpr, TILE_B: tl.constexpr, TILE_D: tl.constexpr, CHUNK: tl.constexpr,
@@ -115,7 +100,7 @@ def long_product(
     """``a b^T`` of two float32 tiles in memory, CHUNK of their columns at a time.
 
     On NVIDIA each thread holds whole rows of both operands: a large head_dim would spill. And each chunk has
-    a sum of its own, see :func:`add_product`.
+    a sum of its own, see ``product_triton``.
     """
     local_dims = tl.arange(0, CHUNK)
     product = tl.zeros((TILE_A, TILE_B), dtype=tl.float32)

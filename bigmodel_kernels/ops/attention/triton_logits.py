@@ -115,14 +115,15 @@ def long_product(
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """tanh of float32 from one exponential; near 0, where that has no digits left, by its series."""
+    """tanh of float32 from one exponential; below 0.6, where that has few digits left, by a polynomial."""
     square = x * x
-    series = x * (
-        1.0 + square * (-0.33333333 + square * (0.13333333 + square * (-0.05396825 + square * 0.02186949)))
-    )
+    # (tanh(x) / x - 1) / x^2 in x^2: least largest relative error of tanh in [0, 0.6], 3e-9.
+    series = -0.05378382 + square * (0.020795923 + square * -0.005895098)
+    series = x + x * square * (-0.333332986 + square * (0.133319244 + square * series))
     exponential = power(-2.0 * tl.abs(x), True) if EXACT else tl.exp(-2.0 * tl.abs(x))
-    far = divide(1.0 - exponential, 1.0 + exponential, EXACT)
-    return tl.where(square < 0.0625, series, tl.where(x < 0.0, -far, far))
+    # Not (1 - e) / (1 + e), whose numerator has the error of e, and of a rounding, in full.
+    far = 1.0 - divide(2.0 * exponential, 1.0 + exponential, EXACT)
+    return tl.where(square < 0.36, series, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

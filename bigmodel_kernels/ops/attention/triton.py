@@ -43,11 +43,11 @@ from torch import Tensor
 from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_attention
+from ..product_triton import add_product
 from .triton_backward import run_backward as run_backward
 from .triton_decode import run_decode as run_decode
 from .triton_logits import (
     MAX_HEAD_DIM,
-    add_product,
     divide,
     in_base,
     keys_seen,

@@ -45,9 +45,9 @@ from torch import Tensor
 from ...triton_runtime import Target, cdiv, on_device, target_of
 from ..philox import threshold
 from ..philox_triton import keep_attention
+from ..product_triton import add_product
 from .triton_logits import (
     MAX_HEAD_DIM,
-    add_product,
     divide,
     in_base,
     keys_seen,

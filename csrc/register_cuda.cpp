@@ -469,10 +469,22 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
-// (out, and the pre-activation where it is wanted: otherwise empty).
+// Which form of Hopper's kernel a call with these sizes runs, on so many multiprocessors.
+int64_t linear_form(int64_t rows, int64_t features, std::vector<int64_t> out_features, int64_t multiprocessors) {
+  LinearParams p = {};
+  p.rows = narrow(rows, "rows");
+  p.features = narrow(features, "features");
+  STD_TORCH_CHECK(!out_features.empty() && out_features.size() <= max_weights, "out_features: ", out_features.size(), " numbers; 1 to ", max_weights,
+                  " are allowed");
+  for (const int64_t out : out_features) p.out_features[p.weights++] = narrow(out, "out_features");
+  STD_TORCH_CHECK(multiprocessors > 0, "multiprocessors: ", multiprocessors, " must be 1 or more");
+  return linear_sm90_form(p, narrow(multiprocessors, "multiprocessors"));
+}
+
+// (out, and the pre-activation where it is wanted: otherwise empty). form: of Hopper's kernel, or -1 for the one of linear_form.
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
-                                  bool keep_preactivation) {
+                                  bool keep_preactivation, int64_t form) {
   Call call(x);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -531,11 +543,15 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
   if (p.rows > 0 && p.out_stride > 0) {
     STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
-    const bool is_bfloat16 = dtype == ScalarType::BFloat16;
-    if (architecture(call.device()) == 90)
-      linear_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
-    else
+    const bool is_bfloat16 = dtype == ScalarType::BFloat16, hopper = architecture(call.device()) == 90;
+    STD_TORCH_CHECK(form == -1 || (hopper && form >= 0 && form < linear_sm90_forms), "form: ", form, " must be -1, or on Hopper 0 to ",
+                    linear_sm90_forms - 1);
+    if (hopper) {
+      const int count = multiprocessors(call.device());
+      linear_sm90(p, is_bfloat16, form < 0 ? linear_sm90_form(p, count) : int(form), count, call.stream());
+    } else {
       linear_sm80(p, is_bfloat16, call.stream());
+    }
   }
   return {out, preactivation};
 }
@@ -609,18 +625,25 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
         "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, float softmax_scale, bool is_causal=True, "
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
   m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
-        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
+        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False, int form=-1) -> (Tensor, Tensor)");
+  m.def("cuda_linear_form(int rows, int features, int[] out_features, int multiprocessors) -> int");
   m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
         "bool keep_sum=False) -> (Tensor, Tensor)");
 }
 
 #if defined(__CUDACC__)
-STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) {
   m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed));
   m.impl("set_architecture", TORCH_BOX(&bigmodel::cuda::set_architecture));
+#endif
+  m.impl("cuda_linear_form", TORCH_BOX(&bigmodel::cuda::linear_form));
 }
+
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
 #endif
   m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));

@@ -55,7 +55,9 @@ BM_DEVICE int lane_index() { return thread_index() % warp_size; }
 
 // x, of which the compiler knows nothing. What depends on it is computed here, each time around a loop, and not before the loop, where
 // it would take registers from all that comes between.
-BM_DEVICE int anew(int x) {
+template <typename T>
+BM_DEVICE T anew(T x) {
+  static_assert(sizeof(T) == 4, "one register");
 #if defined(__CUDACC__)
   asm volatile("" : "+r"(x));
 #endif

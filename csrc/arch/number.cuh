@@ -147,6 +147,17 @@ BM_DEVICE float maximum(float a, float b) {
 #endif
 }
 
+// The same, but a NaN stays one (max.NaN.f32).
+BM_DEVICE float maximum_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a != a || b != b ? a + b : std::fmax(a, b);
+#endif
+}
+
 BM_DEVICE float minimum(float a, float b) {
 #if defined(__CUDACC__)
   return fminf(a, b);

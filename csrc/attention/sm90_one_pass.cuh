@@ -119,13 +119,12 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     }
   }
 
-  // dS^T of a warp's 16 keys from `key`.
-  static BM_DEVICE void store_turned(SharedAddress tile, int key, uint32_t (&gradients)[m_steps][4]) {
-    const int lane = lane_index();
-    BM_UNROLL
-    for (int k = 0; k < m_steps; k++)
-      stmatrix_transposed(tile + GradTile::offset(16 * k + lane / 16 * 8 + lane % 8, key / 8 + lane / 8 % 2), gradients[k]);
+  // Where this lane puts dS^T of its warp's 16 keys from `key` and of the first 16 queries; 16 queries later the swizzle is the same.
+  static BM_DEVICE SharedAddress turned(SharedAddress tile, int key) {
+    const int lane = anew(lane_index());
+    return tile + GradTile::offset(lane / 16 * 8 + lane % 8, key / 8 + lane / 8 % 2);
   }
+  static constexpr int turned_step = 16 * GradTile::panel_columns * 2;
 
   // This consumer's share of dQ = dS K. A group of its own.
   static BM_DEVICE void start_query_product(float (&dq)[q_blocks][4], SharedAddress gradients, SharedAddress key, int consumer) {
@@ -141,7 +140,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     const AttentionBackwardParams& b = work.params.b;
     const AttentionParams& p = b.p;
     const SharedAddress key = Base::staying(0), value = Base::staying(1);
-    const int row = 64 * consumer + 16 * (warp_index() % 4), key0 = work.n_start + row + lane_index() / 4;
+    const int row = 64 * consumer + 16 * (warp_index() % 4);
     const Scores<Element, false, true> scores(p, work.sequence, work.batch, 0);
     float dk[d_blocks][4], dv[d_blocks][4], s[m_blocks][4], g[m_blocks][4];
     clear(dk);
@@ -151,7 +150,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     Ring<stages> ring;
     int m = work.range.begin + work.first * tile_m;
     const int last_m = work.range.begin + (work.tiles - 1) * tile_m;
-    uint32_t probabilities[m_steps][4];
+    uint32_t gradients[m_steps][4];
     const auto start_scores = [&] {
       mbarrier_wait(Base::barrier(Base::full + ring.stage), ring.parity);
       start_multiply_transposed<Element, KeyTile, QueryTile>(s, key, 64 * consumer, Base::passing(ring.stage, 0), 0);
@@ -159,40 +158,53 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     const auto start_gradients = [&] {
       start_multiply_transposed<Element, KeyTile, QueryTile>(g, value, 64 * consumer, Base::passing(ring.stage, 1), 0);
     };
-    // P^T, then dV += P^T dO. Leaves that product under way, and dP^T in g.
-    const auto probabilities_and_value = [&] {
+    // From S and dP, which are under way, to dS.
+    const auto find_gradients = [&](int step) {
+      const auto statistics = Base::statistics_of(ring.stage, 0);
+      const SharedAddress grad = Base::passing(ring.stage, 1), mine = turned(gradient_tile(step % 2), row);
+      const int key0 = work.n_start + row + anew(lane_index()) / 4;
+      const bool all_visible = work.range.all_visible(m);
+      uint32_t probabilities[m_steps][4];
+      // ---- P^T ----
       wgmma_wait<1>();
-      scores.probabilities(s, key0, m, work.range.all_visible(m), Base::statistics_of(ring.stage, 0));
-      to_fragments<Element>(probabilities, s);
-      start_multiply<Element, QueryTile>(dv, probabilities, Base::passing(ring.stage, 1));
-      wgmma_wait<1>();
+      scores.probabilities(s, key0, m, all_visible, statistics);
+
+      // ---- dV += P^T dO; dS^T, and dS in shared memory ----
+      // 16 queries at a time, so that S and dP make room for P and dS: a thread has about 30 registers for all that is no tile.
+      BM_UNROLL
+      for (int k = 0; k < m_steps; k++) {
+        float(&x)[2][4] = reinterpret_cast<float(&)[2][4]>(s[2 * k]);
+        float(&y)[2][4] = reinterpret_cast<float(&)[2][4]>(g[2 * k]);
+        to_fragment<Element>(probabilities[k], x[0], x[1]);
+        wgmma_fence();
+        wgmma<Element, true>(dv, probabilities[k], mn_major<QueryTile>(grad, k), true);
+        wgmma_commit();
+        if (k == 0) wgmma_wait<1>();  // dP
+        scores.gradients(x, y, key0, m + 16 * k, all_visible, [&](int j) { return statistics(2 * k + j); }, NoBias{});
+        to_fragment<Element>(gradients[k], y[0], y[1]);
+        stmatrix_transposed(mine + k * turned_step, gradients[k]);
+      }
+      fence_proxy_async();
+      sync_named(gradients_there, both);  // and both have done with the other dS
+      wgmma_wait<0>();  // nothing is under way where the loop goes round: ptxas would put a wait after each product
     };
-    // The rest of a step, and if there are `more` the next one's beginning.
-    const auto gradients_and_next = [&](int step, auto more) {
+    // The rest of a step, and if there are `more` the next one's S and dP.
+    const auto multiply_gradients = [&](int step, auto more) {
       constexpr int next = more.value ? 1 : 0;  // groups under way after this step's
       const int stage = ring.stage, here = m;
-      const SharedAddress turned = gradient_tile(step % 2);
-      uint32_t gradients[m_steps][4];
       float dq[q_blocks][4];
-      // ---- dS^T, and dS in shared memory ----
-      scores.gradients(s, g, key0, here, work.range.all_visible(here), Base::statistics_of(stage, 0), NoBias{});
-      to_fragments<Element>(gradients, g);
-      store_turned(turned, row, gradients);
-      fence_proxy_async();
-      sync_named(gradients_there, both);  // and both have done with the other one
-
       // ---- dQ = dS K, dK += dS^T Q, the next S ----
-      start_query_product(dq, turned, key, consumer);
+      start_query_product(dq, gradient_tile(step % 2), key, consumer);
       start_multiply<Element, QueryTile>(dk, gradients, Base::passing(stage, 0));
       ring.advance();
       m = here == last_m ? work.range.begin : here + tile_m;
-      wgmma_wait<2>();  // dV, and so P^T's registers
       if constexpr (more.value) start_scores();
 
       // ---- dQ leaves ----
       wgmma_wait<1 + next>();
       if (work.alone) {
-        Share::template store<Element>(dq, share(0), consumer, b, work.sequence, work.batch, work.head(step), here);
+        const Work again(work.params);  // rather than in registers all the time
+        Share::template store<Element>(dq, share(0), consumer, b, again.sequence, again.batch, again.head(step), again.query(step));
       } else {
         if (step > 0) sync_named(sum_empty + consumer, with_sender);
         BM_UNROLL
@@ -208,25 +220,26 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
       // ---- the next dP ----
       wgmma_wait<next>();
       Base::release(stage);
-      if constexpr (more.value) {
-        start_gradients();
-        probabilities_and_value();
-      }
+      if constexpr (more.value) start_gradients();
     };
     if (work.steps > 0) {
       start_scores();
       start_gradients();
-      probabilities_and_value();
-      for (int step = 0; step + 1 < work.steps; step++) gradients_and_next(step, More<true>{});
-      gradients_and_next(work.steps - 1, More<false>{});
+      find_gradients(0);
+      for (int step = 1; step < work.steps; step++) {
+        multiply_gradients(step - 1, More<true>{});
+        find_gradients(step);
+      }
+      multiply_gradients(work.steps - 1, More<false>{});
     }
 
+    const Work done(work.params);
     multiply_by(dk, p.softmax_scale);
     sync_named(gradients_there, both);  // both have done with K
-    store_rows<Element, KeyTile>(dk, key, row, 0, rows_of<Element>(b.dk, b.dk_stride, work.batch, work.kv_head, work.sequence.first_key), b.dk_stride[2],
-                                 work.n_start, work.sequence.keys, p.head_dim);
-    store_rows<Element, KeyTile>(dv, value, row, 0, rows_of<Element>(b.dv, b.dv_stride, work.batch, work.kv_head, work.sequence.first_key), b.dv_stride[2],
-                                 work.n_start, work.sequence.keys, p.head_dim);
+    store_rows<Element, KeyTile>(dk, key, row, 0, rows_of<Element>(b.dk, b.dk_stride, done.batch, done.kv_head, done.sequence.first_key), b.dk_stride[2],
+                                 done.n_start, done.sequence.keys, p.head_dim);
+    store_rows<Element, KeyTile>(dv, value, row, 0, rows_of<Element>(b.dv, b.dv_stride, done.batch, done.kv_head, done.sequence.first_key), b.dv_stride[2],
+                                 done.n_start, done.sequence.keys, p.head_dim);
   }
 
  private:

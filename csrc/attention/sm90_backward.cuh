@@ -107,15 +107,19 @@ struct BackwardTiles {
 // ---- dK and dV ----
 
 // What the two forms of the first pass, and the one pass, have in common: which tiles, and the producer.
-template <int HeadDim, int tile_m_, int tile_n_, int own>
-struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics))> {
-  using Tiles = BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics))>;
+// told: bytes that the producer tells the consumers of each step.
+template <int HeadDim, int tile_m_, int tile_n_, int own, int told_bytes = 0>
+struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics)) + told_bytes> {
+  using Tiles = BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics)) + told_bytes>;
   using KeyTile = typename Tiles::Staying;    // 0: K, and dK on its way out; 1: V, and dV
   using QueryTile = typename Tiles::Passing;  // 0: Q; 1: dO
   static constexpr int tile_m = tile_m_, tile_n = tile_n_, stages = Tiles::stages;
   static_assert(tile_m % warp_size == 0, "the producer's lanes bring as many queries' statistics each");
 
-  static BM_DEVICE SharedAddress statistics(int stage) { return shared_start() + Tiles::shared_beside + stage * tile_m * int(sizeof(RowStatistics)); }
+  static BM_DEVICE SharedAddress statistics(int stage) {
+    return shared_start() + Tiles::shared_beside + stage * (tile_m * int(sizeof(RowStatistics)) + told_bytes);
+  }
+  static BM_DEVICE SharedAddress told(int stage) { return statistics(stage) + tile_m * int(sizeof(RowStatistics)); }
 
   struct Work {
     const AttentionBackwardSm90Params& params;
@@ -131,6 +135,7 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
     static constexpr bool multiplies_by_keys = false;  // sums over its keys, so that those past the sequence's end must be numbers
     BM_DEVICE bool nothing() const { return n_start >= sequence.keys; }
     BM_DEVICE int query(int step) const { return range.begin + step % tiles * tile_m; }
+    BM_DEVICE void tell(SharedAddress, int) const {}
 
     BM_DEVICE int head(int step) const { return kv_head * group + step / tiles; }
     // Those that the keys see, or also those that see nothing.
@@ -164,6 +169,7 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
       mbarrier_wait(Tiles::barrier(Tiles::empty + stage), (step / stages & 1) ^ 1);
       BM_UNROLL
       for (int i = 0; i < tile_m / warp_size; i++) store_shared(statistics(stage) + (i * warp_size + lane) * int(sizeof(RowStatistics)), mine[i]);
+      if (lane == 0) work.tell(told(stage), m);
       sync_warp();  // before the first lane's arrival says that they are there
       Tiles::produce_stage(stage, params.query, params.grad_out, {work.sequence.first_query + m, head, slice},
                            packed ? work.sequence.queries - m : tile_m, cleared);

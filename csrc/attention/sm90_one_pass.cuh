@@ -64,11 +64,14 @@ struct QueryGradShare {
   }
 };
 
+// What a consumer has to know of a step: told by the producer, for a consumer's registers are full.
+struct alignas(16) OnePassStep { int m, all_visible, queries, keys; };
+
 template <int HeadDim>
 struct OnePassTiles {
   static constexpr int tile_m = one_pass::tile_m(HeadDim), tile_n = one_pass::tile_n;
   using GradTile = SwizzledTile<tile_m, tile_n>;  // dS, its rows are queries: two, so that one is written while the other is read
-  using Type = KeyValueGradTiles<HeadDim, tile_m, tile_n, 2 * GradTile::bytes + 2 * QueryGradShare<HeadDim>::floats * int(sizeof(float))>;
+  using Type = KeyValueGradTiles<HeadDim, tile_m, tile_n, 2 * GradTile::bytes + 2 * QueryGradShare<HeadDim>::floats * int(sizeof(float)), int(sizeof(OnePassStep))>;
 };
 
 template <typename Element, int HeadDim>
@@ -97,6 +100,9 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     BM_DEVICE int query(int step) const {
       const int tile = step % this->tiles + first;
       return this->range.begin + (tile < this->tiles ? tile : tile - this->tiles) * tile_m;
+    }
+    BM_DEVICE void tell(SharedAddress at, int m) const {
+      store_shared(at, OnePassStep{m, this->range.all_visible(m), this->sequence.queries, this->sequence.keys});
     }
     // Under a causal mask or a window each block has another range already.
     BM_DEVICE int first_tile() const { return this->params.b.p.window_right >= 0 || this->tiles == 0 ? 0 : block_x() % this->tiles; }
@@ -141,15 +147,12 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     const AttentionParams& p = b.p;
     const SharedAddress key = Base::staying(0), value = Base::staying(1);
     const int row = 64 * consumer + 16 * (warp_index() % 4);
-    const Scores<Element, false, true> scores(p, work.sequence, work.batch, 0);
     float dk[d_blocks][4], dv[d_blocks][4], s[m_blocks][4], g[m_blocks][4];
     clear(dk);
     clear(dv);
     mbarrier_wait(Base::barrier(Base::staying_full), 0);
 
     Ring<stages> ring;
-    int m = work.range.begin + work.first * tile_m;
-    const int last_m = work.range.begin + (work.tiles - 1) * tile_m;
     uint32_t gradients[m_steps][4];
     const auto start_scores = [&] {
       mbarrier_wait(Base::barrier(Base::full + ring.stage), ring.parity);
@@ -162,12 +165,15 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     const auto find_gradients = [&](int step) {
       const auto statistics = Base::statistics_of(ring.stage, 0);
       const SharedAddress grad = Base::passing(ring.stage, 1), mine = turned(gradient_tile(step % 2), row);
-      const int key0 = work.n_start + row + anew(lane_index()) / 4;
-      const bool all_visible = work.range.all_visible(m);
+      const int key0 = anew(block_x()) * tile_n + row + anew(lane_index()) / 4;
+      const OnePassStep told = load_shared<OnePassStep>(Base::told(ring.stage));
+      const bool all_visible = told.all_visible;
+      const Sequence sequence{0, 0, told.queries, told.keys};
+      const Scores<Element, false, true> scores(p, sequence, 0, 0);
       uint32_t probabilities[m_steps][4];
       // ---- P^T ----
       wgmma_wait<1>();
-      scores.probabilities(s, key0, m, all_visible, statistics);
+      scores.probabilities(s, key0, told.m, all_visible, statistics);
 
       // ---- dV += P^T dO; dS^T, and dS in shared memory ----
       // 16 queries at a time, so that S and dP make room for P and dS: a thread has about 30 registers for all that is no tile.
@@ -180,7 +186,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
         wgmma<Element, true>(dv, probabilities[k], mn_major<QueryTile>(grad, k), true);
         wgmma_commit();
         if (k == 0) wgmma_wait<1>();  // dP
-        scores.gradients(x, y, key0, m + 16 * k, all_visible, [&](int j) { return statistics(2 * k + j); }, NoBias{});
+        scores.gradients(x, y, key0, told.m + 16 * k, all_visible, [&](int j) { return statistics(2 * k + j); }, NoBias{});
         to_fragment<Element>(gradients[k], y[0], y[1]);
         stmatrix_transposed(mine + k * turned_step, gradients[k]);
       }
@@ -191,13 +197,12 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     // The rest of a step, and if there are `more` the next one's S and dP.
     const auto multiply_gradients = [&](int step, auto more) {
       constexpr int next = more.value ? 1 : 0;  // groups under way after this step's
-      const int stage = ring.stage, here = m;
+      const int stage = ring.stage;
       float dq[q_blocks][4];
       // ---- dQ = dS K, dK += dS^T Q, the next S ----
       start_query_product(dq, gradient_tile(step % 2), key, consumer);
       start_multiply<Element, QueryTile>(dk, gradients, Base::passing(stage, 0));
       ring.advance();
-      m = here == last_m ? work.range.begin : here + tile_m;
       if constexpr (more.value) start_scores();
 
       // ---- dQ leaves ----

@@ -310,7 +310,8 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   return {out, logsumexp};
 }
 
-// dbias is float32, in the shape of bias, or of all logits where `deterministic` forbids to add to one place from several blocks.
+// Where `deterministic` forbids to add to one place from several blocks, Hopper's backward takes two passes over the tiles, and dbias, which is
+// float32, has the shape of all logits; otherwise that of bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
@@ -371,7 +372,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     params.dbias = static_cast<float*>(call.use(dbias, "dbias", true));
   }
   const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
-  if (query.numel() > 0 && key.numel() > 0 && architecture(call.device()) == 90)
+  const bool hopper = query.numel() > 0 && key.numel() > 0 && architecture(call.device()) == 90;
+  Tensor dq_sum;
+  if (hopper && !deterministic && one_pass::supports(p)) {
+    if (one_pass::adds_up(p)) {
+      dq_sum = torch::stable::new_zeros(query, {one_pass::sum_size(p)}, ScalarType::Float);
+      params.dq_sum = static_cast<float*>(call.use(dq_sum, "dq_sum", true));
+    }
+    attention_backward_one_pass_sm90(params, is_bfloat16, call.stream());
+  } else if (hopper)
     attention_backward_sm90(params, is_bfloat16, call.stream());
   else if (query.numel() > 0 || key.numel() > 0)
     attention_backward_sm80(params, is_bfloat16, call.stream());

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime import on_device, target_of
+from ..triton_runtime import cdiv, next_power_of_2, on_device, target_of
 
 
 @triton.jit
@@ -53,10 +53,10 @@ def sum_parts(parts: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor
     """
     count, columns = parts.shape[0], parts[0].numel()
     # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough.
-    tile_parts = min(triton.next_power_of_2(count), 64)
+    tile_parts = min(next_power_of_2(count), 64)
     tile_columns = max(32, 2048 // tile_parts)
     with on_device(out):
-        sum_parts_kernel[(triton.cdiv(columns, tile_columns),)](
+        sum_parts_kernel[(cdiv(columns, tile_columns),)](
             parts, out, scale, count, columns,
             HAS_SCALE=scale is not None, TILE_PARTS=tile_parts, TILE_COLUMNS=tile_columns,
             num_warps=4, enable_fp_fusion=True,
@@ -89,11 +89,11 @@ def column_sums(x: Tensor, out: Tensor) -> Tensor:
     if rows == 0:
         return out.zero_()
     tile_rows, tile_columns = 32, 128
-    blocks = triton.cdiv(columns, tile_columns)
+    blocks = cdiv(columns, tile_columns)
     # Enough programs to fill the device; each adds at least a tile of rows.
-    count = max(1, min(triton.cdiv(rows, tile_rows), 4 * target_of(x).processors // blocks, 64))
-    rows_per_part = triton.cdiv(triton.cdiv(rows, count), tile_rows) * tile_rows
-    count = triton.cdiv(rows, rows_per_part)
+    count = max(1, min(cdiv(rows, tile_rows), 4 * target_of(x).processors // blocks, 64))
+    rows_per_part = cdiv(cdiv(rows, count), tile_rows) * tile_rows
+    count = cdiv(rows, rows_per_part)
     parts = torch.empty(count, columns, dtype=torch.float32, device=x.device)
     with on_device(x):
         column_parts_kernel[(blocks, count)](

@@ -168,8 +168,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    ready = readable(matrix) and (matrix.shape[-1] <= 1 or matrix.stride(-1) == 1)
-    return matrix if ready else matrix.clone(memory_format=torch.contiguous_format)
+    ready = matrix.shape[-1] <= 1 or matrix.stride(-1) == 1
+    return matrix if ready and readable(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _run(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import backends
-from bigmodel_kernels.ops import feed_forward
+from bigmodel_kernels.ops import cuda_library, feed_forward
 from bigmodel_kernels.ops.feed_forward import cuda as feed_forward_cuda
 from bigmodel_kernels.ops.feed_forward import reference as feed_forward_reference
 from bigmodel_kernels.ops.linear import cuda, cuda_choice, prepare, reference
@@ -232,7 +232,7 @@ def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda_linear", "cuda_norm"):
         operator = getattr(torch.ops.bigmodel_emulator, name)
         monkeypatch.setattr(torch.ops.bigmodel, name, operator, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "lacking", lambda x: None)
     monkeypatch.setattr(cuda, "_device", lambda device: ("a GPU", "9.0"))
 
@@ -347,7 +347,7 @@ def test_the_row_says_what_it_cannot(
 
 @pytest.mark.usefixtures("row")
 def test_a_gpu_that_nobody_has_measured_runs_triton_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (8, 6))
     args, options = prepare(torch.zeros(4, 16).half(), torch.zeros(24, 16).half())
     said = backends.explain_call("linear", "cuda", args, options).reasons["native"]
     assert "not yet measured on sm_86; BIGMODEL_BACKEND=native" in said

@@ -100,8 +100,9 @@ struct AttentionSm90 {
   static constexpr int tile_n = General ? 64 : HeadDim <= 128 ? 128 : HeadDim == 192 ? 96 : 64;
   static constexpr int group = 4 * warp_size, threads = (1 + consumers) * group, blocks_per_multiprocessor = 1;
   static constexpr int tile_m = 64 * consumers;
-  // As many as fit: short sequences have one or two tiles of keys, and the next ones' arrive meanwhile.
-  static constexpr int stages = HeadDim <= 64 ? 4 : 2, query_stages = HeadDim <= 128 ? 2 : 1;
+  // As many as fit: short sequences have one or two tiles of keys, and the next ones' arrive meanwhile. A tile's Q is in its place until
+  // its O has left, when the next one's is multiplied already: it takes a third place for the one after that to be on its way.
+  static constexpr int stages = HeadDim <= 64 ? 4 : 2, query_stages = HeadDim > 128 ? 1 : General ? 2 : 3;
   static constexpr bool ping_pong = HeadDim <= 128 && !General;  // with longer products, or a longer softmax, turns have less to give
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
   static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;

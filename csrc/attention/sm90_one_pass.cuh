@@ -70,8 +70,10 @@ struct alignas(16) OnePassStep { int m, all_visible, queries, keys; };
 template <int HeadDim>
 struct OnePassTiles {
   static constexpr int tile_m = one_pass::tile_m(HeadDim), tile_n = one_pass::tile_n;
-  using GradTile = SwizzledTile<tile_m, tile_n>;  // dS, its rows are queries: two, so that one is written while the other is read
-  using Type = KeyValueGradTiles<HeadDim, tile_m, tile_n, 2 * GradTile::bytes + 2 * QueryGradShare<HeadDim>::floats * int(sizeof(float)), int(sizeof(OnePassStep))>;
+  using GradTile = SwizzledTile<tile_m, tile_n>;  // dS, its rows are queries
+  // With two of them one can be written while the other is still read; at head_dim 64 a third stage needs the room.
+  static constexpr int grad_tiles = HeadDim == 64 ? 1 : 2;
+  using Type = KeyValueGradTiles<HeadDim, tile_m, tile_n, grad_tiles * GradTile::bytes + 2 * QueryGradShare<HeadDim>::floats * int(sizeof(float)), int(sizeof(OnePassStep))>;
 };
 
 template <typename Element, int HeadDim>
@@ -82,14 +84,15 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
   using QueryTile = typename Base::QueryTile;
   using GradTile = typename OnePassTiles<HeadDim>::GradTile;
   using Share = QueryGradShare<HeadDim>;
+  static constexpr int grad_tiles = OnePassTiles<HeadDim>::grad_tiles;
   static constexpr int tile_m = Base::tile_m, tile_n = Base::tile_n, stages = Base::stages;
   static constexpr int m_blocks = tile_m / 8, m_steps = tile_m / 16, d_blocks = HeadDim / 8, q_blocks = Share::blocks;
   static constexpr int share_bytes = Share::floats * int(sizeof(float));
-  enum NamedBarrier { gradients_there = 1, sum_full, sum_empty = sum_full + Base::consumers };
+  enum NamedBarrier { gradients_there = 1, gradients_read, sum_full = gradients_read + Base::consumers, sum_empty = sum_full + Base::consumers };
   static constexpr int both = 2 * Base::group, with_sender = Base::group + warp_size;
 
   static BM_DEVICE SharedAddress gradient_tile(int which) { return shared_start() + Base::shared_own + which * GradTile::bytes; }
-  static BM_DEVICE SharedAddress share(int consumer) { return gradient_tile(2) + consumer * share_bytes; }
+  static BM_DEVICE SharedAddress share(int consumer) { return gradient_tile(grad_tiles) + consumer * share_bytes; }
 
   struct Work : Base::Work {
     static constexpr bool multiplies_by_keys = true;
@@ -164,7 +167,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     // From S and dP, which are under way, to dS.
     const auto find_gradients = [&](int step) {
       const auto statistics = Base::statistics_of(ring.stage, 0);
-      const SharedAddress grad = Base::passing(ring.stage, 1), mine = turned(gradient_tile(step % 2), row);
+      const SharedAddress grad = Base::passing(ring.stage, 1), mine = turned(gradient_tile(step % grad_tiles), row);
       const int key0 = anew(block_x()) * tile_n + row + anew(lane_index()) / 4;
       const OnePassStep told = load_shared<OnePassStep>(Base::told(ring.stage));
       const bool all_visible = told.all_visible;
@@ -174,6 +177,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
       // ---- P^T ----
       wgmma_wait<1>();
       scores.probabilities(s, key0, told.m, all_visible, statistics);
+      if (grad_tiles == 1 && step > 0) sync_named(gradients_read + 1 - consumer, both);  // by the other consumer
 
       // ---- dV += P^T dO; dS^T, and dS in shared memory ----
       // 16 queries at a time, so that S and dP make room for P and dS: a thread has about 30 registers for all that is no tile.
@@ -191,7 +195,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
         stmatrix_transposed(mine + k * turned_step, gradients[k]);
       }
       fence_proxy_async();
-      sync_named(gradients_there, both);  // and both have done with the other dS
+      sync_named(gradients_there, both);  // and, of two tiles, both have done with the other
       wgmma_wait<0>();  // nothing is under way where the loop goes round: ptxas would put a wait after each product
     };
     // The rest of a step, and if there are `more` the next one's S and dP.
@@ -200,13 +204,14 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
       const int stage = ring.stage;
       float dq[q_blocks][4];
       // ---- dQ = dS K, dK += dS^T Q, the next S ----
-      start_query_product(dq, gradient_tile(step % 2), key, consumer);
+      start_query_product(dq, gradient_tile(step % grad_tiles), key, consumer);
       start_multiply<Element, QueryTile>(dk, gradients, Base::passing(stage, 0));
       ring.advance();
       if constexpr (more.value) start_scores();
 
       // ---- dQ leaves ----
       wgmma_wait<1 + next>();
+      if (grad_tiles == 1 && more.value) arrive_named(gradients_read + consumer, both);
       if (work.alone) {
         const Work again(work.params);  // rather than in registers all the time
         Share::template store<Element>(dq, share(0), consumer, b, again.sequence, again.batch, again.head(step), again.query(step));

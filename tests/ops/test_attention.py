@@ -278,7 +278,7 @@ def test_forward_keeps_its_result_and_logsumexp_alone() -> None:
 
 
 def test_deterministic(cpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flag of torch reaches the operator, and the bits are the same from run to run."""
+    """The argument and the flag of torch reach the operator, and the bits are the same from run to run."""
     seen: list[bool] = []
     run = backends.run
 
@@ -291,6 +291,7 @@ def test_deterministic(cpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     query, bias = make(2, 4, 70, 16, grad=True), make(1, 4, 1, 70, grad=True)
     out = bk.attention(query, query, query, bias=bias)
     torch.autograd.grad(out.sum(), query, retain_graph=True)
+    torch.autograd.grad(bk.attention(query, query, query, deterministic=True).sum(), query)
     torch.use_deterministic_algorithms(True)
     try:
         with backends.use(cpu_backend):
@@ -299,7 +300,7 @@ def test_deterministic(cpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
             second = torch.autograd.grad(out.square().sum(), (query, bias))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert seen == [False, True, True]
+    assert seen == [False, True, True, True]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -9,7 +9,8 @@ Common to all:
   a side, and causal makes right 0. softcap: 0 and less is none. alibi_slopes: float32 (nheads,) or (batch,
   nheads): logits -= slope * |i + seqlen_k - seqlen_q - j|. A query that sees no key gets zeros, and an lse of
   +inf, as there. dropout draws its seed from torch's generator, and drops with softcap too.
-  deterministic: gradients are the same bits from run to run in any case.
+  deterministic: gradients are the same bits from run to run. Without, they are but for the CUDA kernels of
+  Hopper.
   return_attn_probs: (out, softmax_lse, S_dmask). softmax_lse float32 (float64 for float64), (batch, nheads,
   seqlen_q), or (nheads, total_q); it has a gradient here. S_dmask: an empty tensor without dropout; with it,
   (batch, nheads, seqlen_q, seqlen_k) in the dtype of q: the probabilities, exactly, negative where dropped,
@@ -70,6 +71,7 @@ def flash_attn_func(
         is_causal=causal,
         dropout_p=dropout_p,
         dropout_seed=seed,
+        deterministic=deterministic,
         return_logsumexp=True,
         **options,
     )
@@ -172,6 +174,7 @@ def flash_attn_varlen_func(
         max_seqlen_k=int(max_seqlen_k),
         dropout_p=dropout_p,
         dropout_seed=seed,
+        deterministic=deterministic,
         return_logsumexp=True,
         **options,
     )

@@ -56,6 +56,7 @@ def attention(
     dropout_seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, exact and without an Sq x Sk tensor.
@@ -89,6 +90,8 @@ def attention(
         arXiv:2108.12409), with no tensor of logits' shape; in both forms. It gets no gradient.
       sinks: (H,), in the dtype of query or float32: one more logit of each head in the softmax's denominator,
         which has no value (gpt-oss; Xiao et al., 2023, arXiv:2309.17453).
+      deterministic: gradients of this call are the same bits from run to run, as they are for all calls under
+        torch.use_deterministic_algorithms. It takes longer where blocks of a GPU add to one sum otherwise.
       return_logsumexp: also return the natural log of the sum of exp(logits), float32 (float64 for float64):
         (B, H, Sq), or packed (H, total_q). It has a gradient.
 
@@ -98,8 +101,7 @@ def attention(
 
     Training: differentiable once in query, key, value, bias and sinks; a second derivative raises. Besides
     its arguments the forward keeps the result and the logsumexp for the backward, which computes the
-    probabilities again, dropped ones and all. The gradients are the same bits from run to run where
-    torch.use_deterministic_algorithms is on. torch.vmap maps it: dense calls without dropout become one call
+    probabilities again, dropped ones and all. torch.vmap maps it: dense calls without dropout become one call
     of a larger batch, others one call after another.
 
     Raises TypeError or ValueError naming the argument, its value and what is allowed.
@@ -125,7 +127,7 @@ def attention(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
     )
-    out, logsumexp = torch.ops.bigmodel.attention.default(*args, **kwargs)
+    out, logsumexp = torch.ops.bigmodel.attention.default(*args, **kwargs, deterministic=deterministic)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -148,6 +150,7 @@ def prepare(
     dropout_seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    deterministic: bool = False,
     return_logsumexp: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operator's arguments for those of the public function."""
@@ -191,8 +194,8 @@ def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max())
 
 
-def _run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    args = _ready(args)
+def _run(*args: Any, deterministic: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+    args = _ready(args)  # deterministic: the backward's alone
     check(*args, **options)
     check_values(args, options)
     return backends.run("attention", args[0].device.type, args, options)
@@ -204,7 +207,7 @@ def _ready(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*(a if a.dim() == 0 or a.stride(-1) == 1 else a.contiguous() for a in args[:3]), *args[3:])
 
 
-def _fake(query: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, *args: Any, deterministic: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
     check(query, *args, **options)
     if query.dim() == 3:
         total, heads, _ = query.shape
@@ -305,7 +308,8 @@ def _setup_context(
         raise ValueError("alibi_slopes requires grad, and has no gradient; pass alibi_slopes.detach()")
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output)
-    ctx.options = keyword_only_inputs
+    ctx.options = dict(keyword_only_inputs)
+    ctx.deterministic = ctx.options.pop("deterministic")
 
 
 @backward_formula(10)
@@ -325,7 +329,7 @@ def _backward(
         **ctx.options,
         bias_requires_grad=needs[4],
         sinks_require_grad=needs[9],
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=ctx.deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     gradients = (dq, dk, dv, None, dbias, None, None, None, None, dsinks)
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
@@ -348,7 +352,11 @@ def _autocast(device: str) -> Callable[..., Any]:
     return kernel
 
 
-define(f"attention({_INPUTS}, {_OPTIONAL}, *, {_OPTIONS}) -> (Tensor, Tensor)", _run, _fake)
+define(
+    f"attention({_INPUTS}, {_OPTIONAL}, *, {_OPTIONS}, bool deterministic=False) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
 define(
     f"attention_backward(Tensor grad_out, Tensor? grad_logsumexp, {_INPUTS}, Tensor out, Tensor logsumexp, "
     f"{_OPTIONAL}, *, {_OPTIONS}, bool bias_requires_grad=False, bool sinks_require_grad=False, "

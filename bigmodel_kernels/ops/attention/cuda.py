@@ -101,7 +101,8 @@ def run_backward(
     deterministic: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `bigmodel::attention_backward`. Only a broadcast bias has sums whose order varies."""
+    """See `bigmodel::attention_backward`. Unless `deterministic`, the order varies in which the gradient of a
+    broadcast bias, and on Hopper that of query, is added up."""
     sinks = args[4] if len(args) > 4 else None
     dq, dk, dv, wide, delta = torch.ops.bigmodel.cuda_attention_backward.default(
         grad_out if readable(grad_out) else grad_out.contiguous(),

@@ -105,7 +105,7 @@ struct AttentionSm90 {
   static constexpr int stages = HeadDim <= 64 ? 4 : 2, query_stages = HeadDim > 128 ? 1 : General ? 2 : 3;
   static constexpr bool ping_pong = HeadDim <= 128 && !General;  // with longer products, or a longer softmax, turns have less to give
   static constexpr int n_blocks = tile_n / 8, d_blocks = HeadDim / 8, d_steps = HeadDim / 16, n_steps = tile_n / 16;
-  static constexpr int producer_registers = consumers == 3 ? 32 : 24, consumer_registers = consumers == 3 ? 160 : 240;
+  static constexpr int producer_registers = consumers == 3 ? 32 : 40, consumer_registers = consumers == 3 ? 160 : 232;
   using QueryTile = SwizzledTile<tile_m, HeadDim>;
   using KeyTile = SwizzledTile<tile_n, HeadDim>;
 
@@ -165,10 +165,11 @@ struct AttentionSm90 {
   static BM_DEVICE void schedule(const AttentionParams& p) {
     LongestFirst<tile_m, tile_n> order(p);
     WorkTile work;
-    for (int turn = 0; work.batch >= 0; turn++) {
-      const int stage = turn % query_stages;
+    Ring<query_stages> ring;
+    for (int turn = 0; work.batch >= 0; turn++, ring.advance()) {
+      const int stage = ring.stage;
       if (!order.next(turn, work)) work.batch = -1;  // the end
-      mbarrier_wait(barrier(query_empty + stage), (turn / query_stages & 1) ^ 1);
+      mbarrier_wait(barrier(query_empty + stage), ring.parity ^ 1);
       if (lane_index() == 0) work.store(work_tile(stage));
       if (lane_index() == 0) mbarrier_arrive(barrier(work_full + stage));
     }
@@ -179,10 +180,10 @@ struct AttentionSm90 {
     const AttentionParams& p = params.p;
     const bool packed = p.cu_seqlens_q != nullptr, leader = lane_index() == 0;
     int count = 0, cleared = 0;
-    for (int turn = 0;; turn++) {
+    for (Ring<query_stages> ring;; ring.advance()) {
       // ---- Q ----
-      const int query_stage = turn % query_stages;
-      mbarrier_wait(barrier(work_full + query_stage), turn / query_stages & 1);
+      const int query_stage = ring.stage;
+      mbarrier_wait(barrier(work_full + query_stage), ring.parity);
       const WorkTile work = WorkTile::load(work_tile(query_stage));
       sync_warp();  // all lanes have it before the first speaks for them
       const int slice = packed ? 0 : work.batch;
@@ -233,10 +234,11 @@ struct AttentionSm90 {
     BM_DEVICE bool empty() const { return range.begin >= range.end; }
     BM_DEVICE SharedAddress query() const { return query_tile(query_stage); }
   };
-  // The tile of this turn, once its Q is there; false when there is none.
-  static BM_DEVICE bool arrived(const AttentionParams& p, int turn, int consumer, Tile& tile) {
-    const int stage = turn % query_stages;
-    mbarrier_wait(barrier(query_full + stage), turn / query_stages & 1);
+  // The next tile, once its Q is there; false when there is none.
+  static BM_DEVICE bool arrived(const AttentionParams& p, Ring<query_stages>& ring, int consumer, Tile& tile) {
+    const int stage = ring.stage;
+    mbarrier_wait(barrier(query_full + stage), ring.parity);
+    ring.advance();
     const WorkTile work = WorkTile::load(work_tile(stage));
     if (work.batch < 0) return false;
     tile = {stage, work.m_start + 64 * consumer + 16 * (warp_index() % 4) + lane_index() / 4, work.sequence,
@@ -269,8 +271,9 @@ struct AttentionSm90 {
   // code it stays in the instruction cache.
   static BM_DEVICE void consume_general(const AttentionParams& p, int consumer) {
     Tile tile;
+    Ring<query_stages> ring;
     int count = 0;  // as the producer has it
-    for (int turn = 0; arrived(p, turn, consumer, tile); turn++) {
+    while (arrived(p, ring, consumer, tile)) {
       const WorkTile work = WorkTile::load(work_tile(tile.query_stage));
       const Scores<Element, General> scores(p, tile.sequence, work.batch, work.head);
       Softmax softmax(scores.unit());
@@ -303,7 +306,8 @@ struct AttentionSm90 {
   static constexpr bool overlaps_tiles = query_stages > 1;
 
   static BM_DEVICE void consume_short(const AttentionParams& p, int consumer) {
-    int count = 0, turn = 0;  // count: as the producer has it
+    Ring<query_stages> ring;
+    int count = 0;  // as the producer has it
     float o[d_blocks][4], s[n_blocks][4], rescale[2];
     uint32_t probabilities[n_steps][4];
     Softmax softmax(p.softmax_scale * log2_e);
@@ -326,13 +330,13 @@ struct AttentionSm90 {
     };
 
     if (consumer + 1 == consumers) pass_turn(consumer);  // the first turn is consumer 0's
-    bool more = arrived(p, turn, consumer, tile);
+    bool more = arrived(p, ring, consumer, tile);
     while (more) {
       clear(o);
       softmax = Softmax(p.softmax_scale * log2_e);
       if (tile.empty()) {
         leave(p, tile.query_stage, consumer, o, softmax);
-        more = arrived(p, ++turn, consumer, tile);
+        more = arrived(p, ring, consumer, tile);
         continue;
       }
       // ---- the first S of all, or after a tile without keys ----
@@ -360,7 +364,7 @@ struct AttentionSm90 {
 
         // ---- the first S of the next tile, and the last O += P V of this one ----
         const int query_stage = tile.query_stage;
-        more = arrived(p, ++turn, consumer, tile);
+        more = arrived(p, ring, consumer, tile);
         if (!more || tile.empty()) {
           finish_last(p, query_stage, consumer, count++, o, probabilities, softmax);
           break;
@@ -381,7 +385,7 @@ struct AttentionSm90 {
       }
       if constexpr (!overlaps_tiles) {
         finish_last(p, tile.query_stage, consumer, count++, o, probabilities, softmax);
-        more = arrived(p, ++turn, consumer, tile);
+        more = arrived(p, ring, consumer, tile);
       }
     }
     if (consumer == 0) wait_for_turn(consumer);  // which nobody else takes

@@ -358,8 +358,8 @@ HALF_TILES = (
     GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(32, 64, 64, 4, 5),
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
-# The products of a step are one chain of float32 roundings, see ``product_triton``: 16 of them are as accurate
-# as cuBLAS with room to spare, 32 are not where K is 64.
+# The products of a step are one chain of float32 roundings, see ``product_triton``: 16 of them are as
+# accurate as cuBLAS with room to spare, 32 are not where K is 64.
 FLOAT_TILES = (
     GemmTile(64, 64, 16, 4, 5), GemmTile(32, 64, 16, 4, 6), GemmTile(32, 32, 16, 4, 5),
     GemmTile(16, 32, 16, 2, 8),

@@ -672,7 +672,7 @@ def _no_seed(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _square(query: Tensor, key: Tensor, is_causal: bool) -> bool:
-    """Not causal, or of one length: torch gives its flash kernel no other call, whose corner would be open."""
+    """Not causal, or of one length. Torch gives its flash kernel no other call: its corner would be open."""
     return not is_causal or query.shape[2] == key.shape[2]
 
 

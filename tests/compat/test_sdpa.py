@@ -718,7 +718,7 @@ def _leaves() -> tuple[list[Tensor], Tensor]:
 
 
 def _like_torchs(op: Any, results: Any, *args: Any) -> None:
-    """Shapes, strides and dtypes are those that a compiled graph counts on: by torch's rule for its kernel."""
+    """Shapes, strides and dtypes are those that a compiled graph counts on, by torch's own rule."""
     expected = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
     for ours, theirs in zip(results, expected, strict=True):
         if theirs is None or isinstance(theirs, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -340,10 +341,14 @@ def run(
                 if save is not None:
                     save(document(None, interrupted=True))
             setting.shared.clear()
-        say("calibration")
     except KeyboardInterrupt:  # what has been measured is not lost
         if not rows:
             raise
         interrupted = True
     setting.shared.clear()
-    return document(machine.calibrate(setting.device, names, quick), interrupted)
+    end = None
+    with contextlib.suppress(KeyboardInterrupt):
+        if not interrupted:
+            say("calibration")
+        end = machine.calibrate(setting.device, names, quick)
+    return document(end, interrupted)

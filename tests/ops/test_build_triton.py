@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 import bigmodel_kernels.ops
 from bigmodel_kernels import triton_build, triton_runtime
 from bigmodel_kernels.ops.linear.triton_gemm import gemm_tiles
+from bigmodel_kernels.ops.product_triton import PART
 
 ROOT = Path(__file__).parents[2]
 WITH_PRODUCTS = (
@@ -123,7 +124,7 @@ def test_float32_products_are_summed_in_parts(case: str) -> None:
             products += len(starts)
     assert products > 0
     tile = gemm_tiles(4096, 3072, 768, 4, target)[0]
-    assert tile.tile_k <= 16  # and no step is a long chain itself
+    assert tile.tile_k <= PART  # and no step is a long chain itself
 
 
 # The instructions that the devices are bought for. A decoding step has fewer rows than the 64 of a

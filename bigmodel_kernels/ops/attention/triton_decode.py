@@ -12,9 +12,9 @@ and only a part of the keys::
 Each split leaves its output, divided by its own sum, and its logsumexp in base 2; a second kernel adds them
 with weights 2^(logsumexp - largest) in the order of the splits. In float32 (EXACT, see ``triton_logits``) the
 base is e, and the rounding of a logsumexp would be most of the error: there a split leaves its undivided
-output, its maximum and its sum. Products of queries and keys are then summed in parts (``product_triton``), as
-torch's products of one row are, over threads. With one split the first kernel writes the result itself. The
-number of splits depends on shapes alone, so nothing is read from the device first.
+output, its maximum and its sum. Products of queries and keys are then summed in parts (``product_triton``),
+as torch's products of one row are, over threads. With one split the first kernel writes the result itself.
+The number of splits depends on shapes alone, so nothing is read from the device first.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ next to the tables.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bigmodel_kernels import backends
+from bigmodel_kernels import backends, files
 from bigmodel_kernels.console import (
     STDOUT,
     Device,
@@ -28,6 +29,8 @@ from bigmodel_kernels.console import (
     emit,
     errors_of_usage,
     progress,
+    stopping,
+    tell,
 )
 from bigmodel_kernels.doctor import BROKEN, DTYPES, LIVE, examine
 from bigmodel_kernels.extras import package
@@ -196,14 +199,35 @@ def verify(
         raise typer.BadParameter(str(error)) from error
     if fast:
         cases = _fast(cases)
-    results = []
-    with progress(console, len(cases), "verifying") as step:
-        for case in cases:
-            results.append(_summary(verification.run_case(case, backend, device)))
-            step(str(case))
+    results: list[dict[str, Any]] = []
+
+    def found(ok: bool, interrupted: bool) -> dict[str, Any]:
+        return {
+            "ok": ok, "interrupted": interrupted, "device": device, "backend": backend, "results": results,
+        }  # fmt: skip
+
+    interrupted = False
+    try:
+        with progress(console, len(cases), "verifying") as step, stopping() as check:
+            for (name, kind), group in itertools.groupby(cases, key=lambda case: (case.op, case.dtype)):
+                before = len(results)
+                for case in group:
+                    check()
+                    results.append(_summary(verification.run_case(case, backend, device)))
+                    step(str(case))
+                if not console.is_terminal:
+                    done = results[before:]
+                    wrong, seconds = sum(not r["ok"] for r in done), sum(r["seconds"] for r in done)
+                    dtype_name = str(kind).removeprefix("torch.")
+                    tell(f"{name} {dtype_name}: {len(done)} cases, {wrong} wrong, {seconds:.1f} s")
+                if json_to not in (None, STDOUT):  # what is left if the process is killed
+                    files.write_json(Path(str(json_to)), found(False, interrupted=True))
+    except KeyboardInterrupt:
+        interrupted = True
+        tell(f"interrupted after {len(results)} of {len(cases)} cases")
     failed = [result for result in results if not result["ok"]]
     skipped = [result for result in results if result["skipped"]]
-    ok = not failed and len(skipped) < len(results)
+    ok = not interrupted and not failed and len(skipped) < len(results)
     if json_to != STDOUT:
         console.print(_verify_table(results, detail))
         for result in failed:
@@ -217,7 +241,7 @@ def verify(
     if document is not None and ok:
         numerics.write(document, results, device)
         console.print(f"wrote {document}", markup=False)
-    emit({"ok": ok, "device": device, "backend": backend, "results": results}, json_to, console)
+    emit(found(ok, interrupted), json_to, console)
     if not ok:
         raise typer.Exit(1)
 
@@ -355,17 +379,50 @@ def bench(
         raise typer.BadParameter(str(error)) from error
     if threads is not None:
         torch.set_num_threads(threads)
-    with progress(console, steps, "measuring") as step:
+
+    def results_file(measured: dict[str, Any]) -> Path:
+        name = machine.slug(measured["machine"]) + ("-cpu-peers" if peers else "")
+        return (folder or suite.default_folder()) / "results" / f"{name}.json"
+
+    def save(measured: dict[str, Any]) -> None:
+        if results:
+            document.write(measured, results_file(measured))
+        if json_to not in (None, STDOUT):
+            document.write(measured, Path(str(json_to)))
+
+    doing = "starting"
+    with progress(console, steps, "measuring") as step, stopping() as check:
+
+        def say(text: str) -> None:
+            nonlocal doing
+            check()
+            doing = text
+            step(text)
+            if not console.is_terminal:
+                tell(text)
+
         setting = suite.Setting(device, compiled, peers)
-        measured = suite.run(
-            chosen, setting, quick=quick, budget_s=budget, dtypes=dtypes, only=only, progress=step
-        )
+        try:
+            measured = suite.run(
+                chosen,
+                setting,
+                quick=quick,
+                budget_s=budget,
+                dtypes=dtypes,
+                only=only,
+                progress=say,
+                save=save,
+            )
+        except KeyboardInterrupt:
+            tell(f"interrupted in the first case or before it ({doing}): nothing has been measured")
+            raise typer.Exit(130) from None
     document.check(measured)
     if json_to != STDOUT:
         tables.show(measured, console)
+    if measured["interrupted"]:
+        tell(f"interrupted: {len(measured['rows'])} of {steps - 2} cases are measured, not {doing}")
     if results:
-        name = machine.slug(measured["machine"]) + ("-cpu-peers" if peers else "")
-        path = (folder or suite.default_folder()) / "results" / f"{name}.json"
+        path = results_file(measured)
         document.write(measured, path)
         console.print(f"wrote {path}", markup=False)
     emit(measured, json_to, console)

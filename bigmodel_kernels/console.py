@@ -1,9 +1,15 @@
-"""What the commands share: `--json` and `--device`, where tables and results go, a bar, errors of usage."""
+"""What the commands share: `--json` and `--device`, where tables and results go, a bar, being stopped, errors
+of usage.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +28,7 @@ from rich.progress import (
 )
 from typer.core import TyperCommand
 
+from bigmodel_kernels import files
 from bigmodel_kernels.doctor import DTYPES, no_gpu
 from bigmodel_kernels.extras import MissingPackage
 
@@ -61,14 +68,16 @@ def console_for(json_to: str | None) -> Console:
 def emit(value: dict[str, Any], json_to: str | None, console: Console) -> None:
     if json_to is None:
         return
-    text = json.dumps(value, indent=1, ensure_ascii=False)
     if json_to == STDOUT:
-        typer.echo(text)
+        typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
         return
-    path = Path(json_to)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
-    console.print(f"wrote {path}", markup=False)
+    files.write_json(Path(json_to), value)
+    console.print(f"wrote {json_to}", markup=False)
+
+
+def tell(text: str) -> None:
+    """A line of a long command on the standard error, at once, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def check_device(device: str) -> str:
@@ -110,6 +119,40 @@ def progress(console: Console, total: int | None, title: str) -> Iterator[Callab
             bar.update(task, advance=1, description=text)
 
         yield step
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], None]]:
+    """Within it the polite kill (SIGTERM) is a KeyboardInterrupt, as Ctrl-C (SIGINT) is: for commands that
+    keep what they have by then.
+
+    The function, called between two steps, raises an interrupt again that was lost: in a destructor Python
+    only prints it, and the end of a CUDA graph's capture puts an error of its own in its place. A SIGINT that
+    the shell has set to be ignored, as for jobs in the background, stays ignored. Python gives signals to the
+    main thread alone: elsewhere nothing is caught.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, ask)
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

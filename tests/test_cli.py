@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import runpy
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from bigmodel_kernels import _native, backends, cli, console, verify
 from bigmodel_kernels import demo as demo_module
-from bigmodel_kernels.bench import document
+from bigmodel_kernels.bench import document, suite
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +94,34 @@ def test_verify_fast(tmp_path: Path) -> None:
     assert f"{len(found['results'])} of {len(found['results'])} cases are right" in plain(result.output)
 
 
+def test_verify_that_is_killed_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run_case = tmp_path / "verify.json", verify.run_case
+
+    def killed(case: Any, *args: Any) -> Any:
+        if case.op == "rms_norm":
+            assert json.loads(path.read_text())["interrupted"]
+            signal.raise_signal(signal.SIGTERM)
+        return run_case(case, *args)
+
+    monkeypatch.setattr(verify, "run_case", killed)
+    options = ("--fast", "--op", "layer_norm", "--op", "rms_norm", "--dtype", "float32")
+    result = run("verify", *options, "--json", str(path), code=1)
+    found = json.loads(path.read_text())
+    assert found["interrupted"] and not found["ok"]
+    assert {row["op"] for row in found["results"]} == {"layer_norm"}
+    assert "layer_norm float32: " in result.stderr and "interrupted after" in result.stderr
+
+
+def test_an_interrupt_that_was_lost_comes_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), console.stopping() as check:
+        check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        check()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_verify_detail_has_a_line_for_each_feature() -> None:
     result = run("verify", "--op", "embedding", "--dtype", "float32", "--backend", "reference", "--detail")
     assert "word alone" in result.output
@@ -152,6 +182,28 @@ def test_bench_saves_next_to_its_suites(tmp_path: Path) -> None:
     (path,) = (tmp_path / "results").glob("*.json")
     assert [row["case"] for row in document.read(path)["rows"]] == ["16 rows of 96 + residual"]
     assert path.name in "".join(result.output.split())
+
+
+def test_bench_that_is_killed_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every case the file is whole, and says that the run was cut; so it is after a polite kill."""
+    path, run_case, left = tmp_path / "bench.json", suite.run_case, []
+
+    def killed(*args: Any) -> Any:
+        if path.exists():
+            left.append(document.read(path))
+            signal.raise_signal(signal.SIGTERM)
+        return run_case(*args)
+
+    monkeypatch.setattr(suite, "run_case", killed)
+    command = ("bench", "norm", "--quick", "--budget", "0.01", "--json", str(path))
+    result = run(*command)
+    found = document.read(path)
+    for value in (*left, found):
+        assert value["interrupted"] and [row["suite"] for row in value["rows"]] == ["norm"]
+    assert len(left) == 1 and not left[0]["trust"]["trusted"]
+    assert "norm: " in result.stderr and "cases are measured, not norm: " in result.stderr
+    nothing = run(*command, code=130)  # killed at once: the file is there
+    assert "nothing has been measured" in nothing.stderr and document.read(path) == found
 
 
 def test_bench_with_other_runtimes_has_a_file_of_its_own(tmp_path: Path) -> None:

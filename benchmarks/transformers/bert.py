@@ -48,8 +48,9 @@ def build(case: Case, setting: Setting) -> Prepared:
     config = BertConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * hidden
     )
-    model = BertModel._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, case.dtype))
-    model = model.eval().to(setting.device)
+    with torch.device(setting.device):  # made there, in the dtype
+        model = BertModel._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, case.dtype))
+    model.eval()
     lengths = lengths_of(case)
     longest = max(lengths)
     mask = (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long().to(setting.device)

@@ -24,8 +24,10 @@ def build(case: Case, setting: Setting) -> Prepared:
     batch, prompt, new = sizes["batch"], sizes["prompt"], sizes["new"]
     config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary)
     config.bos_token_id = config.eos_token_id = None  # generation never ends early
-    model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, case.dtype))
-    model = model.eval().to(setting.device)
+    dtype = getattr(torch, case.dtype)
+    with torch.device(setting.device):  # made there, in the dtype
+        model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    model.eval()
 
     def twin() -> Any:
         return copy.deepcopy(model, {id(p): p for p in model.parameters()})

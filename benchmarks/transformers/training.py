@@ -39,8 +39,10 @@ def build(case: Case, setting: Setting) -> Prepared:
         hidden_dropout_prob=sizes["dropout"],
         attention_probs_dropout_prob=sizes["dropout"],
     )
-    model = BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
-    model = model.train().to(setting.device, getattr(torch, case.dtype))
+    dtype = getattr(torch, case.dtype)
+    with torch.device(setting.device):  # made there, in the dtype
+        model = BertForSequenceClassification._from_config(config, attn_implementation="sdpa", dtype=dtype)
+    model.train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     inputs = {

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bigmodel_kernels import files
+
 _NUMBER = {"type": "number"}
 _STRING = {"type": "string"}
 _MAYBE_NUMBER = {"type": ["number", "null"]}
@@ -157,5 +159,4 @@ def read(path: Path) -> dict[str, Any]:
 def write(value: dict[str, Any], path: Path) -> None:
     """A document to a file, checked."""
     check(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(path, value)

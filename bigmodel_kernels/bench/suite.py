@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -295,11 +296,13 @@ def run(
     dtypes: Iterable[str] | None = None,
     only: str = "",
     progress: Callable[[str], None] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the suites and returns the document (see document.py); `only` is a part of the labels to run.
 
     The GEMM ceiling and the copy bandwidth are measured before the first case and after the last one. An
-    interrupt ends the run with the rows that are there, and the document says so.
+    interrupt ends the run with the rows that are there, and the document says so. `save` gets such a document
+    after every case: what would be left if the process were killed then.
     """
     work = select(suites, quick, dtypes, only, setting.device)
     names = sorted({"float32", *(case.dtype for _, case in work)}, reverse=True)
@@ -307,32 +310,45 @@ def run(
     others = machine.OtherLoad()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     say("calibration")
+    facts = machine.facts(setting.device)
     start = machine.calibrate(setting.device, names, quick)
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def document(end: machine.Calibration | None, interrupted: bool) -> dict[str, Any]:
+        share = others.share()
+        trust = machine.trust(start, end or start, share)
+        if end is None:
+            trust = machine.Trust(False, ["the end of the run was not measured", *trust.reasons])
+        return {
+            "schema": 1,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "quick": quick,
+            "interrupted": interrupted,
+            "peers": setting.peers,
+            "budget_s": budget_s,
+            "machine": {**facts, "load_at_start": load, "other_load": share},
+            "calibration": {"start": start.to_dict(), "end": (end or start).to_dict()},
+            "trust": trust.to_dict(),
+            "rows": rows,
+        }
+
     interrupted = False
     try:
         for suite, group in itertools.groupby(work, key=lambda pair: pair[0]):
             for _, case in group:
                 say(f"{suite.name}: {case.label} {case.dtype}")
                 rows.append(run_case(suite, case, setting, start, budget_s))
+                if save is not None:
+                    save(document(None, interrupted=True))
             setting.shared.clear()
     except KeyboardInterrupt:  # what has been measured is not lost
         if not rows:
             raise
         interrupted = True
     setting.shared.clear()
-    say("calibration")
-    end = machine.calibrate(setting.device, names, quick)
-    share = others.share()
-    return {
-        "schema": 1,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "quick": quick,
-        "interrupted": interrupted,
-        "peers": setting.peers,
-        "budget_s": budget_s,
-        "machine": {**machine.facts(setting.device), "load_at_start": load, "other_load": share},
-        "calibration": {"start": start.to_dict(), "end": end.to_dict()},
-        "trust": machine.trust(start, end, share).to_dict(),
-        "rows": rows,
-    }
+    end = None
+    with contextlib.suppress(KeyboardInterrupt):
+        if not interrupted:
+            say("calibration")
+        end = machine.calibrate(setting.device, names, quick)
+    return document(end, interrupted)

@@ -492,7 +492,7 @@ def _cpu_backward(
     return tuple(map(_rows_first, _backward(grad_out, key, value, out, logsumexp, *ours)))
 
 
-def _cuda_forward(
+def _flash_forward(
     torchs: Any,
     keys: Any,
     query: Tensor,
@@ -517,7 +517,7 @@ def _cuda_forward(
     return (*_forward(*ours, query), None, None, query.shape[2], key.shape[2], seed, offset, unmade)
 
 
-def _cuda_backward(
+def _flash_backward(
     torchs: Any,
     keys: Any,
     grad_out: Tensor,
@@ -549,8 +549,130 @@ def _cuda_backward(
     return tuple(_laid_out_as(torch.empty_like(t), g) for t, g in zip(like, grads, strict=True))
 
 
+def _cudnn_forward(
+    torchs: Any,
+    keys: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """aten::_scaled_dot_product_cudnn_attention, which torch prefers on Hopper and Blackwell."""
+    ours = None
+    if not return_debug_mask and _square(query, key, is_causal):
+        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    if ours is None:
+        given = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask)
+        return torchs.call_boxed(keys, *given, scale=scale)  # type: ignore[no-any-return]
+    out, logsumexp = _forward(*ours, query)
+    return (out, logsumexp.unsqueeze(-1), None, None, query.shape[2], key.shape[2], *_no_seed(query), None)
+
+
+def _cudnn_backward(
+    torchs: Any,
+    keys: Any,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    attn_bias: Tensor | None,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    """aten::_scaled_dot_product_cudnn_attention_backward."""
+    ours = None
+    if cum_seq_q is None and _square(query, key, is_causal):
+        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    if ours is None:
+        given = (grad_out, query, key, value, out, logsumexp, seed, offset, attn_bias, cum_seq_q, cum_seq_k)
+        return torchs.call_boxed(keys, *given, max_q, max_k, dropout_p, is_causal, scale=scale)  # type: ignore[no-any-return]
+    grads = _backward(grad_out, key, value, out, logsumexp.squeeze(-1), *ours)
+    like = (query, key, value)
+    return tuple(_laid_out_as(torch.empty_like(t), g) for t, g in zip(like, grads, strict=True))
+
+
+def _efficient_forward(
+    torchs: Any,
+    keys: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    """aten::_scaled_dot_product_efficient_attention, which torch takes in float32 and for most masks."""
+    ours = None
+    if _square(query, key, is_causal):
+        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    if ours is None:
+        given = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal)
+        return torchs.call_boxed(keys, *given, scale=scale)  # type: ignore[no-any-return]
+    out, logsumexp = _forward(*ours, query)
+    rows = query.shape[2]
+    if compute_log_sumexp:  # torch's has room for a multiple of 32 rows, infinite where there is none
+        logsumexp = torch.nn.functional.pad(logsumexp, (0, -rows % 32), value=torch.inf)
+    else:
+        logsumexp = logsumexp[..., :0]
+    return (_rows_first(out), logsumexp, *_no_seed(query))
+
+
+def _efficient_backward(
+    torchs: Any,
+    keys: Any,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    dropout_p: float,
+    grad_input_mask: list[bool],
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor | None, ...]:
+    """aten::_scaled_dot_product_efficient_attention_backward. The gradient of a mask stays torch's."""
+    ours = None
+    if not grad_input_mask[3] and _square(query, key, is_causal):
+        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    if ours is None:
+        given = (grad_out, query, key, value, attn_bias, out, logsumexp, seed, offset, dropout_p)
+        return torchs.call_boxed(keys, *given, grad_input_mask, is_causal, scale=scale)  # type: ignore[no-any-return]
+    logsumexp = logsumexp[..., : query.shape[2]].contiguous()
+    return (*map(_rows_first, _backward(grad_out, key, value, out, logsumexp, *ours)), None)
+
+
+def _no_seed(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Seed and offset of a call without dropout."""
+    seed = torch.zeros((), dtype=torch.int64, device=like.device)
+    return seed, torch.zeros_like(seed)
+
+
 def _square(query: Tensor, key: Tensor, is_causal: bool) -> bool:
-    """Not causal, or of one length: torch gives its CUDA kernel no other call, whose corner would be open."""
+    """Not causal, or of one length. Torch gives its flash kernel no other call: its corner would be open."""
     return not is_causal or query.shape[2] == key.shape[2]
 
 
@@ -566,6 +688,10 @@ _KERNELS += [
 ]
 if torch.version.hip is None:  # seeds have another form there
     _KERNELS += [
-        ("_scaled_dot_product_flash_attention", "CUDA", _cuda_forward),
-        ("_scaled_dot_product_flash_attention_backward", "CUDA", _cuda_backward),
+        ("_scaled_dot_product_flash_attention", "CUDA", _flash_forward),
+        ("_scaled_dot_product_flash_attention_backward", "CUDA", _flash_backward),
+        ("_scaled_dot_product_cudnn_attention", "CUDA", _cudnn_forward),
+        ("_scaled_dot_product_cudnn_attention_backward", "CUDA", _cudnn_backward),
+        ("_scaled_dot_product_efficient_attention", "CUDA", _efficient_forward),
+        ("_scaled_dot_product_efficient_attention_backward", "CUDA", _efficient_backward),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from bigmodel_kernels.finetune.files import write_atomically
+from bigmodel_kernels.files import write_atomically
 
 _NAME = re.compile(r"step-(\d+)\.pt$")
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from bigmodel_kernels import files
 from bigmodel_kernels.extras import package
-from bigmodel_kernels.finetune import files
 from bigmodel_kernels.finetune.run import complete, finetune
 from bigmodel_kernels.finetune.settings import Settings
 from bigmodel_kernels.finetune.tasks import TASKS

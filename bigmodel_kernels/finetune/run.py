@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from bigmodel_kernels.finetune import checkpoint, data, files, models, optimiser, plot
+from bigmodel_kernels import files
+from bigmodel_kernels.finetune import checkpoint, data, models, optimiser, plot
 from bigmodel_kernels.finetune.memory import peak_bytes
 from bigmodel_kernels.finetune.settings import Settings
 from bigmodel_kernels.finetune.tasks import TASKS, Task

@@ -5,6 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+PART = 16
+"""Terms of a float32 sum that are one chain of roundings.
+
+By a model of such chains, which agrees with measurements on an H200, the errors of sums of 48 to 300 terms
+in parts of 16 are 0.8 to 1.0 times those of cuBLAS, in parts of 32 1.0 to 1.2 times, as one chain 1.3 to 2.5.
+"""
+
 
 @triton.jit
 def add_product(total, a, b, EXACT: tl.constexpr):
@@ -12,8 +19,7 @@ def add_product(total, a, b, EXACT: tl.constexpr):
     step.
 
     A float32 ``tl.dot`` is one chain of fused multiply-adds, and so are all steps together when each starts
-    from the sum of the last: after 64 terms the error is one and a half times that of cuBLAS, after 300 two
-    and a half times. Adding a dot does not help, as Triton's combine pass
+    from the sum of the last. Adding a dot does not help, as Triton's combine pass
     (lib/Dialect/Triton/Transforms/Combine.td, CombineDotAddFPattern) turns that into the start of the chain
     again. Subtracting one it leaves alone.
     """

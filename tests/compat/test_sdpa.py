@@ -30,6 +30,10 @@ OPERATORS = (
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_cudnn_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_efficient_attention_backward",
 )
 BACKENDS = ["reference", *([] if _native.reason() else ["native"])]
 
@@ -699,34 +703,92 @@ def test_forward_and_backward_of_either_hand_go_together(kind: str, keys: int, r
     assert ran == ["attention", "attention_backward"]
 
 
+class _Torchs:
+    """Stands for torch's own kernel, and counts its calls."""
+
+    calls = 0
+
+    def call_boxed(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+
+
+def _leaves() -> tuple[list[Tensor], Tensor]:
+    leaves = [t.requires_grad_() for t in torch.randn(3, 2, 9, 4, 16).transpose(2, 3)]
+    return leaves, torch.randn(2, 4, 9, 16)
+
+
+def _like_torchs(op: Any, results: Any, *args: Any) -> None:
+    """Shapes, strides and dtypes are those that a compiled graph counts on, by torch's own rule."""
+    expected = op(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+    for ours, theirs in zip(results, expected, strict=True):
+        if theirs is None or isinstance(theirs, int):
+            assert ours == theirs
+        else:
+            assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+
+
+# The kernels for CUDA, called with tensors of the CPU: what they compute and return does not depend on the
+# device.
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_kernels_for_cuda(causal: bool, ran: list[str]) -> None:
-    """Called here with tensors of the CPU: what they compute and return does not depend on the device."""
-    query, key, value = torch.randn(3, 2, 9, 4, 16).transpose(2, 3)
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+def test_the_flash_kernel_for_cuda(causal: bool, ran: list[str]) -> None:
+    leaves, grad = _leaves()
+    query, key, value = (t.detach() for t in leaves)
     expected = formula(*leaves, is_causal=causal)
-    grad = torch.randn_like(expected)
-
-    class Torchs:
-        calls = 0
-
-        def call_boxed(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-
-    torchs = Torchs()
+    torchs = _Torchs()
     with bk.sdpa():
-        out, logsumexp, *rest = door._cuda_forward(torchs, None, query, key, value, 0.0, causal)
+        out, logsumexp, *rest = door._flash_forward(torchs, None, query, key, value, 0.0, causal)
         assert out.stride() == query.stride() and logsumexp.shape == (2, 4, 9)
         assert rest[:4] == [None, None, 9, 9] and rest[4].dtype == torch.uint64
         given = (grad, query, key, value, out, logsumexp, *rest[:4], 0.0, causal, rest[4], rest[5])
-        grads = door._cuda_backward(torchs, None, *given)
+        grads = door._flash_backward(torchs, None, *given)
         assert torchs.calls == 0 and ran == ["attention", "attention_backward"]
-        door._cuda_forward(torchs, None, query, key, value, 0.1)
-        door._cuda_forward(torchs, None, query, key[:, :, :5], value[:, :, :5], 0.0, True)
-        door._cuda_forward(torchs, None, query, key, value, 0.0, False, True)
+        door._flash_forward(torchs, None, query, key, value, 0.1)
+        door._flash_forward(torchs, None, query, key[:, :, :5], value[:, :, :5], 0.0, True)
+        door._flash_forward(torchs, None, query, key, value, 0.0, False, True)
         assert torchs.calls == 3
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, grad))
     assert [g.stride() for g in grads] == [t.stride() for t in (query, key, value)]
-    door._cuda_forward(torchs, None, query, key, value)
+    door._flash_forward(torchs, None, query, key, value)
+    assert torchs.calls == 4  # off
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_the_other_fused_kernels_for_cuda(name: str, kind: str, ran: list[str]) -> None:
+    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention_backward").default
+    ours, ours_backward = getattr(door, f"_{name}_forward"), getattr(door, f"_{name}_backward")
+    leaves, grad = _leaves()
+    query, key, value = (t.detach() for t in leaves)
+    bias = torch.randn(2, 1, 9, 9) if kind == "mask" else None
+    causal = kind == "causal"
+    expected = formula(*leaves, attn_mask=bias, is_causal=causal)
+    torchs = _Torchs()
+    with bk.sdpa():
+        given = (query, key, value, bias, True, 0.0, causal)
+        results = ours(torchs, None, *given)
+        _like_torchs(forward, results, *given)
+        out, logsumexp, *rest = results
+        if name == "cudnn":
+            given = (grad, query, key, value, out, logsumexp, *rest[4:6], bias, *rest[:4], 0.0, causal)
+        else:
+            wanted = [True, True, True, False]
+            given = (grad, query, key, value, bias, out, logsumexp, *rest, 0.0, wanted, causal)
+        grads = ours_backward(torchs, None, *given)
+        _like_torchs(backward, grads, *given)
+        assert torchs.calls == 0 and ran == ["attention", "attention_backward"]
+        ours(torchs, None, query, key, value, bias, True, 0.1, causal)
+        ours(torchs, None, query, key[:, :, :5], value[:, :, :5], None, True, 0.0, True)
+        if name == "cudnn":
+            ours(torchs, None, query, key, value, bias, True, 0.0, causal, True)
+        else:
+            assert ours(torchs, None, query, key, value, bias, False, 0.0, causal)[1].shape == (2, 4, 0)
+            ours_backward(torchs, None, *given[:10], [True] * 4, causal)  # the mask wants a gradient
+        assert torchs.calls == 3
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads[:3], torch.autograd.grad(expected, leaves, grad))
+    ours(torchs, None, query, key, value, None, True)
     assert torchs.calls == 4  # off

@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bigmodel_kernels.finetune import files, models
+from bigmodel_kernels import files
+from bigmodel_kernels.finetune import models
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = [

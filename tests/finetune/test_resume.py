@@ -13,7 +13,8 @@ import numpy
 import pytest
 import torch
 
-from bigmodel_kernels.finetune import Settings, checkpoint, files, finetune
+from bigmodel_kernels import files
+from bigmodel_kernels.finetune import Settings, checkpoint, finetune
 
 KILLED = """
 import json, os, signal, sys

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import bigmodel_kernels as bk
@@ -69,7 +70,10 @@ def test_sdpa(name: str, dtype: torch.dtype, ran: list[str]) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_compiled_graph_follows_the_switch(causal: bool, ran: list[str]) -> None:
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"])
+def test_a_compiled_graph_follows_the_switch(kernel: str, causal: bool, ran: list[str]) -> None:
+    """Whichever fused kernel of torch's the graph holds: on Hopper it prefers cuDNN's."""
+
     def block(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=causal) * 2
 
@@ -83,7 +87,8 @@ def test_a_compiled_graph_follows_the_switch(causal: bool, ran: list[str]) -> No
         if on:
             bk.activate_sdpa()
         try:
-            out = compiled(*ours)
+            with sdpa_kernel(getattr(SDPBackend, kernel)):
+                out = compiled(*ours)
             grads = torch.autograd.grad(out, ours, grad.to(DEVICE, torch.bfloat16))
         finally:
             bk.deactivate_sdpa()

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,15 @@ import pytest
 
 pytest.importorskip("triton")
 
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
 import bigmodel_kernels.ops
 from bigmodel_kernels import triton_build, triton_runtime
+from bigmodel_kernels.ops.linear.triton_gemm import gemm_tiles
+from bigmodel_kernels.ops.product_triton import PART
 
 ROOT = Path(__file__).parents[2]
 WITH_PRODUCTS = (
@@ -83,6 +89,42 @@ def test_every_kernel_is_in_a_case() -> None:
             launched.update(launch.kernel.__name__ for launch in launches)
             launches.clear()
     assert launched == _kernels()
+
+
+def _ttir(launch: triton_build.Launch, gpu: GPUTarget) -> str:
+    """The kernel after Triton's own passes, which know no target: a tenth of a second."""
+    source, options = launch.source()
+    backend = make_backend(gpu)
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, parsed, source.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(parsed)
+    module = source.make_ir(gpu, parsed, functions, backend.get_module_map(), context)
+    return str(stages["ttir"](module, {}))
+
+
+@pytest.mark.parametrize(
+    "case", ["linear fp32 4096x768x3072 gelu", "feed_forward fp32 768x3072 gelu gated", "decode fp32 d64"]
+)
+def test_float32_products_are_summed_in_parts(case: str) -> None:
+    """Every step's product starts from zero: Triton has not made one chain of roundings of them all."""
+    gpu, target = triton_build.TARGETS["sm_90"]
+    with triton_build.recorded() as launches, triton_runtime.pretend(target):
+        triton_build.CASES[case]()
+    products = 0
+    for launch in launches:
+        if launch.kernel.__name__ in WITH_PRODUCTS:
+            text = _ttir(launch, gpu)
+            zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", text))
+            starts = re.findall(r"tt\.dot %[\w#]+, %[\w#]+, (%[\w#]+)", text)
+            assert set(starts) <= zeros, text
+            products += len(starts)
+    assert products > 0
+    tile = gemm_tiles(4096, 3072, 768, 4, target)[0]
+    assert tile.tile_k <= PART  # and no step is a long chain itself
 
 
 # The instructions that the devices are bought for. A decoding step has fewer rows than the 64 of a

@@ -12,8 +12,9 @@ and only a part of the keys::
 Each split leaves its output, divided by its own sum, and its logsumexp in base 2; a second kernel adds them
 with weights 2^(logsumexp - largest) in the order of the splits. In float32 (EXACT, see ``triton_logits``) the
 base is e, and the rounding of a logsumexp would be most of the error: there a split leaves its undivided
-output, its maximum and its sum. With one split the first kernel writes the result itself. The number of
-splits depends on shapes alone, so nothing is read from the device first.
+output, its maximum and its sum. Products of queries and keys are then summed in parts (``product_triton``),
+as torch's products of one row are, over threads. With one split the first kernel writes the result itself.
+The number of splits depends on shapes alone, so nothing is read from the device first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of
-from ..product_triton import add_product
+from ..product_triton import PART, add_product
 from .triton_logits import (
     divide,
     in_base,
@@ -98,7 +99,7 @@ def attention_decode_kernel(
     if CHUNK == TILE_D:
         query = tl.load(q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
     else:
-        # (parts, rows, CHUNK), for a product of each part: see `add_product` for why.
+        # (parts, rows, CHUNK), for a product of each part.
         parts = tl.arange(0, TILE_D // CHUNK) * CHUNK
         within = tl.arange(0, CHUNK)
         q_dims = parts[:, None, None] + within[None, None, :]
@@ -322,7 +323,7 @@ def run_decode(
             PAGED=block_table is not None, SPLIT=splits > 1, HAS_LEFT=has_left, HAS_RIGHT=has_right,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap > 0,
             SCALE_LATE=alibi_slopes is None and softcap <= 0 and softmax_scale > 0,
-            EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=min(tile_d, 16) if exact else tile_d,
+            EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=min(tile_d, PART) if exact else tile_d,
             TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
             **register_limit(exact and target.tensor_memory, target),

@@ -235,7 +235,8 @@ def scale_arguments(softmax_scale: float, softcap: float, exact: bool) -> tuple[
 def product_chunk(tile_d: int, exact: bool) -> int:
     """Columns of a tile that the forward's products over head_dim take at a time.
 
-    A chain of 64 float32 fused multiply-adds is still as accurate as cuBLAS.
+    Chains of 64 float32 fused multiply-adds: shorter ones would read the operands more often, and with these
+    the error is no more than the rule allows.
     """
     return min(tile_d, 64) if exact else tile_d
 

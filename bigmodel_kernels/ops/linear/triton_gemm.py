@@ -51,7 +51,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import triton_tuning
 from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of
 from ..philox_triton import keep_elements
-from ..product_triton import add_product
+from ..product_triton import PART, add_product
 from ..reduce_triton import sum_parts
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -359,11 +359,10 @@ HALF_TILES = (
     GemmTile(64, 128, 64, 4, 4), GemmTile(64, 64, 64, 4, 4), GemmTile(32, 64, 64, 4, 5),
     GemmTile(16, 64, 128, 4, 4), GemmTile(16, 32, 128, 2, 4),
 )  # fmt: skip
-# The products of a step are one chain of float32 roundings, see ``product_triton``: 16 of them are as accurate
-# as cuBLAS with room to spare, 32 are not where K is 64.
+# The products of a step are one chain of roundings: short steps, and more stages of them.
 FLOAT_TILES = (
-    GemmTile(64, 64, 16, 4, 5), GemmTile(32, 64, 16, 4, 6), GemmTile(32, 32, 16, 4, 5),
-    GemmTile(16, 32, 16, 2, 8),
+    GemmTile(64, 64, PART, 4, 5), GemmTile(32, 64, PART, 4, 6), GemmTile(32, 32, PART, 4, 5),
+    GemmTile(16, 32, PART, 2, 8),
 )  # fmt: skip
 MAX_CANDIDATES = 4
 MAX_SPLITS = 16

@@ -143,7 +143,8 @@ def test_taking_turns_gives_the_same_bits_in_any_order(form: int) -> None:
         (8192, 768, [3072], 4),  # many tiles, and an epilogue worth hiding: ping-pong
         (8192, 4096, [1024], 0),  # long products: the widest tile reads least
         (2048, 768, [1536], 1),  # one tile for each multiprocessor: two consumers share it
-        (128, 768, [3072], 3),  # few rows: many small tiles
+        (128, 768, [3072], 3),  # fewer rows: many small tiles
+        (32, 768, [3072], 6),  # few: read W once, from many multiprocessors
     ],
 )
 def test_the_form_that_takes_least_time(rows: int, features: int, outs: list[int], form: int) -> None:
@@ -151,9 +152,17 @@ def test_the_form_that_takes_least_time(rows: int, features: int, outs: list[int
 
 
 def test_a_form_that_is_none_is_refused(architecture: int) -> None:
-    for form in (-2, 6) if architecture == 90 else (0,):
-        with pytest.raises(RuntimeError, match=f"form: {form} must be -1, or on Hopper 0 to 5"):
+    for form in (-2, 7, *([] if architecture == 90 else [1, 5])):
+        with pytest.raises(RuntimeError, match=f"form: {form} must be -1, 6 or"):
             check(1, 8, [8], torch.float16, form=form)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_few_rows(layout: str) -> None:
+    """Warps with no features, with some, and with more than are in flight at once; columns that do not fill a tile."""
+    few = {"layout": layout, "form": 6, "residual": True}
+    check(17, 1160, [40, 8, 64], torch.bfloat16, activation="gelu", **few)
+    check(3, 24, [72], torch.float16, dropout_p=0.3, keep_preactivation=True, **few)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])

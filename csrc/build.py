@@ -33,6 +33,7 @@ KERNELS = {
     "attention/sm90.cu": "90a",
     "attention/sm90_backward.cu": "90a",
     "attention/sm90_one_pass.cu": "90a",
+    "linear/few_rows.cu": "80",
     "linear/sm80.cu": "80",
     "linear/sm90.cu": "90a",
     "norm/rows.cu": "80",

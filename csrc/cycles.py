@@ -35,6 +35,7 @@ KERNELS = {
     "attention.decode": "test_emulated_decode",
     "linear.sm90": "test_emulated_linear",
     "linear.sm80": "test_emulated_linear",
+    "linear.few_rows": "test_emulated_linear",
     "norm.rows": "test_emulated_linear",
 }
 FILES = ("attention.sm90", "attention.sm90_backward", "attention.sm90_one_pass", "linear.sm90")

@@ -478,7 +478,13 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
-// Which form of Hopper's kernel a call with these sizes runs, on so many multiprocessors.
+// The kernels of the linear layer by number: Hopper's forms, or instead of them sm_80's only one; then the one for few rows.
+constexpr int few_rows_form = linear_sm90_forms;
+int form_of(const LinearParams& p, bool hopper, int multiprocessors) {
+  return p.rows <= most_few_rows ? few_rows_form : hopper ? linear_sm90_form(p, multiprocessors) : 0;
+}
+
+// Which of them a call with these sizes runs on Hopper with so many multiprocessors.
 int64_t linear_form(int64_t rows, int64_t features, std::vector<int64_t> out_features, int64_t multiprocessors) {
   LinearParams p = {};
   p.rows = narrow(rows, "rows");
@@ -487,10 +493,10 @@ int64_t linear_form(int64_t rows, int64_t features, std::vector<int64_t> out_fea
                   " are allowed");
   for (const int64_t out : out_features) p.out_features[p.weights++] = narrow(out, "out_features");
   STD_TORCH_CHECK(multiprocessors > 0, "multiprocessors: ", multiprocessors, " must be 1 or more");
-  return linear_sm90_form(p, narrow(multiprocessors, "multiprocessors"));
+  return form_of(p, true, narrow(multiprocessors, "multiprocessors"));
 }
 
-// (out, and the pre-activation where it is wanted: otherwise empty). form: of Hopper's kernel, or -1 for the one of linear_form.
+// (out, and the pre-activation where it is wanted: otherwise empty). form: which kernel, or -1 for the fastest.
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
                                   bool keep_preactivation, int64_t form) {
@@ -553,14 +559,15 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   if (p.rows > 0 && p.out_stride > 0) {
     STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
     const bool is_bfloat16 = dtype == ScalarType::BFloat16, hopper = architecture(call.device()) == 90;
-    STD_TORCH_CHECK(form == -1 || (hopper && form >= 0 && form < linear_sm90_forms), "form: ", form, " must be -1, or on Hopper 0 to ",
-                    linear_sm90_forms - 1);
-    if (hopper) {
-      const int count = multiprocessors(call.device());
-      linear_sm90(p, is_bfloat16, form < 0 ? linear_sm90_form(p, count) : int(form), count, call.stream());
-    } else {
+    STD_TORCH_CHECK(form == -1 || form == few_rows_form || (form >= 0 && form < (hopper ? linear_sm90_forms : 1)), "form: ", form, " must be -1, ",
+                    few_rows_form, " or ", hopper ? "on Hopper 0 to 5" : "0");
+    const int count = multiprocessors(call.device()), chosen = form == -1 ? form_of(p, hopper, count) : int(form);
+    if (chosen == few_rows_form)
+      linear_few_rows(p, is_bfloat16, call.stream());
+    else if (hopper)
+      linear_sm90(p, is_bfloat16, chosen, count, call.stream());
+    else
       linear_sm80(p, is_bfloat16, call.stream());
-    }
   }
   return {out, preactivation};
 }

@@ -5,6 +5,10 @@
 namespace bigmodel::cuda {
 
 struct Stream;
+// Up to so many rows: the kernel for few, on every GPU.
+inline constexpr int most_few_rows = 32;
+void linear_few_rows(const LinearParams& params, bool is_bfloat16, const Stream& stream);
+
 void linear_sm80(const LinearParams& params, bool is_bfloat16, const Stream& stream);
 
 // Hopper's kernel has several forms, by number: 128 x 256, 192 and 128 of a tile and 64 x 64, then 128 x 192 and 128 in ping-pong.

@@ -42,7 +42,7 @@ def entries(log: Path) -> dict[str, tuple[int, int, int]]:
 # smallest; of the backward two each, and sm_80's file has delta for both; for decoding there is one of
 # each. The backward in one pass: two element types, three head_dims, and for each what rounds dQ.
 # Linear: two element types, two layouts of the weight, and on Hopper four widths of a tile, two of them in
-# ping-pong too. The norm: two element types, two lengths of a row.
+# ping-pong too; for few rows the first two. The norm: two element types, two lengths of a row.
 COUNTS = {
     "attention.decode": 12,
     "attention.sm80": 24,
@@ -50,6 +50,7 @@ COUNTS = {
     "attention.sm90": 28,
     "attention.sm90_backward": 48,
     "attention.sm90_one_pass": 12,
+    "linear.few_rows": 4,
     "linear.sm80": 4,
     "linear.sm90": 24,
     "norm.rows": 4,

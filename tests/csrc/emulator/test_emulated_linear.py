@@ -94,6 +94,16 @@ def test_activations(dtype: torch.dtype, layout: str, activation: str) -> None:
     check(70, 72, [136], dtype, layout=layout, activation=activation, keep_preactivation=activation != "none")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_what_is_no_ordinary_number(activation: str) -> None:
+    """A NaN stays one; far below 0, gelu and its like are about 0."""
+    bias = torch.tensor([torch.nan, 60000, 300, -13, -14, -300, -60000, 0]).half()
+    out, _ = torch.ops.bigmodel_emulator.cuda_linear(
+        torch.zeros(1, 8).half(), [torch.zeros(8, 8).half()], [bias], activation=activation
+    )
+    assert torch.allclose(out[0].float(), ACTIVATIONS[activation](bias.float()), atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("rows", "features", "out"), [(1, 8, 8), (17, 64, 264), (129, 200, 128), (300, 40, 40)]
 )
@@ -119,7 +129,7 @@ def test_dropout_and_residual() -> None:
 @pytest.mark.parametrize("form", range(6))
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_forms_of_hopper(form: int, layout: str) -> None:
-    """Whatever the table would choose: blocks with several tiles and more features than stages, with none and one step."""
+    """Whatever the table would choose: blocks with several tiles and many steps, with none and one step."""
     check(130, 456, [136, 72], torch.bfloat16, layout=layout, form=form, activation="gelu", residual=True)
     check(5, 8, [200], torch.float16, layout=layout, form=form, dropout_p=0.3, keep_preactivation=True)
 
@@ -127,7 +137,7 @@ def test_forms_of_hopper(form: int, layout: str) -> None:
 @pytest.mark.parametrize("architecture", [90], indirect=True)
 @pytest.mark.parametrize("form", [4, 5])
 def test_taking_turns_gives_the_same_bits_in_any_order(form: int) -> None:
-    """The ring passes from one consumer to the other in the middle of its stages, and consumers have different numbers of tiles."""
+    """The ring changes hands in the middle of its stages, and the consumers have unequal numbers of tiles."""
     x, weight = torch.randn(130, 328).half(), torch.randn(392, 328).half()
     results = []
     for seed in (0, 5, 6):
@@ -143,7 +153,8 @@ def test_taking_turns_gives_the_same_bits_in_any_order(form: int) -> None:
         (8192, 768, [3072], 4),  # many tiles, and an epilogue worth hiding: ping-pong
         (8192, 4096, [1024], 0),  # long products: the widest tile reads least
         (2048, 768, [1536], 1),  # one tile for each multiprocessor: two consumers share it
-        (128, 768, [3072], 3),  # few rows: many small tiles
+        (128, 768, [3072], 3),  # fewer rows: many small tiles
+        (32, 768, [3072], 6),  # few: read W once, from many multiprocessors
     ],
 )
 def test_the_form_that_takes_least_time(rows: int, features: int, outs: list[int], form: int) -> None:
@@ -151,9 +162,17 @@ def test_the_form_that_takes_least_time(rows: int, features: int, outs: list[int
 
 
 def test_a_form_that_is_none_is_refused(architecture: int) -> None:
-    for form in (-2, 6) if architecture == 90 else (0,):
-        with pytest.raises(RuntimeError, match=f"form: {form} must be -1, or on Hopper 0 to 5"):
+    for form in (-2, 7, *([] if architecture == 90 else [1, 5])):
+        with pytest.raises(RuntimeError, match=f"form: {form} must be -1, 6 or"):
             check(1, 8, [8], torch.float16, form=form)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_few_rows(layout: str) -> None:
+    """Warps with no features, some, and more than are in flight at once; tiles that are not full."""
+    few = {"layout": layout, "form": 6, "residual": True}
+    check(17, 1160, [40, 8, 64], torch.bfloat16, activation="gelu", **few)
+    check(3, 24, [72], torch.float16, dropout_p=0.3, keep_preactivation=True, **few)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])

@@ -22,15 +22,22 @@ BM_DEVICE uint64_t wgmma_descriptor(SharedAddress address) {
   return uint64_t(address >> 4 & 0x3fff) | leading >> 4 << 16 | stride >> 4 << 32 | swizzle << 62;
 }
 
+// The same `bytes` further on. A block's addresses have 18 bits, so that nothing is carried out of the start's field.
+BM_DEVICE uint64_t further(uint64_t descriptor, int bytes) { return (descriptor >> 32 << 32) | (uint32_t(descriptor) + uint32_t(bytes >> 4)); }
+
+// From the first step's descriptor on, steps take half the instructions; but ptxas then keeps some, and kernels without a register to
+// spare spill.
 // Of step `step` (16 columns) of the K-major tile's rows from `row`, a multiple of 8.
-template <typename Tile>
+template <typename Tile, bool from_first = false>
 BM_DEVICE uint64_t k_major(SharedAddress tile, int row, int step) {
   constexpr int steps = Tile::panel_columns / 16;
+  if constexpr (from_first) return further(wgmma_descriptor<Tile>(tile + row * Tile::panel_columns * 2), step / steps * Tile::panel_bytes + step % steps * 32);
   return wgmma_descriptor<Tile>(tile + step / steps * Tile::panel_bytes + row * Tile::panel_columns * 2 + step % steps * 32);
 }
 // Of step `step` (16 rows) of the MN-major tile.
-template <typename Tile>
+template <typename Tile, bool from_first = false>
 BM_DEVICE uint64_t mn_major(SharedAddress tile, int step) {
+  if constexpr (from_first) return further(wgmma_descriptor<Tile>(tile), step * 16 * Tile::panel_columns * 2);
   return wgmma_descriptor<Tile>(tile + step * 16 * Tile::panel_columns * 2);
 }
 

@@ -47,19 +47,20 @@ BM_DEVICE void clear_rows(SharedAddress tile, int first) {
 }
 
 // C = X Y^T over head_dim: 64 rows of X from `x_row`, and as many rows of Y from `y_row` as C has columns. A group of its own.
-template <typename Element, typename TileX, typename TileY, int blocks>
+template <typename Element, typename TileX, typename TileY, bool from_first = false, int blocks>
 BM_DEVICE void start_multiply_transposed(float (&c)[blocks][4], SharedAddress x, int x_row, SharedAddress y, int y_row) {
   wgmma_fence();
   BM_UNROLL
-  for (int k = 0; k < TileX::columns / 16; k++) wgmma<Element, false>(c, k_major<TileX>(x, x_row, k), k_major<TileY>(y, y_row, k), k > 0);
+  for (int k = 0; k < TileX::columns / 16; k++)
+    wgmma<Element, false>(c, k_major<TileX, from_first>(x, x_row, k), k_major<TileY, from_first>(y, y_row, k), k > 0);
   wgmma_commit();
 }
 // C += A Y, A from registers, of which Y has a row for each column. A group of its own.
-template <typename Element, typename TileY, int steps, int blocks>
+template <typename Element, typename TileY, bool from_first = false, int steps, int blocks>
 BM_DEVICE void start_multiply(float (&c)[blocks][4], const uint32_t (&a)[steps][4], SharedAddress y) {
   wgmma_fence();
   BM_UNROLL
-  for (int k = 0; k < steps; k++) wgmma<Element, true>(c, a[k], mn_major<TileY>(y, k), true);
+  for (int k = 0; k < steps; k++) wgmma<Element, true>(c, a[k], mn_major<TileY, from_first>(y, k), true);
   wgmma_commit();
 }
 

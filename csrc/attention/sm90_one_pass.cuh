@@ -141,7 +141,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     wgmma_fence();
     BM_UNROLL
     for (int k = 0; k < tile_n / 16; k++)
-      wgmma<Element, true>(dq, k_major<GradTile>(gradients, Share::row(consumer), k), mn_major<KeyTile>(columns, k), k > 0);
+      wgmma<Element, true>(dq, k_major<GradTile, true>(gradients, Share::row(consumer), k), mn_major<KeyTile, true>(columns, k), k > 0);
     wgmma_commit();
   }
 
@@ -159,10 +159,10 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
     uint32_t gradients[m_steps][4];
     const auto start_scores = [&] {
       mbarrier_wait(Base::barrier(Base::full + ring.stage), ring.parity);
-      start_multiply_transposed<Element, KeyTile, QueryTile>(s, key, 64 * consumer, Base::passing(ring.stage, 0), 0);
+      start_multiply_transposed<Element, KeyTile, QueryTile, true>(s, key, 64 * consumer, Base::passing(ring.stage, 0), 0);
     };
     const auto start_gradients = [&] {
-      start_multiply_transposed<Element, KeyTile, QueryTile>(g, value, 64 * consumer, Base::passing(ring.stage, 1), 0);
+      start_multiply_transposed<Element, KeyTile, QueryTile, true>(g, value, 64 * consumer, Base::passing(ring.stage, 1), 0);
     };
     // From S and dP, which are under way, to dS.
     const auto find_gradients = [&](int step) {
@@ -187,7 +187,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
         float(&y)[2][4] = reinterpret_cast<float(&)[2][4]>(g[2 * k]);
         to_fragment<Element>(probabilities[k], x[0], x[1]);
         wgmma_fence();
-        wgmma<Element, true>(dv, probabilities[k], mn_major<QueryTile>(grad, k), true);
+        wgmma<Element, true>(dv, probabilities[k], mn_major<QueryTile, true>(grad, k), true);
         wgmma_commit();
         if (k == 0) wgmma_wait<1>();  // dP
         scores.gradients(x, y, key0, told.m + 16 * k, all_visible, [&](int j) { return statistics(2 * k + j); }, NoBias{});
@@ -205,7 +205,7 @@ struct AttentionOnePassSm90 : OnePassTiles<HeadDim>::Type {
       float dq[q_blocks][4];
       // ---- dQ = dS K, dK += dS^T Q, the next S ----
       start_query_product(dq, gradient_tile(step % grad_tiles), key, consumer);
-      start_multiply<Element, QueryTile>(dk, gradients, Base::passing(stage, 0));
+      start_multiply<Element, QueryTile, true>(dk, gradients, Base::passing(stage, 0));
       ring.advance();
       if constexpr (more.value) start_scores();
 

@@ -157,23 +157,22 @@ def test_attention_features(extra: str) -> None:
     assert torch.allclose(lse.double(), ref_lse, atol=1e-3)
 
 
-def gradients(
-    grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], **call: Any
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Of query, key, value, bias and sinks: the library's twice, and the reference's in float64."""
+def gradients(grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], **call: Any) -> list[list[Any]]:
+    """Of query, key, value, bias and sinks: the library's deterministic ones twice, those that it adds up in
+    any order, and the reference's in float64."""
     args, options = prepare(*tensors, **call)
     extra = {"bias_requires_grad": args[4] is not None, "sinks_require_grad": args[9] is not None}
     with backends.use("native"):
         out, lse = torch.ops.bigmodel.attention.default(*args, **options)
         backward = torch.ops.bigmodel.attention_backward.default
         mine = [
-            backward(grad, None, *args[:3], out, lse, *args[3:], **options, **extra, deterministic=True)
-            for _ in range(2)
+            backward(grad, None, *args[:3], out, lse, *args[3:], **options, **extra, deterministic=wanted)
+            for wanted in (True, True, False)
         ]
     wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
     exact = reference.run(*wide, **options)
     ref = reference.run_backward(grad.double(), None, *wide[:3], *exact, *wide[3:], **options, **extra)
-    return list(mine[0]), list(mine[1]), list(ref)
+    return [list(result) for result in (*mine, ref)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,13 +184,14 @@ def test_attention_backward(dtype: torch.dtype, dim: int, causal: bool, queries:
     key, value = (torch.randn(2, 2, keys, dim, device="cuda", dtype=dtype) for _ in range(2))
     given = {"query": query, "key": key, "value": value}
     grad = torch.randn_like(query)
-    first, second, ref = gradients(grad, tuple(given.values()), is_causal=causal)
+    found = gradients(grad, tuple(given.values()), is_causal=causal)
     upstream = (grad, torch.zeros(query.shape[:3], device="cuda"))
     _, eager = evaluate(attention_formula, (), {**given, "is_causal": causal}, None, upstream)
-    for name, got, again, exact in zip(given, first, second, ref, strict=False):
+    for name, got, again, free, exact in zip(given, *found, strict=False):
         assert torch.equal(got, again), f"the gradient of {name} varies"
-        verdict = compare(got, eager[name], exact, "gradient")
-        assert verdict.ok, (name, verdict)
+        for mine in (got, free):
+            verdict = compare(mine, eager[name], exact, "gradient")
+            assert verdict.ok, (name, verdict)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -216,12 +216,12 @@ def test_attention_backward_features(extra: str, dim: int) -> None:
         cu = torch.tensor([0, 3, 130, 400], dtype=torch.int32, device="cuda")
         tensors = tuple(t.transpose(1, 2).reshape(400, t.shape[1], dim) for t in tensors)
         call = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "is_causal": True}
-    first, second, ref = gradients(torch.randn_like(tensors[0]), tensors, **call)
-    for got, again, exact in zip(first, second, ref, strict=True):
+    found = gradients(torch.randn_like(tensors[0]), tensors, **call)
+    for got, again, free, exact in zip(*found, strict=True):
         assert torch.equal(got, again)
-        assert torch.allclose(
-            got.double(), exact, atol=2e-2 * float(1 + exact.abs().max()) if exact.numel() else 0
-        )
+        for mine in (got, free):
+            atol = 2e-2 * float(1 + exact.abs().max()) if exact.numel() else 0
+            assert torch.allclose(mine.double(), exact, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -469,6 +469,67 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
+// What products of rows with weights side by side have in common, beside what is done to the result: operands checked, and the launch.
+class Linear {
+ public:
+  LinearParams p = {};
+
+  Linear(Call& call, const Tensor& x, const char* name, bool conv1d, const std::string& activation) : call_(call), name_(name), dtype_(x.scalar_type()) {
+    STD_TORCH_CHECK(dtype_ == ScalarType::Half || dtype_ == ScalarType::BFloat16, name, ": dtype must be float16 or bfloat16");
+    p.conv1d = conv1d;
+    p.activation = activation_of(activation);
+    p.x = matrix(x, name);
+    p.rows = narrow(x.size(0), name);
+    p.features = narrow(x.size(1), name);
+    p.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
+  }
+
+  void* matrix(const Tensor& t, const char* name, bool writable = false) {
+    STD_TORCH_CHECK(require(t, name, dtype_, 2).size(1) % 8 == 0 && (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) % 8 == 0) && aligned(t),
+                    name, ": shape ", shape_of(t), ": rows must be multiples of 8 elements that start at multiples of 16 bytes");
+    return call_.use(t, name, writable);
+  }
+
+  // The next weight to the right, and its number of features out.
+  int64_t add(const Tensor& w, const char* name) {
+    p.weight[p.weights] = matrix(w, name);
+    STD_TORCH_CHECK(w.is_contiguous(), name, ": must be contiguous");
+    const int64_t in = w.size(p.conv1d ? 0 : 1), out = w.size(p.conv1d ? 1 : 0);
+    STD_TORCH_CHECK(in == p.features, name, ": shape ", shape_of(w), " takes ", in, " features; ", name_, " has ", p.features);
+    STD_TORCH_CHECK(out % 8 == 0, name, ": shape ", shape_of(w), " gives ", out, " features, which must be a multiple of 8");
+    p.out_features[p.weights++] = narrow(out, name);
+    p.out_stride += out;
+    return out;
+  }
+
+  // A matrix of the result's shape.
+  void* beside(const Tensor& t, const char* name, bool writable = false) {
+    STD_TORCH_CHECK(require(t, name, dtype_, 2).is_contiguous() && t.size(0) == p.rows && t.size(1) == p.out_stride, name, ": shape ", shape_of(t), " must be (",
+                    p.rows, ", ", p.out_stride, "), contiguous");
+    return matrix(t, name, writable);
+  }
+
+  void launch() {
+    if (p.rows == 0 || p.out_stride == 0) return;
+    STD_TORCH_CHECK(p.features > 0, name_, ": shape (", p.rows, ", 0) has no features");
+    const bool is_bfloat16 = dtype_ == ScalarType::BFloat16;
+    if (architecture(call_.device()) == 90)
+      linear_sm90(p, is_bfloat16, multiprocessors(call_.device()), call_.stream());
+    else
+      linear_sm80(p, is_bfloat16, call_.stream());
+  }
+
+ private:
+  Call& call_;
+  const char* name_;  // of x
+  ScalarType dtype_;
+};
+
+bool is_conv1d(const std::string& layout) {
+  STD_TORCH_CHECK(layout == "linear" || layout == "conv1d", "weight_layout: '", layout, "' is unknown");
+  return layout == "conv1d";
+}
+
 // (out, and the pre-activation where it is wanted: otherwise empty).
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
@@ -478,44 +539,18 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   torch::stable::accelerator::DeviceGuard guard(call.device());
 #endif
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: dtype must be float16 or bfloat16");
-  require(x, "x", dtype, 2);
-  STD_TORCH_CHECK(weight_layout == "linear" || weight_layout == "conv1d", "weight_layout: '", weight_layout, "' is unknown");
+  Linear product(call, x, "x", is_conv1d(weight_layout), activation);
+  LinearParams& p = product.p;
   STD_TORCH_CHECK(!weights.empty() && weights.size() <= max_weights, "weights: ", weights.size(), " tensors; 1 to ", max_weights, " are allowed");
   STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: ", biases.size(), " tensors for ", weights.size(), " weights");
-  const auto matrix = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(require(t, name, dtype, 2).size(1) % 8 == 0 && (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) % 8 == 0) &&
-                        reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) % 16 == 0,
-                    name, ": shape ", shape_of(t), ": rows must be multiples of 8 elements that start at multiples of 16 bytes");
-    return call.use(t, name, false);
-  };
-  LinearParams p = {};
-  p.conv1d = weight_layout == "conv1d";
-  p.activation = activation_of(activation);
-  p.rows = narrow(x.size(0), "x");
-  p.features = narrow(x.size(1), "x");
-  p.x = matrix(x, "x");
-  p.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
-  p.weights = int32_t(weights.size());
-  for (int i = 0; i < p.weights; i++) {
-    const Tensor& w = weights[i];
-    p.weight[i] = matrix(w, "weights");
-    STD_TORCH_CHECK(w.is_contiguous(), "weights: must be contiguous");
-    const int64_t in = w.size(p.conv1d ? 0 : 1), out = w.size(p.conv1d ? 1 : 0);
-    STD_TORCH_CHECK(in == x.size(1), "weights: shape ", shape_of(w), " takes ", in, " features; x has ", x.size(1));
-    STD_TORCH_CHECK(out % 8 == 0, "weights: shape ", shape_of(w), " gives ", out, " features, which must be a multiple of 8");
-    p.out_features[i] = narrow(out, "weights");
-    p.out_stride += out;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const int64_t out = product.add(weights[i], "weights");
     if (biases.empty()) continue;
     STD_TORCH_CHECK(require(biases[i], "biases", dtype, 1).size(0) == out && biases[i].is_contiguous() && aligned(biases[i]), "biases: shape ",
                     shape_of(biases[i]), " must be (", out, ",), contiguous, from a multiple of 16 bytes");
     p.bias[i] = call.use(biases[i], "biases", false);
   }
-  if (residual) {
-    STD_TORCH_CHECK(require(*residual, "residual", dtype, 2).is_contiguous() && residual->size(0) == p.rows && residual->size(1) == p.out_stride,
-                    "residual: shape ", shape_of(*residual), " must be (", p.rows, ", ", p.out_stride, "), contiguous");
-    p.residual = matrix(*residual, "residual");
-  }
+  if (residual) p.residual = product.beside(*residual, "residual");
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
   STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
   if (dropout_seed) {
@@ -527,17 +562,34 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   }
   Tensor out = torch::stable::new_empty(x, {p.rows, p.out_stride});
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
-  p.out = call.use(out, "out", true);
-  if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
-  if (p.rows > 0 && p.out_stride > 0) {
-    STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
-    const bool is_bfloat16 = dtype == ScalarType::BFloat16;
-    if (architecture(call.device()) == 90)
-      linear_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
-    else
-      linear_sm80(p, is_bfloat16, call.stream());
-  }
+  p.out = product.beside(out, "out", true);
+  if (keep_preactivation) p.preactivation = product.beside(preactivation, "preactivation", true);
+  product.launch();
   return {out, preactivation};
+}
+
+// The gradient of what the activation of a feed-forward block was given, from that of the block's output: grad w_out^T times the
+// activation's derivative. With it the hidden layer, and sums of the gradient's columns over each 16 rows, where they are wanted:
+// otherwise empty. w_out lies as the block has it, where it is multiplied by from the other side.
+std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, Text weight_layout, Text activation,
+                                                   bool need_hidden, bool need_sums) {
+  Call call(grad);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  Linear product(call, grad, "grad", !is_conv1d(weight_layout), activation);
+  LinearParams& p = product.p;
+  product.add(w_out, "w_out");
+  p.activated = product.beside(preactivation, "preactivation");
+  const int64_t parts = need_sums ? (p.rows + column_part_rows - 1) / column_part_rows : 0;
+  Tensor out = torch::stable::new_empty(grad, {p.rows, p.out_stride});
+  Tensor hidden = torch::stable::new_empty(grad, {need_hidden ? p.rows : 0, p.out_stride});
+  Tensor sums = torch::stable::new_empty(grad, {parts, p.out_stride}, ScalarType::Float);
+  p.out = product.beside(out, "out", true);
+  if (need_hidden) p.hidden = product.beside(hidden, "hidden", true);
+  if (need_sums) p.column_parts = static_cast<float*>(call.use(sums, "sums", true));
+  product.launch();
+  return {out, hidden, sums};
 }
 
 // norm(x + residual) of rows, and x + residual where it is wanted: otherwise empty.
@@ -610,6 +662,8 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
   m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
         "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
+  m.def("cuda_hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, *, str weight_layout=\"linear\", str activation, "
+        "bool need_hidden=False, bool need_sums=False) -> (Tensor, Tensor, Tensor)");
   m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
         "bool keep_sum=False) -> (Tensor, Tensor)");
 }
@@ -627,5 +681,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
   m.impl("cuda_attention_decode", TORCH_BOX(&bigmodel::cuda::decode));
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
+  m.impl("cuda_hidden_backward", TORCH_BOX(&bigmodel::cuda::hidden_backward));
   m.impl("cuda_norm", TORCH_BOX(&bigmodel::cuda::norm));
 }

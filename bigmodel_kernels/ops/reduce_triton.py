@@ -51,6 +51,8 @@ def sum_parts(parts: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor
 
     ``scale``: a float32 scalar on the device.
     """
+    if parts.shape[0] == 0:
+        return out.zero_()
     count, columns = parts.shape[0], parts[0].numel()
     # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough.
     tile_parts = min(triton.next_power_of_2(count), 64)

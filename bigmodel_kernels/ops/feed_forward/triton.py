@@ -27,14 +27,16 @@ What a training step keeps is Z (with a gate also G); where it keeps nothing, th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linear import triton as linear
+from ..linear import triton_gemm
 from ..linear.triton import LAYER_NORM, as_product, normalise_rows
-from ..linear.triton_gemm import hidden_backward, matmul, output_backward
+from ..linear.triton_gemm import matmul, output_backward
 from ..norm import triton as norm
 from ..reduce_triton import column_sums
 
@@ -168,10 +170,12 @@ def run_backward(
     norm_kind: str = LAYER_NORM,
     dropout_p: float = 0.0,
     needs: Sequence[bool],
+    hidden_backward: Callable[..., Any] = triton_gemm.hidden_backward,
 ) -> list[Tensor]:
     """Gradients of [x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias, w_gate, b_gate].
 
-    Empty (0,) where not needed. What is None of the saved tensors is computed again.
+    Empty (0,) where not needed. What is None of the saved tensors is computed again. ``hidden_backward``:
+    what runs the first product, with the arguments and results of ``triton_gemm.hidden_backward``.
     """
     (
         need_x, need_w_in, need_b_in, need_w_out, need_b_out, need_residual, need_norm_weight, need_norm_bias,
@@ -234,7 +238,7 @@ def run_backward(
         results[8] = linear.weight_gradient(rows, dgate, w_gate, weight_layout)
     for place, needed, sums in ((2, need_b_in, dup_sums), (9, need_b_gate, dgate_sums)):
         if needed and sums is not None:
-            results[place] = sums.to(x.dtype)
+            results[place] = sums
     if need_input:
         gated = w_gate is not None and dgate is not None
         dx = linear.input_gradient(

@@ -269,9 +269,9 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
   return p;
 }
 
-// A result like `tensor`, with rows of all heads side by side: (B, H, S, D) laid out as (B, S, H, D), or (total, H, D).
-Tensor result_like(const Tensor& tensor, int64_t (&stride)[3]) {
-  const int64_t h = tensor.size(1), d = tensor.size(tensor.dim() - 1);
+// A result like `tensor` of h heads, with rows of all of them side by side: (B, H, S, D) laid out as (B, S, H, D), or (total, H, D).
+Tensor result_like(const Tensor& tensor, int64_t h, int64_t (&stride)[3]) {
+  const int64_t d = tensor.size(tensor.dim() - 1);
   stride[1] = d;
   stride[2] = h * d;
   if (tensor.dim() == 3) return torch::stable::new_empty(tensor, {tensor.size(0), h, d});
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   AttentionParams p = attention_params(
       call, {query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
              softmax_scale, is_causal, window_left, window_right, softcap, dropout_p}, float_sinks);
-  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
+  Tensor out = result_like(query, query.size(1), p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   if (query.numel() > 0) {
@@ -310,12 +310,12 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   return {out, logsumexp};
 }
 
-// dbias is float32, in the shape of bias, or of all logits where `deterministic` forbids to add to one place from several blocks.
+// dq, dk and dv are parts of one tensor where they are to lie side by side. dbias is float32, in the shape of bias, or of all logits where `deterministic` forbids to add to one place from several blocks.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
-    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic) {
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic, bool side_by_side) {
   Call call(query);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -352,7 +352,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   params.grad_out = call.use(grad_out, "grad_out", false);
 
   // ---- the results ----
-  Tensor dq = result_like(query, params.dq_stride), dk = result_like(key, params.dk_stride), dv = result_like(value, params.dv_stride);
+  Tensor dq, dk, dv;
+  const bool packed = rank == 3;
+  if (side_by_side) {
+    STD_TORCH_CHECK(query.size(0) == key.size(0) && (packed || query.size(2) == key.size(2)), "side_by_side: needs a key for each query");
+    Tensor whole = result_like(query, p.heads + 2 * p.kv_heads, params.dq_stride);
+    dq = torch::stable::narrow(whole, 1, 0, p.heads);
+    dk = torch::stable::narrow(whole, 1, p.heads, p.kv_heads);
+    dv = torch::stable::narrow(whole, 1, p.heads + p.kv_heads, p.kv_heads);
+    for (int i = 0; i < 3; i++) params.dk_stride[i] = params.dv_stride[i] = params.dq_stride[i];
+  } else {
+    dq = result_like(query, p.heads, params.dq_stride);
+    dk = result_like(key, p.kv_heads, params.dk_stride);
+    dv = result_like(value, p.kv_heads, params.dv_stride);
+  }
   params.delta = static_cast<float*>(call.use(delta, "delta", true));
   params.dq = call.use(dq, "dq", true);
   params.dk = call.use(dk, "dk", true);
@@ -437,7 +450,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   p.value = call.use(value_cache, "value_cache", false);
 
   // ---- the results, and what the splits leave ----
-  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
+  Tensor out = result_like(query, query.size(1), p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   p.logsumexp_stride[0] = int64_t(p.heads) * p.query_length;
@@ -635,7 +648,7 @@ const std::string optional_and_options =
 const std::string attention_schema = "cuda_attention(Tensor query, Tensor key, Tensor value, " + optional_and_options + ") -> (Tensor, Tensor)";
 const std::string attention_backward_schema =
     "cuda_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, " +
-    optional_and_options + ", bool bias_requires_grad=False, bool deterministic=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+    optional_and_options + ", bool bias_requires_grad=False, bool deterministic=False, bool side_by_side=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 #if !defined(__CUDACC__)
 void set_seed(int64_t value) { seed = uint64_t(value); }

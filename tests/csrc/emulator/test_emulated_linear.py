@@ -122,7 +122,8 @@ def check_hidden_backward(
     weight = (torch.randn((out, features) if layout == "conv1d" else (features, out)) * 0.1).to(dtype)
     z = (2 * torch.randn(rows, out)).to(dtype)
     got = torch.ops.bigmodel_emulator.cuda_hidden_backward(
-        grad, weight, z, weight_layout=layout, activation=activation, need_hidden=need_hidden, need_sums=need_sums
+        grad, weight, z, weight_layout=layout, activation=activation,
+        need_hidden=need_hidden, need_sums=need_sums,
     )  # fmt: skip
     parts = -(-rows // 16)
     assert [len(t) for t in got] == [rows, rows * need_hidden, parts * need_sums]
@@ -152,8 +153,13 @@ def test_gradients_of_activations(dtype: torch.dtype, layout: str, activation: s
 
 @pytest.mark.parametrize(
     ("rows", "features", "out", "need_hidden", "need_sums"),
-    [(1, 8, 8, True, True), (17, 64, 264, False, True), (129, 200, 128, True, False), (300, 40, 40, False, False)],
-)  # fmt: skip
+    [
+        (1, 8, 8, True, True),
+        (17, 64, 264, False, True),
+        (129, 200, 128, True, False),
+        (300, 40, 40, False, False),
+    ],
+)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 def test_sizes_of_the_gradient(
     rows: int, features: int, out: int, need_hidden: bool, need_sums: bool, layout: str
@@ -456,7 +462,15 @@ def test_feed_forward_backward(layout: str, needs: str, cuda_backward: Any) -> N
 
 def test_feed_forward_backward_of_no_rows_and_with_a_gate(cuda_backward: Any) -> None:
     x, w_in, w_out = torch.zeros(0, 16).half(), torch.zeros(32, 16).half(), torch.zeros(24, 32).half()
-    call = (torch.zeros(0, 24).half(), x, w_in, torch.zeros(32).half(), w_out, *[None] * 7, x.new_empty(0, 32))
+    call = (
+        torch.zeros(0, 24).half(),
+        x,
+        w_in,
+        torch.zeros(32).half(),
+        w_out,
+        *[None] * 7,
+        x.new_empty(0, 32),
+    )
     options = {"activation": "silu", "needs": [True, True, True, True, False, *[False] * 5]}
     dx, dw_in, db_in, dw_out, *_ = cuda_backward.run_backward(*call, **options)
     assert dx.shape == (0, 16)

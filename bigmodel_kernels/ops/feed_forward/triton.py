@@ -200,21 +200,30 @@ def run_backward(
         if prenorm is None and again is not None:
             prenorm = _output(again, w_out, b_out, residual, dropout_seed, weight_layout, dropout_p)
         assert prenorm is not None
-        grad, _, results[6], results[7] = norm.run_backward(
-            grad, prenorm.view(grad.shape), norm_weight, norm_bias, kind=norm_kind, eps=norm_eps,
-            needs=[need_residual or need_output, False, need_norm_weight, need_norm_bias],
+        # Dropout and sums of columns are the norm's kernel's, which has the gradient in registers.
+        grad, dresidual, results[6], results[7], *sums = norm.run_backward(
+            grad, prenorm.view(grad.shape), norm_weight, norm_bias, None,
+            dropout_seed if need_output else None,
+            kind=norm_kind, eps=norm_eps, dropout_p=dropout_p, summed=True,
+            needs=[
+                need_residual or need_output, need_residual and need_output and dropout_seed is not None,
+                need_norm_weight, need_norm_bias, *[True] * need_b_out,
+            ],
         )  # fmt: skip
         if need_residual:
-            results[5] = grad
+            results[5] = dresidual if dresidual.numel() else grad
+        if sums:
+            results[4] = sums[0]
     elif need_residual:  # a copy: what an operator returns must not be what it was given
         results[5] = grad.clone(memory_format=torch.contiguous_format)
     if not need_output:
         return results
     dy = norm.as_rows(_rows(grad))
-    if dropout_seed is not None:
-        dy = output_backward(dy, None, "none", dropout_seed, norm.dropout_arguments(dropout_p))
-    if need_b_out:
-        results[4] = column_sums(dy, dy.new_empty(dy.shape[1]))
+    if norm_position != "post":
+        if dropout_seed is not None:
+            dy = output_backward(dy, None, "none", dropout_seed, norm.dropout_arguments(dropout_p))
+        if need_b_out:
+            results[4] = column_sums(dy, dy.new_empty(dy.shape[1]))
     if not (need_hidden or need_w_out):
         return results
 

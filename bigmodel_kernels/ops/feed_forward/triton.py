@@ -196,6 +196,7 @@ def run_backward(
         again, preactivation, gate_preactivation = _hidden(
             rows, w_in, b_in, w_gate, b_gate, weight_layout, activation, save=True
         )
+    behind = norm_position == "post" and need_output and grad.shape[-1] <= norm.MAX_COLUMNS_SUMMED
     if norm_position == "post":
         if prenorm is None and again is not None:
             prenorm = _output(again, w_out, b_out, residual, dropout_seed, weight_layout, dropout_p)
@@ -203,11 +204,11 @@ def run_backward(
         # Dropout and sums of columns are the norm's kernel's, which has the gradient in registers.
         grad, dresidual, results[6], results[7], *sums = norm.run_backward(
             grad, prenorm.view(grad.shape), norm_weight, norm_bias, None,
-            dropout_seed if need_output else None,
+            dropout_seed if behind else None,
             kind=norm_kind, eps=norm_eps, dropout_p=dropout_p, summed=True,
             needs=[
-                need_residual or need_output, need_residual and need_output and dropout_seed is not None,
-                need_norm_weight, need_norm_bias, *[True] * need_b_out,
+                need_residual or need_output, need_residual and behind and dropout_seed is not None,
+                need_norm_weight, need_norm_bias, *[True] * (behind and need_b_out),
             ],
         )  # fmt: skip
         if need_residual:
@@ -219,7 +220,7 @@ def run_backward(
     if not need_output:
         return results
     dy = norm.as_rows(_rows(grad))
-    if norm_position != "post":
+    if not behind:
         if dropout_seed is not None:
             dy = output_backward(dy, None, "none", dropout_seed, norm.dropout_arguments(dropout_p))
         if need_b_out:

@@ -212,7 +212,7 @@ def run_backward(
                 save=activation != "none",
             )  # fmt: skip
         # Where the norm's kernel has the gradient of the product itself, dropout and sums of columns are its.
-        behind = activation == "none" and need_products
+        behind = activation == "none" and need_products and grad.shape[-1] <= norm.MAX_COLUMNS_SUMMED
         only = behind and len(biases) == 1 and need_biases[0]
         grad, dresidual, results[2], results[3], *sums = norm.run_backward(
             grad, prenorm, norm_weight, norm_bias, None, dropout_seed if behind else None,

@@ -43,7 +43,9 @@ from ..reduce_triton import sum_parts_of
 MAX_COLUMNS = 32_768
 """A row is held in the registers of one program: 1024 threads times 32 float32 values."""
 MAX_COLUMNS_BACKWARD = 8192
-"""The backward holds a row, its gradient and three running sums, without spilling."""
+"""The backward holds a row, its gradient and two running sums, without spilling."""
+MAX_COLUMNS_SUMMED = 4096
+"""And a third sum, with dropout."""
 
 
 @triton.jit
@@ -192,7 +194,7 @@ def row_tile(rows: int, columns: int) -> RowTile:
 
 
 def backward_row_tile(rows: int, columns: int) -> RowTile:
-    """16 elements per thread: of each a value, its gradient and three running sums are in registers."""
+    """16 elements per thread: of each a value, its gradient and up to three running sums are in registers."""
     tile_columns = max(32, triton.next_power_of_2(columns))
     tile_rows = max(1, min(2048 // tile_columns, triton.next_power_of_2(max(rows, 1)), 16))
     num_warps = max(1, min(32, tile_rows * tile_columns // 512))
@@ -291,7 +293,7 @@ def run_backward(
     """Gradients of [x, residual, weight, bias]; an empty tensor (0,) where not needed.
 
     ``summed``: x is dropout(x) + residual already, and residual is None. A fifth value in ``needs`` asks for
-    a fifth result, the column sums of the gradient of x.
+    a fifth result, the column sums of the gradient of x, of up to MAX_COLUMNS_SUMMED columns.
     """
     need_x, need_residual, need_weight, need_bias, need_sums = (*needs, False)[:5]
     columns = x.shape[-1]
@@ -310,8 +312,10 @@ def run_backward(
     rows = x_rows.shape[0]
     tile = backward_row_tile(rows, columns)
     # Two to four programs per processor hide each other's latency; more would only lengthen the second stage.
+    # The registers of dropout leave room for three.
+    small = 4 if dropout_seed is None else 3
     programs = min(
-        triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (4 if tile.num_warps <= 4 else 2)
+        triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (small if tile.num_warps <= 4 else 2)
     )
     summed_up = [i for i in range(2, len(needs)) if needs[i]]
     parts = torch.empty(programs, len(summed_up), columns, dtype=torch.float32, device=x.device)

@@ -72,8 +72,9 @@ def sum_parts_of(parts: Tensor, outs: Sequence[Tensor], scale: Tensor | None = N
         for out in outs:
             out.zero_()
         return
-    # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough.
-    tile_parts = min(triton.next_power_of_2(count), 64)
+    # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough, and most of
+    # the loads on their way together, for there is little else to wait with.
+    tile_parts = min(triton.next_power_of_2(count), 256)
     tile_columns = max(32, 2048 // tile_parts)
     for first in range(0, len(outs), 3):
         some = outs[first : first + 3]

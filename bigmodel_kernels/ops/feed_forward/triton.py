@@ -22,6 +22,8 @@ Backward, with dY the gradient of the second product (after the norm's and dropo
     dH = dY @ W_out^T    epilogue: dZ = dH * activation'(Z), the hidden layer again, column sums of dZ (db_in)
     dW_out = hidden^T @ dY      dW_in = x^T @ dZ      dX = dZ @ W_in^T      db_out: column sums of dY
 
+Dropout of dY and its column sums are the kernel's that has dY: the norm's behind a norm.
+
 What a training step keeps is Z (with a gate also G); where it keeps nothing, the first product runs again.
 """
 

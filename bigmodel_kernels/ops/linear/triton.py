@@ -13,6 +13,9 @@ Backward, with dT the gradient before the norm::
         dX = dZ @ W^T          dW = X^T @ dZ              db = column sums of dZ
         several weights: one   tokens are split over      two stages
         float32 sum            programs, added in order
+
+Behind a norm and with no activation, dropout and db are the norm's kernel's: it has dT in registers. Where
+products are the vendor's library's, those of several weights side by side are one.
 """
 
 from __future__ import annotations
@@ -246,9 +249,8 @@ def run_backward(
         results[0] = input_gradient([dz], [_joined(weights, weight_layout)], weight_layout).view(x.shape)
     elif need_x:
         results[0] = input_gradient(parts, weights, weight_layout).view(x.shape)
-    if all(need_weights) and whole and weight_layout == "linear":  # rows of one matrix
-        gradient = torch.mm(dz.t(), x_rows)
-        results[4 : 4 + len(weights)] = gradient.split(sizes)
+    if whole and all(need_weights) and weight_layout == "linear":  # rows of one matrix, which they stay
+        results[4 : 4 + len(weights)] = torch.mm(dz.t(), x_rows).split(sizes)
     else:
         for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             if need_weights[i]:

@@ -78,7 +78,8 @@ def empty_heads(like: Tensor, heads: int, dtype: torch.dtype | None = None) -> T
 
 def empty_key_gradient(key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """For the gradient of keys or values: laid out as queries' on a GPU, and as its C++ does on the CPU."""
-    return key.new_empty(key.shape, dtype=dtype) if key.is_cpu else empty_heads(key, key.shape[1], dtype)
+    on_cpu = key.device.type == "cpu"
+    return key.new_empty(key.shape, dtype=dtype) if on_cpu else empty_heads(key, key.shape[1], dtype)
 
 
 def empty_gradients(

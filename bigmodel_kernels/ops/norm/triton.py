@@ -317,11 +317,11 @@ def run_backward(
     programs = min(
         triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (small if tile.num_warps <= 4 else 2)
     )
-    summed_up = [i for i in range(2, len(needs)) if needs[i]]
-    parts = torch.empty(programs, len(summed_up), columns, dtype=torch.float32, device=x.device)
+    wanted = [i for i in range(2, len(needs)) if needs[i]]
+    parts = torch.empty(programs, len(wanted), columns, dtype=torch.float32, device=x.device)
     places: list[Tensor | None] = [None] * 5
-    for i, column in enumerate(summed_up):
-        places[column] = parts[:, i]
+    for part, i in enumerate(wanted):
+        places[i] = parts[:, part]
     least, keep_scale = dropout_arguments(dropout_p)
     with on_device(x):
         norm_backward_kernel[(programs,)](
@@ -336,10 +336,10 @@ def run_backward(
             NEED_SUMS=need_sums, TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
             num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    for i in summed_up:
+    for i in wanted:
         results[i] = x.new_empty(columns)
-    if summed_up:
-        sum_parts_of(parts, [results[i] for i in summed_up])
+    if wanted:
+        sum_parts_of(parts, [results[i] for i in wanted])
     return results
 
 

@@ -98,9 +98,10 @@ class Implementation:
         return "" if say is None else f": {say(*args, **kwargs)}"
 
 
-#: (folder, suffix) of the operators that have CUDA C++ kernels
-_CUDA = {("attention", s) for s in ("", "_backward", "_decode")}
-_CUDA |= {(folder, s) for folder in ("linear", "feed_forward") for s in ("", "_training")}
+#: (folder, suffix) of the operators that have CUDA C++ kernels -> their file
+_CUDA = {("attention", s): "cuda" for s in ("", "_backward", "_decode")}
+_CUDA |= {(folder, s): "cuda" for folder in ("linear", "feed_forward") for s in ("", "_training")}
+_CUDA |= {("feed_forward", "_backward"): "cuda_backward"}
 
 
 #: folders of the operators that a backend has no code for at all
@@ -114,7 +115,8 @@ def _implementations(folder: str, suffix: str, device: str) -> tuple[Implementat
         return Implementation(name, f"bigmodel_kernels.ops.{folder}.{file or name}", suffix, only_when_forced)
 
     if device == "cuda":
-        native = (one("native", file="cuda"),) if (folder, suffix) in _CUDA else ()
+        file = _CUDA.get((folder, suffix))
+        native = () if file is None else (one("native", file=file),)
         row = (*native, one("triton"), one("reference"))
     else:
         interpreted = "on the CPU it only interprets; see TRITON_INTERPRET and BIGMODEL_BACKEND"

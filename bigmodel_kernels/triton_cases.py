@@ -160,13 +160,15 @@ def _feed_forward(
 
 
 def _norm(
-    dtype: torch.dtype, columns: int, rms: bool = False, backward: bool = False, dropout_p: float = 0.0
-) -> None:
+    dtype: torch.dtype, columns: int, rms: bool = False, backward: bool = False, dropout_p: float = 0.0,
+    summed: bool = False,
+) -> None:  # fmt: skip
     x, seed = torch.empty(4096, columns, dtype=dtype), _seed(dropout_p)
     if backward:
         norm.run_backward(
-            x, x, x[0], None if rms else x[0], x, seed, kind="rms_norm" if rms else "layer_norm", eps=1e-5,
-            dropout_p=dropout_p, needs=[True, True, True, not rms],
+            x, x, x[0], None if rms else x[0], None if summed else x, seed,
+            kind="rms_norm" if rms else "layer_norm", eps=1e-5, dropout_p=dropout_p, summed=summed,
+            needs=[True, True, True, not rms, summed],
         )  # fmt: skip
     elif rms:
         norm.run_rms_norm(x, x[0], 1e-5, x, seed, dropout_p=dropout_p)
@@ -318,6 +320,12 @@ CASES: dict[str, Callable[[], None]] = {
     "norm bf16 4096 rms": lambda: _norm(_BF16, 4096, rms=True),
     "norm backward bf16 768": lambda: _norm(_BF16, 768, backward=True),
     "norm backward bf16 1024 dropout": lambda: _norm(_BF16, 1024, backward=True, dropout_p=0.1),
+    "norm backward bf16 768 of a sum": lambda: _norm(
+        _BF16, 768, backward=True, dropout_p=0.1, summed=True
+    ),
+    "norm backward fp32 4096 of a sum": lambda: _norm(
+        _FP32, 4096, backward=True, dropout_p=0.1, summed=True
+    ),
     "norm backward bf16 4096 rms": lambda: _norm(_BF16, 4096, rms=True, backward=True),
     "norm backward fp32 8192": lambda: _norm(_FP32, 8192, backward=True),
     "norm backward bf16 8192 rms": lambda: _norm(_BF16, 8192, rms=True, backward=True),

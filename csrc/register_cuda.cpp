@@ -269,9 +269,9 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
   return p;
 }
 
-// A result like `tensor`, with rows of all heads side by side: (B, H, S, D) laid out as (B, S, H, D), or (total, H, D).
-Tensor result_like(const Tensor& tensor, int64_t (&stride)[3]) {
-  const int64_t h = tensor.size(1), d = tensor.size(tensor.dim() - 1);
+// A result like `tensor` of h heads, with rows of all of them side by side: (B, H, S, D) laid out as (B, S, H, D), or (total, H, D).
+Tensor result_like(const Tensor& tensor, int64_t h, int64_t (&stride)[3]) {
+  const int64_t d = tensor.size(tensor.dim() - 1);
   stride[1] = d;
   stride[2] = h * d;
   if (tensor.dim() == 3) return torch::stable::new_empty(tensor, {tensor.size(0), h, d});
@@ -297,7 +297,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   AttentionParams p = attention_params(
       call, {query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
              softmax_scale, is_causal, window_left, window_right, softcap, dropout_p}, float_sinks);
-  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
+  Tensor out = result_like(query, query.size(1), p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   if (query.numel() > 0) {
@@ -311,12 +311,12 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
 }
 
 // Where `deterministic` forbids to add to one place from several blocks, Hopper's backward takes two passes over the tiles, and dbias, which is
-// float32, has the shape of all logits; otherwise that of bias.
+// float32, has the shape of all logits; otherwise that of bias. side_by_side: dq, dk and dv are parts of one tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
-    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic) {
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic, bool side_by_side) {
   Call call(query);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -353,7 +353,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   params.grad_out = call.use(grad_out, "grad_out", false);
 
   // ---- the results ----
-  Tensor dq = result_like(query, params.dq_stride), dk = result_like(key, params.dk_stride), dv = result_like(value, params.dv_stride);
+  Tensor dq, dk, dv;
+  const bool packed = rank == 3;
+  if (side_by_side) {
+    STD_TORCH_CHECK(query.size(0) == key.size(0) && (packed || query.size(2) == key.size(2)), "side_by_side: needs a key for each query");
+    Tensor whole = result_like(query, p.heads + 2 * p.kv_heads, params.dq_stride);
+    dq = torch::stable::narrow(whole, 1, 0, p.heads);
+    dk = torch::stable::narrow(whole, 1, p.heads, p.kv_heads);
+    dv = torch::stable::narrow(whole, 1, p.heads + p.kv_heads, p.kv_heads);
+    for (int i = 0; i < 3; i++) params.dk_stride[i] = params.dv_stride[i] = params.dq_stride[i];
+  } else {
+    dq = result_like(query, p.heads, params.dq_stride);
+    dk = result_like(key, p.kv_heads, params.dk_stride);
+    dv = result_like(value, p.kv_heads, params.dv_stride);
+  }
   params.delta = static_cast<float*>(call.use(delta, "delta", true));
   params.dq = call.use(dq, "dq", true);
   params.dk = call.use(dk, "dk", true);
@@ -446,7 +459,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
   p.value = call.use(value_cache, "value_cache", false);
 
   // ---- the results, and what the splits leave ----
-  Tensor out = result_like(query, p.out_stride), logsumexp = rows_like(query);
+  Tensor out = result_like(query, query.size(1), p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
   p.logsumexp_stride[0] = int64_t(p.heads) * p.query_length;
@@ -496,6 +509,73 @@ int64_t linear_form(int64_t rows, int64_t features, std::vector<int64_t> out_fea
   return form_of(p, true, narrow(multiprocessors, "multiprocessors"));
 }
 
+// What products of rows with weights side by side have in common, beside what is done to the result: operands checked, and the launch.
+class Linear {
+ public:
+  LinearParams p = {};
+
+  Linear(Call& call, const Tensor& x, const char* name, bool conv1d, const std::string& activation) : call_(call), name_(name), dtype_(x.scalar_type()) {
+    STD_TORCH_CHECK(dtype_ == ScalarType::Half || dtype_ == ScalarType::BFloat16, name, ": dtype must be float16 or bfloat16");
+    p.conv1d = conv1d;
+    p.activation = activation_of(activation);
+    p.x = matrix(x, name);
+    p.rows = narrow(x.size(0), name);
+    p.features = narrow(x.size(1), name);
+    p.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
+  }
+
+  void* matrix(const Tensor& t, const char* name, bool writable = false) {
+    STD_TORCH_CHECK(require(t, name, dtype_, 2).size(1) % 8 == 0 && (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) % 8 == 0) && aligned(t),
+                    name, ": shape ", shape_of(t), ": rows must be multiples of 8 elements that start at multiples of 16 bytes");
+    return call_.use(t, name, writable);
+  }
+
+  // The next weight to the right, and its number of features out.
+  int64_t add(const Tensor& w, const char* name) {
+    p.weight[p.weights] = matrix(w, name);
+    STD_TORCH_CHECK(w.is_contiguous(), name, ": must be contiguous");
+    const int64_t in = w.size(p.conv1d ? 0 : 1), out = w.size(p.conv1d ? 1 : 0);
+    STD_TORCH_CHECK(in == p.features, name, ": shape ", shape_of(w), " takes ", in, " features; ", name_, " has ", p.features);
+    STD_TORCH_CHECK(out % 8 == 0, name, ": shape ", shape_of(w), " gives ", out, " features, which must be a multiple of 8");
+    p.out_features[p.weights++] = narrow(out, name);
+    p.out_stride += out;
+    return out;
+  }
+
+  // A matrix of the result's shape.
+  void* beside(const Tensor& t, const char* name, bool writable = false) {
+    STD_TORCH_CHECK(require(t, name, dtype_, 2).is_contiguous() && t.size(0) == p.rows && t.size(1) == p.out_stride, name, ": shape ", shape_of(t), " must be (",
+                    p.rows, ", ", p.out_stride, "), contiguous");
+    return matrix(t, name, writable);
+  }
+
+  // form: which kernel, or -1 for the fastest.
+  void launch(int64_t form = -1) {
+    if (p.rows == 0 || p.out_stride == 0) return;
+    STD_TORCH_CHECK(p.features > 0, name_, ": shape (", p.rows, ", 0) has no features");
+    const bool is_bfloat16 = dtype_ == ScalarType::BFloat16, hopper = architecture(call_.device()) == 90;
+    STD_TORCH_CHECK(form == -1 || form == few_rows_form || (form >= 0 && form < (hopper ? linear_sm90_forms : 1)), "form: ", form, " must be -1, ",
+                    few_rows_form, " or ", hopper ? "on Hopper 0 to " + std::to_string(linear_sm90_forms - 1) : "0");
+    const int count = multiprocessors(call_.device()), chosen = form == -1 ? form_of(p, hopper, count) : int(form);
+    if (chosen == few_rows_form)
+      linear_few_rows(p, is_bfloat16, call_.stream());
+    else if (hopper)
+      linear_sm90(p, is_bfloat16, chosen, count, call_.stream());
+    else
+      linear_sm80(p, is_bfloat16, call_.stream());
+  }
+
+ private:
+  Call& call_;
+  const char* name_;  // of x
+  ScalarType dtype_;
+};
+
+bool is_conv1d(const std::string& layout) {
+  STD_TORCH_CHECK(layout == "linear" || layout == "conv1d", "weight_layout: '", layout, "' is unknown");
+  return layout == "conv1d";
+}
+
 // (out, and the pre-activation where it is wanted: otherwise empty). form: which kernel, or -1 for the fastest.
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
@@ -505,44 +585,18 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   torch::stable::accelerator::DeviceGuard guard(call.device());
 #endif
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: dtype must be float16 or bfloat16");
-  require(x, "x", dtype, 2);
-  STD_TORCH_CHECK(weight_layout == "linear" || weight_layout == "conv1d", "weight_layout: '", weight_layout, "' is unknown");
+  Linear product(call, x, "x", is_conv1d(weight_layout), activation);
+  LinearParams& p = product.p;
   STD_TORCH_CHECK(!weights.empty() && weights.size() <= max_weights, "weights: ", weights.size(), " tensors; 1 to ", max_weights, " are allowed");
   STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), "biases: ", biases.size(), " tensors for ", weights.size(), " weights");
-  const auto matrix = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(require(t, name, dtype, 2).size(1) % 8 == 0 && (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) % 8 == 0) &&
-                        reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) % 16 == 0,
-                    name, ": shape ", shape_of(t), ": rows must be multiples of 8 elements that start at multiples of 16 bytes");
-    return call.use(t, name, false);
-  };
-  LinearParams p = {};
-  p.conv1d = weight_layout == "conv1d";
-  p.activation = activation_of(activation);
-  p.rows = narrow(x.size(0), "x");
-  p.features = narrow(x.size(1), "x");
-  p.x = matrix(x, "x");
-  p.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
-  p.weights = int32_t(weights.size());
-  for (int i = 0; i < p.weights; i++) {
-    const Tensor& w = weights[i];
-    p.weight[i] = matrix(w, "weights");
-    STD_TORCH_CHECK(w.is_contiguous(), "weights: must be contiguous");
-    const int64_t in = w.size(p.conv1d ? 0 : 1), out = w.size(p.conv1d ? 1 : 0);
-    STD_TORCH_CHECK(in == x.size(1), "weights: shape ", shape_of(w), " takes ", in, " features; x has ", x.size(1));
-    STD_TORCH_CHECK(out % 8 == 0, "weights: shape ", shape_of(w), " gives ", out, " features, which must be a multiple of 8");
-    p.out_features[i] = narrow(out, "weights");
-    p.out_stride += out;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const int64_t out = product.add(weights[i], "weights");
     if (biases.empty()) continue;
     STD_TORCH_CHECK(require(biases[i], "biases", dtype, 1).size(0) == out && biases[i].is_contiguous() && aligned(biases[i]), "biases: shape ",
                     shape_of(biases[i]), " must be (", out, ",), contiguous, from a multiple of 16 bytes");
     p.bias[i] = call.use(biases[i], "biases", false);
   }
-  if (residual) {
-    STD_TORCH_CHECK(require(*residual, "residual", dtype, 2).is_contiguous() && residual->size(0) == p.rows && residual->size(1) == p.out_stride,
-                    "residual: shape ", shape_of(*residual), " must be (", p.rows, ", ", p.out_stride, "), contiguous");
-    p.residual = matrix(*residual, "residual");
-  }
+  if (residual) p.residual = product.beside(*residual, "residual");
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
   STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
   if (dropout_seed) {
@@ -554,22 +608,34 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   }
   Tensor out = torch::stable::new_empty(x, {p.rows, p.out_stride});
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
-  p.out = call.use(out, "out", true);
-  if (keep_preactivation) p.preactivation = call.use(preactivation, "preactivation", true);
-  if (p.rows > 0 && p.out_stride > 0) {
-    STD_TORCH_CHECK(p.features > 0, "x: shape ", shape_of(x), " has no features");
-    const bool is_bfloat16 = dtype == ScalarType::BFloat16, hopper = architecture(call.device()) == 90;
-    STD_TORCH_CHECK(form == -1 || form == few_rows_form || (form >= 0 && form < (hopper ? linear_sm90_forms : 1)), "form: ", form, " must be -1, ",
-                    few_rows_form, " or ", hopper ? "on Hopper 0 to 5" : "0");
-    const int count = multiprocessors(call.device()), chosen = form == -1 ? form_of(p, hopper, count) : int(form);
-    if (chosen == few_rows_form)
-      linear_few_rows(p, is_bfloat16, call.stream());
-    else if (hopper)
-      linear_sm90(p, is_bfloat16, chosen, count, call.stream());
-    else
-      linear_sm80(p, is_bfloat16, call.stream());
-  }
+  p.out = product.beside(out, "out", true);
+  if (keep_preactivation) p.preactivation = product.beside(preactivation, "preactivation", true);
+  product.launch(form);
   return {out, preactivation};
+}
+
+// The gradient of what the activation of a feed-forward block was given, from that of the block's output: grad w_out^T times the
+// activation's derivative. With it the hidden layer, and sums of the gradient's columns over each 16 rows, where they are wanted:
+// otherwise empty. w_out lies as the block has it, where it is multiplied by from the other side.
+std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, Text weight_layout, Text activation,
+                                                   bool need_hidden, bool need_sums, int64_t form) {
+  Call call(grad);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  Linear product(call, grad, "grad", !is_conv1d(weight_layout), activation);
+  LinearParams& p = product.p;
+  product.add(w_out, "w_out");
+  p.activated = product.beside(preactivation, "preactivation");
+  const int64_t parts = need_sums ? (p.rows + column_part_rows - 1) / column_part_rows : 0;
+  Tensor out = torch::stable::new_empty(grad, {p.rows, p.out_stride});
+  Tensor hidden = torch::stable::new_empty(grad, {need_hidden ? p.rows : 0, p.out_stride});
+  Tensor sums = torch::stable::new_empty(grad, {parts, p.out_stride}, ScalarType::Float);
+  p.out = product.beside(out, "out", true);
+  if (need_hidden) p.hidden = product.beside(hidden, "hidden", true);
+  if (need_sums) p.column_parts = static_cast<float*>(call.use(sums, "sums", true));
+  product.launch(form);
+  return {out, hidden, sums};
 }
 
 // norm(x + residual) of rows, and x + residual where it is wanted: otherwise empty.
@@ -615,7 +681,7 @@ const std::string optional_and_options =
 const std::string attention_schema = "cuda_attention(Tensor query, Tensor key, Tensor value, " + optional_and_options + ") -> (Tensor, Tensor)";
 const std::string attention_backward_schema =
     "cuda_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, " +
-    optional_and_options + ", bool bias_requires_grad=False, bool deterministic=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+    optional_and_options + ", bool bias_requires_grad=False, bool deterministic=False, bool side_by_side=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 
 #if !defined(__CUDACC__)
 void set_seed(int64_t value) { seed = uint64_t(value); }
@@ -642,6 +708,8 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
   m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
         "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False, int form=-1) -> (Tensor, Tensor)");
+  m.def("cuda_hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, *, str weight_layout=\"linear\", str activation, "
+        "bool need_hidden=False, bool need_sums=False, int form=-1) -> (Tensor, Tensor, Tensor)");
   m.def("cuda_linear_form(int rows, int features, int[] out_features, int multiprocessors) -> int");
   m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
         "bool keep_sum=False) -> (Tensor, Tensor)");
@@ -666,5 +734,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
   m.impl("cuda_attention_decode", TORCH_BOX(&bigmodel::cuda::decode));
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
+  m.impl("cuda_hidden_backward", TORCH_BOX(&bigmodel::cuda::hidden_backward));
   m.impl("cuda_norm", TORCH_BOX(&bigmodel::cuda::norm));
 }

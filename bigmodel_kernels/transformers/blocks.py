@@ -27,6 +27,7 @@ import bigmodel_kernels.ops.norm
 import bigmodel_kernels.ops.rotary  # noqa: F401  (all six define torch.ops.bigmodel.*)
 from bigmodel_kernels.distributed import ensure_sharding_rules
 from bigmodel_kernels.ops.registration import call, draw_seed
+from bigmodel_kernels.ops.side_by_side import cut
 from bigmodel_kernels.transformers import checks, whole_layer
 
 if TYPE_CHECKING:
@@ -268,8 +269,8 @@ def side_by_side(
         return tuple(project(x, part, layout) for part in parts)
     whole = linear(x, tuple(fused), layout) if fused else project(x, parts[0], layout)
     if len(parts) == 1:
-        return whole.split([whole.shape[-1] * share // sum(shares) for share in shares], -1)
-    return whole.split([_width(part, layout) for part in fused], -1)
+        return cut(whole, [whole.shape[-1] * share // sum(shares) for share in shares])
+    return cut(whole, [_width(part, layout) for part in fused])
 
 
 def output(

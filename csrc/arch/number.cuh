@@ -174,6 +174,17 @@ BM_DEVICE float minimum(float a, float b) {
 #endif
 }
 
+// The same, but a NaN stays one (min.NaN.f32).
+BM_DEVICE float minimum_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a != a || b != b ? a + b : std::fmin(a, b);
+#endif
+}
+
 inline constexpr float infinity = __builtin_huge_valf();
 inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 

@@ -1,4 +1,6 @@
 // What happens to a tile of x W^T on its way out of the accumulators: + bias, (kept for the backward), activation, dropout, + residual.
+// Or, where x is the gradient of what W was multiplied by: times the derivative of the activation at what that was given, with the
+// activation itself and the sums of columns beside.
 //
 // A warp has 16 rows of it, and takes them 64 columns at a time through shared memory of its own:
 //
@@ -14,42 +16,67 @@
 
 namespace bigmodel::cuda {
 
+// An activation and its derivative at one place. What is not used of the two is not computed.
+struct Curve { float value, slope; };
+
 // 1 / (1 + 2^x): the sigmoid of -x ln 2.
 BM_DEVICE float logistic(float x) { return reciprocal(1 + exp2_approx(x)); }
 // x Phi(x) = max(x, 0) - s Phi(-s) for s = |x|, with log2 Phi(-s) as a polynomial: minimax in the error of s Phi(-s), of up to 2e-8 or
 // 1.6e-6 of it, for s up to 5.6, and below -50 from 7 to 13. Rounding to 16 bits leaves nothing of the difference.
-BM_DEVICE float gelu(float x) {
-  const float size = minimum(absolute(x), 13);
+// The derivative is Phi(x) + x phi(x).
+BM_DEVICE Curve gelu(float x) {
+  const float size = minimum_or_nan(absolute(x), 13);
   float tail = 3.545928535e-05f;
   constexpr float coefficients[] = {-7.851795387e-04f, 8.110228013e-03f, -5.340647640e-02f, -4.588285424e-01f, -1.151160666f, -9.999995563e-01f};
   BM_UNROLL
   for (float coefficient : coefficients) tail = tail * size + coefficient;
-  return maximum_or_nan(x, 0) - size * exp2_approx(tail);
+  const float below = exp2_approx(tail), rise = 0.3989422804014327f * size * exp2_approx(-0.5f * log2_e * size * size);  // Phi(-s), s phi(s)
+  return {maximum_or_nan(x, 0) - size * below, x < 0 ? below - rise : 1 - below + rise};
 }
-BM_DEVICE float gelu_tanh(float x) {  // (1 + tanh(u)) / 2 = sigmoid(2u), u = 0.79788456 (x + 0.044715 x^3)
-  constexpr float scale = -log2_e * 1.5957691216057308f;
-  return x * logistic(x * (scale * 0.044715f * (x * x) + scale));
+BM_DEVICE Curve gelu_tanh(float x) {  // (1 + tanh(u)) / 2 = sigmoid(2u), u = 0.79788456 (x + 0.044715 x^3)
+  constexpr float scale = 1.5957691216057308f;
+  const float s = logistic(x * (-log2_e * scale * 0.044715f * (x * x) - log2_e * scale));
+  const float near = minimum(maximum(x, -16), 16);  // beyond, s or 1 - s is 0, and x^2 may be infinite
+  return {x * s, s + near * s * (1 - s) * (scale * 3 * 0.044715f * (near * near) + scale)};
 }
-BM_DEVICE float quick_gelu(float x) { return x * logistic(-log2_e * 1.702f * x); }
-BM_DEVICE float silu(float x) { return x * logistic(-log2_e * x); }
+BM_DEVICE Curve swish(float x, float rate) {
+  const float s = logistic(-log2_e * rate * x);
+  return {x * s, s + rate * x * s * (1 - s)};
+}
+
+// use(curve) with the activation's curve: one choice for all that `use` computes.
+template <typename Use>
+BM_DEVICE void with_activation(Activation activation, Use use) {
+  switch (activation) {
+    case Activation::none: return use([](float x) { return Curve{x, 1}; });
+    case Activation::gelu: return use([](float x) { return gelu(x); });
+    case Activation::gelu_tanh: return use([](float x) { return gelu_tanh(x); });
+    case Activation::quick_gelu: return use([](float x) { return swish(x, 1.702f); });
+    case Activation::relu: return use([](float x) { return Curve{maximum_or_nan(x, 0), x > 0 ? 1.0f : 0.0f}; });
+    case Activation::silu: return use([](float x) { return swish(x, 1); });
+  }
+}
 
 // One switch for all rows, which is one long stretch of independent instructions.
 template <int rows>
 BM_DEVICE void activate(float (&x)[rows][8], Activation activation) {
-  const auto all = [&](auto function) {
+  with_activation(activation, [&](auto curve) {
     BM_UNROLL
     for (auto& row : x)
       BM_UNROLL
-      for (float& value : row) value = function(value);
-  };
-  switch (activation) {
-    case Activation::none: return;
-    case Activation::gelu: return all([](float v) { return gelu(v); });
-    case Activation::gelu_tanh: return all([](float v) { return gelu_tanh(v); });
-    case Activation::quick_gelu: return all([](float v) { return quick_gelu(v); });
-    case Activation::relu: return all([](float v) { return maximum_or_nan(v, 0); });
-    case Activation::silu: return all([](float v) { return silu(v); });
-  }
+      for (float& value : row) value = curve(value).value;
+  });
+}
+// x times the derivative at z, and z through the activation. Of one row: of several, both would not fit the registers.
+BM_DEVICE void activate_backward(float (&x)[8], float (&z)[8], Activation activation) {
+  with_activation(activation, [&](auto curve) {
+    BM_UNROLL
+    for (int i = 0; i < 8; i++) {
+      const Curve at = curve(z[i]);
+      x[i] *= at.slope;
+      z[i] = at.value;
+    }
+  });
 }
 
 // 16 rows of 64 float32 columns, in chunks of four; of a row the even chunks come before the odd ones. What is written together (four
@@ -93,7 +120,9 @@ template <typename Element, int at_once, int group_rows, int groups, int blocks>
 BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearParams& p, int row, int column, int end, const Element* bias,
                            SharedAddress staging) {
   constexpr int piece = StagingTile::columns / 8, pieces = blocks / piece, rows_at_once = warp_size / piece, turns = StagingTile::rows / rows_at_once;
+  static_assert(StagingTile::rows == column_part_rows, "a warp's rows are a part of the sums");
   static_assert(groups <= 2 && blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole turns");
+  const void* beside = p.activated != nullptr ? p.activated : p.residual;
   const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
   // All addresses go on from the one before: 64-bit products for each row would be as many instructions as an activation.
   const int64_t step = int64_t(rows_at_once * sizeof(Element)) * p.out_stride;
@@ -108,18 +137,18 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
     int rows = first < end ? p.rows - own_row : 0;  // from this lane's first on
     int64_t offset = int64_t(sizeof(Element)) * (own_row * p.out_stride + first);
     const auto writes = [&](int i) { return i * rows_at_once < rows; };
-    // ---- what is added, on its way while the accumulators move ----
-    struct Added { Word<16> row[at_once]; };
-    const auto residual_of = [&](int after) {
-      Added added = {};
-      if (p.residual != nullptr) {
+    // ---- residual, or what the activation was given, on its way while the accumulators move ----
+    struct Beside { Word<16> row[at_once]; };
+    const auto read_beside = [&](int after) {
+      Beside found = {};
+      if (beside != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++)
-          if (writes(after + i)) added.row[i] = load_global(at(p.residual, offset + (after + i) * step));
+          if (writes(after + i)) found.row[i] = load_global(at(beside, offset + (after + i) * step));
       }
-      return added;
+      return found;
     };
-    Added residual = residual_of(0);
+    Beside next = read_beside(0);
     Word<16> bias_word = {};
     if (bias != nullptr && first < end) bias_word = load_global(reinterpret_cast<const Word<16>*>(bias + (first - column)));
     // ---- accumulators to shared memory ----
@@ -144,40 +173,57 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
     SharedAddress read = staging + StagingTile::offset(lane / piece, 2 * own_chunk);
     BM_UNROLL_BY(1)
     for (int turn = 0; turn < turns; turn += at_once) {
-      const Added now = residual;
-      if (turn + at_once < turns) residual = residual_of(at_once);
-      float x[at_once][8], added[8];
+      const Beside now = next;
+      if (turn + at_once < turns) next = read_beside(at_once);
+      float x[at_once][8], other[8];
+      const auto place = [&](int i, int half) { return (half ? StagingTile::neighbour(read) : read) + i * rows_at_once * StagingTile::row_bytes; };
       BM_UNROLL
       for (int i = 0; i < at_once; i++) {
         BM_UNROLL
         for (int half = 0; half < 2; half++) {
-          const Word<16> word = load_shared<Word<16>>((half ? StagingTile::neighbour(read) : read) + i * rows_at_once * StagingTile::row_bytes);
+          const Word<16> word = load_shared<Word<16>>(place(i, half));
           memcpy(x[i] + 4 * half, &word, 16);
         }
       }
-      BM_UNROLL
-      for (uint32_t& pair : bias_word.value) pair = anew(pair);  // unpacked here, for want of registers
-      unpack<Element>(added, bias_word);
-      BM_UNROLL
-      for (int i = 0; i < at_once; i++)
-        BM_UNROLL
-        for (int k = 0; k < 8; k++) x[i][k] += added[k];
-      if (p.preactivation != nullptr) {
-        BM_UNROLL
-        for (int i = 0; i < at_once; i++)
-          if (writes(i)) store_global(at(p.preactivation, offset + i * step), pack<Element>(x[i]));
-      }
-      activate(x, p.activation);
-      if (p.dropout_seed != nullptr) {
-        BM_UNROLL
-        for (int i = 0; i < at_once; i++) drop(x[i], p, own_row + i * rows_at_once, first, seed);
-      }
-      if (p.residual != nullptr) {
+      if (p.activated != nullptr) {
         BM_UNROLL
         for (int i = 0; i < at_once; i++) {
-          unpack<Element>(added, now.row[i]);
+          unpack<Element>(other, now.row[i]);
+          activate_backward(x[i], other, p.activation);
+          if (p.hidden != nullptr && writes(i)) store_global(at(p.hidden, offset + i * step), pack<Element>(other));
+          if (p.column_parts == nullptr) continue;
           BM_UNROLL
-          for (int k = 0; k < 8; k++) x[i][k] += added[k];
+          for (int half = 0; half < 2; half++) {  // back to where they were
+            Word<16> word;
+            memcpy(&word, x[i] + 4 * half, 16);
+            store_shared(place(i, half), word);
+          }
+        }
+      } else {
+        BM_UNROLL
+        for (uint32_t& pair : bias_word.value) pair = anew(pair);  // unpacked here, for want of registers
+        unpack<Element>(other, bias_word);
+        BM_UNROLL
+        for (int i = 0; i < at_once; i++)
+          BM_UNROLL
+          for (int k = 0; k < 8; k++) x[i][k] += other[k];
+        if (p.preactivation != nullptr) {
+          BM_UNROLL
+          for (int i = 0; i < at_once; i++)
+            if (writes(i)) store_global(at(p.preactivation, offset + i * step), pack<Element>(x[i]));
+        }
+        activate(x, p.activation);
+        if (p.dropout_seed != nullptr) {
+          BM_UNROLL
+          for (int i = 0; i < at_once; i++) drop(x[i], p, own_row + i * rows_at_once, first, seed);
+        }
+        if (p.residual != nullptr) {
+          BM_UNROLL
+          for (int i = 0; i < at_once; i++) {
+            unpack<Element>(other, now.row[i]);
+            BM_UNROLL
+            for (int k = 0; k < 8; k++) x[i][k] += other[k];
+          }
         }
       }
       BM_UNROLL
@@ -187,6 +233,24 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
       offset += at_once * step;
       own_row += at_once * rows_at_once;
       rows -= at_once * rows_at_once;
+    }
+    // ---- sums of columns, two of each lane, over the rows of the piece, which are 0 past the last ----
+    if (p.column_parts != nullptr) {
+      sync_warp();
+      const int part = own_row / StagingTile::rows - 1, own_column = first + 2 * lane - 8 * own_chunk;
+      float sum[2] = {};
+      BM_UNROLL_BY(4)
+      for (int r = 0; r < StagingTile::rows; r++) {
+        const Word<8> word = load_shared<Word<8>>(staging + StagingTile::offset(r, lane / 2) + 8 * (lane % 2));
+        float pair[2];
+        memcpy(pair, &word, 8);
+        sum[0] += pair[0];
+        sum[1] += pair[1];
+      }
+      Word<8> word;
+      memcpy(&word, sum, 8);
+      if (own_column < end && part * StagingTile::rows < p.rows)
+        store_global(reinterpret_cast<Word<8>*>(p.column_parts + part * p.out_stride + own_column), word);
     }
   }
 }

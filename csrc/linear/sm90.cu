@@ -58,7 +58,7 @@ constexpr Form form() {
   return {Kernel::tile_m, tile_n, Kernel::blocks_per_multiprocessor, ping_pong, tile_count<Kernel::tile_m, tile_n>,
           {start_layout<float16, tile_n, ping_pong>, start_layout<bfloat16, tile_n, ping_pong>}};
 }
-constexpr Form table[] = {form<256>(), form<192>(), form<128>(), form<64>(), form<192, true>(), form<128, true>()};
+constexpr Form table[] = {form<128>(), form<64>(), form<128, true>()};
 static_assert(std::size(table) == linear_sm90_forms);
 
 }  // namespace

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from bigmodel_kernels import _native, backends
-from bigmodel_kernels.ops import linear
+from bigmodel_kernels.ops import feed_forward, linear
 from bigmodel_kernels.ops.attention import decode, prepare, reference
 from bigmodel_kernels.ops.linear import reference as linear_reference
-from bigmodel_kernels.verify import attention_formula, compare, evaluate
+from bigmodel_kernels.verify import attention_formula, compare, evaluate, feed_forward_formula
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -326,6 +326,37 @@ def test_linear(
     for mine, exact, usual in zip(training, ref, eager, strict=True):
         verdict = compare(mine, usual, exact)
         assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(1, 64, 72), (127, 64, 264), (4096, 768, 3072)])
+def test_feed_forward_backward(
+    dtype: torch.dtype, layout: str, activation: str, rows: int, width: int, hidden: int
+) -> None:
+    """All gradients, from what the forward kept."""
+    shapes = {"x": (rows, width), "w_in": (hidden, width), "b_in": (hidden,), "w_out": (width, hidden)}
+    tensors = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
+    tensors["w_in"] /= width**0.5
+    tensors["w_out"] /= hidden**0.5
+    if layout == "conv1d":
+        tensors |= {name: tensors[name].t().contiguous() for name in ("w_in", "w_out")}
+    given = {name: t.to(dtype) for name, t in tensors.items()}
+    given["b_out"] = torch.randn(width, device="cuda", dtype=dtype)
+    call = {"activation": activation, "weight_layout": layout}
+    args, options = feed_forward.prepare(*given.values(), **call)
+    grad = torch.randn_like(given["x"])
+    with backends.use("native"):
+        kept = torch.ops.bigmodel.feed_forward_training.default(*args, **options)[1]
+        got = torch.ops.bigmodel.feed_forward_backward.default(
+            grad, *args, None, None, None, kept, **options, needs=[True] * 5 + [False] * 5
+        )
+    _, eager = evaluate(feed_forward_formula, (), {**given, **call}, None, (grad,))
+    _, exact = evaluate(feed_forward_formula, (), {**given, **call}, torch.float64, (grad,))
+    for name, mine in zip(given, got, strict=False):
+        verdict = compare(mine, eager[name], exact[name], "gradient")
+        assert verdict.ok, (name, verdict)
 
 
 def test_several_weights_side_by_side() -> None:

@@ -22,6 +22,7 @@ from triton_dtypes import DTYPES, QUICK_DTYPES
 from bigmodel_kernels.ops.attention import triton as kernel
 from bigmodel_kernels.ops.attention import triton_backward
 from bigmodel_kernels.ops.attention.triton_backward import BackwardTile, BackwardTiles, backward_tiles
+from bigmodel_kernels.ops.side_by_side import heads_lie_side_by_side
 from bigmodel_kernels.triton_runtime import AMPERE, BLACKWELL, HOPPER, INTERPRETED, MI300
 from bigmodel_kernels.verify import compare, poisoned
 
@@ -272,6 +273,25 @@ def test_strides() -> None:
         for g in (strided[0].contiguous(), strided[1].contiguous())
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_side_by_side(kv_heads: int, packed: bool) -> None:
+    """The same bits, in the parts of one tensor."""
+    query, key, value = _dense(33, 33, heads=4, kv_heads=kv_heads)
+    lengths: dict[str, Any] = {}
+    if packed:
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        lengths = {"max_seqlen_q": 20, "max_seqlen_k": 20}
+        lengths |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _packed([13, 20]))
+    options = {"softmax_scale": 0.3, **lengths}
+    grad = torch.randn_like(query)
+    args = (grad, None, query, key, value, *kernel.run(query, key, value, **options))
+    apart = kernel.run_backward(*args, **options)[:3]
+    beside = kernel.run_backward(*args, **options, side_by_side=True)[:3]
+    assert heads_lie_side_by_side(beside) and not heads_lie_side_by_side(apart)
+    assert all(map(torch.equal, apart, beside))
 
 
 def _packed(lengths: list[int]) -> Tensor:

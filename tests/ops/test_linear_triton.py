@@ -240,6 +240,24 @@ def test_gradients_of_all_that_follows(dtype: torch.dtype, norm_kind: str) -> No
     options["norm_kind"] = norm_kind
     _check_both_ways(*arguments, activation="silu", **options)
     _check_both_ways(*arguments, activation="silu", recompute=True, **options)
+    # One weight: the norm's kernel drops, and sums for the bias.
+    weight, bias = _weights(24, 73, dtype=dtype, layout=layout), _tensor(73, dtype=dtype)
+    for given in (residual, None):
+        _check_both_ways(x, weight, [bias], given, vector, norm_bias, **options)
+    _check_both_ways(x, weight, [bias], residual, vector, norm_bias, **{**options, "dropout_p": 0.0})
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_gradients_of_several_weights_by_the_vendors_library(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One product for all of them, where rows of one matrix are the gradients; also of equal weights."""
+    monkeypatch.setattr(kernel, "_by_library", lambda x: True)
+    dtype = torch.bfloat16
+    for sizes in ((40, 8, 8), (24, 24, 24)):
+        weights = _weights(24, *sizes, dtype=dtype, layout=layout)
+        biases = [_tensor(n, dtype=dtype) for n in sizes]
+        _check_both_ways(_tensor(2, 9, 24, dtype=dtype), weights, biases, weight_layout=layout)
 
 
 def test_slopes_far_from_zero() -> None:

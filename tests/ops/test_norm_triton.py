@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_only_what_is_needed() -> None:
         assert torch.equal(one[i], every[i]) and all(t.shape == (0,) for j, t in enumerate(one) if j != i)
     empty = kernel.run_backward(grad[:0], x[:0], weight, bias, needs=[True, False, True, True], **options)
     assert empty[0].shape == (0, 64) and (empty[2] == 0).all() and (empty[3] == 0).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_of_a_sum_that_is_there(p: float) -> None:
+    """As of dropout(x) + residual, and with the column sums of the gradient of x."""
+    x, residual, grad = (_tensor(40, 96) for _ in range(3))
+    weight, bias = _tensor(96), _tensor(96)
+    seed = torch.tensor(3, device=DEVICE) if p else None
+    keep = philox.keep_elements(seed, p, 40, 96, x.dtype, x.device) if p else 1.0
+    options: dict[str, Any] = {"kind": "layer_norm", "eps": 1e-5, "dropout_p": p}
+    expected = kernel.run_backward(grad, x, weight, bias, residual, seed, **options, needs=[True] * 4)
+    total = x * keep + residual
+    got = kernel.run_backward(grad, total, weight, bias, None, seed, **options, summed=True, needs=[True] * 5)
+    for mine, theirs in zip(got, (*expected, expected[0].sum(0)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    (*_, none) = kernel.run_backward(
+        grad[:0], total[:0], weight, bias, None, seed, **options, summed=True, needs=[True] * 5
+    )
+    assert none.tolist() == [0.0] * 96
 
 
 def test_dropout_of_everything() -> None:

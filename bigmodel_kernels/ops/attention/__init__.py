@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,13 @@ from bigmodel_kernels.ops.registration import (
     define,
     draw_seed,
     no_second_derivative,
+    nobody_listens,
+    plain,
     public,
     register_gradient,
     require_device,
 )
+from bigmodel_kernels.ops.side_by_side import empty_heads, empty_key_gradient, heads_lie_side_by_side
 
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _OPTIONAL = (
@@ -209,12 +213,9 @@ def _ready(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _fake(query: Tensor, *args: Any, deterministic: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
     check(query, *args, **options)
-    if query.dim() == 3:
-        total, heads, _ = query.shape
-        return query.new_empty(query.shape), query.new_empty((heads, total), dtype=compute_dtype(query.dtype))
-    batch, heads, rows, dim = query.shape
-    out = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
-    return out, query.new_empty((batch, heads, rows), dtype=compute_dtype(query.dtype))
+    rows = (query.shape[1], query.shape[0]) if query.dim() == 3 else query.shape[:3]
+    logsumexp = query.new_empty(rows, dtype=compute_dtype(query.dtype))
+    return empty_heads(query, query.shape[1]), logsumexp
 
 
 def _run_backward(
@@ -229,8 +230,12 @@ def _run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`side_by_side`: the gradients of query, key and value may lie so in one tensor. The operator never says
+    so: its results share no memory.
+    """
     forward = _ready((query, key, value, *args))
     _check_backward(grad_out, grad_logsumexp, out, logsumexp, forward, options)
     check_values(forward, options)
@@ -243,6 +248,7 @@ def _run_backward(
             "bias_requires_grad": bias_requires_grad,
             "sinks_require_grad": sinks_require_grad,
             "deterministic": deterministic,
+            **({"side_by_side": True} if side_by_side else {}),
         },
     )
 
@@ -290,14 +296,12 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad_out, grad_logsumexp, out, logsumexp, (query, key, value, *args), options)
     bias = args[1] if len(args) > 1 else None
-    dq = query.new_empty(query.shape)
-    if query.dim() == 4:
-        batch, heads, rows, dim = query.shape
-        dq = query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    dq = empty_heads(query, query.shape[1])
+    dk, dv = (empty_key_gradient(t) for t in (key, value))
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else query.new_empty(0)
     sinks = args[6] if len(args) > 6 else None
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and sinks_require_grad else query.new_empty(0)
-    return dq, key.new_empty(key.shape), value.new_empty(value.shape), dbias, dsinks
+    return dq, dk, dv, dbias, dsinks
 
 
 def _setup_context(
@@ -323,7 +327,15 @@ def _backward(
     *inputs, out, logsumexp = saved
     if grad_out is None and grad_logsumexp is None:
         return (None,) * len(inputs)
-    dq, dk, dv, dbias, dsinks = torch.ops.bigmodel.attention_backward.default(
+    function: Callable[..., Any] = torch.ops.bigmodel.attention_backward.default
+    if (
+        not torch.is_grad_enabled()
+        and nobody_listens(out.device.type)
+        and all(map(plain, (grad_out, *saved)))
+        and heads_lie_side_by_side(inputs[:3])
+    ):
+        function = functools.partial(_run_backward, side_by_side=True)
+    dq, dk, dv, dbias, dsinks = function(
         torch.zeros_like(out) if grad_out is None else grad_out,
         *(grad_logsumexp, *inputs[:3], out, logsumexp, *inputs[3:]),
         **ctx.options,

@@ -99,6 +99,7 @@ def run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `bigmodel::attention_backward`. Unless `deterministic`, the order varies in which the gradient of a
@@ -111,6 +112,7 @@ def run_backward(
         **options,
         bias_requires_grad=bias_requires_grad,
         deterministic=deterministic,
+        side_by_side=side_by_side,
     )
     dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:

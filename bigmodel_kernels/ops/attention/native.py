@@ -82,8 +82,12 @@ def run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `bigmodel::attention_backward`. Deterministic always: each sum belongs to one task."""
+    """See `bigmodel::attention_backward`. Deterministic always: each sum belongs to one task.
+
+    `side_by_side` is a permission, of which this makes no use.
+    """
     dq, dk, dv, wide_dbias, wide_dsinks = torch.ops.bigmodel.cpu_attention_backward.default(
         *(grad_out, contiguous(grad_logsumexp), query, key, value, out, logsumexp.contiguous()),
         *(contiguous(key_padding_mask), bias),

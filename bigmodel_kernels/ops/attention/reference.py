@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigmodel_kernels.ops.philox import keep_attention
 from bigmodel_kernels.ops.registration import compute_dtype
+from bigmodel_kernels.ops.side_by_side import empty_heads, empty_key_gradient
 
 # A block holds at most this many logits (unless 16 rows hold more) and at most 256 rows. On the CPU it takes
 # only as much of the batch as keeps the logits near the cores: half the time of a whole BERT batch at once.
@@ -68,7 +69,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See `bigmodel_kernels.attention`."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
-    out = _empty_like_query(query)
+    out = empty_heads(query, query.shape[1])
     rows = query.shape[:3] if cu_seqlens_q is None else (query.shape[1], query.shape[0])
     logsumexp = query.new_empty(rows, dtype=compute_dtype(query.dtype))
     for part in _parts(query, key, cu_seqlens_q, cu_seqlens_k):
@@ -116,15 +117,16 @@ def run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
     keep: Callable[..., Tensor] = keep_attention,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, bias and sinks (empty tensors for the last two when not wanted), given
-    those of both outputs. The same from run to run, asked or not. `keep`: who makes the blocks of dropout."""
+    those of both outputs. The same from run to run, asked or not. `side_by_side` is a permission, of which
+    this makes no use. `keep`: who makes the blocks of dropout."""
     rule = _rule(softmax_scale, is_causal, window_left, window_right, softcap, dropout_p)
     compute = compute_dtype(query.dtype)
-    dq = _empty_like_query(query)
-    dk = torch.zeros_like(key, dtype=compute, memory_format=torch.contiguous_format)
-    dv = torch.zeros_like(value, dtype=compute, memory_format=torch.contiguous_format)
+    dq = empty_heads(query, query.shape[1])
+    dk, dv = (empty_key_gradient(t, compute).zero_() for t in (key, value))
     dbias = None
     if bias is not None and bias_requires_grad:
         dbias = bias.new_zeros(bias.shape, dtype=compute)
@@ -177,7 +179,7 @@ def run_decode(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See `bigmodel_kernels.attention_decode`: one sequence after the other, as `run` does them."""
-    out = _empty_like_query(query)
+    out = empty_heads(query, query.shape[1])
     logsumexp = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
     for b, length in enumerate(cache_seqlens.tolist()):
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
@@ -203,14 +205,6 @@ def cached(cache: Tensor, block_table: Tensor | None, sequence: int, length: int
     _, heads, size, dim = cache.shape
     pages = cache[block_table[sequence, : -(-length // max(1, size))].long()]  # (pages, Hkv, size, D)
     return pages.transpose(0, 1).reshape(1, heads, -1, dim)[:, :, :length]
-
-
-def _empty_like_query(query: Tensor) -> Tensor:
-    """Dense results are laid out as (B, S, H, D), the order in which the next projection reads them."""
-    if query.dim() == 3:
-        return query.new_empty(query.shape)
-    b, h, s, d = query.shape
-    return query.new_empty((b, s, h, d)).transpose(1, 2)
 
 
 @dataclass(frozen=True)

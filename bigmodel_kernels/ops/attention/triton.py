@@ -468,6 +468,7 @@ def supports_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
     **options: Any,
 ) -> str | None:
     """Why this call of :func:`run_backward` cannot run here, or None."""

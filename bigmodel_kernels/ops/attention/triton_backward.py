@@ -46,6 +46,7 @@ from ...triton_runtime import Target, cdiv, on_device, target_of
 from ..philox import threshold
 from ..philox_triton import keep_attention
 from ..product_triton import add_product
+from ..side_by_side import empty_gradients
 from .triton_logits import (
     MAX_HEAD_DIM,
     divide,
@@ -698,24 +699,23 @@ def run_backward(
     bias_requires_grad: bool = False,
     sinks_require_grad: bool = False,
     deterministic: bool = False,
+    side_by_side: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, bias and sinks; the last two are (0,) when they are not wanted.
 
-    Deterministic whether asked or not. Memory beyond the results: 8 bytes for each row of each head, 12
-    in float32.
+    Deterministic whether asked or not. ``side_by_side``: the first three are parts of one tensor. Memory
+    beyond the results: 8 bytes for each row of each head, 12 in float32.
     """
     head_dim = query.shape[-1]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         varlen = True
         heads = query.shape[1]
         sequences, rows, keys, kv_heads = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k, key.shape[1]
-        dq = torch.empty_like(query, memory_format=torch.contiguous_format)
     else:
         varlen = False
         sequences, heads, rows, _ = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
-        dq = query.new_empty((sequences, rows, heads, head_dim)).transpose(1, 2)
-    dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (key, value))
+    dq, dk, dv = empty_gradients(query, key, value, side_by_side)
     nothing = query.new_empty(0)
     dbias = bias.new_empty(bias.shape) if bias is not None and bias_requires_grad else nothing
     dsinks = sinks.new_empty(sinks.shape) if sinks is not None and sinks_require_grad else nothing

@@ -22,19 +22,23 @@ Backward, with dY the gradient of the second product (after the norm's and dropo
     dH = dY @ W_out^T    epilogue: dZ = dH * activation'(Z), the hidden layer again, column sums of dZ (db_in)
     dW_out = hidden^T @ dY      dW_in = x^T @ dZ      dX = dZ @ W_in^T      db_out: column sums of dY
 
+Dropout of dY and its column sums are the kernel's that has dY: the norm's behind a norm.
+
 What a training step keeps is Z (with a gate also G); where it keeps nothing, the first product runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..linear import triton as linear
+from ..linear import triton_gemm
 from ..linear.triton import LAYER_NORM, as_product, normalise_rows
-from ..linear.triton_gemm import hidden_backward, matmul, output_backward
+from ..linear.triton_gemm import matmul, output_backward
 from ..norm import triton as norm
 from ..reduce_triton import column_sums
 
@@ -168,10 +172,12 @@ def run_backward(
     norm_kind: str = LAYER_NORM,
     dropout_p: float = 0.0,
     needs: Sequence[bool],
+    hidden_backward: Callable[..., Any] = triton_gemm.hidden_backward,
 ) -> list[Tensor]:
     """Gradients of [x, w_in, b_in, w_out, b_out, residual, norm_weight, norm_bias, w_gate, b_gate].
 
-    Empty (0,) where not needed. What is None of the saved tensors is computed again.
+    Empty (0,) where not needed. What is None of the saved tensors is computed again. ``hidden_backward``:
+    what runs the first product, with the arguments and results of ``triton_gemm.hidden_backward``.
     """
     (
         need_x, need_w_in, need_b_in, need_w_out, need_b_out, need_residual, need_norm_weight, need_norm_bias,
@@ -192,25 +198,35 @@ def run_backward(
         again, preactivation, gate_preactivation = _hidden(
             rows, w_in, b_in, w_gate, b_gate, weight_layout, activation, save=True
         )
+    behind = norm_position == "post" and need_output and grad.shape[-1] <= norm.MAX_COLUMNS_SUMMED
     if norm_position == "post":
         if prenorm is None and again is not None:
             prenorm = _output(again, w_out, b_out, residual, dropout_seed, weight_layout, dropout_p)
         assert prenorm is not None
-        grad, _, results[6], results[7] = norm.run_backward(
-            grad, prenorm.view(grad.shape), norm_weight, norm_bias, kind=norm_kind, eps=norm_eps,
-            needs=[need_residual or need_output, False, need_norm_weight, need_norm_bias],
+        # Dropout and sums of columns are the norm's kernel's, which has the gradient in registers.
+        grad, dresidual, results[6], results[7], *sums = norm.run_backward(
+            grad, prenorm.view(grad.shape), norm_weight, norm_bias, None,
+            dropout_seed if behind else None,
+            kind=norm_kind, eps=norm_eps, dropout_p=dropout_p, summed=True,
+            needs=[
+                need_residual or need_output, need_residual and behind and dropout_seed is not None,
+                need_norm_weight, need_norm_bias, *[True] * (behind and need_b_out),
+            ],
         )  # fmt: skip
         if need_residual:
-            results[5] = grad
+            results[5] = dresidual if dresidual.numel() else grad
+        if sums:
+            results[4] = sums[0]
     elif need_residual:  # a copy: what an operator returns must not be what it was given
         results[5] = grad.clone(memory_format=torch.contiguous_format)
     if not need_output:
         return results
     dy = norm.as_rows(_rows(grad))
-    if dropout_seed is not None:
-        dy = output_backward(dy, None, "none", dropout_seed, norm.dropout_arguments(dropout_p))
-    if need_b_out:
-        results[4] = column_sums(dy, dy.new_empty(dy.shape[1]))
+    if not behind:
+        if dropout_seed is not None:
+            dy = output_backward(dy, None, "none", dropout_seed, norm.dropout_arguments(dropout_p))
+        if need_b_out:
+            results[4] = column_sums(dy, dy.new_empty(dy.shape[1]))
     if not (need_hidden or need_w_out):
         return results
 
@@ -234,7 +250,7 @@ def run_backward(
         results[8] = linear.weight_gradient(rows, dgate, w_gate, weight_layout)
     for place, needed, sums in ((2, need_b_in, dup_sums), (9, need_b_gate, dgate_sums)):
         if needed and sums is not None:
-            results[place] = sums.to(x.dtype)
+            results[place] = sums
     if need_input:
         gated = w_gate is not None and dgate is not None
         dx = linear.input_gradient(

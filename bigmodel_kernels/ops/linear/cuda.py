@@ -111,9 +111,9 @@ def _own(
 ) -> tuple[Tensor, Tensor]:
     """By the library, of rows: up to the norm, and what the activation was given, or nothing."""
     return torch.ops.bigmodel.cuda_linear.default(  # type: ignore[no-any-return]
-        _aligned(x),
-        [_aligned(w.contiguous()) for w in weights],
-        [_aligned(b) for b in biases],
+        aligned(x),
+        [aligned(w.contiguous()) for w in weights],
+        [aligned(b) for b in biases],
         residual,
         dropout_seed,
         weight_layout=weight_layout,
@@ -153,8 +153,8 @@ def normalise(
     out, total = torch.ops.bigmodel.cuda_norm.default(
         rows,
         None if residual is None else _rows(residual),
-        _aligned(weight),
-        None if bias is None else _aligned(bias),
+        aligned(weight),
+        None if bias is None else aligned(bias),
         eps=eps,
         kind=kind,
         keep_sum=keep_sum,
@@ -164,10 +164,11 @@ def normalise(
 
 def _rows(x: Tensor) -> Tensor:
     """(rows, columns), contiguous and aligned."""
-    return _aligned(x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous())
+    return aligned(x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous())
 
 
-def _aligned(matrix: Tensor) -> Tensor:
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy that the library can read: rows in pieces of 16 bytes."""
     ready = matrix.shape[-1] <= 1 or matrix.stride(-1) == 1
     return matrix if ready and readable(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 

@@ -13,6 +13,9 @@ Backward, with dT the gradient before the norm::
         dX = dZ @ W^T          dW = X^T @ dZ              db = column sums of dZ
         several weights: one   tokens are split over      two stages
         float32 sum            programs, added in order
+
+Behind a norm and with no activation, dropout and db are the norm's kernel's: it has dT in registers. Where
+products are the vendor's library's, those of several weights side by side are one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from ...triton_runtime import INTERPRETED, is_pretending, unsupported
 from ..norm import triton as norm
-from ..reduce_triton import column_sums
+from ..reduce_triton import column_sums, column_sums_of
 from .triton_gemm import ACTIVATIONS, matmul, output_backward
 
 LAYER_NORM = "layer_norm"
@@ -50,6 +53,11 @@ def _by_library(x: Tensor) -> bool:
         and x.dtype != torch.float32
         and not (INTERPRETED or is_pretending() or torch.are_deterministic_algorithms_enabled())
     )
+
+
+def _joined(weights: Sequence[Tensor], weight_layout: str) -> Tensor:
+    """The weights of products side by side as one."""
+    return torch.cat(list(weights), 1 if weight_layout == "conv1d" else 0)
 
 
 def weight_gradient(x: Tensor, dz: Tensor, weight: Tensor, weight_layout: str) -> Tensor:
@@ -206,12 +214,23 @@ def run_backward(
                 x, weights, biases, residual, dropout_seed, weight_layout, activation, dropout_p,
                 save=activation != "none",
             )  # fmt: skip
-        grad, _, results[2], results[3] = norm.run_backward(
-            grad, prenorm, norm_weight, norm_bias, kind=norm_kind, eps=norm_eps,
-            needs=[need_residual or need_products, False, need_norm_weight, need_norm_bias],
+        # Where the norm's kernel has the gradient of the product itself, dropout and sums of columns are its.
+        behind = activation == "none" and need_products and grad.shape[-1] <= norm.MAX_COLUMNS_SUMMED
+        only = behind and len(biases) == 1 and need_biases[0]
+        grad, dresidual, results[2], results[3], *sums = norm.run_backward(
+            grad, prenorm, norm_weight, norm_bias, None, dropout_seed if behind else None,
+            kind=norm_kind, eps=norm_eps, dropout_p=dropout_p, summed=True,
+            needs=[
+                need_products or need_residual, behind and dropout_seed is not None and need_residual,
+                need_norm_weight, need_norm_bias, *[True] * only,
+            ],
         )  # fmt: skip
         if need_residual:
-            results[1] = grad
+            results[1] = dresidual if dresidual.numel() else grad
+        if behind:
+            dropout_seed = None
+        if sums:
+            results[-1], need_biases = sums[0], [False]
     elif need_residual:  # a copy: what an operator returns must not be what it was given
         results[1] = grad.clone(memory_format=torch.contiguous_format)
     if not need_products:
@@ -223,14 +242,26 @@ def run_backward(
     if activation != "none" or dropout_seed is not None:
         saved = None if preactivation is None or activation == "none" else norm.as_rows(preactivation)
         dz = output_backward(dz, saved, activation, dropout_seed, norm.dropout_arguments(dropout_p))
-    parts = dz.split([as_product(weight, weight_layout).shape[1] for weight in weights], 1)
-    if need_x:
+    sizes = [as_product(weight, weight_layout).shape[1] for weight in weights]
+    parts = dz.split(sizes, 1)
+    whole = len(weights) > 1 and _by_library(dz)
+    if need_x and whole:  # one product, rounded once
+        results[0] = input_gradient([dz], [_joined(weights, weight_layout)], weight_layout).view(x.shape)
+    elif need_x:
         results[0] = input_gradient(parts, weights, weight_layout).view(x.shape)
-    for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        if need_weights[i]:
-            results[4 + i] = weight_gradient(x_rows, part, weight, weight_layout)
-        if biases and need_biases[i]:
-            results[4 + len(weights) + i] = column_sums(part, torch.empty_like(biases[i]))
+    if whole and all(need_weights) and weight_layout == "linear":  # rows of one matrix, which they stay
+        results[4 : 4 + len(weights)] = torch.mm(dz.t(), x_rows).split(sizes)
+    else:
+        for i, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            if need_weights[i]:
+                results[4 + i] = weight_gradient(x_rows, part, weight, weight_layout)
+    if biases and all(need_biases):
+        results[4 + len(weights) :] = [torch.empty_like(bias) for bias in biases]
+        column_sums_of(dz, results[4 + len(weights) :])
+    elif biases:
+        for i, part in enumerate(parts):
+            if need_biases[i]:
+                results[4 + len(weights) + i] = column_sums(part, torch.empty_like(biases[i]))
     return results
 
 

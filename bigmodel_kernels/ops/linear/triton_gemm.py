@@ -637,8 +637,8 @@ def hidden_backward(
     """Gradients of what the activation of a feed-forward block was given.
 
     grad (M, N), w_out (N, F) of any strides, saved and gate_saved (M, F) contiguous. Returns the gradients of
-    saved and of gate_saved, the hidden layer if ``need_hidden``, and the column sums of both gradients in
-    float32 if ``need_sums``.
+    saved and of gate_saved, the hidden layer if ``need_hidden``, and if ``need_sums`` the column sums of both
+    gradients, in float32 and rounded once.
     """
     M, K = grad.shape
     N = saved.shape[1]
@@ -666,9 +666,9 @@ def hidden_backward(
         launch(_choose("hidden_backward", grad, (w_out,), N, launch, heavy=2 if gate_saved is None else 3))
     if need_sums:
         for i, part in enumerate(parts if M and N else []):
-            sums[i] = None if part is None else sum_parts(part, part.new_empty(N))
+            sums[i] = None if part is None else sum_parts(part, saved.new_empty(N))
         if not (M and N):
-            sums = [saved.new_zeros(N, dtype=torch.float32) for _ in sums]
+            sums = [saved.new_zeros(N) for _ in sums]
     return dup, dgate, hidden, sums[0], sums[1]
 
 

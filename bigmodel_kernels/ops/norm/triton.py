@@ -38,12 +38,14 @@ from torch import Tensor
 from ...triton_runtime import cdiv, next_power_of_2, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_elements
-from ..reduce_triton import sum_parts
+from ..reduce_triton import sum_parts_of
 
 MAX_COLUMNS = 32_768
 """A row is held in the registers of one program: 1024 threads times 32 float32 values."""
 MAX_COLUMNS_BACKWARD = 8192
 """The backward holds a row, its gradient and two running sums, without spilling."""
+MAX_COLUMNS_SUMMED = 4096
+"""And a third sum, with dropout."""
 
 
 @triton.jit
@@ -75,14 +77,15 @@ def norm_gradient(grad, normal, factor, columns, RMS: tl.constexpr):
 @triton.jit
 def _load_total(
     x_ptr, residual_ptr, row, column, mask, x_stride, residual_stride, seed, least, keep_scale,
-    HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, SUMMED: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dropout(x) + residual in float32, and which elements of x are kept."""
+    """dropout(x) + residual in float32, which x is already if SUMMED, and which elements of it are kept."""
     values = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
     keep = mask
     if HAS_DROPOUT:
         keep = keep_elements(seed, least, row, 0, TILE_COLUMNS)
-        values = tl.where(keep, values * keep_scale, 0.0)
+        if not SUMMED:
+            values = tl.where(keep, values * keep_scale, 0.0)
     if HAS_RESIDUAL:
         residual = residual_ptr + row[:, None] * residual_stride + column[None, :]
         values += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
@@ -104,7 +107,7 @@ def norm_kernel(
 
     values, _keep = _load_total(
         x_ptr, residual_ptr, row, column, mask, x_stride, residual_stride, seed, least, keep_scale,
-        HAS_RESIDUAL, HAS_DROPOUT, TILE_COLUMNS,
+        HAS_RESIDUAL, HAS_DROPOUT, False, TILE_COLUMNS,
     )  # fmt: skip
     values, _factor = normalise(values, in_columns, columns, eps, RMS)
     if HAS_WEIGHT:
@@ -120,11 +123,12 @@ def norm_kernel(
 @triton.jit
 def norm_backward_kernel(
     grad_ptr, x_ptr, residual_ptr, weight_ptr, seed_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    rows, columns, grad_stride, x_stride, residual_stride, eps, weight_offset, least, keep_scale,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr, sums_ptr,
+    rows, columns, parts_stride, grad_stride, x_stride, residual_stride,
+    eps, weight_offset, least, keep_scale,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    SUMMED: tl.constexpr, NEED_X: tl.constexpr, NEED_RESIDUAL: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr, NEED_SUMS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE_COLUMNS)
@@ -132,13 +136,14 @@ def norm_backward_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     dweight = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
     dbias = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
+    sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
 
     for tile in range(program, tl.cdiv(rows, TILE_ROWS), tl.num_programs(0)):
         row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & in_columns
         values, keep = _load_total(
             x_ptr, residual_ptr, row, column, mask, x_stride, residual_stride, seed, least, keep_scale,
-            HAS_RESIDUAL, HAS_DROPOUT, TILE_COLUMNS,
+            HAS_RESIDUAL, HAS_DROPOUT, SUMMED, TILE_COLUMNS,
         )  # fmt: skip
         normal, factor = normalise(values, in_columns, columns, eps, RMS)
         grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0)
@@ -148,7 +153,7 @@ def norm_backward_kernel(
             dweight += grad * normal
         if NEED_BIAS:
             dbias += grad
-        if NEED_X or NEED_RESIDUAL:
+        if NEED_X or NEED_RESIDUAL or NEED_SUMS:
             if HAS_WEIGHT:
                 weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
                 grad *= (weight + weight_offset)[None, :]
@@ -156,16 +161,20 @@ def norm_backward_kernel(
             place = row[:, None] * columns + column[None, :]
             if NEED_RESIDUAL:
                 tl.store(dresidual_ptr + place, dtotal.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            if HAS_DROPOUT:
+                dtotal = tl.where(keep, dtotal * keep_scale, 0.0)
+            if NEED_SUMS:
+                sums += dtotal
             if NEED_X:
-                if HAS_DROPOUT:
-                    dtotal = tl.where(keep, dtotal * keep_scale, 0.0)
                 tl.store(dx_ptr + place, dtotal.to(dx_ptr.dtype.element_ty), mask=mask)
 
-    place = program * columns + column
+    place = program * parts_stride + column
     if NEED_WEIGHT:
         tl.store(dweight_ptr + place, tl.sum(dweight, axis=0), mask=column < columns)
     if NEED_BIAS:
         tl.store(dbias_ptr + place, tl.sum(dbias, axis=0), mask=column < columns)
+    if NEED_SUMS:
+        tl.store(sums_ptr + place, tl.sum(sums, axis=0), mask=column < columns)
 
 
 class RowTile(NamedTuple):
@@ -185,7 +194,7 @@ def row_tile(rows: int, columns: int) -> RowTile:
 
 
 def backward_row_tile(rows: int, columns: int) -> RowTile:
-    """16 elements per thread: of each a value, its gradient and two running sums are in registers."""
+    """16 elements per thread: of each a value, its gradient and up to three running sums are in registers."""
     tile_columns = max(32, next_power_of_2(columns))
     tile_rows = max(1, min(2048 // tile_columns, next_power_of_2(max(rows, 1)), 16))
     num_warps = max(1, min(32, tile_rows * tile_columns // 512))
@@ -279,9 +288,14 @@ def run_backward(
     dropout_p: float = 0.0,
     weight_offset: float = 0.0,
     needs: Sequence[bool],
+    summed: bool = False,
 ) -> list[Tensor]:
-    """Gradients of [x, residual, weight, bias]; an empty tensor (0,) where not needed."""
-    need_x, need_residual, need_weight, need_bias = needs
+    """Gradients of [x, residual, weight, bias]; an empty tensor (0,) where not needed.
+
+    ``summed``: x is dropout(x) + residual already, and residual is None. A fifth value in ``needs`` asks for
+    a fifth result, the column sums of the gradient of x, of up to MAX_COLUMNS_SUMMED columns.
+    """
+    need_x, need_residual, need_weight, need_bias, need_sums = (*needs, False)[:5]
     columns = x.shape[-1]
     results = [x.new_empty(0) for _ in needs]
     if need_x:
@@ -289,8 +303,8 @@ def run_backward(
     if need_residual:
         results[1] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
-        for i, needed in ((2, need_weight), (3, need_bias)):
-            if needed:
+        for i in range(2, len(needs)):
+            if needs[i]:
                 results[i] = x.new_zeros(columns)
         return results
     grad_rows, x_rows = as_rows(grad), as_rows(x)
@@ -298,27 +312,34 @@ def run_backward(
     rows = x_rows.shape[0]
     tile = backward_row_tile(rows, columns)
     # Two to four programs per processor hide each other's latency; more would only lengthen the second stage.
-    programs = min(cdiv(rows, tile.tile_rows), target_of(x).processors * (4 if tile.num_warps <= 4 else 2))
-    parts = torch.empty(need_weight + need_bias, programs, columns, dtype=torch.float32, device=x.device)
+    # The registers of dropout leave room for three.
+    small = 4 if dropout_seed is None else 3
+    programs = min(
+        cdiv(rows, tile.tile_rows), target_of(x).processors * (small if tile.num_warps <= 4 else 2)
+    )
+    wanted = [i for i in range(2, len(needs)) if needs[i]]
+    parts = torch.empty(programs, len(wanted), columns, dtype=torch.float32, device=x.device)
+    places: list[Tensor | None] = [None] * 5
+    for part, i in enumerate(wanted):
+        places[i] = parts[:, part]
     least, keep_scale = dropout_arguments(dropout_p)
     with on_device(x):
         norm_backward_kernel[(programs,)](
             grad_rows, x_rows, residual_rows, None if weight is None else weight.contiguous(), dropout_seed,
             results[0] if need_x else None, results[1] if need_residual else None,
-            parts[0] if need_weight else None, parts[-1] if need_bias else None,
-            rows, columns, grad_rows.stride(0), x_rows.stride(0),
+            *places[2:], rows, columns, parts.stride(0), grad_rows.stride(0), x_rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0),
             eps, weight_offset, least, keep_scale,
             RMS=kind == "rms_norm", HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None,
-            HAS_DROPOUT=dropout_seed is not None,
+            HAS_DROPOUT=dropout_seed is not None, SUMMED=summed,
             NEED_X=need_x, NEED_RESIDUAL=need_residual, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-            TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
+            NEED_SUMS=need_sums, TILE_ROWS=tile.tile_rows, TILE_COLUMNS=tile.tile_columns,
             num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
-    if need_weight:
-        results[2] = sum_parts(parts[0], x.new_empty(columns))
-    if need_bias:
-        results[3] = sum_parts(parts[-1], x.new_empty(columns))
+    for i in wanted:
+        results[i] = x.new_empty(columns)
+    if wanted:
+        sum_parts_of(parts, [results[i] for i in wanted])
     return results
 
 

@@ -10,6 +10,7 @@ from plain_attention import make
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention import prepare
+from bigmodel_kernels.ops.side_by_side import heads_lie_side_by_side
 from bigmodel_kernels.verify import attention_formula, compare, evaluate
 
 pytestmark = pytest.mark.usefixtures("library", "architecture")
@@ -204,6 +205,22 @@ def test_the_bits_do_not_depend_on_the_order_of_threads(dim: int) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_side_by_side(packed: bool) -> None:
+    """The same bits, in the parts of one tensor; with fewer heads of keys."""
+    query, key, value = make(1, 4, 2, 70, 70, 64, torch.float16)
+    lengths: dict[str, Any] = {}
+    if packed:
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32)
+        lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    args, options = prepare(query, key, value, **lengths)
+    grads = (torch.randn_like(query), None)
+    apart, beside = (emulated(grads, args, options, side_by_side=flag)[:3] for flag in (False, True))
+    assert heads_lie_side_by_side(beside) and not heads_lie_side_by_side(apart)
+    assert all(map(torch.equal, apart, beside))
+
+
 @pytest.fixture
 def hopper(architecture: int) -> None:
     if architecture != 90:
@@ -278,3 +295,7 @@ def test_bad_input_is_refused() -> None:
         backward(out[:, :, :7], None, *args[:3], out, lse, *args[3:], **options)
     with pytest.raises(RuntimeError, match=r"logsumexp: shape \(1, 2, 7\) must be"):
         backward(out, None, *args[:3], out, lse[:, :, :7].contiguous(), *args[3:], **options)
+    args, options = prepare(*make(1, 2, 2, 8, 16, 64, torch.float16))
+    out, lse = torch.ops.bigmodel_emulator.cuda_attention(*args, **options)
+    with pytest.raises(RuntimeError, match="side_by_side: needs a key for each query"):
+        backward(out, None, *args[:3], out, lse, *args[3:], **options, side_by_side=True)

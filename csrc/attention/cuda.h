@@ -38,7 +38,7 @@ struct AttentionBackwardParams {
   float* delta;                                             // rowsum(grad_out * out) - grad_logsumexp
   void *dq, *dk, *dv;
   int64_t dq_stride[3], dk_stride[3], dv_stride[3];
-  float* dq_sum;                                            // zeros to add dQ up in, or null where no other block adds to it: see OnePass
+  float* dq_sum;                                            // one pass: zeros to add dQ up in, or null where it has one part only
   float* dbias;                                             // zeros to add to, or null
   int64_t dbias_stride[4];
 };

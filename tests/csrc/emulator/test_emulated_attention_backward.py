@@ -242,7 +242,7 @@ SLOW = pytest.mark.slow
             for dim, dtype in (
                 (32, torch.bfloat16),
                 (64, torch.float16),
-                (80, torch.float16),
+                (112, torch.float16),
                 (128, torch.bfloat16),
             )
             for call in ({}, {"is_causal": True}, {"window": (150, 40)})

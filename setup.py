@@ -51,7 +51,14 @@ OWN_KERNELS = {
         ["attention", "feed_forward", "linear"],
     ),
 }
-REGISTRATION = ["register_cpu", "register_attention", "register_layer", "register_training", "glibc"]
+REGISTRATION = [
+    "register_cpu",
+    "register_attention",
+    "register_layer",
+    "register_training",
+    "memory",
+    "glibc",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [
     *AVX2,

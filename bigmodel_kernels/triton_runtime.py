@@ -84,6 +84,16 @@ def target_of(tensor: Tensor) -> Target:
     return _device_target(torch.cuda.current_device() if index is None else index)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, which may be called in kernels too, takes the host microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def unsupported(argument: str, tensor: Tensor) -> str | None:
     """Why Triton cannot run on ``tensor``, or None if it can."""
     device = tensor.device.type

@@ -20,6 +20,7 @@ Nothing is measured, and the first candidate runs unless the file knows better,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -126,7 +127,10 @@ def _capturing(like: Tensor) -> bool:
 
 
 def _device_name(like: Tensor) -> str:
-    return torch.cuda.get_device_name(like.device)
+    return _name_of(like.device)
+
+
+_name_of = functools.cache(torch.cuda.get_device_name)
 
 
 def _path(device: str) -> Path:

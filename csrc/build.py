@@ -32,6 +32,7 @@ KERNELS = {
     "attention/sm80_backward.cu": "80",
     "attention/sm90.cu": "90a",
     "attention/sm90_backward.cu": "90a",
+    "attention/sm90_one_pass.cu": "90a",
     "linear/sm80.cu": "80",
     "linear/sm90.cu": "90a",
     "norm/rows.cu": "80",

@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parent.parent.resolve() / "build" / "cuda"
 KERNELS = {
     "attention.sm90": "test_emulated_attention",
     "attention.sm90_backward": "test_emulated_attention_backward",
+    "attention.sm90_one_pass": "test_emulated_attention_backward",
     "attention.sm80": "test_emulated_attention",
     "attention.sm80_backward": "test_emulated_attention_backward",
     "attention.decode": "test_emulated_decode",
@@ -36,7 +37,7 @@ KERNELS = {
     "linear.sm80": "test_emulated_linear",
     "norm.rows": "test_emulated_linear",
 }
-FILES = ("attention.sm90", "attention.sm90_backward", "linear.sm90")
+FILES = ("attention.sm90", "attention.sm90_backward", "attention.sm90_one_pass", "linear.sm90")
 
 # Cycles that one instruction of a warp keeps its pipe busy, of the four that a multiprocessor has: 128
 # lanes over the results a cycle of the CUDA C++ Programming Guide's table of arithmetic throughput for

@@ -299,11 +299,13 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
   return packed;
 }
 
-// A hash of 64 elements spread over each weight: how the cache of packed weights notices an edit that left the tensor's
-// version as it was. Any strides.
+// A hash of 16 elements spread over each weight: how the cache of packed weights notices an edit that left the tensor's
+// version as it was. Any strides. All are asked for before the first is read: each is a miss of every cache.
 int64_t cpu_fingerprint(std::vector<Tensor> weights) {
-  constexpr int64_t samples = 64;
-  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
+  constexpr int64_t samples = 16;
+  struct Sample { const char* at; size_t size; };
+  std::vector<Sample> places;
+  places.reserve(weights.size() * samples);
   for (const Tensor& weight : weights) {
     check_cpu(weight, "weights");
     STD_TORCH_CHECK(weight.dim() == 2, "weights: shape ", shape_of(weight), " must have two dimensions");
@@ -314,10 +316,15 @@ int64_t cpu_fingerprint(std::vector<Tensor> weights) {
     for (int64_t i = 0; i < count; i++) {
       // i * (numel - 1) / (count - 1), which an expanded weight's numel would make overflow
       const int64_t gaps = std::max<int64_t>(count - 1, 1), at = i * ((numel - 1) / gaps) + i * ((numel - 1) % gaps) / gaps;
-      uint32_t bits = 0;
-      std::memcpy(&bits, data + (at / columns * stride_row + at % columns * stride_column) * size, size_t(size));
-      hash = (hash ^ bits) * 0x100000001b3ull;
+      places.push_back({data + (at / columns * stride_row + at % columns * stride_column) * size, size_t(size)});
+      __builtin_prefetch(places.back().at);
     }
+  }
+  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
+  for (const Sample& place : places) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, place.at, place.size);
+    hash = (hash ^ bits) * 0x100000001b3ull;
   }
   return int64_t(hash);
 }
@@ -328,13 +335,6 @@ int64_t rows_of(const Tensor& x, int64_t columns) {
   STD_TORCH_CHECK(x.is_contiguous(), "x: must be contiguous");
   check_aligned(x, "x");
   return columns == 0 ? 0 : x.numel() / columns;
-}
-
-Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype) {
-  Tensor out = torch::stable::empty(shape, dtype);
-  const size_t bytes = size_t(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
-  if (bytes >= 2 * huge_page) prefer_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
 }
 
 Tensor empty_rows_like(const Tensor& x, int64_t columns) {

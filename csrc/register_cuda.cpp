@@ -310,7 +310,8 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   return {out, logsumexp};
 }
 
-// dq, dk and dv are parts of one tensor where they are to lie side by side. dbias is float32, in the shape of bias, or of all logits where `deterministic` forbids to add to one place from several blocks.
+// Where `deterministic` forbids to add to one place from several blocks, Hopper's backward takes two passes over the tiles, and dbias, which is
+// float32, has the shape of all logits; otherwise that of bias. side_by_side: dq, dk and dv are parts of one tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
@@ -384,7 +385,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     params.dbias = static_cast<float*>(call.use(dbias, "dbias", true));
   }
   const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
-  if (query.numel() > 0 && key.numel() > 0 && architecture(call.device()) == 90)
+  const bool hopper = query.numel() > 0 && key.numel() > 0 && architecture(call.device()) == 90;
+  Tensor dq_sum;
+  if (hopper && !deterministic && one_pass::supports(p)) {
+    if (one_pass::adds_up(p)) {
+      dq_sum = torch::stable::new_zeros(query, {one_pass::sum_size(p)}, ScalarType::Float);
+      params.dq_sum = static_cast<float*>(call.use(dq_sum, "dq_sum", true));
+    }
+    attention_backward_one_pass_sm90(params, is_bfloat16, call.stream());
+  } else if (hopper)
     attention_backward_sm90(params, is_bfloat16, call.stream());
   else if (query.numel() > 0 || key.numel() > 0)
     attention_backward_sm80(params, is_bfloat16, call.stream());
@@ -482,6 +491,18 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "activation: '", name, "' is unknown");
 }
 
+// Which form of Hopper's kernel a call with these sizes runs, on so many multiprocessors.
+int64_t linear_form(int64_t rows, int64_t features, std::vector<int64_t> out_features, int64_t multiprocessors) {
+  LinearParams p = {};
+  p.rows = narrow(rows, "rows");
+  p.features = narrow(features, "features");
+  STD_TORCH_CHECK(!out_features.empty() && out_features.size() <= max_weights, "out_features: ", out_features.size(), " numbers; 1 to ", max_weights,
+                  " are allowed");
+  for (const int64_t out : out_features) p.out_features[p.weights++] = narrow(out, "out_features");
+  STD_TORCH_CHECK(multiprocessors > 0, "multiprocessors: ", multiprocessors, " must be 1 or more");
+  return linear_sm90_form(p, narrow(multiprocessors, "multiprocessors"));
+}
+
 // What products of rows with weights side by side have in common, beside what is done to the result: operands checked, and the launch.
 class Linear {
  public:
@@ -522,14 +543,19 @@ class Linear {
     return matrix(t, name, writable);
   }
 
-  void launch() {
+  // form: of Hopper's kernel, or -1 for the one of linear_form.
+  void launch(int64_t form) {
     if (p.rows == 0 || p.out_stride == 0) return;
     STD_TORCH_CHECK(p.features > 0, name_, ": shape (", p.rows, ", 0) has no features");
-    const bool is_bfloat16 = dtype_ == ScalarType::BFloat16;
-    if (architecture(call_.device()) == 90)
-      linear_sm90(p, is_bfloat16, multiprocessors(call_.device()), call_.stream());
-    else
+    const bool is_bfloat16 = dtype_ == ScalarType::BFloat16, hopper = architecture(call_.device()) == 90;
+    STD_TORCH_CHECK(form == -1 || (hopper && form >= 0 && form < linear_sm90_forms), "form: ", form, " must be -1, or on Hopper 0 to ",
+                    linear_sm90_forms - 1);
+    if (hopper) {
+      const int count = multiprocessors(call_.device());
+      linear_sm90(p, is_bfloat16, form < 0 ? linear_sm90_form(p, count) : int(form), count, call_.stream());
+    } else {
       linear_sm80(p, is_bfloat16, call_.stream());
+    }
   }
 
  private:
@@ -546,7 +572,7 @@ bool is_conv1d(const std::string& layout) {
 // (out, and the pre-activation where it is wanted: otherwise empty).
 std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases, OptionalTensor residual,
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
-                                  bool keep_preactivation) {
+                                  bool keep_preactivation, int64_t form) {
   Call call(x);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -577,7 +603,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
   p.out = product.beside(out, "out", true);
   if (keep_preactivation) p.preactivation = product.beside(preactivation, "preactivation", true);
-  product.launch();
+  product.launch(form);
   return {out, preactivation};
 }
 
@@ -585,7 +611,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
 // activation's derivative. With it the hidden layer, and sums of the gradient's columns over each 16 rows, where they are wanted:
 // otherwise empty. w_out lies as the block has it, where it is multiplied by from the other side.
 std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, Text weight_layout, Text activation,
-                                                   bool need_hidden, bool need_sums) {
+                                                   bool need_hidden, bool need_sums, int64_t form) {
   Call call(grad);
 #if defined(__CUDACC__)
   torch::stable::accelerator::DeviceGuard guard(call.device());
@@ -601,7 +627,7 @@ std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Te
   p.out = product.beside(out, "out", true);
   if (need_hidden) p.hidden = product.beside(hidden, "hidden", true);
   if (need_sums) p.column_parts = static_cast<float*>(call.use(sums, "sums", true));
-  product.launch();
+  product.launch(form);
   return {out, hidden, sums};
 }
 
@@ -674,20 +700,27 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
         "Tensor? block_table=None, Tensor? alibi_slopes=None, Tensor? sinks=None, *, float softmax_scale, bool is_causal=True, "
         "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, SymInt splits=0) -> (Tensor, Tensor)");
   m.def("cuda_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual=None, Tensor? dropout_seed=None, *, "
-        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False) -> (Tensor, Tensor)");
+        "str weight_layout=\"linear\", str activation=\"none\", float dropout_p=0.0, bool keep_preactivation=False, int form=-1) -> (Tensor, Tensor)");
   m.def("cuda_hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, *, str weight_layout=\"linear\", str activation, "
-        "bool need_hidden=False, bool need_sums=False) -> (Tensor, Tensor, Tensor)");
+        "bool need_hidden=False, bool need_sums=False, int form=-1) -> (Tensor, Tensor, Tensor)");
+  m.def("cuda_linear_form(int rows, int features, int[] out_features, int multiprocessors) -> int");
   m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
         "bool keep_sum=False) -> (Tensor, Tensor)");
 }
 
 #if defined(__CUDACC__)
-STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CompositeExplicitAutograd, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) {
   m.impl("set_seed", TORCH_BOX(&bigmodel::cuda::set_seed));
   m.impl("set_architecture", TORCH_BOX(&bigmodel::cuda::set_architecture));
+#endif
+  m.impl("cuda_linear_form", TORCH_BOX(&bigmodel::cuda::linear_form));
 }
+
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
 #endif
   m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));

@@ -26,6 +26,7 @@ inline constexpr size_t huge_page = size_t(2) << 20;
 
 const KernelTable& kernels();
 Runtime runtime();
+void prefer_huge_pages(void* memory, size_t bytes);
 
 Dtype dtype_of(const Tensor& tensor, const char* name);
 std::string shape_of(const Tensor& tensor);
@@ -60,7 +61,7 @@ const int64_t* ids_of(const OptionalTensor& ids, const char* name, const Optiona
 // Dropout with this seed (one int64) and chance; neither means none.
 Dropout dropout_of(const OptionalTensor& seed, double p, const char* name = "dropout_seed");
 
-// Uninitialised results; large ones ask for large pages before their first touch.
+// Uninitialised results; large ones are of memory that is kept for the next ones, in large pages (memory.cpp).
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_rows_like(const Tensor& x, int64_t columns);
 

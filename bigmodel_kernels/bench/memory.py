@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from bigmodel_kernels import _native
 from bigmodel_kernels.bench.timing import Contender
 
 _STATUS = Path("/proc/self/status")
@@ -52,7 +53,11 @@ def peak(contender: Contender, device: str) -> int | None:
 
 
 def give_back() -> bool:
-    """Gives what has been freed back to the system; False where the C library cannot."""
+    """Gives what has been freed, and what our kernels keep of it, back to the system; False where the C
+    library cannot.
+    """
+    if _native.reason() is None:
+        torch.ops.bigmodel.cpu_release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime import on_device, target_of
+from ..triton_runtime import cdiv, next_power_of_2, on_device, target_of
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def sum_parts_of(parts: Tensor, outs: Sequence[Tensor], scale: Tensor | None = N
         return
     # Few parts: long columns, loads of 16 bytes. Many parts: narrow columns, for programs enough, and most of
     # the loads on their way together, for there is little else to wait with.
-    tile_parts = min(triton.next_power_of_2(count), 256)
+    tile_parts = min(next_power_of_2(count), 256)
     tile_columns = max(32, 2048 // tile_parts)
     for first in range(0, len(outs), 3):
         some = outs[first : first + 3]
         with on_device(parts):
-            sum_parts_kernel[(triton.cdiv(columns, tile_columns), len(some))](
+            sum_parts_kernel[(cdiv(columns, tile_columns), len(some))](
                 parts[:, first], *(some[min(i, len(some) - 1)] for i in range(3)), scale,
                 count, columns, parts.stride(0), parts.stride(1),
                 HAS_SCALE=scale is not None, TILE_PARTS=tile_parts, TILE_COLUMNS=tile_columns,
@@ -120,11 +120,11 @@ def column_sums_of(x: Tensor, outs: Sequence[Tensor]) -> None:
             out.zero_()
         return
     tile_rows, tile_columns = 32, 128
-    blocks = triton.cdiv(columns, tile_columns)
+    blocks = cdiv(columns, tile_columns)
     # Enough programs to fill the device; each adds at least a tile of rows.
-    count = max(1, min(triton.cdiv(rows, tile_rows), 4 * target_of(x).processors // blocks, 64))
-    rows_per_part = triton.cdiv(triton.cdiv(rows, count), tile_rows) * tile_rows
-    count = triton.cdiv(rows, rows_per_part)
+    count = max(1, min(cdiv(rows, tile_rows), 4 * target_of(x).processors // blocks, 64))
+    rows_per_part = cdiv(cdiv(rows, count), tile_rows) * tile_rows
+    count = cdiv(rows, rows_per_part)
     parts = torch.empty(count, columns, dtype=torch.float32, device=x.device)
     with on_device(x):
         column_parts_kernel[(blocks, count)](

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.utils.output_capturing import _active_collector as collector
 
 from bigmodel_kernels.ops.attention_maps import attention_probabilities
 from bigmodel_kernels.ops.registration import wants_gradient
-from bigmodel_kernels.transformers import blocks, config_view, paged
+from bigmodel_kernels.transformers import blocks, config_view, growing_cache, paged
 from bigmodel_kernels.transformers.autoregister import FLASH_NAME, NAME
 
 #: Caches whose `update` gives keys and values as the operator reads them.
@@ -246,7 +247,8 @@ def updated(
     them; `told` is what the layer was told of continuous batching (see `paged.arguments`), if that runs.
     """
     if told is None:
-        return *cache.update(key, value, layer), {}
+        grown = growing_cache.append(cache, key, value, layer)
+        return *(grown or cache.update(key, value, layer)), {}
     own = dict(told)  # `update` puts what concerns this layer in the place of what concerns all
     return *cache.update(key, value, layer, kwargs=own), own
 
@@ -626,10 +628,6 @@ def packed_attention(
 
 def collected() -> Any:
     """Names of the outputs ("hidden_states", "attentions", ...) that this forward collects by hooks."""
-    try:
-        from transformers.utils.output_capturing import _active_collector as collector
-    except ImportError:  # transformers before 5.2 has no such hooks, and passes flags instead
-        return ()
     if torch.compiler.is_compiling():
         return (collector.global_var or ()) if collector.compiling else ()
     return collector.get() or ()
@@ -643,11 +641,10 @@ def wants_attentions(kwargs: dict[str, Any]) -> bool:
 
 
 def _returns_attentions(kwargs: dict[str, Any]) -> bool:
-    return (
-        bool(kwargs.get("output_attentions"))
-        or "attentions" in collected()
-        or "cross_attentions" in collected()
-    )
+    if kwargs.get("output_attentions"):
+        return True
+    names = collected()
+    return "attentions" in names or "cross_attentions" in names
 
 
 #: Gets the module, query, key, visibility, scale, softcap and sinks of every call of `attend`.

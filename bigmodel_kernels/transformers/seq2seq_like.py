@@ -153,7 +153,7 @@ class Attention(Form):
                 return query, held.keys, held.values
             key, value = self._project(given.states, self.qkv[1:])
         if cache is not None:
-            key, value = cache.update(key, value, index)
+            key, value, _ = attention_interface.updated(cache, key, value, index, None)
             if given.updated is not None:
                 given.updated[index] = True
         return query, key, value

@@ -55,7 +55,9 @@ BM_DEVICE int lane_index() { return thread_index() % warp_size; }
 
 // x, of which the compiler knows nothing. What depends on it is computed here, each time around a loop, and not before the loop, where
 // it would take registers from all that comes between.
-BM_DEVICE int anew(int x) {
+template <typename T>
+BM_DEVICE T anew(T x) {
+  static_assert(sizeof(T) == 4, "one register");
 #if defined(__CUDACC__)
   asm volatile("" : "+r"(x));
 #endif
@@ -81,6 +83,13 @@ template <typename T>
 BM_DEVICE void store_global(T* address, T value) {
 #if !defined(__CUDACC__)
   emulator::check_global(address, sizeof(T), true, "st.global");
+#else
+  if constexpr (sizeof(T) == 16) {  // at once, which a struct of four words is not always
+    uint4 word;
+    memcpy(&word, &value, 16);
+    *reinterpret_cast<uint4*>(address) = word;
+    return;
+  }
 #endif
   *address = value;
 }

@@ -75,6 +75,16 @@ BM_DEVICE void stmatrix(SharedAddress row, uint32_t (&s)[4]) {  // sm_90
   emulator::collective("stmatrix.x4", full_warp, &mine, host::store_matrices<4, false>);
 #endif
 }
+BM_DEVICE void stmatrix_transposed(SharedAddress row, uint32_t (&s)[4]) {
+#if defined(__CUDACC__)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(row), "r"(s[0]), "r"(s[1]), "r"(s[2]), "r"(s[3]) : "memory");
+#else
+  emulator::shared_write(row, 16, "stmatrix.trans");
+  host::MatrixMove mine{s, row};
+  emulator::collective("stmatrix.x4.trans", full_warp, &mine, host::store_matrices<4, true>);
+#endif
+}
 #endif
 
 }  // namespace bigmodel::cuda

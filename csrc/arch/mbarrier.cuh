@@ -70,6 +70,11 @@ struct Ring {
       parity ^= 1;
     }
   }
+  BM_DEVICE void advance(int steps) {
+    stage += steps;
+    parity ^= stage / stages & 1;
+    stage %= stages;
+  }
 };
 
 }  // namespace bigmodel::cuda

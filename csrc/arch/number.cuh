@@ -139,6 +139,14 @@ BM_DEVICE float reciprocal(float x) {
 // tanh(x) = 1 - 2 / (1 + exp(2x)), for x2 = 2 x log2(e).
 BM_DEVICE float tanh_of(float x2) { return 1 - 2 * reciprocal(1 + exp2_approx(x2)); }
 
+BM_DEVICE float absolute(float x) {
+#if defined(__CUDACC__)
+  return fabsf(x);
+#else
+  return std::fabs(x);
+#endif
+}
+
 BM_DEVICE float maximum(float a, float b) {
 #if defined(__CUDACC__)
   return fmaxf(a, b);
@@ -147,11 +155,33 @@ BM_DEVICE float maximum(float a, float b) {
 #endif
 }
 
+// The same, but a NaN stays one (max.NaN.f32).
+BM_DEVICE float maximum_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a != a || b != b ? a + b : std::fmax(a, b);
+#endif
+}
+
 BM_DEVICE float minimum(float a, float b) {
 #if defined(__CUDACC__)
   return fminf(a, b);
 #else
   return std::fmin(a, b);
+#endif
+}
+
+// The same, but a NaN stays one (min.NaN.f32).
+BM_DEVICE float minimum_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a != a || b != b ? a + b : std::fmin(a, b);
 #endif
 }
 

@@ -1,5 +1,6 @@
 // The copy engine (TMA, sm_90): one thread copies a box of up to five dimensions between global and shared memory by a tensor map;
-// elements outside the tensor are read as zeros and not written. Loads complete on an mbarrier, stores in groups.
+// elements outside the tensor are read as zeros and not written. Loads complete on an mbarrier. Without a map it adds contiguous floats
+// of shared memory to global memory, where the L2 cache does the arithmetic; these complete in groups.
 #pragma once
 #include <stdexcept>
 #include <string>
@@ -92,6 +93,40 @@ BM_DEVICE void tma_prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #else
   (void)map;
+#endif
+}
+
+// By one thread: adds `bytes` of float32 in shared memory to those in global memory, in any order among all who add there; both start at
+// multiples of 16 bytes, as many as whole 16 bytes.
+BM_DEVICE void bulk_add(float* global, SharedAddress shared, int bytes) {
+#if defined(__CUDACC__)
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+               ::"l"(__cvta_generic_to_global(global)), "r"(shared), "r"(bytes) : "memory");
+#else
+  emulator::bulk_add(global, shared, uint32_t(bytes));
+#endif
+}
+// By the thread that added, after the last of a group.
+BM_DEVICE void bulk_commit() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+  emulator::tma_commit();
+#endif
+}
+// Until all groups of this thread have read their shared memory (which may then be written again), or also been added.
+BM_DEVICE void bulk_wait_read() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#else
+  emulator::tma_wait(0, true);
+#endif
+}
+BM_DEVICE void bulk_wait() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#else
+  emulator::tma_wait(0, false);
 #endif
 }
 

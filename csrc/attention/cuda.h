@@ -38,6 +38,7 @@ struct AttentionBackwardParams {
   float* delta;                                             // rowsum(grad_out * out) - grad_logsumexp
   void *dq, *dk, *dv;
   int64_t dq_stride[3], dk_stride[3], dv_stride[3];
+  float* dq_sum;                                            // zeros to add dQ up in, or null where no other block adds to it: see OnePass
   float* dbias;                                             // zeros to add to, or null
   int64_t dbias_stride[4];
 };
@@ -94,5 +95,29 @@ inline int32_t decode_splits(int64_t tiles, int64_t capacity, int64_t places) {
 inline bool needs_general(const AttentionParams& p) {
   return !(p.softmax_scale > 0) || p.softcap != 0 || p.key_padding_mask || p.bias || p.alibi_slopes || p.dropout_seed;
 }
+
+// Hopper's backward in one pass over the tiles (sm90_one_pass.cuh): blocks of keys add their parts of dQ up in float32, tile by tile of
+// queries, in any order.
+namespace one_pass {
+
+inline constexpr int tile_n = 128;                                                     // keys
+inline constexpr int tile_m(int64_t head_dim) { return head_dim <= 64 ? 128 : 64; }    // queries: registers decide
+inline constexpr int columns(int64_t head_dim) { return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : 128; }
+
+inline bool supports(const AttentionParams& p) { return p.head_dim <= 128 && !needs_general(p); }
+// A sequence's keys may need several blocks.
+inline bool adds_up(const AttentionParams& p) { return p.key_length > tile_n; }
+
+// Tiles of queries that a head has in dq_sum, in a batch or in all packed sequences together. Of these, one that starts at query `first` is
+// at tile first / tile_m + its number: no sequence before it can have filled more.
+inline constexpr int64_t tiles(const AttentionParams& p) {
+  const int m = tile_m(p.head_dim);
+  return p.cu_seqlens_q != nullptr ? p.total_queries / m + p.batch : (int64_t(p.query_length) + m - 1) / m;
+}
+inline int64_t sum_size(const AttentionParams& p) {
+  return (p.cu_seqlens_q != nullptr ? 1 : p.batch) * p.heads * tiles(p) * tile_m(p.head_dim) * columns(p.head_dim);
+}
+
+}  // namespace one_pass
 
 }  // namespace bigmodel::cuda

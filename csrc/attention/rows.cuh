@@ -427,7 +427,7 @@ class OnlineSoftmax {
   }
 
  private:
-  const float unit_;
+  float unit_;
   float m_[2] = {-infinity, -infinity}, l_[2] = {0, 0};
 };
 

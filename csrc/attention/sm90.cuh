@@ -224,102 +224,176 @@ struct AttentionSm90 {
     if constexpr (ping_pong) arrive_named(turn_of((consumer + 1) % consumers), 2 * group);
   }
 
-  static BM_DEVICE void consume(const Params& params, int consumer) {
-    int count = 0;  // as the producer has it
-    if (consumer + 1 == consumers) pass_turn(consumer);  // the first turn is consumer 0's
-    for (int turn = 0;; turn++) {
-      const int stage = turn % query_stages;
-      mbarrier_wait(barrier(query_full + stage), turn / query_stages & 1);
-      if (WorkTile::load(work_tile(stage)).batch < 0) break;
-      attend(params, stage, consumer, count);
-      release(query_empty + stage);
-    }
-    if (consumer == 0) wait_for_turn(consumer);  // which nobody else takes
+  // A tile of queries at its consumers.
+  struct Tile {
+    int query_stage, row0;  // row0: this thread's upper row
+    Sequence sequence;
+    TileRange range;
+    BM_DEVICE bool empty() const { return range.begin >= range.end; }
+    BM_DEVICE SharedAddress query() const { return query_tile(query_stage); }
+  };
+  // The tile of this turn, once its Q is there; false when there is none.
+  static BM_DEVICE bool arrived(const AttentionParams& p, int turn, int consumer, Tile& tile) {
+    const int stage = turn % query_stages;
+    mbarrier_wait(barrier(query_full + stage), turn / query_stages & 1);
+    const WorkTile work = WorkTile::load(work_tile(stage));
+    if (work.batch < 0) return false;
+    tile = {stage, work.m_start + 64 * consumer + 16 * (warp_index() % 4) + lane_index() / 4, work.sequence,
+            visible_keys<tile_n>(p, work.sequence, work.m_start, tile_m)};
+    return true;
   }
 
-  // One tile of queries.
-  static BM_DEVICE void attend(const Params& params, int query_stage, int consumer, int& count) {
-    const AttentionParams& p = params.p;
-    const WorkTile work = WorkTile::load(work_tile(query_stage));
-    const Sequence& sequence = work.sequence;
-    const SharedAddress query = query_tile(query_stage);
-    const TileRange range = visible_keys<tile_n>(p, sequence, work.m_start, tile_m);
-    const int warp = warp_index() % 4, row0 = work.m_start + 64 * consumer + 16 * warp + lane_index() / 4;
-    const Scores<Element, General> scores(p, sequence, work.batch, work.head);
-    OnlineSoftmax<d_blocks> softmax(scores.unit());
-    float o[d_blocks][4], s[n_blocks][4], rescale[2];
-    uint32_t probabilities[n_steps][4];
-    clear(o);
+  using Output = float[d_blocks][4];
+  using Softmax = OnlineSoftmax<d_blocks>;
 
-    if constexpr (General) {
-      // One after the other: next to such a softmax the products are short, other consumers' run beside it, and once in the code it
-      // stays in the instruction cache.
-      for (int n = range.begin; n < range.end; n += tile_n, count++) {
+  // O to global memory, by way of Q's place, and the place to the producer.
+  static BM_DEVICE void leave(const AttentionParams& p, int query_stage, int consumer, Output& o, Softmax& softmax) {
+    const WorkTile done = WorkTile::load(work_tile(query_stage));  // read again: the loops need the registers
+    const int tile_row = 64 * consumer + 16 * (warp_index() % 4);
+    const SharedAddress query = query_tile(query_stage);
+    softmax.finish(o, p, done.sequence, done.batch, done.head, done.m_start + tile_row + lane_index() / 4);
+    sync_named(1 + consumer, group);  // the warps of this consumer have done with its rows of Q
+    store_rows<Element, QueryTile>(o, query, tile_row, 0, rows_of<Element>(p.out, p.out_stride, done.batch, done.head, done.sequence.first_query),
+                                   p.out_stride[2], done.m_start, done.sequence.queries, p.head_dim);
+    fence_proxy_async();  // the copy engine writes the next Q over these rows
+    sync_warp();
+    release(query_empty + query_stage);
+  }
+
+  static BM_DEVICE void consume(const Params& params, int consumer) {
+    if constexpr (General) consume_general(params.p, consumer); else consume_short(params.p, consumer);
+  }
+
+  // S, softmax and O one after the other: next to such a softmax the products are short, other consumers' run beside it, and once in the
+  // code it stays in the instruction cache.
+  static BM_DEVICE void consume_general(const AttentionParams& p, int consumer) {
+    Tile tile;
+    int count = 0;  // as the producer has it
+    for (int turn = 0; arrived(p, turn, consumer, tile); turn++) {
+      const WorkTile work = WorkTile::load(work_tile(tile.query_stage));
+      const Scores<Element, General> scores(p, tile.sequence, work.batch, work.head);
+      Softmax softmax(scores.unit());
+      float o[d_blocks][4], s[n_blocks][4], rescale[2];
+      uint32_t probabilities[n_steps][4];
+      clear(o);
+      for (int n = tile.range.begin; n < tile.range.end; n += tile_n, count++) {
         const int stage = count % stages, parity = count / stages & 1;
         mbarrier_wait(barrier(key_full + stage), parity);
-        start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(stage), 0);
+        start_multiply_transposed<Element, QueryTile, KeyTile>(s, tile.query(), 64 * consumer, key_tile(stage), 0);
         wgmma_wait<0>();
         release(key_empty + stage);
-        scores.logits(s, row0, n, range.all_visible(n));
+        scores.logits(s, tile.row0, n, tile.range.all_visible(n));
         softmax.probabilities(s, rescale);
         softmax.scale(o, rescale);
-        scores.drop(s, row0, n);
+        scores.drop(s, tile.row0, n);
         to_fragments<Element>(probabilities, s);
         mbarrier_wait(barrier(value_full + stage), parity);
         start_multiply<Element, KeyTile>(o, probabilities, value_tile(stage));
         wgmma_wait<0>();
         release(value_empty + stage);
       }
-    } else if (range.begin < range.end) {
-      // ---- the first S ----
+      leave(p, tile.query_stage, consumer, o, softmax);
+    }
+  }
+
+  // The first S of a tile runs beside the last P V of the one before, so that in short sequences, which have few tiles of keys, the tensor
+  // cores need not wait for a softmax at every tile's beginning and for a way out at its end. With a single place for Q, where O leaves
+  // from, the next one cannot be there yet.
+  static constexpr bool overlaps_tiles = query_stages > 1;
+
+  static BM_DEVICE void consume_short(const AttentionParams& p, int consumer) {
+    int count = 0, turn = 0;  // count: as the producer has it
+    float o[d_blocks][4], s[n_blocks][4], rescale[2];
+    uint32_t probabilities[n_steps][4];
+    Softmax softmax(p.softmax_scale * log2_e);
+    Tile tile;
+    // In steps of one tile of keys. S of this one, and, where there is one before, O += P V of that.
+    const auto start_scores = [&](const Tile& of) {
       mbarrier_wait(barrier(key_full + count % stages), count / stages & 1);
       wait_for_turn(consumer);
-      start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(count % stages), 0);
+      start_multiply_transposed<Element, QueryTile, KeyTile>(s, of.query(), 64 * consumer, key_tile(count % stages), 0);
+    };
+    const auto start_output = [&](int step) {
+      mbarrier_wait(barrier(value_full + step % stages), step / stages & 1);
+      start_multiply<Element, KeyTile>(o, probabilities, value_tile(step % stages));
+    };
+    const auto to_probabilities = [&](const Tile& of, int n) {
+      release(key_empty + count % stages);
+      const Scores<Element, General> scores(p, of.sequence, 0, 0);
+      scores.logits(s, of.row0, n, of.range.all_visible(n));
+      softmax.probabilities(s, rescale);
+    };
+
+    if (consumer + 1 == consumers) pass_turn(consumer);  // the first turn is consumer 0's
+    bool more = arrived(p, turn, consumer, tile);
+    while (more) {
+      clear(o);
+      softmax = Softmax(p.softmax_scale * log2_e);
+      if (tile.empty()) {
+        leave(p, tile.query_stage, consumer, o, softmax);
+        more = arrived(p, ++turn, consumer, tile);
+        continue;
+      }
+      // ---- the first S of all, or after a tile without keys ----
+      start_scores(tile);
       pass_turn(consumer);
       wgmma_wait<0>();
-      release(key_empty + count % stages);
-      scores.logits(s, row0, range.begin, range.all_visible(range.begin));
-      softmax.probabilities(s, rescale);
+      to_probabilities(tile, tile.range.begin);
       to_fragments<Element>(probabilities, s);
 
-      // ---- S of this tile, and O += P V of the last ----
-      for (int n = range.begin + tile_n; n < range.end; n += tile_n) {
-        const int before = count % stages, parity = count / stages & 1;
-        count++;
-        const int stage = count % stages;
-        mbarrier_wait(barrier(key_full + stage), count / stages & 1);
-        wait_for_turn(consumer);
-        start_multiply_transposed<Element, QueryTile, KeyTile>(s, query, 64 * consumer, key_tile(stage), 0);
-        mbarrier_wait(barrier(value_full + before), parity);
-        start_multiply<Element, KeyTile>(o, probabilities, value_tile(before));
+      for (;;) {
+        // ---- S of this step, and O += P V of the last ----
+        for (int n = tile.range.begin + tile_n; n < tile.range.end; n += tile_n) {
+          const int before = count++;
+          start_scores(tile);
+          start_output(before);
+          pass_turn(consumer);
+          wgmma_wait<1>();
+          to_probabilities(tile, n);
+          wgmma_wait<0>();
+          release(value_empty + before % stages);
+          softmax.scale(o, rescale);
+          to_fragments<Element>(probabilities, s);
+        }
+        if constexpr (!overlaps_tiles) break;
+
+        // ---- the first S of the next tile, and the last O += P V of this one ----
+        const int query_stage = tile.query_stage;
+        more = arrived(p, ++turn, consumer, tile);
+        if (!more || tile.empty()) {
+          finish_last(p, query_stage, consumer, count++, o, probabilities, softmax);
+          break;
+        }
+        const int before = count++;
+        start_scores(tile);
+        start_output(before);
         pass_turn(consumer);
         wgmma_wait<1>();
-        release(key_empty + stage);
-        scores.logits(s, row0, n, range.all_visible(n));
-        softmax.probabilities(s, rescale);
+        Softmax ended = softmax;
+        softmax = Softmax(p.softmax_scale * log2_e);
+        to_probabilities(tile, tile.range.begin);
         wgmma_wait<0>();
-        release(value_empty + before);
-        softmax.scale(o, rescale);
+        release(value_empty + before % stages);
+        leave(p, query_stage, consumer, o, ended);
+        clear(o);
         to_fragments<Element>(probabilities, s);
       }
-
-      // ---- the last O += P V ----
-      const int last = count % stages;
-      mbarrier_wait(barrier(value_full + last), count / stages & 1);
-      start_multiply<Element, KeyTile>(o, probabilities, value_tile(last));
-      wgmma_wait<0>();
-      release(value_empty + last);
-      count++;
+      if constexpr (!overlaps_tiles) {
+        finish_last(p, tile.query_stage, consumer, count++, o, probabilities, softmax);
+        more = arrived(p, ++turn, consumer, tile);
+      }
     }
+    if (consumer == 0) wait_for_turn(consumer);  // which nobody else takes
+  }
 
-    const WorkTile done = WorkTile::load(work_tile(query_stage));  // read again: the loop above needs the registers
-    const int m_start = done.m_start, tile_row = 64 * consumer + 16 * warp;
-    softmax.finish(o, p, done.sequence, done.batch, done.head, m_start + tile_row + lane_index() / 4);
-    sync_named(1 + consumer, group);  // the warps of this consumer have done with its rows of Q
-    store_rows<Element, QueryTile>(o, query, tile_row, 0, rows_of<Element>(p.out, p.out_stride, done.batch, done.head, done.sequence.first_query),
-                                   p.out_stride[2], m_start, done.sequence.queries, p.head_dim);
-    fence_proxy_async();  // the copy engine writes the next Q over these rows
-    sync_warp();
+  // The last O += P V where no S runs beside it, and the way out.
+  static BM_DEVICE void finish_last(const AttentionParams& p, int query_stage, int consumer, int step, Output& o, const uint32_t (&probabilities)[n_steps][4],
+                                    Softmax& softmax) {
+    mbarrier_wait(barrier(value_full + step % stages), step / stages & 1);
+    start_multiply<Element, KeyTile>(o, probabilities, value_tile(step % stages));
+    wgmma_wait<0>();
+    release(value_empty + step % stages);
+    leave(p, query_stage, consumer, o, softmax);
   }
 };
 

@@ -1,21 +1,10 @@
 // The table of the sm_90a attention backward: element type, head_dim rounded up, short or general inner loop.
 #include "attention/sm90_backward.cuh"
 
-#include "arch/launch.cuh"
 #include "attention/launch.h"
 
 namespace bigmodel::cuda {
 namespace {
-
-template <typename Kernel>
-void start_pass(const AttentionBackwardParams& b, int length, int tile, int heads, const Stream& stream) {
-  const AttentionParams& p = b.p;
-  constexpr int panel = Kernel::QueryTile::panel_columns;
-  const AttentionBackwardSm90Params params{
-      b, query_map(p, p.query, p.query_stride, panel, Kernel::tile_m), query_map(p, b.grad_out, b.grad_out_stride, panel, Kernel::tile_m),
-      key_map(p, p.key, p.key_stride, panel, Kernel::tile_n), key_map(p, p.value, p.value_stride, panel, Kernel::tile_n)};
-  launch<Kernel>({(length + tile - 1) / tile, heads, p.batch}, params, stream);
-}
 
 template <template <typename, int, bool> typename KeyValueGrad, typename Element, int D, bool General>
 void start(const AttentionBackwardParams& b, const Stream& stream) {

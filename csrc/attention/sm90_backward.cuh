@@ -1,5 +1,6 @@
 // Attention backward for Hopper (sm_90a): FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608), appendix B.1, but in two passes over the
-// tiles, as in sm80_backward.cuh, so that every sum belongs to one thread: no atomic addition, and the same bits in every run.
+// tiles, as in sm80_backward.cuh, so that every sum belongs to one thread: no atomic addition, and the same bits in every run. The form in
+// one pass, for calls that need not have that, is in sm90_one_pass.cuh.
 //
 //   S = Q K^T,  P = exp(S - logsumexp),  dP = dO V^T,  dS = P (dP - delta)                delta comes from a kernel of its own, before
 //   for a tile of keys:     dV = sum P^T dO,  dK = sum dS^T Q    over the queries that see it, and the heads that share it
@@ -21,6 +22,7 @@
 // Rows past the end of a dense tensor arrive as zeros. In packed tensors the next sequence lies there; P and dS of its rows are 0, and
 // that 0 times its rows is 0 too the producer sees to by overwriting them.
 #pragma once
+#include "arch/launch.cuh"
 #include "arch/ldmatrix.cuh"
 #include "attention/backward.cuh"
 #include "attention/sm90.cuh"
@@ -104,16 +106,20 @@ struct BackwardTiles {
 
 // ---- dK and dV ----
 
-// What the two forms of the first pass have in common: which tiles, and the producer.
-template <int HeadDim, int tile_m_, int tile_n_, int own>
-struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics))> {
-  using Tiles = BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics))>;
+// What the two forms of the first pass, and the one pass, have in common: which tiles, and the producer.
+// told: bytes that the producer tells the consumers of each step.
+template <int HeadDim, int tile_m_, int tile_n_, int own, int told_bytes = 0>
+struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics)) + told_bytes> {
+  using Tiles = BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_ * int(sizeof(RowStatistics)) + told_bytes>;
   using KeyTile = typename Tiles::Staying;    // 0: K, and dK on its way out; 1: V, and dV
   using QueryTile = typename Tiles::Passing;  // 0: Q; 1: dO
   static constexpr int tile_m = tile_m_, tile_n = tile_n_, stages = Tiles::stages;
   static_assert(tile_m % warp_size == 0, "the producer's lanes bring as many queries' statistics each");
 
-  static BM_DEVICE SharedAddress statistics(int stage) { return shared_start() + Tiles::shared_beside + stage * tile_m * int(sizeof(RowStatistics)); }
+  static BM_DEVICE SharedAddress statistics(int stage) {
+    return shared_start() + Tiles::shared_beside + stage * (tile_m * int(sizeof(RowStatistics)) + told_bytes);
+  }
+  static BM_DEVICE SharedAddress told(int stage) { return statistics(stage) + tile_m * int(sizeof(RowStatistics)); }
 
   struct Work {
     const AttentionBackwardSm90Params& params;
@@ -122,23 +128,39 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
     const TileRange range;
     const int tiles, steps;
 
-    BM_DEVICE Work(const AttentionBackwardSm90Params& all)
+    BM_DEVICE Work(const AttentionBackwardSm90Params& all, bool all_queries = false)
         : params(all), sequence(Sequence::of(all.b.p, block_z())), batch(block_z()), kv_head(block_y()), n_start(block_x() * tile_n),
-          group(all.b.p.heads / all.b.p.kv_heads), range(visible_queries<tile_m>(all.b.p, sequence, n_start, tile_n)), tiles(range.tiles()),
-          steps(tiles * group) {}
-    BM_DEVICE int head(int step) const { return kv_head * group + step / tiles; }
+          group(all.b.p.heads / all.b.p.kv_heads), range(range_of(all_queries)), tiles(range.tiles()), steps(tiles * group) {}
+    // What a form may have otherwise.
+    static constexpr bool multiplies_by_keys = false;  // sums over its keys, so that those past the sequence's end must be numbers
+    BM_DEVICE bool nothing() const { return n_start >= sequence.keys; }
     BM_DEVICE int query(int step) const { return range.begin + step % tiles * tile_m; }
+    BM_DEVICE void tell(SharedAddress, int) const {}
+
+    BM_DEVICE int head(int step) const { return kv_head * group + step / tiles; }
+    // Those that the keys see, or also those that see nothing.
+    BM_DEVICE TileRange range_of(bool all_queries) const {
+      TileRange r = visible_queries<tile_m>(params.b.p, sequence, n_start, tile_n);
+      if (all_queries) r.begin = 0, r.end = sequence.queries;
+      return r;
+    }
   };
 
   // One warp; its first lane speaks to the copy engine.
+  template <typename Work>
   static BM_DEVICE void produce(const Work& work) {
     const AttentionBackwardSm90Params& params = work.params;
-    const bool packed = params.b.p.cu_seqlens_q != nullptr;
+    const bool packed = params.b.p.cu_seqlens_q != nullptr, clear_keys = Work::multiplies_by_keys && packed && work.n_start + tile_n > work.sequence.keys;
     const int slice = packed ? 0 : work.batch, lane = lane_index();
-    if (lane == 0)
-      Tiles::template load_pair<KeyTile>(Tiles::staying(0), Tiles::staying(1), params.key, params.value, Tiles::staying_full,
-                                         {work.sequence.first_key + work.n_start, work.kv_head, slice});
     int cleared = 0;
+    if (lane == 0)
+      Tiles::template load_pair<KeyTile>(Tiles::staying(0), Tiles::staying(1), params.key, params.value, clear_keys ? Tiles::arrived : Tiles::staying_full,
+                                         {work.sequence.first_key + work.n_start, work.kv_head, slice});
+    if (clear_keys) {
+      mbarrier_wait(Tiles::barrier(Tiles::arrived), cleared++ & 1);
+      clear_rows<KeyTile>(Tiles::staying(0), work.sequence.keys - work.n_start);
+      if (lane == 0) mbarrier_arrive(Tiles::barrier(Tiles::staying_full));
+    }
     for (int step = 0; step < work.steps; step++) {
       const int stage = step % stages, head = work.head(step), m = work.query(step);
       RowStatistics mine[tile_m / warp_size];  // on their way while the stage empties
@@ -147,11 +169,15 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
       mbarrier_wait(Tiles::barrier(Tiles::empty + stage), (step / stages & 1) ^ 1);
       BM_UNROLL
       for (int i = 0; i < tile_m / warp_size; i++) store_shared(statistics(stage) + (i * warp_size + lane) * int(sizeof(RowStatistics)), mine[i]);
+      if (lane == 0) work.tell(told(stage), m);
       sync_warp();  // before the first lane's arrival says that they are there
       Tiles::produce_stage(stage, params.query, params.grad_out, {work.sequence.first_query + m, head, slice},
                            packed ? work.sequence.queries - m : tile_m, cleared);
     }
   }
+
+  // What the other warps of the producer's group do.
+  static BM_DEVICE void help(const Work&, int) {}
 
   // Of the columns of S^T from `column` on.
   static BM_DEVICE auto statistics_of(int stage, int column) {
@@ -159,15 +185,15 @@ struct KeyValueGradTiles : BackwardTiles<HeadDim, tile_n_, tile_m_, own, tile_m_
     return [start](int j) { return load_shared<RowPair>(start + 8 * j * int(sizeof(RowStatistics))); };
   }
 
-  template <typename Kernel>
+  template <typename Kernel, typename Work = Work>
   static BM_DEVICE void run_as(const AttentionBackwardSm90Params& params) {
     const Work work(params);
-    if (work.n_start >= work.sequence.keys) return;
+    if (work.nothing()) return;
     Tiles::init_barriers();
     const int warp = warp_index();
     if (warp < 4) {
       lower_registers<Tiles::producer_registers>();
-      if (warp == 0) produce(work);
+      if (warp == 0) produce(work); else Kernel::help(work, warp - 1);
     } else {
       raise_registers<Tiles::consumer_registers>();
       Kernel::consume(work, warp / 4 - 1);
@@ -417,5 +443,16 @@ struct AttentionQueryGradSm90 : QueryGradTiles<HeadDim, General> {
                                    sequence.queries, p.head_dim);
   }
 };
+
+// On the host: a block for each `tile` of `length` rows, and each head.
+template <typename Kernel>
+void start_pass(const AttentionBackwardParams& b, int length, int tile, int heads, const Stream& stream) {
+  const AttentionParams& p = b.p;
+  constexpr int panel = Kernel::QueryTile::panel_columns;
+  const AttentionBackwardSm90Params params{
+      b, query_map(p, p.query, p.query_stride, panel, Kernel::tile_m), query_map(p, b.grad_out, b.grad_out_stride, panel, Kernel::tile_m),
+      key_map(p, p.key, p.key_stride, panel, Kernel::tile_n), key_map(p, p.value, p.value_stride, panel, Kernel::tile_n)};
+  launch<Kernel>({(length + tile - 1) / tile, heads, p.batch}, params, stream);
+}
 
 }  // namespace bigmodel::cuda

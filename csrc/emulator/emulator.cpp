@@ -646,15 +646,25 @@ void tma_load(uint32_t shared, const TensorMap& map, const int* coordinates, uin
   b.arrivals.push_back(std::move(arrival));
 }
 
+namespace {
+
+// The copy engine reads shared memory for the running thread, until its group is waited for.
+void start_bulk_read(uint32_t shared, uint32_t bytes, const char* word) {
+  Block& b = *block;
+  b.read(shared, bytes, word, true);
+  for (uint32_t at = shared / granule; at < (shared + bytes) / granule; at++) b.granules[at].reading++;
+  b.self().open_reads.push_back({shared, bytes});
+}
+
+}  // namespace
+
 void tma_store(const TensorMap& map, const int* coordinates, uint32_t shared, bool add) {
   Block& b = *block;
   int64_t bytes = map.element_bytes;
   for (int d = 0; d < map.rank; d++) bytes *= map.box[d];
   if (shared % (map.swizzle_bytes ? 128 : 16) != 0)
     fail("misaligned", "cp.async.bulk.tensor from shared memory " + hex(shared) + " must be aligned to 128 bytes");
-  b.read(shared, uint32_t(bytes), "cp.async.bulk.tensor store", true);
-  for (uint32_t at = shared / granule; at < (shared + bytes) / granule; at++) b.granules[at].reading++;
-  b.self().open_reads.push_back({shared, uint32_t(bytes)});
+  start_bulk_read(shared, uint32_t(bytes), "cp.async.bulk.tensor store");
   for_box(map, coordinates, [&](uint32_t offset, char* address) {
     if (address == nullptr) return;
     const char* from = b.shared + swizzled(shared + offset, map.swizzle_bytes);
@@ -670,6 +680,20 @@ void tma_store(const TensorMap& map, const int* coordinates, uint32_t shared, bo
       std::memcpy(address, &sum, 4);
     }
   });
+}
+
+void bulk_add(float* global, uint32_t shared, uint32_t bytes) {
+  const char* word = "cp.reduce.async.bulk";
+  if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0)
+    fail("misaligned", std::string(word) + " of " + std::to_string(bytes) + " bytes from shared memory " + hex(shared) +
+                           ": addresses and size must be multiples of 16 bytes");
+  check_global(global, bytes, true, word);
+  start_bulk_read(shared, bytes, word);
+  for (uint32_t i = 0; i < bytes / 4; i++) {
+    float addend;
+    std::memcpy(&addend, block->shared + shared + 4 * i, 4);
+    global[i] += addend;
+  }
 }
 
 void tma_commit() {

@@ -96,6 +96,7 @@ struct TensorMap {          // the fields of cuTensorMapEncodeTiled, innermost d
 };
 void tma_load(uint32_t shared, const TensorMap& map, const int* coordinates, uint32_t barrier);
 void tma_store(const TensorMap& map, const int* coordinates, uint32_t shared, bool add);
+void bulk_add(float* global, uint32_t shared, uint32_t bytes);  // in the groups of the stores
 void tma_commit();
 void tma_wait(int groups_left, bool read_only);
 

@@ -93,10 +93,8 @@ struct LinearSm80 {
     const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
     copy_async_wait<0>();
     sync_block();  // nobody reads a stage any more: there the results are put in order
-    BM_UNROLL
-    for (int i = 0; i < 2; i++)
-      finish_tile<Element, 4>(c[i], p, at.row + warp_row + 16 * i, at.out_column + at.column + warp_column, at.out_column + out,
-                           bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
+    finish_tile<Element, 4, 16>(c, p, at.row + warp_row, at.out_column + at.column + warp_column, at.out_column + out,
+                                bias != nullptr ? bias + at.column + warp_column : nullptr, shared + warp * StagingTile::bytes);
   }
 };
 

@@ -7,6 +7,13 @@
 //   consumer 0   |  64 rows           |       each consumer adds their product to its 64 x tile_n in registers
 //   consumer 1   |  64 rows           |
 //                +--------------------+       While a tile leaves, the producer fills the stages for the next.
+//
+// The tensor cores stand still meanwhile. With ping-pong they do not: each consumer has a tile of its own, all of its rows, and the two
+// take turns, so that one multiplies while the other's tile leaves.
+//
+//   producer     tile 0 | tile 1 | tile 2 | tile 3 ...           in the order of the turns, as stages become empty
+//   consumer 0   multiplies | tile 0 leaves | multiplies ...
+//   consumer 1              | multiplies    | tile 1 leaves ...
 #pragma once
 #include "arch/tma.cuh"
 #include "arch/wgmma.cuh"
@@ -20,7 +27,7 @@ struct LinearSm90Params {
   TensorMap weight[max_weights];  // dimensions as the weight lies
 };
 
-template <typename Element, int tile_n_, bool conv1d>
+template <typename Element, int tile_n_, bool conv1d, bool ping_pong>
 struct LinearSm90 {
   using Params = LinearSm90Params;
   // A small tile, of one consumer, is for few rows: there are more of them then, on more multiprocessors. Two blocks of them share one,
@@ -28,14 +35,16 @@ struct LinearSm90 {
   static constexpr int consumers = tile_n_ == 64 ? 1 : 2;
   static constexpr bool small = tile_n_ == 64;
   static constexpr int blocks_per_multiprocessor = small ? 2 : 1, producer_warps = small ? 1 : 4;
-  static constexpr int threads = (4 * consumers + producer_warps) * warp_size;
+  static constexpr int group = 4 * warp_size, threads = consumers * group + producer_warps * warp_size;
   static constexpr int tile_m = 64 * consumers, tile_n = tile_n_, tile_k = 64, stages = tile_n >= 192 ? 4 : 6;
-  static constexpr int blocks = tile_n / 8;
+  static constexpr int blocks = tile_n / 8, row_groups = ping_pong ? 2 : 1;  // of 64 rows, that a consumer has of a tile
+  static constexpr int rows_at_once = blocks * row_groups > 32 ? 1 : 4;  // of a lane, in the epilogue, as registers allow
   using InputTile = SwizzledTile<tile_m, tile_k>;
   using WeightTile = SwizzledTile<conv1d ? tile_k : tile_n, conv1d ? tile_n : tile_k>;
   static constexpr int stage_bytes = InputTile::bytes + WeightTile::bytes;
   static constexpr int shared_staging = stages * stage_bytes, shared_barriers = shared_staging + 4 * consumers * StagingTile::bytes;
   static constexpr int shared_bytes = shared_barriers + 2 * stages * mbarrier_bytes;
+  static_assert(!ping_pong || consumers == 2, "turns are taken by two");
   static_assert(shared_bytes <= 227 << 10, "the most that a block gets");
 
   static BM_DEVICE SharedAddress full(int stage) { return shared_start() + shared_barriers + stage * mbarrier_bytes; }
@@ -48,7 +57,7 @@ struct LinearSm90 {
     if (thread_index() == 0) {
       for (int stage = 0; stage < stages; stage++) {
         mbarrier_init(full(stage), 1);
-        mbarrier_init(empty(stage), consumers * 4);
+        mbarrier_init(empty(stage), ping_pong ? 4 : 4 * consumers);
       }
       fence_mbarrier_init();
     }
@@ -82,13 +91,23 @@ struct LinearSm90 {
     }
   }
 
+  // Barrier of a consumer's turn: its own threads wait for it, the other's say that it is there.
+  static BM_DEVICE void wait_for_turn(int consumer) { sync_named(1 + consumer, 2 * group); }
+  static BM_DEVICE void pass_turn(int consumer) { arrive_named(1 + (consumer ^ 1), 2 * group); }
+
   static BM_DEVICE void consume(const Params& params, int tiles, int steps, int consumer) {
     const LinearParams& p = params.p;
     Ring<stages> ring;
     int before = 0;  // the stage of the step before
-    for (int tile = block_x(); tile < tiles; tile += grid_x()) {
+    const int warp = warp_index() % 4, first_tile = block_x() + (ping_pong ? consumer * grid_x() : 0);
+    const SharedAddress staging = shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes;
+    if (ping_pong && consumer == 1) ring.advance(steps);
+    for (int tile = first_tile; tile < tiles; tile += grid_x() * row_groups) {
       const TilePlace at = place_of<tile_m, tile_n>(p, tile);
-      float c[blocks][4];
+      const int first_row = ping_pong ? 0 : 64 * consumer;  // of this consumer's, in the tile
+      float c[row_groups][blocks][4];
+      // A turn is also what keeps a consumer from waiting for a stage of the ring's round after next, whose parity is that of this round.
+      if (ping_pong && tile >= grid_x()) wait_for_turn(consumer);
       for (int step = 0; step < steps; step++, ring.advance()) {
         const int stage = ring.stage;
         mbarrier_wait(full(stage), ring.parity);
@@ -100,7 +119,9 @@ struct LinearSm90 {
             weight = mn_major<WeightTile>(weight_tile(stage), k);
           else
             weight = k_major<WeightTile>(weight_tile(stage), 0, k);
-          wgmma<Element, conv1d>(c, k_major<InputTile>(input_tile(stage), 64 * consumer, k), weight, step > 0 || k > 0);
+          BM_UNROLL
+          for (int i = 0; i < row_groups; i++)
+            wgmma<Element, conv1d>(c[i], k_major<InputTile>(input_tile(stage), first_row + 64 * i, k), weight, step > 0 || k > 0);
         }
         wgmma_commit();
         // The tensor cores go on with this stage while the one before is given back.
@@ -108,12 +129,13 @@ struct LinearSm90 {
         if (step > 0 && lane_index() == 0) mbarrier_arrive(empty(before));
         before = stage;
       }
+      if (ping_pong && tile + grid_x() < tiles) pass_turn(consumer);  // the other's products queue up behind these
       wgmma_wait<0>();
       if (steps > 0 && lane_index() == 0) mbarrier_arrive(empty(before));
+      if (ping_pong) ring.advance(steps);  // over the other's tile
       const Element* bias = static_cast<const Element*>(p.bias[at.weight]);
-      const int row = at.row + 64 * consumer, warp = warp_index() % 4;
-      finish_tile<Element, small ? 1 : 4>(c, p, row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
-                           bias != nullptr ? bias + at.column : nullptr, shared_start() + shared_staging + (4 * consumer + warp) * StagingTile::bytes);
+      finish_tile<Element, rows_at_once, 64>(c, p, at.row + first_row + 16 * warp, at.out_column + at.column, at.out_column + p.out_features[at.weight],
+                                             bias != nullptr ? bias + at.column : nullptr, staging);
     }
   }
 };

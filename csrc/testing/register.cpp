@@ -25,12 +25,14 @@ void start(const WordParams& p, const Stream& stream) { launch<Kernel>({blocks},
 const Row table[] = {
     {"ldmatrix", start<LdmatrixWord<false>>},
     {"ldmatrix_transposed", start<LdmatrixWord<true>>},
-    {"stmatrix", start<StmatrixWord>},
+    {"stmatrix", start<StmatrixWord<false>>},
+    {"stmatrix_transposed", start<StmatrixWord<true>>},
     {"mma_bfloat16", start<MmaWord<bfloat16>>},
     {"mma_float16", start<MmaWord<float16>>},
     {"shuffle", start<ShuffleWord>},
     {"count", start<CountWord>},
     {"copy_async", start<CopyAsyncWord>},
+    {"bulk_add", start<BulkAddWord>},
     {"wgmma_bfloat16_64", start<WgmmaWord<bfloat16, 64, false, false>>},
     {"wgmma_bfloat16_64_transposed", start<WgmmaWord<bfloat16, 64, true, false>>},
     {"wgmma_float16_128_transposed", start<WgmmaWord<float16, 128, true, false>>},
@@ -62,6 +64,7 @@ const Row table[] = {
     {"divergent_warp", start<DivergentWarp>},
     {"missing_proxy_fence", start<MissingProxyFence>},
     {"overwritten_under_wgmma", start<OverwrittenUnderWgmma>},
+    {"overwritten_under_bulk_add", start<OverwrittenUnderBulkAdd>},
     {"mbarrier_never_completed", start<MbarrierNeverCompleted>},
 #endif
 };

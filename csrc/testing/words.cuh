@@ -75,13 +75,17 @@ struct LdmatrixWord : Shape<32, 512> {  // input: 4 matrices of 8 x 8 halves, ro
   }
 };
 
+template <bool transposed>
 struct StmatrixWord : Shape<32, 512> {  // input: 4 registers of each lane; output: 4 matrices of 8 x 8 halves
   static BM_DEVICE void run(const WordParams& p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const int lane = lane_index();
     uint32_t s[4];
     for (int i = 0; i < 4; i++) s[i] = load_global(p.input + lane * 4 + i);
-    stmatrix(shared_start() + lane * 16, s);
+    if constexpr (transposed)
+      stmatrix_transposed(shared_start() + lane * 16, s);
+    else
+      stmatrix(shared_start() + lane * 16, s);
     sync_warp();
     store_global(reinterpret_cast<Word<16>*>(p.output) + lane, load_shared<Word<16>>(shared_start() + lane * 16));
 #endif
@@ -242,6 +246,24 @@ struct TmaWord {
   }
 };
 
+struct BulkAddWord : Shape<32, 512> {  // input: two times 128 floats; output: 128, to which both are added
+  static BM_DEVICE void run(const WordParams& p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    for (int turn = 0; turn < 2; turn++) {
+      store_shared(shared_start() + lane_index() * 16, load_global(reinterpret_cast<const Word<16>*>(p.input) + 32 * turn + lane_index()));
+      fence_proxy_async();
+      sync_warp();
+      if (lane_index() == 0) {
+        bulk_add(reinterpret_cast<float*>(p.output), shared_start(), 512);
+        bulk_commit();
+        bulk_wait();  // one after the other, so that the sum has an order
+      }
+      sync_warp();
+    }
+#endif
+  }
+};
+
 // ---- kernels that are wrong, and what the emulator has to say of them ----
 
 struct MissingArrival : Shape<64, 256> {  // deadlock: one warp does not come to the barrier
@@ -346,6 +368,22 @@ struct OverwrittenUnderWgmma : Shape<128, 2 * 64 * 64 * 2> {  // race: the tile 
     sync_block();
     fill_tile<Tile>(shared_start() + Tile::bytes, p.input, 128);
     wgmma_wait<0>();
+  }
+};
+
+struct OverwrittenUnderBulkAdd : Shape<32, 512> {  // race: the copy engine may not have read yet
+  static BM_DEVICE void run(const WordParams& p) {
+    const SharedAddress mine = shared_start() + lane_index() * 16;
+    store_shared(mine, Word<16>{});
+    fence_proxy_async();
+    sync_warp();
+    if (lane_index() == 0) {
+      bulk_add(reinterpret_cast<float*>(p.output), shared_start(), 128);
+      bulk_commit();
+    }
+    sync_warp();
+    store_shared(mine, Word<16>{});
+    bulk_wait_read();
   }
 };
 

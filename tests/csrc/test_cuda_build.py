@@ -40,17 +40,18 @@ def entries(log: Path) -> dict[str, tuple[int, int, int]]:
 
 # Attention: two element types, six head_dims, short and general, on Hopper two short ones of the two
 # smallest; of the backward two each, and sm_80's file has delta for both; for decoding there is one of
-# each.
-# Linear: two element types, two layouts of the weight, and on Hopper four widths of a tile. The norm: two
-# element types, two lengths of a row.
+# each. The backward in one pass: two element types, three head_dims, and for each what rounds dQ.
+# Linear: two element types, two layouts of the weight, and on Hopper four widths of a tile, two of them in
+# ping-pong too. The norm: two element types, two lengths of a row.
 COUNTS = {
     "attention.decode": 12,
     "attention.sm80": 24,
     "attention.sm80_backward": 50,
     "attention.sm90": 28,
     "attention.sm90_backward": 48,
+    "attention.sm90_one_pass": 12,
     "linear.sm80": 4,
-    "linear.sm90": 16,
+    "linear.sm90": 24,
     "norm.rows": 4,
 }
 
@@ -62,7 +63,9 @@ def test_nothing_spills(folder: Path, kernel: str, count: int) -> None:
     assert {name: v for name, v in found.items() if v[1] or v[2]} == {}
 
 
-@pytest.mark.parametrize("kernel", ["attention.sm90", "attention.sm90_backward", "linear.sm90"])
+@pytest.mark.parametrize(
+    "kernel", ["attention.sm90", "attention.sm90_backward", "attention.sm90_one_pass", "linear.sm90"]
+)
 def test_wgmma_is_not_serialised(folder: Path, kernel: str) -> None:
     """C7508: setmaxnreg ignored; C7510: a wait after each wgmma; C7519: a fence that was not written."""
     log = (folder / f"{kernel}.o.log").read_text()
@@ -88,6 +91,7 @@ SM90 = ["HGMMA.64x128x16.F32.BF16", "UTMALDG.4D", "SYNCS.PHASECHK", "USETMAXREG"
         ("attention.sm80_backward", SM80),
         ("attention.sm90", SM90),
         ("attention.sm90_backward", [*SM90, "HGMMA.64x256x16.F32.BF16", "STSM.16.M88.4"]),
+        ("attention.sm90_one_pass", [*SM90, "STSM.16.MT88.4", "UBLKRED.G.S.ADD.F32.RN"]),
         ("linear.sm80", SM80),
         ("linear.sm90", SM90),
     ],
@@ -114,11 +118,16 @@ def test_main_loops_leave_the_tensor_cores_busy(folder: Path) -> None:
     """Counted in the SASS; a branch for each element, as a mask in the wrong place makes it, would show."""
     cycles = load("cycles")
     loops = {loop.kernel: loop for file in cycles.FILES for loop in cycles.loops_of(file)}
-    assert len(loops) == 8 + 12 + 8
+    assert len(loops) == 8 + 12 + 3 + 12
     forward = loops["AttentionSm90<bfloat16, 128, 0, 2>"]
     rows, keys, head_dim = 128, 128, 128
     assert forward.cycles()["tensor"] == 2 * rows * keys * head_dim / cycles.MULTIPLIES_PER_CYCLE
     assert forward.cycles()["exp2"] >= rows * keys / 16
     assert forward.in_turns() > 0.9
     assert loops["AttentionKeyValueGradSm90<bfloat16, 128, 0>"].in_turns() > 0.9
-    assert loops["LinearSm90<bfloat16, 256, 0>"].in_turns() > 0.99
+    one_pass = loops["AttentionOnePassSm90<bfloat16, 128>"]
+    queries = 64
+    assert one_pass.cycles()["tensor"] == 5 * queries * keys * head_dim / cycles.MULTIPLIES_PER_CYCLE
+    assert one_pass.in_turns() > 0.9
+    assert loops["LinearSm90<bfloat16, 256, 0, 0>"].in_turns() > 0.99
+    assert loops["LinearSm90<bfloat16, 192, 0, 1>"].in_turns() > 0.99

@@ -458,6 +458,7 @@ MAKERS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "cpu_fingerprint": fingerprint,
     "cpu_isa": nothing,
     "cpu_isas": nothing,
+    "cpu_release_memory": nothing,
     "cpu_layer_begin": layer_begin,
     "cpu_layer_end": layer_end,
     "cpu_layer_norm": layer_norm,

@@ -27,11 +27,13 @@ WORDS = {
     "ldmatrix": (128, 128, 8),
     "ldmatrix_transposed": (128, 128, 8),
     "stmatrix": (128, 128, 9),
+    "stmatrix_transposed": (128, 128, 9),
     "mma_bfloat16": (320, 128, 8),
     "mma_float16": (320, 128, 8),
     "shuffle": (32, 64, 8),
     "count": (1, 35, 8),
     "copy_async": (128, 128, 8),
+    "bulk_add": (256, 128, 9),
     "philox": (192, 128, 8),
     "pack_bfloat16": (64, 32, 8),
     "pack_float16": (64, 32, 8),
@@ -56,7 +58,7 @@ def words(name: str, count: int) -> torch.Tensor:
         if name.startswith("mma"):
             halves.view(32, 10)[:, 6:] = torch.randint(-4, 5, (32, 4)).float().view(torch.int32)
         return halves
-    if name.startswith("pack"):
+    if name.startswith(("pack", "bulk_add")):
         return torch.randn(count).view(torch.int32)
     return torch.randint(-(2**31), 2**31 - 1, (count,), dtype=torch.int64).to(torch.int32)
 

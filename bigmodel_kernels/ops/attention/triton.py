@@ -40,14 +40,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target, on_device, target_of, unsupported
+from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_attention
+from ..product_triton import add_product
 from .triton_backward import run_backward as run_backward
 from .triton_decode import run_decode as run_decode
 from .triton_logits import (
     MAX_HEAD_DIM,
-    add_product,
     divide,
     in_base,
     keys_seen,
@@ -321,7 +321,7 @@ def attention_tile(rows: int, head_dim: int, itemsize: int, target: Target, heav
         tile = AttentionTile(64, 32, 8, 2)
     tile_m, tile_n, num_warps, num_stages = tile
     if rows < tile_m:  # short sequences and decoding
-        tile_m = max(16, triton.next_power_of_2(max(rows, 1)))
+        tile_m = max(16, next_power_of_2(max(rows, 1)))
         num_warps = max(1, min(num_warps, tile_m // 16, 4))
         if tile_d >= 128:
             num_warps = max(num_warps, tile_d // 64)
@@ -393,7 +393,7 @@ def run(
     exact = query.dtype == torch.float32
     strides_q, strides_k, strides_v, strides_o = strides
     with on_device(query):
-        attention_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
+        attention_kernel[(cdiv(rows, tile.tile_m) * heads * sequences,)](
             query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed,
             alibi_slopes, sinks, out, logsumexp,
             *strides_q, *strides_k, *strides_v, *strides_of(key_padding_mask, 2), *strides_of(bias, 4),

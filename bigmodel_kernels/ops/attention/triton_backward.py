@@ -42,13 +42,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target, on_device, target_of
+from ...triton_runtime import Target, cdiv, on_device, target_of
 from ..philox import threshold
 from ..philox_triton import keep_attention
+from ..product_triton import add_product
 from ..side_by_side import empty_gradients
 from .triton_logits import (
     MAX_HEAD_DIM,
-    add_product,
     divide,
     in_base,
     keys_seen,
@@ -739,7 +739,7 @@ def run_backward(
     inverse = torch.empty_like(delta) if exact else None
     tile_d = tile_width(head_dim)
     tile_m = min(64, max(16, 2048 // tile_d))  # of the kernel for delta: few registers for any width
-    tiles = triton.cdiv(length, tile_m)
+    tiles = cdiv(length, tile_m)
     parts = query.new_empty((batches, heads, tiles) if sinks_require_grad else 0, dtype=torch.float32)
     sum_strides, grad_sum_strides = (
         (0,) * (3 - (0 if t is None else t.dim())) + (() if t is None else tuple(t.stride()))
@@ -792,7 +792,7 @@ def run_backward(
 
         limit = register_limit(exact, target)
         tile = choice.rows
-        attention_backward_rows_kernel[(triton.cdiv(rows, tile.tile_m) * heads * sequences,)](
+        attention_backward_rows_kernel[(cdiv(rows, tile.tile_m) * heads * sequences,)](
             *inputs, *lengths, dropout_seed, alibi_slopes, sinks, dq,
             *input_strides, *strides_of(sinks, 1), *strides["dq"], *statistics,
             *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
@@ -802,7 +802,7 @@ def run_backward(
         )  # fmt: skip
         tile = choice.keys
         if keys:
-            attention_backward_keys_kernel[(triton.cdiv(keys, tile.tile_n) * kv_heads * sequences,)](
+            attention_backward_keys_kernel[(cdiv(keys, tile.tile_n) * kv_heads * sequences,)](
                 *inputs, *lengths, dropout_seed, alibi_slopes, dk, dv,
                 *input_strides, *strides["dk"], *strides["dv"], *statistics,
                 *sizes, softmax_scale, *scales, VARLEN=varlen, HAS_BIAS=bias is not None,
@@ -814,7 +814,7 @@ def run_backward(
             dbias.zero_()
         elif bias is not None and bias_requires_grad:
             tile = choice.bias
-            tiles_m, tiles_n = triton.cdiv(rows, tile.tile_m), triton.cdiv(keys, tile.tile_n)
+            tiles_m, tiles_n = cdiv(rows, tile.tile_m), cdiv(keys, tile.tile_n)
             shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
             sum_rows, sum_keys = shape[2] == 1 and rows > 1, shape[3] == 1 and keys > 1
             result = dbias.view(shape)

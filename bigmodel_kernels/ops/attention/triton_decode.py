@@ -23,16 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import Target, on_device, target_of
+from ...triton_runtime import Target, cdiv, next_power_of_2, on_device, target_of
+from ..product_triton import add_product
 from .triton_logits import (
-    add_product,
     divide,
     in_base,
     keys_seen,
     logits_of,
-    long_product,
     power,
-    product_chunk,
+    register_limit,
     scale_arguments,
     strides_of,
     tile_width,
@@ -95,11 +94,18 @@ def attention_decode_kernel(
     dims = tl.arange(0, TILE_D)
     in_dims = dims < head_dim
     mask = in_rows[:, None] & in_dims[None, :]
+    q_rows = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)
     if CHUNK == TILE_D:
-        query_tile = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)[:, None]
-        query = tl.load(query_tile + dims[None, :], mask=mask, other=0.0)
+        query = tl.load(q_rows[:, None] + dims[None, :], mask=mask, other=0.0)
     else:
-        q_rows = query_ptr + batch * stride_qb + (head_64 * stride_qh + row_64 * stride_qm)
+        # (parts, rows, CHUNK), for a product of each part: see `add_product` for why.
+        parts = tl.arange(0, TILE_D // CHUNK) * CHUNK
+        within = tl.arange(0, CHUNK)
+        q_dims = parts[:, None, None] + within[None, None, :]
+        k_dims = parts[:, None, None] + within[None, :, None]
+        query = tl.load(
+            q_rows[None, :, None] + q_dims, mask=in_rows[None, :, None] & (q_dims < head_dim), other=0.0
+        )
     slope = 0.0
     if HAS_ALIBI:
         slopes = alibi_ptr + batch * stride_ab + head_64 * stride_ah
@@ -135,19 +141,21 @@ def attention_decode_kernel(
         else:
             k_place = key.to(tl.int64) * stride_kn
             v_place = key.to(tl.int64) * stride_vn
-        k_mask = in_range[None, :]
         v_mask = in_range[:, None]
         if not EVEN_D:
-            k_mask = k_mask & in_dims[:, None]
             v_mask = v_mask & in_dims[None, :]
         if CHUNK == TILE_D:
+            k_mask = in_range[None, :]
+            if not EVEN_D:
+                k_mask = k_mask & in_dims[:, None]
             k = tl.load(key_ptr + k_place[None, :] + dims[:, None], mask=k_mask, other=0.0)
             products = tl.dot(query, k, input_precision="ieee")
         else:
-            k_rows = key_ptr + k_place
-            products = long_product(
-                q_rows, k_rows, in_rows, in_range, head_dim, TILE_M, TILE_N, TILE_D, CHUNK
-            )
+            k_mask = in_range[None, None, :]
+            if not EVEN_D:
+                k_mask = k_mask & (k_dims < head_dim)
+            k = tl.load(key_ptr + k_place[None, None, :] + k_dims, mask=k_mask, other=0.0)
+            products = tl.sum(tl.dot(query, k, input_precision="ieee"), axis=0)
         logits, _ = logits_of(
             products, row[:, None], key[None, :], end, offset, 0.0, in_range[None, :],
             slope, scale, softcap, window_left, window_right,
@@ -245,14 +253,14 @@ _MOST_SPLITS = 64
 def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages of a step, for ``rows`` rows that share a key head."""
     tile_d = tile_width(head_dim)
-    tile_m = min(max(16, triton.next_power_of_2(rows)), 32 if itemsize == 4 or tile_d > 128 else 64)
+    tile_m = min(max(16, next_power_of_2(rows)), 32 if itemsize == 4 or tile_d > 128 else 64)
     tile_n = (64 if tile_d <= 64 else 32 if tile_d <= 128 else 16) if itemsize == 4 else 64
     if itemsize == 2 and tile_d > 128:
         tile_n = 32
     # 64 rows of a wide head are more accumulators than four warps have room for, but as a warpgroup.
     crowded = itemsize == 4 or (tile_m == 64 and not target.warpgroups)
     num_warps = 8 if tile_d >= 128 and crowded else 4
-    # Float32 products in chunks leave no registers for a second stage.
+    # Float32 products leave no registers for a second stage.
     num_stages = 3 if itemsize == 2 else 2 if tile_d <= 64 else 1
     while num_stages > 1 and (tile_m + 2 * num_stages * tile_n) * tile_d * itemsize > target.shared_memory:
         num_stages -= 1
@@ -261,8 +269,8 @@ def decode_tile(rows: int, head_dim: int, itemsize: int, target: Target) -> tupl
 
 def decode_splits(programs: int, keys: int, tile_n: int, target: Target) -> int:
     """Parts of the keys: enough programs for two on each processor, but no part shorter than four tiles."""
-    wanted = triton.cdiv(2 * target.processors, max(1, programs))
-    return max(1, min(wanted, triton.cdiv(keys, 4 * tile_n), _MOST_SPLITS))
+    wanted = cdiv(2 * target.processors, max(1, programs))
+    return max(1, min(wanted, cdiv(keys, 4 * tile_n), _MOST_SPLITS))
 
 
 def run_decode(
@@ -291,7 +299,7 @@ def run_decode(
     group = heads // kv_heads
     target = target_of(query)
     tile_m, tile_n, num_warps, num_stages = decode_tile(group * rows, head_dim, query.element_size(), target)
-    programs = triton.cdiv(group * rows, tile_m) * kv_heads * batches
+    programs = cdiv(group * rows, tile_m) * kv_heads * batches
     splits = decode_splits(programs, capacity, tile_n, target)
     exact = query.dtype == torch.float32
     partial = partial_lse = None
@@ -314,14 +322,15 @@ def run_decode(
             PAGED=block_table is not None, SPLIT=splits > 1, HAS_LEFT=has_left, HAS_RIGHT=has_right,
             HAS_ALIBI=alibi_slopes is not None, HAS_SINKS=sinks is not None, HAS_SOFTCAP=softcap > 0,
             SCALE_LATE=alibi_slopes is None and softcap <= 0 and softmax_scale > 0,
-            EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=product_chunk(tile_d, exact),
+            EXACT=exact, EVEN_D=tile_d == head_dim, CHUNK=min(tile_d, 16) if exact else tile_d,
             TILE_M=tile_m, TILE_N=tile_n, TILE_D=tile_d,
             num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+            **register_limit(exact and target.tensor_memory, target),
         )  # fmt: skip
         if splits > 1:
             rows_total = batches * heads * rows
             combined = max(1, 1024 // tile_d)
-            attention_decode_combine_kernel[(triton.cdiv(rows_total, combined),)](
+            attention_decode_combine_kernel[(cdiv(rows_total, combined),)](
                 partial, partial_lse, sinks, out, logsumexp, *strides_of(sinks, 1), *out.stride()[:3],
                 heads, rows, head_dim, splits, rows_total,
                 HAS_SINKS=sinks is not None, EXACT=exact, TILE_M=combined, TILE_D=tile_d, num_warps=4,

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import on_device, unsupported
+from ...triton_runtime import cdiv, next_power_of_2, on_device, unsupported
 from ..linear.triton_gemm import matmul
 from ..reduce_triton import column_sums, sum_parts
 
@@ -158,7 +158,7 @@ def _work(
     step = min(chunk_rows(classes, x.element_size()), max(rows, 1))
     chunks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     # Rows start at multiples of 64 elements whatever the number of classes: products read them in vectors.
-    width = triton.cdiv(classes, 64) * 64
+    width = cdiv(classes, 64) * 64
     logits = torch.empty(step, width, dtype=torch.float32, device=device)[:, :classes]
     gradient = logits
     if need_gradient and x.dtype != torch.float32:
@@ -178,7 +178,7 @@ def _work(
                 losses[0, chunk], losses[1, chunk], gradient,
                 classes, width, ignore_index, label_smoothing,
                 SMOOTHED=label_smoothing > 0, HAS_UPSTREAM=upstream is not None, NEED_LOSS=need_loss,
-                NEED_GRADIENT=need_gradient, TILE=min(TILE, max(32, triton.next_power_of_2(classes))),
+                NEED_GRADIENT=need_gradient, TILE=min(TILE, max(32, next_power_of_2(classes))),
                 num_warps=8 if classes > 1024 else 4, enable_fp_fusion=True,
             )  # fmt: skip
         d = gradient[:size]

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import on_device, target_of, unsupported
+from ...triton_runtime import cdiv, next_power_of_2, on_device, target_of, unsupported
 from ..norm.triton import (
     MAX_COLUMNS,
     MAX_COLUMNS_BACKWARD,
@@ -322,7 +322,7 @@ def run(
     tile = row_tile(tokens, columns)
     bad_ids = torch.full((3,), _NO_BAD_ID, dtype=torch.int64, device=out.device)
     with on_device(out):
-        embedding_kernel[(triton.cdiv(tokens, tile.tile_rows),)](
+        embedding_kernel[(cdiv(tokens, tile.tile_rows),)](
             *pointers, bad_ids, None if norm_weight is None else norm_weight.contiguous(),
             None if norm_bias is None else norm_bias.contiguous(), dropout_seed, out,
             tokens, input_ids.shape[-1] if input_ids.dim() else 1, columns,
@@ -352,10 +352,10 @@ def table_gradient(dtotal: Tensor, ids: Tensor, weight: Tensor, padding_idx: int
     rows = weight.shape[0]
     narrow = next(t for t in (torch.int16, torch.int32, torch.int64) if rows <= torch.iinfo(t).max)
     ids, order = torch.sort(ids.reshape(-1).clamp(-1, rows).to(narrow), stable=True)
-    blocks = triton.cdiv(tokens, BLOCK)
+    blocks = cdiv(tokens, BLOCK)
     heads, tails = torch.empty(2, blocks, columns, dtype=torch.float32, device=weight.device)
-    tile_columns = min(128, max(16, triton.next_power_of_2(columns)))
-    grid = (blocks, triton.cdiv(columns, tile_columns))
+    tile_columns = min(128, max(16, next_power_of_2(columns)))
+    grid = (blocks, cdiv(columns, tile_columns))
     sizes = (tokens, columns, weight.shape[0], padding_idx)
     with on_device(weight):
         segment_sum_kernel[grid](
@@ -402,7 +402,7 @@ def run_backward(
     grad_rows = as_rows(grad)
     tile = backward_row_tile(tokens, columns)
     programs = min(
-        triton.cdiv(tokens, tile.tile_rows), target_of(grad).processors * (4 if tile.num_warps <= 4 else 2)
+        cdiv(tokens, tile.tile_rows), target_of(grad).processors * (4 if tile.num_warps <= 4 else 2)
     )
     need_total, need_parameters = any(needs[:3]), any(needs[3:])
     dtotal = torch.empty(tokens if need_total else 0, columns, dtype=torch.float32, device=grad.device)

@@ -169,8 +169,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def aligned(matrix: Tensor) -> Tensor:
     """The matrix, or a copy that the library can read: rows in pieces of 16 bytes."""
-    ready = readable(matrix) and (matrix.shape[-1] <= 1 or matrix.stride(-1) == 1)
-    return matrix if ready else matrix.clone(memory_format=torch.contiguous_format)
+    ready = matrix.shape[-1] <= 1 or matrix.stride(-1) == 1
+    return matrix if ready and readable(matrix) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _run(

@@ -31,6 +31,8 @@ from bigmodel_kernels.ops.cuda_library import captured
 FILE = Path(__file__).with_name("cuda_choice.json")
 OWN, TORCH = "the library's kernel", "torch's product"
 
+Kind = tuple[int, int, str, str]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -43,10 +45,10 @@ class Case:
     finish: str  #: what comes after the product, such as "gelu" or "none + residual + layer_norm"
     rows: int
 
-    def alike(self, other: Case) -> bool:
-        """But for the number of rows, and for which type of 16 bits."""
-        same = {"rows": 0, "dtype": ""}
-        return asdict(self) | same == asdict(other) | same
+    @property
+    def kind(self) -> Kind:
+        """All but the number of rows, and which type of 16 bits."""
+        return self.features, self.out, self.layout, self.finish
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one device took: cases, with the milliseconds of both products."""
+    """What one device took: for each kind of case the rows, with the milliseconds of both products."""
 
     device: str
     capability: str
-    cases: list[tuple[Case, dict[str, float]]]
+    kinds: dict[Kind, list[tuple[int, dict[str, float]]]]
 
 
 @functools.cache
@@ -74,27 +76,26 @@ def measurements() -> list[Measured]:
     """All that the file holds."""
     if not FILE.exists():
         return []
-    return [
-        Measured(
-            device,
-            found["capability"],
-            [(Case(**entry["case"]), entry["milliseconds"]) for entry in found["cases"]],
-        )
-        for device, found in json.loads(FILE.read_text()).items()
-    ]
+    devices = []
+    for device, found in json.loads(FILE.read_text()).items():
+        kinds: dict[Kind, list[tuple[int, dict[str, float]]]] = {}
+        for entry in found["cases"]:
+            case = Case(**entry["case"])
+            kinds.setdefault(case.kind, []).append((case.rows, entry["milliseconds"]))
+        devices.append(Measured(device, found["capability"], kinds))
+    return devices
 
 
 def choose(device: str, capability: str, case: Case) -> Choice:
-    """The faster of the nearest case; if there is none, the library's where torch's leaves work to do."""
+    """The faster of the nearest case; if there is none, the library's where torch's leaves work to do.
+
+    Every call of a product asks, and on a GPU what the host takes is waited for: nothing here may be slow.
+    """
     known = [m for m in measurements() if m.device == device]
     known = known or [m for m in measurements() if m.capability == capability]
-    near = [
-        (abs(math.log2(case.rows / other.rows)), other, times)
-        for measured in known[:1]
-        for other, times in measured.cases
-        if case.rows and other.alike(case)
-    ]
-    distance, other, times = min(near, key=lambda entry: entry[0], default=(math.inf, case, {}))
+    alike = known[0].kinds.get(case.kind, []) if known and case.rows else []
+    near = [(abs(math.log2(case.rows / rows)), rows, times) for rows, times in alike]
+    distance, rows, times = min(near, key=lambda entry: entry[0], default=(math.inf, 0, {}))
     if distance > 2 and case.finish == "none":
         return Choice(TORCH, "which has the bias in it too, and nothing else is to be done")
     if distance > 2:
@@ -104,7 +105,7 @@ def choose(device: str, capability: str, case: Case) -> Choice:
     where = "" if known[0].device == device else f" on {known[0].device}"
     return Choice(
         best,
-        f"{times[best]:.3f} ms against {times[slower]:.3f} of {slower} at {other.rows} rows, measured{where}",
+        f"{times[best]:.3f} ms against {times[slower]:.3f} of {slower} at {rows} rows, measured{where}",
     )
 
 

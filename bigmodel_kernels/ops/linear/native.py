@@ -2,7 +2,7 @@
 
 The library multiplies with weights laid out for its own tiles. A packed copy is made once, and found again by
 the identity of the weights. It is made anew when a weight's memory, version, shape, strides, dtype or a
-fingerprint of 64 of its elements has changed: optimizer steps, `load_state_dict`, `.to()` and edits through
+fingerprint of 16 of its elements has changed: optimizer steps, `load_state_dict`, `.to()` and edits through
 `.data` (which leave the version as it is) are seen. An edit through `.data` that touches none of the 64
 elements is not; `clear()` drops all. A copy dies with its weights.
 """

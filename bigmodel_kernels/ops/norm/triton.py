@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import on_device, target_of, unsupported
+from ...triton_runtime import cdiv, next_power_of_2, on_device, target_of, unsupported
 from ..philox import threshold
 from ..philox_triton import keep_elements
 from ..reduce_triton import sum_parts_of
@@ -187,16 +187,16 @@ class RowTile(NamedTuple):
 
 def row_tile(rows: int, columns: int) -> RowTile:
     """About 4096 elements per program (32 per thread, 16-byte loads), more only when one row is longer."""
-    tile_columns = max(32, triton.next_power_of_2(columns))
-    tile_rows = max(1, min(4096 // tile_columns, triton.next_power_of_2(max(rows, 1)), 16))
+    tile_columns = max(32, next_power_of_2(columns))
+    tile_rows = max(1, min(4096 // tile_columns, next_power_of_2(max(rows, 1)), 16))
     num_warps = max(1, min(32, tile_rows * tile_columns // 1024))
     return RowTile(tile_rows, tile_columns, num_warps)
 
 
 def backward_row_tile(rows: int, columns: int) -> RowTile:
     """16 elements per thread: of each a value, its gradient and up to three running sums are in registers."""
-    tile_columns = max(32, triton.next_power_of_2(columns))
-    tile_rows = max(1, min(2048 // tile_columns, triton.next_power_of_2(max(rows, 1)), 16))
+    tile_columns = max(32, next_power_of_2(columns))
+    tile_rows = max(1, min(2048 // tile_columns, next_power_of_2(max(rows, 1)), 16))
     num_warps = max(1, min(32, tile_rows * tile_columns // 512))
     return RowTile(tile_rows, tile_columns, num_warps)
 
@@ -233,7 +233,7 @@ def _run(
     tile = row_tile(rows, columns)
     least, keep_scale = dropout_arguments(dropout_p)
     with on_device(x):
-        norm_kernel[(triton.cdiv(rows, tile.tile_rows),)](
+        norm_kernel[(cdiv(rows, tile.tile_rows),)](
             x_rows, residual_rows, None if weight is None else weight.contiguous(),
             None if bias is None else bias.contiguous(), dropout_seed, out,
             rows, columns,
@@ -315,7 +315,7 @@ def run_backward(
     # The registers of dropout leave room for three.
     small = 4 if dropout_seed is None else 3
     programs = min(
-        triton.cdiv(rows, tile.tile_rows), target_of(x).processors * (small if tile.num_warps <= 4 else 2)
+        cdiv(rows, tile.tile_rows), target_of(x).processors * (small if tile.num_warps <= 4 else 2)
     )
     wanted = [i for i in range(2, len(needs)) if needs[i]]
     parts = torch.empty(programs, len(wanted), columns, dtype=torch.float32, device=x.device)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import on_device, target_of, unsupported
+from ...triton_runtime import cdiv, next_power_of_2, on_device, target_of, unsupported
 
 
 @triton.jit
@@ -99,20 +99,20 @@ def run(
     )
     if query.numel() + key.numel() == 0:
         return query_out, key_out
-    tile_r = triton.next_power_of_2(pairs)
+    tile_r = next_power_of_2(pairs)
     rest = head_dim - 2 * pairs
-    tile_m = min(max(1, 1024 // tile_r), triton.next_power_of_2(positions))
-    tiles = triton.cdiv(positions, tile_m) * batches
+    tile_m = min(max(1, 1024 // tile_r), next_power_of_2(positions))
+    tiles = cdiv(positions, tile_m) * batches
     # Several heads share a load of the angles, as long as every processor has a few programs.
     heads_each = max(1, min(8, (heads + kv_heads) * tiles // (4 * target_of(query).processors)))
     angle_strides = (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
     with on_device(query):
-        rotary_kernel[(triton.cdiv(heads + kv_heads, heads_each) * tiles,)](
+        rotary_kernel[(cdiv(heads + kv_heads, heads_each) * tiles,)](
             query, key, cos, sin, query_out, key_out, *query.stride()[:3], *key.stride()[:3], *angle_strides,
             *query_out.stride()[:3], *key_out.stride()[:3],
             heads, kv_heads, heads_each, positions, pairs, head_dim,
             INTERLEAVED=interleaved, TILE_M=tile_m, TILE_R=tile_r,
-            TILE_REST=triton.next_power_of_2(rest) if rest else 0, num_warps=4, enable_fp_fusion=True,
+            TILE_REST=next_power_of_2(rest) if rest else 0, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return query_out, key_out
 

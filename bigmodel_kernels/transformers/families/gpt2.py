@@ -161,18 +161,19 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
         or not _projects(attention)
     ):
         return None
+    within = attention.__dict__["_modules"]
     return LayerParts(
-        qkv=(blocks.part(attention.c_attn, Conv1D, dtype),),
+        qkv=(blocks.part(within["c_attn"], Conv1D, dtype),),
         head_dim=attention.head_dim,
-        attention_out=blocks.part(attention.c_proj, Conv1D, dtype),
+        attention_out=blocks.part(within["c_proj"], Conv1D, dtype),
         attention_norm=blocks.part(first, nn.LayerNorm, dtype),
         attention_eps=blocks.eps_of(first),
-        attention_p=attention.attn_dropout.p if attention.training else 0.0,
-        context_p=checks.dropout_p(attention.resid_dropout),
+        attention_p=within["attn_dropout"].p if attention.training else 0.0,
+        context_p=checks.dropout_p(within["resid_dropout"]),
         ffn=_ffn(mlp, dtype),
         ffn_norm=blocks.part(second, nn.LayerNorm, dtype),
         ffn_eps=blocks.eps_of(second),
-        ffn_p=checks.dropout_p(mlp.dropout),
+        ffn_p=checks.dropout_p(mlp.__dict__["_modules"]["dropout"]),
         unfused=mlp,
     )
 

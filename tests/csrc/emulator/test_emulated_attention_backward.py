@@ -30,13 +30,21 @@ def emulated(grads: tuple[Tensor, Tensor | None], args: Any, options: dict[str, 
     return dq, dk, dv, dbias, None
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, grad_lse: bool = False, **call: Any) -> None:
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_lse: bool = False,
+    deterministic: bool = False,
+    **call: Any,
+) -> None:
     """Holds the gradients to the numerics rule."""
     args, options = prepare(query, key, value, **call)
     given = {"query": query, "key": key, "value": value, "dropout_seed": args[7], **call}
     rows = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
     grads = (torch.randn_like(query), torch.randn(rows) if grad_lse else None)
-    results = emulated(grads, args, options, bias_requires_grad="bias" in call)
+    flags = {"bias_requires_grad": "bias" in call, "deterministic": deterministic}
+    results = emulated(grads, args, options, **flags)
     found = dict(zip(("query", "key", "value", "bias", "sinks"), results, strict=True))
     if "bias" in call:
         shape, dbias = call["bias"].shape, found["bias"]
@@ -211,6 +219,72 @@ def test_gradients_side_by_side(packed: bool) -> None:
     apart, beside = (emulated(grads, args, options, side_by_side=flag)[:3] for flag in (False, True))
     assert heads_lie_side_by_side(beside) and not heads_lie_side_by_side(apart)
     assert all(map(torch.equal, apart, beside))
+
+
+@pytest.fixture
+def hopper(architecture: int) -> None:
+    if architecture != 90:
+        pytest.skip("one form only")
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("dim", "dtype", "call", "deterministic"),
+    [
+        (64, torch.bfloat16, {}, True),
+        (128, torch.float16, {"is_causal": True}, True),
+        (128, torch.bfloat16, {"window": (100, 20)}, False),
+        *[
+            pytest.param(dim, dtype, call, deterministic, marks=SLOW)
+            for dim, dtype in (
+                (32, torch.bfloat16),
+                (64, torch.float16),
+                (80, torch.float16),
+                (128, torch.bfloat16),
+            )
+            for call in ({}, {"is_causal": True}, {"window": (150, 40)})
+            for deterministic in (False, True)
+        ],
+    ],
+    ids=str,
+)
+def test_hoppers_two_forms(dim: int, dtype: torch.dtype, call: dict[str, Any], deterministic: bool) -> None:
+    """One adds dQ up over the blocks of keys, here three, and one takes two passes and does not add."""
+    check(*make(1, 2, 1, 70, 270, dim, dtype), deterministic=deterministic, **call)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_who_adds_first_moves_the_last_bits_of_dq_alone() -> None:
+    """Keys far from 0 make parts of dQ that cancel (the gradients of a row of logits add up to 0)."""
+    query, key, value = make(1, 1, 1, 20, 300, 64, torch.float16)
+    args, options = prepare(query, key + 8, value)
+    grads = (torch.randn_like(query), None)
+    for deterministic in (True, False):
+        results = []
+        for seed in range(3):
+            torch.ops.bigmodel_emulator.set_seed(seed)
+            results.append(emulated(grads, args, options, deterministic=deterministic)[:3])
+        torch.ops.bigmodel_emulator.set_seed(0)
+        first, *others = results
+        moved = [any(not torch.equal(other[i], first[i]) for other in others) for i in range(3)]
+        assert moved == [not deterministic, False, False]
+        assert all(torch.allclose(other[0], first[0], rtol=1e-2, atol=1e-4) for other in others)
+
+
+def test_queries_that_see_nothing_get_zeros() -> None:
+    """Keys of one block, so that Hopper's writes dQ at once: of every query, though no key be there."""
+    cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 5, 145, 150], [0, 30, 30, 100]))
+    args, options = prepare(
+        *(torch.randn(n, 2, 64).half() for n in (150, 100, 100)), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k
+    )
+    before = torch.full((150, 2, 64), float("nan"), dtype=torch.float16)  # what the allocator gives next
+    del before
+    dq, dk, dv, *_ = emulated((torch.randn_like(args[0]), None), args, options)
+    assert (dq[5:145] == 0).all() and (dq[:5] != 0).any() and (dq[145:] != 0).any()
+    assert dk.isfinite().all() and dv.isfinite().all()
 
 
 def test_bad_input_is_refused() -> None:

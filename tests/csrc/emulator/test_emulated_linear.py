@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import _native, backends
-from bigmodel_kernels.ops import feed_forward
+from bigmodel_kernels.ops import cuda_library, feed_forward
 from bigmodel_kernels.ops.feed_forward import cuda as feed_forward_cuda
 from bigmodel_kernels.ops.feed_forward import reference as feed_forward_reference
 from bigmodel_kernels.ops.linear import cuda, cuda_choice, prepare, reference
@@ -59,6 +59,7 @@ def check(
     residual: bool = False,
     dropout_p: float = 0.0,
     keep_preactivation: bool = False,
+    form: int = -1,
 ) -> None:
     x = torch.randn(rows, features).to(dtype)
     weights = [
@@ -72,7 +73,7 @@ def check(
         keep = keep_elements(seed, dropout_p, rows, sum(outs), torch.float32, torch.device("cpu"))
     out, z = torch.ops.bigmodel_emulator.cuda_linear(
         x, weights, biases, extra, seed, weight_layout=layout, activation=activation, dropout_p=dropout_p,
-        keep_preactivation=keep_preactivation,
+        keep_preactivation=keep_preactivation, form=form,
     )  # fmt: skip
     wide: Any = [x.double(), [w.double() for w in weights], [b.double() for b in biases]]
     ref, ref_z = compute(*wide, None if extra is None else extra.double(), keep, layout, activation)
@@ -117,13 +118,14 @@ def check_hidden_backward(
     activation: str = "gelu",
     need_hidden: bool = True,
     need_sums: bool = True,
+    form: int = -1,
 ) -> None:
     grad = torch.randn(rows, features).to(dtype)
     weight = (torch.randn((out, features) if layout == "conv1d" else (features, out)) * 0.1).to(dtype)
     z = (2 * torch.randn(rows, out)).to(dtype)
     got = torch.ops.bigmodel_emulator.cuda_hidden_backward(
         grad, weight, z, weight_layout=layout, activation=activation,
-        need_hidden=need_hidden, need_sums=need_sums,
+        need_hidden=need_hidden, need_sums=need_sums, form=form,
     )  # fmt: skip
     parts = -(-rows // 16)
     assert [len(t) for t in got] == [rows, rows * need_hidden, parts * need_sums]
@@ -188,6 +190,48 @@ def test_more_tiles_than_blocks() -> None:
 
 def test_dropout_and_residual() -> None:
     check(40, 64, [200], torch.float16, residual=True, dropout_p=0.3, activation="gelu")
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True)
+@pytest.mark.parametrize("form", range(6))
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_forms_of_hopper(form: int, layout: str) -> None:
+    """Whatever the table would choose: blocks with several tiles and more features than stages, with none and one step."""
+    check(130, 456, [136, 72], torch.bfloat16, layout=layout, form=form, activation="gelu", residual=True)
+    check(5, 8, [200], torch.float16, layout=layout, form=form, dropout_p=0.3, keep_preactivation=True)
+    check_hidden_backward(150, 200, 264, torch.bfloat16, layout=layout, form=form)
+
+
+@pytest.mark.parametrize("architecture", [90], indirect=True)
+@pytest.mark.parametrize("form", [4, 5])
+def test_taking_turns_gives_the_same_bits_in_any_order(form: int) -> None:
+    """The ring passes from one consumer to the other in the middle of its stages, and consumers have different numbers of tiles."""
+    x, weight = torch.randn(130, 328).half(), torch.randn(392, 328).half()
+    results = []
+    for seed in (0, 5, 6):
+        torch.ops.bigmodel_emulator.set_seed(seed)
+        results.append(torch.ops.bigmodel_emulator.cuda_linear(x, [weight], [], form=form)[0])
+    torch.ops.bigmodel_emulator.set_seed(0)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "outs", "form"),
+    [
+        (8192, 768, [3072], 4),  # many tiles, and an epilogue worth hiding: ping-pong
+        (8192, 4096, [1024], 0),  # long products: the widest tile reads least
+        (2048, 768, [1536], 1),  # one tile for each multiprocessor: two consumers share it
+        (128, 768, [3072], 3),  # few rows: many small tiles
+    ],
+)
+def test_the_form_that_takes_least_time(rows: int, features: int, outs: list[int], form: int) -> None:
+    assert torch.ops.bigmodel_emulator.cuda_linear_form(rows, features, outs, 132) == form
+
+
+def test_a_form_that_is_none_is_refused(architecture: int) -> None:
+    for form in (-2, 6) if architecture == 90 else (0,):
+        with pytest.raises(RuntimeError, match=f"form: {form} must be -1, or on Hopper 0 to 5"):
+            check(1, 8, [8], torch.float16, form=form)
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
@@ -266,7 +310,7 @@ def row(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda_linear", "cuda_norm", "cuda_hidden_backward"):
         operator = getattr(torch.ops.bigmodel_emulator, name)
         monkeypatch.setattr(torch.ops.bigmodel, name, operator, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "lacking", lambda x: None)
     monkeypatch.setattr(cuda, "_device", lambda device: ("a GPU", "9.0"))
 
@@ -381,7 +425,7 @@ def test_the_row_says_what_it_cannot(
 
 @pytest.mark.usefixtures("row")
 def test_a_gpu_that_nobody_has_measured_runs_triton_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (8, 6))
     args, options = prepare(torch.zeros(4, 16).half(), torch.zeros(24, 16).half())
     said = backends.explain_call("linear", "cuda", args, options).reasons["native"]
     assert "not yet measured on sm_86; BIGMODEL_BACKEND=native" in said

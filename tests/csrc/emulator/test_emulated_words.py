@@ -78,10 +78,11 @@ def test_ldmatrix_deals_by_the_table(run_word: Any, transposed: bool) -> None:
             assert list(out[lane, i]) == [matrix[r, 2 * c], matrix[r, 2 * c + 1]]
 
 
-def test_stmatrix_is_ldmatrix_undone(run_word: Any) -> None:
+@pytest.mark.parametrize("suffix", ["", "_transposed"])
+def test_stmatrix_is_ldmatrix_undone(run_word: Any, suffix: str) -> None:
     matrices = np.arange(256, dtype=np.uint16).view(np.uint32)
-    dealt = run(run_word, "ldmatrix", matrices, 128)
-    assert (run(run_word, "stmatrix", dealt, 128) == matrices).all()
+    dealt = run(run_word, f"ldmatrix{suffix}", matrices, 128)
+    assert (run(run_word, f"stmatrix{suffix}", dealt, 128) == matrices).all()
 
 
 def test_shuffles(run_word: Any) -> None:
@@ -105,6 +106,14 @@ def test_copies_fill_with_zeros(run_word: Any) -> None:
     expected = values.reshape(32, 4).copy()
     expected[1::2] = 0
     assert (out == expected).all()
+
+
+def test_the_copy_engine_adds_floats(run_word: Any) -> None:
+    generator = torch.Generator().manual_seed(4)
+    addends, output = torch.randn(2, 128, generator=generator), torch.randn(128, generator=generator)
+    expected = output + addends[0] + addends[1]
+    run_word("bulk_add", addends.view(torch.int32), output.view(torch.int32))
+    assert torch.equal(output, expected)
 
 
 def test_philox_gives_the_known_answers(run_word: Any) -> None:

@@ -21,6 +21,7 @@ BROKEN = {
     "divergent_warp": ("divergence", "while others of its warp are at"),
     "missing_proxy_fence": ("proxy fence", "with no fence.proxy.async after them"),
     "overwritten_under_wgmma": ("race", "while the copy engine or a tensor core reads it"),
+    "overwritten_under_bulk_add": ("race", "while the copy engine or a tensor core reads it"),
     "mbarrier_never_completed": ("deadlock", "arrivals missing 1"),
 }
 

@@ -1,0 +1,178 @@
+"""Keys and values that grow in place: the same as transformers' own, whoever else holds them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, GPT2Config, GPT2LMHeadModel
+
+import bigmodel_kernels as bk
+from bigmodel_kernels.transformers import growing_cache
+
+
+def tokens(count: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Keys and values of new tokens, (batch, 3, count, 8)."""
+    return torch.randn(batch, 3, count, 8), torch.randn(batch, 3, count, 8)
+
+
+class Pair:
+    """A cache that grows in place beside one of transformers' own."""
+
+    def __init__(self, prompt: int = 5) -> None:
+        self.ours, self.own = DynamicCache(), DynamicCache()
+        self.add(prompt)
+
+    def add(self, count: int, layer: int = 0) -> bool:
+        """Whether the tokens went into a buffer; what the caches hold and return is compared."""
+        key, value = tokens(count)
+        grown = growing_cache.append(self.ours, key, value, layer)
+        got = grown or self.ours.update(key, value, layer)
+        expected = self.own.update(key, value, layer)
+        held = self.ours.layers[layer].keys, self.ours.layers[layer].values
+        for a, b, c in zip(got, expected, held, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+            assert a is c
+        return grown is not None
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def test_tokens_are_written_behind_those_that_are_there() -> None:
+    pair = Pair()
+    assert pair.add(1)
+    begin = pair.ours.layers[0].keys.data_ptr()
+    for count in (1, 1, 3, 1, 20):
+        assert pair.add(count)
+        assert pair.ours.layers[0].keys.data_ptr() == begin
+    assert pair.ours.get_seq_length() == pair.own.get_seq_length() == 32
+
+
+def test_a_full_buffer_makes_room_for_a_share_more() -> None:
+    pair = Pair(500)
+    places = set()
+    for _ in range(200):
+        pair.add(1)
+        places.add(pair.ours.layers[0].keys.data_ptr())
+    assert len(places) == 2  # 501 tokens and 125 more, 627 and 156 more
+
+
+def test_nothing_that_was_handed_out_changes() -> None:
+    pair = Pair()
+    pair.add(1)
+    seen = [(t, t.clone()) for t in (pair.ours.layers[0].keys, pair.ours.layers[0].values)]
+    pair.add(1)
+    pair.ours.crop(-2)
+    pair.own.crop(-2)
+    pair.add(1)  # other tokens in the place of those that were dropped
+    for now, then in seen:
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+def test_a_second_cache_of_the_same_tensors_has_its_own_room() -> None:
+    pair = Pair()
+    pair.add(1)
+    other = DynamicCache()
+    other.update(*tokens(1), 0)
+    other.layers[0].keys, other.layers[0].values = pair.ours.layers[0].keys, pair.ours.layers[0].values
+    key, value = tokens(1)
+    assert growing_cache.append(other, key, value, 0) is not None
+    assert pair.add(1)
+    torch.testing.assert_close(other.layers[0].keys[:, :, -1:], key, rtol=0, atol=0)
+
+
+def test_copies_and_files_of_a_cache_are_its_own() -> None:
+    pair = Pair()
+    pair.add(1)
+    for twin in (copy.deepcopy(pair.ours), _reloaded(pair.ours)):
+        before = twin.layers[0].keys.clone()
+        pair.add(1)
+        torch.testing.assert_close(twin.layers[0].keys, before, rtol=0, atol=0)
+        key, value = tokens(1)
+        assert growing_cache.append(twin, key, value, 0) is not None
+        torch.testing.assert_close(twin.layers[0].keys[:, :, :-1], before, rtol=0, atol=0)
+
+
+def _reloaded(cache: DynamicCache) -> DynamicCache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+def test_inference_mode_and_its_end() -> None:
+    with torch.inference_mode():
+        pair = Pair()
+        assert pair.add(1)
+    assert pair.add(1)
+    with torch.inference_mode():
+        assert pair.add(1)
+
+
+def test_the_cache_does_it_where_a_gradient_may_be_wanted() -> None:
+    pair = Pair()
+    with torch.enable_grad():
+        assert not pair.add(1)
+    assert pair.add(1)
+
+
+@pytest.mark.parametrize("layer", ["sliding", "empty", "another batch"])
+def test_what_is_left_to_the_cache(layer: str) -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2)
+    if layer == "sliding":
+        config.sliding_window = 4
+    cache = DynamicCache(config=config)
+    if layer != "empty":
+        cache.update(*tokens(3), 0)
+    batch = 1 if layer == "another batch" else 2
+    assert growing_cache.append(cache, *tokens(1, batch), 0) is None
+
+
+GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_generation_grows_in_place(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(1, 60, (2, 5))
+    expected = model.generate(ids, num_beams=beams, **GREEDY)
+    grown = _counting(monkeypatch)
+    bk.patch(model)
+    assert torch.equal(model.generate(ids, num_beams=beams, **GREEDY), expected)
+    assert grown.count(True) == 2 * 8 and grown.count(False) == 2  # layers times new tokens; the prompt
+
+
+def test_a_decoder_beside_an_encoder_grows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    size = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=60, d_model=32, **size, **heads)).eval()
+    ids = torch.randint(3, 60, (2, 5))
+    expected = model.generate(ids, num_beams=1, **GREEDY)
+    grown = _counting(monkeypatch)
+    bk.patch(model)
+    assert torch.equal(model.generate(ids, num_beams=1, **GREEDY), expected)
+    assert grown.count(True) >= 2 * 7
+
+
+def _counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    grown: list[bool] = []
+    own = growing_cache.append
+
+    def append(*args: Any) -> Any:
+        result = own(*args)
+        grown.append(result is not None)
+        return result
+
+    monkeypatch.setattr(growing_cache, "append", append)
+    return grown

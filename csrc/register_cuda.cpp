@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <optional>
@@ -674,6 +675,83 @@ std::tuple<Tensor, Tensor> norm(Tensor x, OptionalTensor residual, Tensor weight
   return {out, sum};
 }
 
+// ---- a layer in two calls ----
+//
+// To query, key and value, and from them to the layer's result, as register_layer.cpp has it for the CPU: the launches of the operators
+// above one after the other, to the same bits, without the Python between them, for which a GPU would wait. Rows are (tokens, features).
+
+// torch's product with the bias, where that has been measured to be faster and the residual can go with the norm.
+Tensor torch_product(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const std::string& weight_layout) {
+  using torch::stable::detail::from;
+  const Tensor matrix = is_conv1d(weight_layout) ? torch::stable::transpose(weight, 0, 1) : weight;
+  std::array<StableIValue, 3> stack{from(rows), from(matrix), from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::vector<Tensor> vector_of(const OptionalTensor& tensor) { return tensor ? std::vector<Tensor>{*tensor} : std::vector<Tensor>{}; }
+
+Tensor layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::vector<Tensor> weights,
+                   std::vector<Tensor> biases, Text weight_layout) {
+  Tensor states = norm_weight ? std::get<0>(norm(x, {}, *norm_weight, norm_bias, norm_eps, "layer_norm", false)) : x;
+  return std::get<0>(linear(states, weights, biases, {}, {}, weight_layout, "none", 0, false, -1));
+}
+
+// The heads' results side by side, (tokens, heads * head_dim).
+Tensor context_of(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionInputs& inputs) {
+  Call call(query);
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard(call.device());
+#endif
+  Tensor float_sinks;
+  AttentionParams p = attention_params(call, inputs, float_sinks);
+  const bool packed = query.dim() == 3;
+  const int64_t heads = query.size(1), d = query.size(query.dim() - 1), rows = packed ? query.size(0) : query.size(0) * query.size(2);
+  Tensor context = torch::stable::new_empty(query, {rows, heads * d});
+  p.out_stride[0] = packed ? 0 : query.size(2) * heads * d;
+  p.out_stride[1] = d;
+  p.out_stride[2] = heads * d;
+  p.out = call.use(context, "context", true);
+  if (query.numel() == 0) return context;
+  const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
+  if (architecture(call.device()) == 90 && key.numel() > 0)
+    attention_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
+  else
+    attention_sm80(p, is_bfloat16, call.stream());
+  return context;
+}
+
+// y = x + attention(query, key, value) W + b, normalised where the norms are behind ("post") the halves of the layer; then the feed-forward
+// block on y with its residual and its norm. `lengths` are the cu_seqlens of packed rows, as many keys as queries. by_torch: which of
+// the products before a norm that can add the residual, W and the block's second ("post" alone), are torch's.
+Tensor layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalTensor lengths, int64_t longest, OptionalTensor sinks, double softmax_scale,
+                 bool is_causal, int64_t window_left, int64_t window_right, Tensor w_context, OptionalTensor b_context,
+                 OptionalTensor attention_norm_weight, OptionalTensor attention_norm_bias, double attention_norm_eps, Tensor w_in, OptionalTensor b_in,
+                 Tensor w_out, OptionalTensor b_out, Text weight_layout, Text activation, Text norm_position, Tensor norm_weight,
+                 OptionalTensor norm_bias, double norm_eps, std::vector<bool> by_torch) {
+  STD_TORCH_CHECK(norm_position == "pre" || norm_position == "post", "norm_position: '", norm_position, "' must be 'pre' or 'post'");
+  const bool pre = norm_position == "pre";
+  STD_TORCH_CHECK(pre != attention_norm_weight.has_value(), "attention_norm_weight: must be given with norm_position 'post', and only with it");
+  STD_TORCH_CHECK(by_torch.size() == 2, "by_torch: must hold 2 values, not ", by_torch.size());
+  const auto multiply = [&](const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Text& then, OptionalTensor residual) {
+    return std::get<0>(linear(rows, {weight}, vector_of(bias), residual, {}, weight_layout, then, 0, false, -1));
+  };
+  // (the norm of rows W + b + residual, and that sum)
+  const auto close = [&](const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual, const Tensor& gamma,
+                         const OptionalTensor& beta, double eps, bool torchs) {
+    if (torchs) return norm(torch_product(rows, weight, bias, weight_layout), residual, gamma, beta, eps, "layer_norm", pre);
+    Tensor sum = multiply(rows, weight, bias, "none", residual);
+    return std::tuple<Tensor, Tensor>{std::get<0>(norm(sum, {}, gamma, beta, eps, "layer_norm", false)), sum};
+  };
+  Tensor context = context_of(query, key, value, {query, key, value, {}, {}, lengths, lengths, {}, {}, sinks, longest, longest, softmax_scale, is_causal,
+                                                  window_left, window_right, 0, 0});
+  const auto [normalised, sum] = pre ? close(context, w_context, b_context, x, norm_weight, norm_bias, norm_eps, by_torch[0])
+                                     : close(context, w_context, b_context, x, *attention_norm_weight, attention_norm_bias, attention_norm_eps, by_torch[0]);
+  Tensor hidden = multiply(normalised, w_in, b_in, activation, {});
+  if (pre) return multiply(hidden, w_out, b_out, "none", sum);
+  return std::get<0>(close(hidden, w_out, b_out, normalised, norm_weight, norm_bias, norm_eps, by_torch[1]));
+}
+
 const std::string optional_and_options =
     "Tensor? key_padding_mask=None, Tensor? bias=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? dropout_seed=None, "
     "Tensor? alibi_slopes=None, Tensor? sinks=None, *, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, float softmax_scale, "
@@ -713,6 +791,12 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
   m.def("cuda_linear_form(int rows, int features, int[] out_features, int multiprocessors) -> int");
   m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
         "bool keep_sum=False) -> (Tensor, Tensor)");
+  m.def("cuda_layer_begin(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor[] weights, Tensor[] biases, str weight_layout) "
+        "-> Tensor");
+  m.def("cuda_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? lengths, int longest, Tensor? sinks, float softmax_scale, "
+        "bool is_causal, int window_left, int window_right, Tensor w_context, Tensor? b_context, Tensor? attention_norm_weight, "
+        "Tensor? attention_norm_bias, float attention_norm_eps, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str weight_layout, "
+        "str activation, str norm_position, Tensor norm_weight, Tensor? norm_bias, float norm_eps, bool[] by_torch) -> Tensor");
 }
 
 #if defined(__CUDACC__)
@@ -736,4 +820,6 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
   m.impl("cuda_hidden_backward", TORCH_BOX(&bigmodel::cuda::hidden_backward));
   m.impl("cuda_norm", TORCH_BOX(&bigmodel::cuda::norm));
+  m.impl("cuda_layer_begin", TORCH_BOX(&bigmodel::cuda::layer_begin));
+  m.impl("cuda_layer_end", TORCH_BOX(&bigmodel::cuda::layer_end));
 }

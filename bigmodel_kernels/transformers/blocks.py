@@ -450,7 +450,7 @@ def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "lin
         terms = attend(*heads(x, w.qkv, layout, w.head_dim))
     else:
         terms = attend(*split_heads(whole_layer.begin(x, None, 0.0, held), w.head_dim))
-        if terms.packing is None:
+        if whole_layer.takes(terms, held):
             return whole_layer.end(x, terms, w, held, "post")
     context = attended(terms, w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
@@ -466,9 +466,12 @@ def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "line
         terms = attend(
             *split_heads(whole_layer.begin(x, w.attention_norm, w.attention_eps, held), w.head_dim)
         )
-        return whole_layer.end(x, terms, w, held, "pre")
-    states = normalized(x, w.attention_norm, w.attention_eps)
-    context = attended(attend(*heads(states, w.qkv, layout, w.head_dim)), w.attention_p)
+        if whole_layer.takes(terms, held):
+            return whole_layer.end(x, terms, w, held, "pre")
+    else:
+        states = normalized(x, w.attention_norm, w.attention_eps)
+        terms = attend(*heads(states, w.qkv, layout, w.head_dim))
+    context = attended(terms, w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p)
     if w.ffn is None or not isinstance(w.ffn_norm, Affine):
         return x + w.unfused(normalized(x, w.ffn_norm, w.ffn_eps))

@@ -1,8 +1,9 @@
-"""A layer in two calls of the compiled library: to query, key and value, and from them to the result.
+"""A layer in two calls of a compiled library: to query, key and value, and from them to the result.
 
-The calls are those of `blocks`, to the same bits, without the Python between: for a few tokens that takes
-longer than the arithmetic. It is for the CPU, in inference, where nobody listens to the operators (see
-`ops.registration.call`); everywhere else, and for what `held` does not take, `blocks` makes its calls.
+The calls are those of `blocks`, without the Python between: for a few tokens that takes longer than the
+arithmetic, and a GPU waits for it. It is for inference, where nobody listens to the operators (see
+`ops.registration.call`): on the CPU, and on GPUs whose kernels in the CUDA library come before Triton's.
+Everywhere else, and for what `held` and `takes` do not take, `blocks` makes its calls.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels import backends
+from bigmodel_kernels.ops import cuda_library
+from bigmodel_kernels.ops.linear import cuda as cuda_linear
+from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Held(NamedTuple):
-    """The weights of a layer as the library reads them."""
+    """The weights of a layer as the CPU library reads them."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -32,15 +36,21 @@ class Held(NamedTuple):
     w_gate: Tensor | None
 
 
-def held(x: Tensor, w: LayerParts, layout: str) -> Held | None:
-    """The packed weights of the layer, if it can run so on x; else None."""
+class HeldOnGpu(NamedTuple):
+    """Those of query, key and value for the CUDA library, which takes all weights as they are."""
+
+    qkv: list[Tensor]
+    qkv_biases: list[Tensor]
+    layout: str
+
+
+def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
+    """The weights of the layer, if it can run so on x; else None."""
     ffn = w.ffn
     if (
         torch.is_grad_enabled()
-        or not x.is_cpu
-        or not nobody_listens("cpu")
+        or not nobody_listens(x.device.type)
         or not plain(x)
-        or lacking("cpu_layer_end", x.dtype) is not None
         or backends.forced() not in (None, "native")
         or ffn is None
         or w.attention_p
@@ -53,30 +63,96 @@ def held(x: Tensor, w: LayerParts, layout: str) -> Held | None:
     ):
         return None
     qkv: tuple[Any, ...] = w.qkv
+    weights, biases = [part.weight for part in qkv], [part.bias for part in qkv if part.bias is not None]
+    if len(biases) not in (0, len(qkv)):
+        return None
     single: tuple[Any, ...] = (w.attention_out, ffn.w_in, ffn.w_out)
-    biases = [part.bias for part in qkv if part.bias is not None]
-    groups = [[part.weight for part in qkv], *([part.weight] for part in single)]
+    if _on_gpu(x):
+        return _held_on_gpu(x, w, weights, biases, single, layout)
+    if lacking("cpu_layer_end", x.dtype) is not None:
+        return None
+    groups = [weights, *([part.weight] for part in single)]
     if ffn.w_gate is not None:
         groups.append([ffn.w_gate.weight])
-    if len(biases) not in (0, len(qkv)) or empty(*(weight for group in groups for weight in group)):
+    if empty(*(weight for group in groups for weight in group)):
         return None
     first, context, w_in, w_out, *gate = packed_together(groups, layout)
     return Held(first, joined(biases), context, w_in, w_out, gate[0] if gate else None)
 
 
-def begin(x: Tensor, norm: Part | None, eps: float, held: Held) -> Tensor:
+def _held_on_gpu(
+    x: Tensor, w: LayerParts, qkv: list[Tensor], biases: list[Tensor], single: tuple[Any, ...], layout: str
+) -> HeldOnGpu | None:
+    ffn = w.ffn
+    assert ffn is not None
+    if (
+        cuda_library.lacking(x)
+        or cuda_library.unmeasured(x)
+        or ffn.w_gate is not None
+        or len(qkv) > cuda_linear.WEIGHTS
+        or w.head_dim % 8
+        or not x.shape[-1]
+        or not x.numel()
+    ):
+        return None
+    norms = (w.attention_norm, w.ffn_norm)
+    tensors = [*qkv, *biases, *(t for part in (*single, *norms) for t in part if t is not None)]  # type: ignore[union-attr]
+    if not all(t.is_contiguous() and t.shape[-1] % 8 == 0 and cuda_library.readable(t) for t in tensors):
+        return None
+    features = 1 if layout == "conv1d" else 0
+    if any(t.dim() == 2 and t.shape[features] % 8 for t in tensors):
+        return None
+    return HeldOnGpu(qkv, biases, layout)
+
+
+def begin(x: Tensor, norm: Part | None, eps: float, held: Held | HeldOnGpu) -> Tensor:
     """Query, key and value of norm(x), side by side (..., 3 * hidden)."""
     weight, bias = (None, None) if norm is None else _affine(norm)
+    if isinstance(held, HeldOnGpu):
+        qkv = torch.ops.bigmodel.cuda_layer_begin.default(
+            cuda_linear.rows_of(x), weight, bias, eps, held.qkv, held.qkv_biases, held.layout
+        )
+        return qkv.view(*x.shape[:-1], qkv.shape[1])  # type: ignore[no-any-return]
     return torch.ops.bigmodel.cpu_layer_begin.default(  # type: ignore[no-any-return]
         *(x.contiguous(), contiguous(weight), contiguous(bias), eps, "layer_norm", held.qkv, held.qkv_bias)
     )
 
 
-def end(x: Tensor, terms: Terms, w: LayerParts, held: Held, position: str) -> Tensor:
+def takes(terms: Terms, held: Held | HeldOnGpu) -> bool:
+    """Whether `end` has this attention."""
+    if terms.packing is not None:
+        return False
+    if isinstance(held, Held):
+        return True
+    # The rest of the library's attention is behind Triton's.
+    plain = terms.padding is None and terms.bias is None and not terms.softcap
+    return plain and all(map(cuda_library.readable, (terms.query, terms.key, terms.value)))
+
+
+def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position: str) -> Tensor:
     """The layer's result; `position` is where the norms of the two halves are, "pre" or "post"."""
     ffn = w.ffn
     assert ffn is not None
     first_norm = _affine(w.attention_norm) if position == "post" else (None, None)
+    if isinstance(held, HeldOnGpu):
+        attention_out, ffn_norm = _affine(w.attention_out), _affine(w.ffn_norm)
+        out = torch.ops.bigmodel.cuda_layer_end.default(
+            *(
+                cuda_linear.rows_of(x),
+                terms.query,
+                terms.key,
+                terms.value,
+                terms.lengths,
+                terms.longest,
+                terms.sinks,
+            ),
+            *(terms.scale, terms.is_causal, terms.window_left, terms.window_right),
+            *(*attention_out, *first_norm, w.attention_eps),
+            *(ffn.w_in.weight, ffn.w_in.bias, ffn.w_out.weight, ffn.w_out.bias, held.layout),
+            *(ffn.activation, position, *ffn_norm, w.ffn_eps),
+            _by_torch(x, attention_out[0], ffn.w_out.weight, layout=held.layout),
+        )
+        return out.view(x.shape)  # type: ignore[no-any-return]
     return torch.ops.bigmodel.cpu_layer_end.default(  # type: ignore[no-any-return]
         *(x.contiguous(), terms.query, terms.key, terms.value),
         *(contiguous(terms.padding), terms.bias, contiguous(terms.lengths), terms.longest, terms.sinks),
@@ -91,6 +167,19 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held, position: str) -> Te
         *(held.w_gate, None if ffn.w_gate is None else contiguous(ffn.w_gate.bias)),
         *(ffn.activation, position, *map(contiguous, _affine(w.ffn_norm)), w.ffn_eps, "layer_norm"),
     )
+
+
+def _by_torch(x: Tensor, *weights: Tensor, layout: str) -> list[bool]:
+    """Whether torch's product is the faster before a norm that adds the residual."""
+    out, rows, dtype = x.shape[-1], x.shape[:-1].numel(), str(x.dtype)[6:]
+    cases = (
+        Case(dtype, w.numel() // out, out, layout, "none + residual + layer_norm", rows) for w in weights
+    )
+    return [cuda_linear.remembered(x.device, case) == TORCH for case in cases]
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return not x.is_cpu
 
 
 def _affine(part: Part) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from bigmodel_kernels.ops.activations import activate
 from bigmodel_kernels.ops.cuda_library import lacking, readable, unmeasured
 from bigmodel_kernels.ops.linear.cuda_choice import OWN, Case, Choice, choose
 
-_WEIGHTS = 4  # side by side in one product
+WEIGHTS = 4  # side by side in one product
 
 
 def supports(
@@ -37,8 +37,8 @@ def supports(
     """None, or the reason why the library cannot run this call."""
     if reason := lacking(x):
         return reason
-    if len(weights) > _WEIGHTS:
-        return f"{len(weights)} weights; its product takes up to {_WEIGHTS} side by side"
+    if len(weights) > WEIGHTS:
+        return f"{len(weights)} weights; its product takes up to {WEIGHTS} side by side"
     if dropout_seed is not None and len(weights) > 1:
         return f"dropout over {len(weights)} weights; its kernel drops in the result of one"
     if x.shape[-1] == 0 or x.shape[-1] % 8:
@@ -87,6 +87,12 @@ def _choice(
 def _device(device: torch.device) -> tuple[str, str]:
     """Name and compute capability."""
     return torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.lru_cache(maxsize=1024)
+def remembered(device: torch.device, case: Case) -> str:
+    """The product of a case, looked up once."""
+    return choose(*_device(device), case).product
 
 
 def detail(*args: Any, **options: Any) -> str:
@@ -149,10 +155,10 @@ def normalise(
     keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The norm of this kind of `x + residual`, and that sum (empty unless `keep_sum`); 8 n columns."""
-    rows = _rows(x)
+    rows = rows_of(x)
     out, total = torch.ops.bigmodel.cuda_norm.default(
         rows,
-        None if residual is None else _rows(residual),
+        None if residual is None else rows_of(residual),
         aligned(weight),
         None if bias is None else aligned(bias),
         eps=eps,
@@ -162,7 +168,7 @@ def normalise(
     return out.view(x.shape), total.view(x.shape) if keep_sum else total
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(rows, columns), contiguous and aligned."""
     return aligned(x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous())
 
@@ -198,7 +204,7 @@ def _run(
             x, weights, biases, *given, **options, norm_kind=norm_kind, dropout_p=dropout_p
         ).product
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    more = None if residual is None else _rows(residual)
+    more = None if residual is None else rows_of(residual)
     keep = training and activation != "none"
     if product == OWN:
         out, kept = _own(

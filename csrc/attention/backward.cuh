@@ -4,31 +4,42 @@
 
 namespace bigmodel::cuda {
 
-// delta, one row for each warp.
-template <typename Element>
+// delta. `lanes` of a warp share a row, each with eight columns; a warp has the rows of several turns under way at once.
+template <typename Element, int lanes>
 struct AttentionDelta {
   using Params = AttentionBackwardParams;
-  static constexpr int rows = 4, threads = rows * warp_size, blocks_per_multiprocessor = 8, shared_bytes = 0;
+  static constexpr int warps = 4, turns = 4, rows_at_once = warp_size / lanes, warp_rows = turns * rows_at_once, rows = warps * warp_rows;
+  static constexpr int threads = warps * warp_size, blocks_per_multiprocessor = 8, shared_bytes = 0;
 
   static BM_DEVICE void run(const Params& params) {
     const AttentionParams& p = params.p;
-    const int batch = block_z(), head = block_y(), row = block_x() * rows + warp_index(), chunk = lane_index();
+    const int batch = block_z(), head = block_y(), chunk = lane_index() % lanes;
+    const int first = block_x() * rows + warp_index() * warp_rows + lane_index() / lanes;  // of this lane's rows
     const Sequence sequence = Sequence::of(p, batch);
-    if (row >= sequence.queries) return;
-    float sum = 0;
-    if (chunk * 8 < p.head_dim) {
-      const Element* out = rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query) + row * p.out_stride[2];
-      const Element* grad = rows_of<Element>(params.grad_out, params.grad_out_stride, batch, head, sequence.first_query) + row * params.grad_out_stride[2];
-      const Word<16> a = load_global(reinterpret_cast<const Word<16>*>(out) + chunk), b = load_global(reinterpret_cast<const Word<16>*>(grad) + chunk);
-      BM_UNROLL
-      for (int i = 0; i < 8; i++)
-        sum += to_float(Element{uint16_t(a.value[i / 2] >> 16 * (i % 2))}) * to_float(Element{uint16_t(b.value[i / 2] >> 16 * (i % 2))});
+    const Element* out = rows_of<Element>(p.out, p.out_stride, batch, head, sequence.first_query);
+    const Element* grad = rows_of<Element>(params.grad_out, params.grad_out_stride, batch, head, sequence.first_query);
+    Word<16> o[turns] = {}, g[turns] = {};
+    BM_UNROLL
+    for (int turn = 0; turn < turns; turn++) {
+      const int64_t row = first + turn * rows_at_once;
+      if (row >= sequence.queries || chunk * 8 >= p.head_dim) continue;
+      o[turn] = load_global(reinterpret_cast<const Word<16>*>(out + row * p.out_stride[2]) + chunk);
+      g[turn] = load_global(reinterpret_cast<const Word<16>*>(grad + row * params.grad_out_stride[2]) + chunk);
     }
     BM_UNROLL
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (chunk != 0) return;
-    const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + sequence.first_query + row;
-    store_global(params.delta + at, params.grad_logsumexp != nullptr ? sum - load_global(params.grad_logsumexp + at) : sum);
+    for (int turn = 0; turn < turns; turn++) {
+      float a[8], b[8], sum = 0;
+      unpack<Element>(a, o[turn]);
+      unpack<Element>(b, g[turn]);
+      BM_UNROLL
+      for (int i = 0; i < 8; i++) sum += a[i] * b[i];
+      BM_UNROLL
+      for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      const int row = first + turn * rows_at_once;
+      if (chunk != 0 || row >= sequence.queries) continue;
+      const int64_t at = batch * p.logsumexp_stride[0] + head * p.logsumexp_stride[1] + sequence.first_query + row;
+      store_global(params.delta + at, params.grad_logsumexp != nullptr ? sum - load_global(params.grad_logsumexp + at) : sum);
+    }
   }
 };
 

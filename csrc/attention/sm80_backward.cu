@@ -27,10 +27,15 @@ template <int D>
 constexpr Row row{D, {{start<float16, D, false>, start<float16, D, true>}, {start<bfloat16, D, false>, start<bfloat16, D, true>}}};
 constexpr Row table[] = {row<32>, row<64>, row<96>, row<128>, row<192>, row<256>};
 
+template <typename Element, int lanes>
+void start_delta(const AttentionBackwardParams& params, const Stream& stream) {
+  using Delta = AttentionDelta<Element, lanes>;
+  launch<Delta>({tiles(params.p.query_length, Delta::rows), params.p.heads, params.p.batch}, params, stream);
+}
 template <typename Element>
 void start_delta(const AttentionBackwardParams& params, const Stream& stream) {
-  using Delta = AttentionDelta<Element>;
-  launch<Delta>({tiles(params.p.query_length, Delta::rows), params.p.heads, params.p.batch}, params, stream);
+  const int head_dim = params.p.head_dim;
+  (head_dim <= 64 ? start_delta<Element, 8> : head_dim <= 128 ? start_delta<Element, 16> : start_delta<Element, 32>)(params, stream);
 }
 
 }  // namespace

@@ -15,6 +15,8 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -44,14 +46,25 @@ std::atomic<uint64_t> seed{0};              // of the emulator's schedule
 std::atomic<int64_t> emulated_architecture{80};
 #endif
 
+#if defined(__CUDACC__)
+// Of a device, asked once.
+int attribute(int32_t device, cudaDeviceAttr which, const char* name) {
+  static std::map<std::pair<int32_t, int>, int> known;
+  static std::mutex lock;
+  std::lock_guard<std::mutex> guard(lock);
+  const auto [at, is_new] = known.try_emplace({device, int(which)}, 0);
+  if (is_new && cudaDeviceGetAttribute(&at->second, which, device) != cudaSuccess) {
+    known.erase(at);
+    throw std::runtime_error(std::string(name) + " of CUDA device " + std::to_string(device) + " cannot be read");
+  }
+  return at->second;
+}
+#endif
+
 // Whose kernels run: 90 for Hopper, whose instructions no later GPU has, and 80 for all others.
 int architecture([[maybe_unused]] int32_t device) {
 #if defined(__CUDACC__)
-  int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    throw std::runtime_error("the compute capability of CUDA device " + std::to_string(device) + " cannot be read");
-  return major == 9 ? 90 : 80;
+  return attribute(device, cudaDevAttrComputeCapabilityMajor, "the compute capability") == 9 ? 90 : 80;
 #else
   return int(emulated_architecture);
 #endif
@@ -59,10 +72,7 @@ int architecture([[maybe_unused]] int32_t device) {
 
 int multiprocessors([[maybe_unused]] int32_t device) {
 #if defined(__CUDACC__)
-  int count = 0;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error("the number of multiprocessors of CUDA device " + std::to_string(device) + " cannot be read");
-  return count;
+  return attribute(device, cudaDevAttrMultiProcessorCount, "the number of multiprocessors");
 #else
   return 3;  // few, so that blocks have more tiles than one
 #endif

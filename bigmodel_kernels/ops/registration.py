@@ -419,11 +419,11 @@ def backward_formula(count: int) -> Callable[..., Any]:
 
 
 def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """torch.library.register_autograd for an operator of tensors alone (no lists), with less in the way.
+    """torch.library.register_autograd for an operator of tensors and lists of tensors, with less in the way.
 
     Torch's reads the operator's schema anew in every call that wants a gradient, to complete the arguments by
-    their defaults, which for the twenty arguments of attention costs more than all else around a kernel. Here
-    it is read once.
+    their defaults, and takes arguments with lists apart by its general trees, which for the twenty arguments
+    of attention costs more than all else around a kernel. Here the schema is read once, and lists are flat.
     """
     op = getattr(torch.ops.bigmodel, name).default
     arguments = op._schema.arguments
@@ -435,16 +435,18 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *args, (keyset, options) = inputs
-        result = below(keyset, tuple(args), options)
+        *flat, (lengths, keyset, options) = inputs
+        args = _nested(flat, lengths)
+        result = below(keyset, args, options)
+        ctx.lengths = lengths
         setup_context(ctx, (*args, *defaults[len(args) :]), {**option_defaults, **options}, result)
         return result
 
     def gradient(ctx: Any, *grads: Any) -> Any:
         given = ctx.needs_input_grad
-        ctx.needs_input_grad = given[:-1]
+        ctx.needs_input_grad = _nested(given[:-1], ctx.lengths)
         try:
-            return (*backward(ctx, *grads), None)
+            return (*_flat(backward(ctx, *grads), ctx.lengths), None)
         finally:
             ctx.needs_input_grad = given
 
@@ -453,10 +455,35 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
         if wants_gradient(args):
-            return function.apply(*args, (keyset, options))
+            lengths = tuple(len(a) if isinstance(a, (list, tuple)) else None for a in args)
+            return function.apply(*_flat(args, lengths), (lengths, keyset, options))
         return below(keyset, args, options)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+#: Of each argument the length of a list, or None where it is none.
+_Lengths = tuple[int | None, ...]
+
+
+def _flat(values: Sequence[Any], lengths: _Lengths) -> list[Any]:
+    """The values with those of lists in their place; None for a list is as many."""
+    flat: list[Any] = []
+    for value, length in zip(values, lengths, strict=True):
+        if length is None:
+            flat.append(value)
+        else:
+            flat.extend([None] * length if value is None else value)
+    return flat
+
+
+def _nested(flat: Sequence[Any], lengths: _Lengths) -> tuple[Any, ...]:
+    """What `_flat` was given, but for None in the place of a list."""
+    values, at = [], 0
+    for length in lengths:
+        values.append(flat[at] if length is None else list(flat[at : at + length]))
+        at += 1 if length is None else length
+    return tuple(values)
 
 
 def no_second_derivative(name: str, instead: str) -> None:

@@ -2,6 +2,8 @@
 //
 // A kernel is a struct with `Params`, `threads`, `blocks_per_multiprocessor`, `shared_bytes` and `static void run(const Params&)`.
 #pragma once
+#include <atomic>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -31,8 +33,16 @@ void launch(Grid grid, const typename Kernel::Params& params, const Stream& stre
   const auto check = [](cudaError_t error, const char* what) {
     if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   };
-  if constexpr (Kernel::shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes), "shared memory of a kernel");
+  if constexpr (Kernel::shared_bytes > (48 << 10)) {  // once for each device: a launch is short beside it
+    static std::atomic<uint64_t> allowed{0};
+    int device = 0;
+    check(cudaGetDevice(&device), "the current device");
+    const uint64_t bit = uint64_t(1) << device % 64;
+    if (device >= 64 || !(allowed.load() & bit)) {
+      check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes), "shared memory of a kernel");
+      allowed |= bit;
+    }
+  }
   enter<Kernel><<<dim3(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z)), Kernel::threads, Kernel::shared_bytes, stream.stream>>>(params);
   check(cudaGetLastError(), "launch of a kernel");
 }

@@ -24,6 +24,7 @@ from bigmodel_kernels.ops.registration import (
     no_second_derivative,
     placeholder,
     public,
+    register_gradient,
     require_choice,
     require_dropout,
     require_float,
@@ -334,6 +335,6 @@ define(
     rows=(0, 1, 4, 8, 9),
     row_results=(0, 1),
 )
-torch.library.register_autograd("bigmodel::linear", _backward, setup_context=_setup_context)
-torch.library.register_autograd("bigmodel::linear_training", _backward, setup_context=_setup_context_training)
+register_gradient("linear", _backward, _setup_context)
+register_gradient("linear_training", _backward, _setup_context_training)
 no_second_derivative("linear_backward", "torch.nn.functional.linear")

@@ -237,7 +237,7 @@ struct AttentionSm90 {
   };
   // The next tile, once its Q is there; false when there is none.
   static BM_DEVICE bool arrived(const AttentionParams& p, Ring<query_stages>& ring, int consumer, Tile& tile) {
-    const int stage = ring.stage;
+    const int stage = shuffle(ring.stage, 0);  // for the compiler the same in all lanes: addresses of Q stay in uniform registers
     mbarrier_wait(barrier(query_full + stage), ring.parity);
     ring.advance();
     const WorkTile work = WorkTile::load(work_tile(stage));
@@ -348,6 +348,7 @@ struct AttentionSm90 {
       to_fragments<Element>(probabilities, s);
 
       for (;;) {
+        count = shuffle(count, 0);  // likewise of K and V
         // ---- S of this step, and O += P V of the last ----
         for (int n = tile.range.begin + tile_n; n < tile.range.end; n += tile_n) {
           const int before = count++;

@@ -8,6 +8,7 @@
 //   consumer   S0 = Q K0^T, softmax -> P0
 //              S1 = Q K1^T  and  O += P0 V0   run at once on the tensor cores; softmax of S1 as soon as it is there
 //              S2 = Q K2^T  and  O += P1 V1   ...
+//              S0 = Q K0^T of the next tile of queries  and  the last O += P V of this one, which then leaves
 //
 // That is the short loop, without softcap, key padding, bias, ALiBi and dropout. In it consumers take turns at the tensor cores
 // (ping-pong): one starts its products when the one before has started its own, and so comes to its softmax while the other's run.

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from bigmodel_kernels import files
 from bigmodel_kernels.finetune import (
     Interrupted,
     Listener,
     Settings,
     checkpoint,
     data,
-    files,
     finetune,
     models,
 )

@@ -13,6 +13,7 @@ import bigmodel_kernels as bk
 from bigmodel_kernels import backends
 from bigmodel_kernels.models.rule import assert_as_near
 from bigmodel_kernels.ops import cuda_library
+from bigmodel_kernels.ops.attention import cuda as attention
 from bigmodel_kernels.ops.linear import cuda as linear
 from bigmodel_kernels.ops.linear import cuda_choice
 from bigmodel_kernels.transformers import whole_layer
@@ -47,9 +48,8 @@ def calls(library: Any, architecture: int, product: str, monkeypatch: pytest.Mon
     for name in NAMES:
         monkeypatch.setattr(torch.ops.bigmodel, name, recording(name), raising=False)
     monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (9, 0))
-    for module in (cuda_library, linear):
+    for module in (cuda_library, linear, attention):
         monkeypatch.setattr(module, "lacking", lambda x: None)
-    monkeypatch.setattr("bigmodel_kernels.ops.attention.cuda.lacking", lambda x: None)
     monkeypatch.setattr(linear, "_device", lambda device: ("a GPU", "9.0"))
     monkeypatch.setattr(linear, "choose", lambda *args: linear.Choice(product, "for the test"))
     monkeypatch.setattr(linear, "remembered", lambda *args: product)

@@ -40,7 +40,8 @@ def entries(log: Path) -> dict[str, tuple[int, int, int]]:
 
 # Attention: two element types, six head_dims, short and general, on Hopper two short ones of the two
 # smallest; of the backward two each, and sm_80's file has delta for both in three widths; for decoding
-# there is one of each. The backward in one pass: two element types, three head_dims, and for each what rounds dQ.
+# there is one of each. The backward in one pass: two element types, three head_dims, and for each what
+# rounds dQ.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile, one of them in
 # ping-pong too; for few rows the first two. The norm: two element types, two lengths of a row.
 COUNTS = {

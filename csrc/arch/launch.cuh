@@ -37,8 +37,8 @@ void launch(Grid grid, const typename Kernel::Params& params, const Stream& stre
     static std::atomic<uint64_t> allowed{0};
     int device = 0;
     check(cudaGetDevice(&device), "the current device");
-    const uint64_t bit = uint64_t(1) << device % 64;
-    if (device >= 64 || !(allowed.load() & bit)) {
+    const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;  // none: every time
+    if (!(allowed.load() & bit)) {
       check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::shared_bytes), "shared memory of a kernel");
       allowed |= bit;
     }

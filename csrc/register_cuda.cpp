@@ -295,6 +295,15 @@ Tensor rows_like(const Tensor& query) {
   return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
 }
 
+void launch_attention(const AttentionParams& p, Call& call, const Tensor& query, const Tensor& key) {
+  if (query.numel() == 0) return;
+  const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
+  if (architecture(call.device()) == 90 && key.numel() > 0)
+    attention_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
+  else
+    attention_sm80(p, is_bfloat16, call.stream());
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, OptionalTensor key_padding_mask, OptionalTensor bias,
                                      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
                                      OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
@@ -311,13 +320,7 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
   Tensor out = result_like(query, query.size(1), p.out_stride), logsumexp = rows_like(query);
   p.out = call.use(out, "out", true);
   p.logsumexp = static_cast<float*>(call.use(logsumexp, "logsumexp", true));
-  if (query.numel() > 0) {
-    const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
-    if (architecture(call.device()) == 90 && key.numel() > 0)
-      attention_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
-    else
-      attention_sm80(p, is_bfloat16, call.stream());
-  }
+  launch_attention(p, call, query, key);
   return {out, logsumexp};
 }
 
@@ -722,12 +725,7 @@ Tensor context_of(const Tensor& query, const Tensor& key, const Tensor& value, c
   p.out_stride[1] = d;
   p.out_stride[2] = heads * d;
   p.out = call.use(context, "context", true);
-  if (query.numel() == 0) return context;
-  const bool is_bfloat16 = query.scalar_type() == ScalarType::BFloat16;
-  if (architecture(call.device()) == 90 && key.numel() > 0)
-    attention_sm90(p, is_bfloat16, multiprocessors(call.device()), call.stream());
-  else
-    attention_sm80(p, is_bfloat16, call.stream());
+  launch_attention(p, call, query, key);
   return context;
 }
 

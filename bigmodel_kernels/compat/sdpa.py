@@ -505,9 +505,7 @@ def _flash_forward(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """aten::_scaled_dot_product_flash_attention."""
-    ours = None
-    if not return_debug_mask and _square(query, key, is_causal):
-        ours = _ours(query, key, value, None, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(not return_debug_mask, query, key, value, None, dropout_p, is_causal, scale)
     if ours is None:
         given = (query, key, value, dropout_p, is_causal, return_debug_mask)
         return torchs.call_boxed(keys, *given, scale=scale)  # type: ignore[no-any-return]
@@ -538,15 +536,11 @@ def _flash_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_flash_attention_backward."""
-    ours = None
-    if cum_seq_q is None and _square(query, key, is_causal):
-        ours = _ours(query, key, value, None, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(cum_seq_q is None, query, key, value, None, dropout_p, is_causal, scale)
     if ours is None:
         given = (grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k)
         return torchs.call_boxed(keys, *given, dropout_p, is_causal, seed, offset, scale=scale)  # type: ignore[no-any-return]
-    grads = _backward(grad_out, key, value, out, logsumexp, *ours)
-    like = (query, key, value)
-    return tuple(_laid_out_as(torch.empty_like(t), g) for t, g in zip(like, grads, strict=True))
+    return _gradients(grad_out, query, key, value, out, logsumexp, *ours)
 
 
 def _cudnn_forward(
@@ -564,9 +558,7 @@ def _cudnn_forward(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     """aten::_scaled_dot_product_cudnn_attention, which torch prefers on Hopper and Blackwell."""
-    ours = None
-    if not return_debug_mask and _square(query, key, is_causal):
-        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(not return_debug_mask, query, key, value, attn_bias, dropout_p, is_causal, scale)
     if ours is None:
         given = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask)
         return torchs.call_boxed(keys, *given, scale=scale)  # type: ignore[no-any-return]
@@ -596,15 +588,11 @@ def _cudnn_backward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_cudnn_attention_backward."""
-    ours = None
-    if cum_seq_q is None and _square(query, key, is_causal):
-        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(cum_seq_q is None, query, key, value, attn_bias, dropout_p, is_causal, scale)
     if ours is None:
         given = (grad_out, query, key, value, out, logsumexp, seed, offset, attn_bias, cum_seq_q, cum_seq_k)
         return torchs.call_boxed(keys, *given, max_q, max_k, dropout_p, is_causal, scale=scale)  # type: ignore[no-any-return]
-    grads = _backward(grad_out, key, value, out, logsumexp.squeeze(-1), *ours)
-    like = (query, key, value)
-    return tuple(_laid_out_as(torch.empty_like(t), g) for t, g in zip(like, grads, strict=True))
+    return _gradients(grad_out, query, key, value, out, logsumexp.squeeze(-1), *ours)
 
 
 def _efficient_forward(
@@ -621,9 +609,7 @@ def _efficient_forward(
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
     """aten::_scaled_dot_product_efficient_attention, which torch takes in float32 and for most masks."""
-    ours = None
-    if _square(query, key, is_causal):
-        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(True, query, key, value, attn_bias, dropout_p, is_causal, scale)
     if ours is None:
         given = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal)
         return torchs.call_boxed(keys, *given, scale=scale)  # type: ignore[no-any-return]
@@ -655,9 +641,7 @@ def _efficient_backward(
     scale: float | None = None,
 ) -> tuple[Tensor | None, ...]:
     """aten::_scaled_dot_product_efficient_attention_backward. The gradient of a mask stays torch's."""
-    ours = None
-    if not grad_input_mask[3] and _square(query, key, is_causal):
-        ours = _ours(query, key, value, attn_bias, dropout_p, is_causal, scale)
+    ours = _ours_on_gpu(not grad_input_mask[3], query, key, value, attn_bias, dropout_p, is_causal, scale)
     if ours is None:
         given = (grad_out, query, key, value, attn_bias, out, logsumexp, seed, offset, dropout_p)
         return torchs.call_boxed(keys, *given, grad_input_mask, is_causal, scale=scale)  # type: ignore[no-any-return]
@@ -669,6 +653,29 @@ def _no_seed(like: Tensor) -> tuple[Tensor, Tensor]:
     """Seed and offset of a call without dropout."""
     seed = torch.zeros((), dtype=torch.int64, device=like.device)
     return seed, torch.zeros_like(seed)
+
+
+def _ours_on_gpu(
+    takes: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: Any,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """As `_ours`, of a call that we take otherwise."""
+    if not takes or not _square(query, key, is_causal):
+        return None
+    return _ours(query, key, value, mask, dropout_p, is_causal, scale)
+
+
+def _gradients(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Of query, key and value, laid out as torch's kernels do."""
+    grads = _backward(grad_out, key, value, *rest)
+    like = (query, key, value)
+    return tuple(_laid_out_as(torch.empty_like(t), g) for t, g in zip(like, grads, strict=True))
 
 
 def _square(query: Tensor, key: Tensor, is_causal: bool) -> bool:

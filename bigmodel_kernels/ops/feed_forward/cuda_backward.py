@@ -56,7 +56,7 @@ def hidden_backward(
 def run_backward(*args: Any, **options: Any) -> list[Tensor]:
     """See `bigmodel::feed_forward_backward`.
 
-    torch's product, with the rest in launches after it, was slower on an H200 for 8192 tokens of BERT-base. If
-    it is faster for other shapes, the choice belongs here, as cuda_choice.py has it for the forward.
+    torch's product, with the rest in launches after it, was slower on an H200 for 8192 tokens of BERT-base.
+    If it is faster for other shapes, the choice belongs here, as cuda_choice.py has it for the forward.
     """
     return triton.run_backward(*args, **options, hidden_backward=hidden_backward)

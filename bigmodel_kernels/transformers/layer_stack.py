@@ -1,8 +1,8 @@
 """All layers of a model in one call, for a token of a generation.
 
 All weights of a layer go through the caches for each token, and what Python does for the next layer has to
-come from memory again: code and data, for each layer as if it were the first. So a model's first layer does the
-work of all, if it can read them all, in one stretch of Python and one call, and the others hand on what it
+come from memory again: code and data, for each layer as if it were the first. So a model's first layer does
+the work of all, if it can read them all, in one stretch of Python and one call, and the others hand on what it
 gave::
 
     model(...)                      `running` says so while the model's own code runs

@@ -1,8 +1,8 @@
 """A layer in two calls of a compiled library: to query, key and value, and from them to the result.
 
 The calls are those of `blocks`, without the Python between: for a few tokens that takes longer than the
-arithmetic, and a GPU waits for it. On the CPU a token of a generation takes one call of as many layers as follow
-each other, which writes its keys and values into the cache itself.
+arithmetic, and a GPU waits for it. On the CPU a token of a generation takes one call of as many layers as
+follow each other, which writes its keys and values into the cache itself.
 
 It is for inference, where nobody listens to the operators (see `ops.registration.call`): on the CPU, and on
 GPUs whose kernels in the CUDA library come before Triton's. Everywhere else, and for what `held`, `takes` and

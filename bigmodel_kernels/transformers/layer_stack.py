@@ -2,8 +2,8 @@
 
 All weights of a layer go through the caches for each token, and what Python does for the next layer has to
 come from memory again: code and data, for each layer as if it were the first. So a model's first layer does
-the work of all, if it can read them all, in one stretch of Python and one call, and the others hand on what it
-gave::
+the work of all, if it can read them all, in one stretch of Python and one call, and the others hand on what
+it gave::
 
     model(...)                      `running` says so while the model's own code runs
       h[0](x)        -> y           all layers; y is remembered

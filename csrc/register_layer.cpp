@@ -1,6 +1,6 @@
 // A transformer layer as torch sees it on the CPU, in two calls: to query, key and value, and from them to the layer's result.
 // Between the two the caller turns heads, and keeps keys and values in its cache. A token of a generation, whose keys and values go behind
-// those of a cache with room for them, needs one call for all layers.
+// those of a cache with room for them, needs one call for all layers, and so do few rows in an encoder.
 //
 // They are the ops of register_cpu.cpp and the kernel of attention one after the other, to the same bits. What they save is the
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
@@ -128,19 +128,53 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
   return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, {}, {}, {}, "layer_norm", 0.0);
 }
 
-// All layers of such a token. `parts` are LayerParts' tensors, layer by layer, `epsilons` its two, `buffers` keys and values.
-Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, std::vector<double> softmax_scales, Text activation) {
-  const size_t layers = softmax_scales.size();
-  STD_TORCH_CHECK(parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ", LayerParts::count, " for each of ", layers, " softmax_scales");
-  STD_TORCH_CHECK(epsilons.size() == 2 * layers, "epsilons: ", epsilons.size(), " must be two for each of ", layers, " softmax_scales");
-  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for each of ", layers, " softmax_scales");
+// The layers of `parts`, LayerParts' tensors layer by layer, and `epsilons`, its two: body(layer, i) for each.
+template <class Body>
+void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<double>& epsilons, const Body& body) {
+  const size_t layers = epsilons.size() / 2;
+  STD_TORCH_CHECK(epsilons.size() == 2 * layers && parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ",
+                  LayerParts::count, " for every two of ", epsilons.size(), " epsilons");
   for (size_t i = 0; i < layers; i++) {
     const OptionalTensor* p = &parts[i * LayerParts::count];
     for (int weight : {2, 4, 8, 10}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
-    const LayerParts w = {p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], epsilons[2 * i], epsilons[2 * i + 1]};
-    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, softmax_scales[i], activation);
+    body(LayerParts{p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], epsilons[2 * i], epsilons[2 * i + 1]}, i);
   }
+}
+
+// All layers of such a token; `buffers` are the keys and values of each.
+Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
+                  OptionalTensor key_padding_mask, std::vector<double> softmax_scales, Text activation) {
+  const size_t layers = epsilons.size() / 2;
+  STD_TORCH_CHECK(softmax_scales.size() == layers, "softmax_scales: ", softmax_scales.size(), " must be one for every two of ", epsilons.size(), " epsilons");
+  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for every two of ", epsilons.size(), " epsilons");
+  each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
+    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, softmax_scales[i], activation);
+  });
+  return x;
+}
+
+// All layers of an encoder, norms behind their halves, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden).
+Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, int64_t head_dim, OptionalTensor lengths, int64_t longest,
+                   OptionalTensor key_padding_mask, double softmax_scale, Text activation) {
+  check_cpu(x, "x");
+  const int64_t rank = lengths ? 2 : 3;
+  STD_TORCH_CHECK(x.dim() == rank, "x: shape ", shape_of(x), " must have ", rank, " dimensions");
+  each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
+    Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
+    const int64_t features = qkv.size(rank - 1), heads = head_dim < 1 ? 0 : features / head_dim / 3;
+    STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
+    std::vector<int64_t> shape(qkv.sizes().begin(), qkv.sizes().end());
+    shape.back() = heads;
+    shape.push_back(head_dim);
+    const auto part = [&](int64_t i) {
+      Tensor t = torch::stable::narrow(qkv, rank - 1, i * heads * head_dim, heads * head_dim);
+      t = torch::stable::view(t, shape);
+      return lengths ? t : torch::stable::transpose(t, 1, 2);
+    };
+    x = cpu_layer_end(x, part(0), part(1), part(2), key_padding_mask, {}, lengths, longest, {}, softmax_scale, false, -1, -1, 0.0, w.context,
+                      w.b_context, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, w.in, w.b_in, w.out, w.b_out, {}, {},
+                      activation, "post", w.norm_weight, w.norm_bias, w.norm_eps, "layer_norm");
+  });
   return x;
 }
 
@@ -156,10 +190,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
   m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, "
         "float[] softmax_scales, str activation) -> Tensor");
+  m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
+        "float softmax_scale, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_layer_begin", TORCH_BOX(&bigmodel::cpu_layer_begin));
   m.impl("cpu_layer_end", TORCH_BOX(&bigmodel::cpu_layer_end));
   m.impl("cpu_layers", TORCH_BOX(&bigmodel::cpu_layers));
+  m.impl("cpu_encoder", TORCH_BOX(&bigmodel::cpu_encoder));
 }

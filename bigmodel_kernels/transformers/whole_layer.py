@@ -205,10 +205,17 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
     )
 
 
-def token(x: Tensor, layers: Sequence[tuple[LayerParts, Cached]], layout: str) -> Tensor | None:
+def token(
+    x: Tensor,
+    layers: Sequence[tuple[LayerParts, Cached]],
+    layout: str,
+    norm_kind: str = "layer_norm",
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
     """The result of layers one behind the other, norms before their halves, for one token of each sequence.
 
-    x is (B, 1, hidden); the caches then have its keys and values. None, and nothing done, for other calls and
+    x is (B, 1, hidden); the caches then have its keys and values. `angles` are cosines and sines (1 or B, 1,
+    half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
     caches.
     """
     if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, [w for w, _ in layers], "cpu_layers"):
@@ -235,7 +242,8 @@ def token(x: Tensor, layers: Sequence[tuple[LayerParts, Cached]], layout: str) -
         return None
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), *parts, [buffer for room in rooms for buffer in (room.keys, room.values)], length),
-        *(mask, [cached.scale for _, cached in layers], _activation(layers[0][0])),
+        *(mask, *(map(contiguous, angles) if angles else (None, None))),
+        *([cached.scale for _, cached in layers], norm_kind, _activation(layers[0][0])),
     )
     for room in rooms:
         room.written(1)
@@ -279,7 +287,7 @@ def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
         and lacking(op, x.dtype) is None
         and _unobserved(x)
         and all(map(_readable, layers))
-        and all(w.ffn.w_gate is None and _activation(w) == _activation(layers[0]) for w in layers)  # type: ignore[union-attr]
+        and all(_activation(w) == _activation(layers[0]) for w in layers)
     )
 
 
@@ -290,11 +298,13 @@ def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor |
         return None
     packed = packed_together(groups, layout)
     parts: list[Tensor | None] = []
-    for i, w in enumerate(layers):
+    weights = iter(packed)
+    for w in layers:
         ffn: Any = w.ffn
-        qkv, context, w_in, w_out = packed[4 * i : 4 * i + 4]
-        parts += (*_affine(w.attention_norm), qkv, joined(_biases(w)), context, _affine(w.attention_out)[1])
-        parts += (*_affine(w.ffn_norm), w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
+        parts += (*_affine(w.attention_norm), next(weights), joined(_biases(w)))
+        parts += (next(weights), _affine(w.attention_out)[1], *_affine(w.ffn_norm))
+        parts += (next(weights), ffn.w_in.bias, next(weights), ffn.w_out.bias)
+        parts += (None, None) if ffn.w_gate is None else (next(weights), ffn.w_gate.bias)
     return [contiguous(part) for part in parts], [e for w in layers for e in (w.attention_eps, w.ffn_eps)]
 
 

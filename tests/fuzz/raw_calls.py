@@ -407,15 +407,18 @@ def layer_end(i: Inputs) -> dict[str, Any]:
     }
 
 
-def layer_parts(i: Inputs, hidden: int, inner: int, queries: int, features: int, normed: bool) -> list[Any]:
+def layer_parts(
+    i: Inputs, hidden: int, inner: int, queries: int, features: int, there: bool | None, kind: str
+) -> list[Any]:
     """Those of one layer; its second norm is there, its first one too where it is the attention's own."""
-    parts: list[Any] = list(i.norm(hidden, kind="layer_norm", there=normed or None).values())
+    parts: list[Any] = list(i.norm(hidden, kind=kind, there=there).values())
     for k, n in ((hidden, features), (queries, hidden)):
         parts += (Packed([i.weight(k, n)]), i.maybe(n))
-    parts += i.norm(hidden, kind="layer_norm", there=True).values()
-    for k, n in ((hidden, inner), (inner, hidden)):
+    parts += i.norm(hidden, kind=kind, there=True).values()
+    gated = i.chance()
+    for k, n in ((hidden, inner), (inner, hidden), *([(hidden, inner)] if gated else [])):
         parts += (Packed([i.weight(k, n)]), i.maybe(n))
-    return parts
+    return parts if gated else [*parts, None, None]
 
 
 def layers(i: Inputs) -> dict[str, Any]:
@@ -425,18 +428,23 @@ def layers(i: Inputs) -> dict[str, Any]:
     heads = kv_heads * i.among((1, 1, 2))
     features = (heads + 2 * kv_heads) * head_dim
     mask = torch.rand(batch, length + 1, generator=i.generator) > 0.3
+    kind, turned = i.among(("layer_norm", "rms_norm")), head_dim > 1 and i.chance()
+    angles = torch.rand(i.among((1, batch)), 1, head_dim // 2, generator=i.generator)
     return {
         "x": i.tensor(batch, 1, hidden),
         "parts": [
             part
             for _ in range(count)
-            for part in layer_parts(i, hidden, i.size(), heads * head_dim, features, False)
+            for part in layer_parts(i, hidden, i.size(), heads * head_dim, features, None, kind)
         ],
         "epsilons": [1e-5] * (2 * count),
         "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
         "length": length,
         "key_padding_mask": mask if i.chance() else None,
+        "cos": angles.cos() if turned else None,
+        "sin": angles.sin() if turned else None,
         "softmax_scales": [head_dim**-0.5] * count,
+        "norm_kind": kind,
         "activation": i.among(ACTIVATIONS),
     }
 
@@ -454,7 +462,9 @@ def encoder(i: Inputs) -> dict[str, Any]:
         "parts": [
             part
             for _ in range(count)
-            for part in layer_parts(i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True)
+            for part in layer_parts(
+                i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True, "layer_norm"
+            )
         ],
         "epsilons": [1e-5] * (2 * count),
         "head_dim": head_dim,

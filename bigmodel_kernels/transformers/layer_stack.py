@@ -19,10 +19,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from bigmodel_kernels.transformers import whole_layer
+from bigmodel_kernels.transformers.blocks import LayerParts
+from bigmodel_kernels.transformers.families import Rule
+from bigmodel_kernels.transformers.generic import Form, stands_for
 
 
 class Stack:
@@ -76,25 +81,39 @@ def running(layers: Any) -> Iterator[None]:
         _running.stack = before
 
 
-def check(attribute: str) -> Callable[[Any], str | None]:
-    """Whether a model's layers are where its forward looks for them."""
-
-    def reason(model: Any) -> str | None:
-        kind = type(getattr(model, attribute))
-        return None if kind is nn.ModuleList else f"its {attribute} are in a {kind.__name__}"
-
-    return reason
+def where(given: Any, layer: int, parts: LayerParts, scale: float) -> whole_layer.Cached:
+    """What a token attends to in a layer that is called with `given`'s cache and mask."""
+    key: Any = parts.qkv[1]
+    return whole_layer.Cached(given.cache, layer, key.weight.shape[0] // parts.head_dim, given.mask, scale)
 
 
-class Model(nn.Module):
-    """A model whose forward runs a stack; goes before the class that it stands for, whose forward it keeps."""
+class Model(Form):
+    """A model whose forward runs a stack; goes before the class that it stands for, whose forward it keeps.
 
-    def layers_of(self) -> Sequence[nn.Module]:
-        """Those that its forward calls, in their order."""
-        raise NotImplementedError
+    Not in training mode, where a model may leave layers out.
+    """
+
+    #: The attribute with the layers; the forward calls the first `config.num_hidden_layers` of them at least.
+    at: ClassVar[str] = "layers"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stands_for(cls.__bases__[1])(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or "forward" in self.__dict__:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
             return super().__call__(*args, **kwargs)
-        with running(self.layers_of()):
+        if "forward" in self.__dict__:
             return super().__call__(*args, **kwargs)
+        with running(getattr(self, self.at)[: self.config.num_hidden_layers]):
+            return super().__call__(*args, **kwargs)
+
+
+def rule(original: type[nn.Module], form: type[Model]) -> Rule:
+    """Lets the first layer do the work of all."""
+
+    def check(model: Any) -> str | None:
+        kind = type(getattr(model, form.at))
+        return None if kind is nn.ModuleList else f"its layers are in a {kind.__name__}"
+
+    return Rule(original, form, (), check, note="its layers in one call for a token")

@@ -42,7 +42,7 @@ from bigmodel_kernels.transformers import (
 )
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, GatedParts, LayerParts, Scale
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form, stands_for
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
 
 
 class Norms(NamedTuple):
@@ -255,17 +255,6 @@ class Layer(Form):
         return all(checks.plain_dropout(modules[name]) for name in self.kin.dropouts)
 
 
-class Model(layer_stack.Model, Form):
-    """As it is; its layers know that it runs them all, so that the first can do the work for a token."""
-
-    def __init_subclass__(cls, kin: Any = None, **kwargs: Any) -> None:
-        super().__init_subclass__(kin=kin, **kwargs)
-        stands_for(cls.__bases__[1])(cls)
-
-    def layers_of(self) -> Sequence[nn.Module]:
-        return self.layers[: self.config.num_hidden_layers]  # type: ignore[no-any-return]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # arguments and weights, read at each call
 
@@ -285,9 +274,7 @@ def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
         if parts is None:
             return None
         attention = layer.self_attn
-        heads = parts.qkv[1].weight.shape[0] // parts.head_dim  # type: ignore[union-attr]
-        where = (given.cache, attention.layer_idx, heads, given.mask, attention.scaling)
-        layers.append((parts, whole_layer.Cached(*where)))
+        layers.append((parts, layer_stack.where(given, attention.layer_idx, parts, attention.scaling)))
     angles = given.cos.shape[-1] // 2
     turns = (given.cos[..., :angles], given.sin[..., :angles])
     return whole_layer.token(x, layers, "linear", "rms_norm", turns)
@@ -296,17 +283,20 @@ def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
     """All of a layer that has nothing which Llama's has not."""
     kin, attention, w = layer.kin, layer.self_attn, layer._parts(dtype)
-    norms = [scale_of(norm, dtype) for norm in (w.attention_norm, layer.__dict__["_modules"][kin.norms.ffn])]
+    first, second = (
+        scale_of(layer.__dict__["_modules"][name], dtype) for name in (kin.norms.attention, kin.norms.ffn)
+    )
     if (
         not is_form(attention, kin.attention)
         or len(kin.qkv) != 3
         or not getattr(attention, "use_rope", True)
         or getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is not None
         or w.multiplier != 1
-        or None in norms
+        or first is None
+        or second is None
     ):
         return None
-    projections, first, second = attention.__dict__["_modules"], *norms
+    projections = attention.__dict__["_modules"]
     qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
     if any(isinstance(part, nn.Module) for part in qkv):
         return None
@@ -440,8 +430,7 @@ def family(name: str, kin: Kin) -> Family:
             )
         )
     if kin.model in forms:
-        note = "its layers in one call for a token"
-        rules.append(Rule(kin.model, forms[kin.model], (), layer_stack.check("layers"), note))
+        rules.append(layer_stack.rule(kin.model, forms[kin.model]))
     return Family(
         name=name,
         rules=(

@@ -36,7 +36,7 @@ from bigmodel_kernels.transformers import (
 )
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, stands_for
+from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 
 _CACHES = (*attention_interface.CACHES, EncoderDecoderCache)
 
@@ -110,12 +110,8 @@ class BigmodelGPT2Block(hf.GPT2Block):
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 
 
-@stands_for(hf.GPT2Model)
 class BigmodelGPT2Model(layer_stack.Model, hf.GPT2Model):
-    """As it is; its blocks know that it runs them all."""
-
-    def layers_of(self) -> Sequence[nn.Module]:
-        return self.h  # type: ignore[no-any-return]
+    at = "h"
 
 
 @fused_loss.language_model()
@@ -271,13 +267,7 @@ def _check_block(module: Any) -> str | None:
 FAMILY = Family(
     name="gpt2",
     rules=(
-        Rule(
-            hf.GPT2Model,
-            BigmodelGPT2Model,
-            (),
-            layer_stack.check("h"),
-            note="its blocks in one call for a token",
-        ),
+        layer_stack.rule(hf.GPT2Model, BigmodelGPT2Model),
         Rule(
             hf.GPT2Block,
             BigmodelGPT2Block,

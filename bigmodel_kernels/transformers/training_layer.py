@@ -68,7 +68,7 @@ def begin(
 
 
 def end(
-    x: Tensor, terms: Terms, w: LayerParts, held: HeldOnGpu, position: str, by_torch: list[bool]
+    x: Tensor, terms: Terms, w: LayerParts, held: HeldOnGpu, position: str, by_torch: Sequence[bool]
 ) -> Tensor:
     """The layer's result; `by_torch` as `cuda_layer_end` has it, without dropout."""
     ffn = w.ffn

@@ -100,10 +100,9 @@ def _held_on_gpu(
     training = torch.is_grad_enabled()
     norms = (w.attention_norm, w.ffn_norm)
     tensors = [*qkv, *biases, *(t for part in (*single, *norms) for t in part if t is not None)]  # type: ignore[union-attr]
-    if not all(
-        t.is_contiguous() and t.data_ptr() % 16 == 0 and not any(n % 8 for n in t.shape) for t in tensors
-    ):
-        return None
+    for t in tensors:
+        if t.data_ptr() % 16 or t.shape[0] % 8 or t.shape[-1] % 8 or not t.is_contiguous():
+            return None
     if training and not training_layer.takes_layer(x, tensors):
         return None
     return HeldOnGpu(qkv, biases, layout, training)
@@ -189,12 +188,12 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
 @functools.lru_cache(maxsize=1024)
 def _by_torch(
     device: torch.device, dtype: torch.dtype, out: int, rows: int, layout: str, *features: int
-) -> list[bool]:
+) -> tuple[bool, ...]:
     """Whether torch's product of so many features is the faster before a norm that adds the residual."""
     cases = (
         Case(str(dtype)[6:], count, out, layout, "none + residual + layer_norm", rows) for count in features
     )
-    return [cuda_linear.remembered(device, case) == TORCH for case in cases]
+    return tuple(cuda_linear.remembered(device, case) == TORCH for case in cases)
 
 
 def _on_gpu(x: Tensor) -> bool:

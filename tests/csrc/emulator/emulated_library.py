@@ -39,7 +39,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], product: s
         monkeypatch.setattr(module, "lacking", lambda x: None)
     monkeypatch.setattr(linear, "_device", lambda device: ("a GPU", "9.0"))
     monkeypatch.setattr(linear, "choose", lambda *args: linear.Choice(product, "for the test"))
-    monkeypatch.setattr(whole_layer, "_by_torch", lambda *args: [product == cuda_choice.TORCH] * 2)
+    monkeypatch.setattr(whole_layer, "_by_torch", lambda *args: (product == cuda_choice.TORCH,) * 2)
     monkeypatch.setattr(whole_layer, "_on_gpu", lambda x: True)
     operators = {"layer_norm", *(name.removeprefix("cuda_") for name in names)} | {"feed_forward"}
     for (op, device), row in backends.TABLE.items():

@@ -213,109 +213,138 @@ def test_long_rows_with_dropout_go_on_in_steps(calls: list[str], monkeypatch: py
 # the raw operators
 
 
-def begin_backward(**changes: Any) -> list[Tensor]:
-    given: dict[str, Any] = {
-        **{"grad": torch.randn(5, 40), "x": None, "states": torch.randn(5, 16), "norm_weight": None},
-        **{
-            "norm_eps": 1e-5,
-            "weights": [torch.randn(24, 16), torch.randn(16, 16)],
-            "weight_layout": "linear",
-        },
-        **{"needs": [True, False, False, True, True, True, True]},
-    }
-    half = {name: _half(value) for name, value in (given | changes).items()}
-    return list(torch.ops.bigmodel_emulator.cuda_layer_begin_backward(**half))
-
-
 def _half(value: Any) -> Any:
     if isinstance(value, list):
         return [_half(v) for v in value]
     return value.half() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"needs": [True]}, "must hold 7 values, not 1"),
-        ({"weights": [], "needs": [True] * 3}, "weights: 0 tensors"),
-        ({"grad": torch.randn(5, 32)}, r"grad: shape \(5, 32\) must have 40 columns"),
-        ({"grad": torch.randn(40)}, "must have 2 dimensions"),
-        ({"states": None}, "states: must be given"),
-        ({"x": torch.randn(5, 16)}, "x: must be given with norm_weight, and only with it"),
-        (
-            {"x": torch.randn(4, 16), "norm_weight": torch.randn(16)},
-            r"grad: shape \(5, 16\) must be \(4, 16\)",
-        ),
-        ({"weight_layout": "rows"}, "is unknown"),
-    ],
-)
-def test_bad_input_of_the_first_node(library: Any, change: dict[str, Any], words: str) -> None:
-    assert [list(t.shape) for t in begin_backward()] == [[5, 16], [0], [0], [24, 16], [16, 16], [24], [16]]
+def _arguments(changes: dict[str, Any], **given: Any) -> dict[str, Any]:
+    return {name: _half(value) for name, value in (given | changes).items()}
+
+
+def begin_backward(**changes: Any) -> dict[str, Any]:
+    """Arguments for x (5, 16) and two weights."""
+    return _arguments(
+        changes, grad=torch.randn(5, 40), x=None, states=torch.randn(5, 16), norm_weight=None, norm_eps=1e-5,
+        weights=[torch.randn(24, 16), torch.randn(16, 16)], weight_layout="linear",
+        needs=[True, False, False, True, True, True, True],
+    )  # fmt: skip
+
+
+def _attention() -> dict[str, Any]:
+    """Of two heads of 8, and no dropout anywhere."""
+    return dict(
+        **{name: torch.randn(2, 2, 3, 8) for name in ("query", "key", "value")},
+        lengths=None, longest=0, softmax_scale=0.5, is_causal=False, window_left=-1, window_right=-1,
+        attention_seed=None, attention_p=0.0, context_seed=None, context_p=0.0, ffn_seed=None, ffn_p=0.0,
+    )  # fmt: skip
+
+
+def end_training(**changes: Any) -> dict[str, Any]:
+    """Arguments for x (2 * 3, 16) and a feed-forward block of 24."""
+    return _arguments(
+        changes, x=torch.randn(6, 16), **_attention(), w_context=torch.randn(16, 16), b_context=torch.randn(16),
+        attention_norm_weight=None, attention_norm_bias=None, attention_norm_eps=1e-5,
+        w_in=torch.randn(24, 16), b_in=None, w_out=torch.randn(16, 24), b_out=torch.randn(16),
+        weight_layout="linear", activation="gelu", norm_position="pre",
+        norm_weight=torch.ones(16), norm_bias=None, norm_eps=1e-5, by_torch=[False, False], recompute=False,
+    )  # fmt: skip
+
+
+def end_backward(**changes: Any) -> dict[str, Any]:
+    """Arguments for the same."""
+    found = _arguments(
+        changes, grad=torch.randn(6, 16), **_attention(), context=torch.randn(6, 16),
+        logsumexp=torch.randn(2, 2, 3).double(), sum=torch.randn(6, 16), normalised=torch.randn(6, 16),
+        preactivation=torch.randn(6, 24), ffn_sum=None, w_context=torch.randn(16, 16),
+        attention_norm_weight=None, attention_norm_eps=1e-5, w_in=torch.randn(24, 16), b_in=None,
+        w_out=torch.randn(16, 24), weight_layout="linear", activation="gelu", norm_position="pre",
+        norm_weight=torch.ones(16), norm_eps=1e-5, needs=[True] * 6 + [False] * 2 + [True] * 6,
+    )  # fmt: skip
+    return found | {"logsumexp": found["logsumexp"].float()}
+
+
+def run(arguments: Callable[..., dict[str, Any]], **changes: Any) -> list[Tensor]:
+    operator = getattr(torch.ops.bigmodel_emulator, f"cuda_layer_{arguments.__name__}")
+    return list(operator(**arguments(**changes)))
+
+
+RAW = (begin_backward, end_training, end_backward)
+SEED = torch.tensor(3)
+BAD: list[tuple[Callable[..., dict[str, Any]], dict[str, Any], str]] = [
+    (begin_backward, {"needs": [True]}, "must hold 7 values, not 1"),
+    (begin_backward, {"weights": [], "needs": [True] * 3}, "weights: 0 tensors"),
+    (begin_backward, {"grad": torch.randn(5, 32)}, r"grad: shape \(5, 32\) must have 40 columns"),
+    (begin_backward, {"grad": torch.randn(40)}, "must have 2 dimensions"),
+    (begin_backward, {"states": None}, "states: must be given"),
+    (begin_backward, {"states": torch.randn(4, 16)}, r"states: shape \(4, 16\) does not fit"),
+    (begin_backward, {"x": torch.randn(5, 16)}, "x: must be given with norm_weight, and only with it"),
+    (
+        begin_backward,
+        {"x": torch.randn(4, 16), "norm_weight": torch.randn(16)},
+        r"grad: shape \(5, 16\) must be \(4, 16\)",
+    ),
+    (begin_backward, {"weight_layout": "rows"}, "is unknown"),
+    (end_training, {"by_torch": [True]}, "must hold 2 values, not 1"),
+    (end_training, {"by_torch": [True] * 2, "ffn_p": 0.5, "ffn_seed": SEED}, "must be false with dropout"),
+    (end_training, {"attention_seed": SEED}, "dropout_seed: must be given with dropout_p, and only with it"),
+    (end_training, {"norm_position": "post"}, "attention_norm_weight: must be given"),
+    (end_training, {"x": torch.randn(5, 16)}, r"residual: shape \(5, 16\) must be \(6, 16\)"),
+    (end_backward, {"needs": [True]}, "must hold 14 values, not 1"),
+    (end_backward, {"needs": [True] * 14}, "there is no norm behind attention"),
+    (end_backward, {"norm_position": "around"}, "'around' must be 'pre' or 'post'"),
+    (end_backward, {"norm_position": "post"}, "attention_norm_weight: must be given"),
+    (end_backward, {"ffn_sum": torch.randn(6, 16)}, "ffn_sum: must be given"),
+    (end_backward, {"grad": torch.randn(5, 16)}, r"must be \(5, 24\)"),
+    (end_backward, {"sum": torch.randn(6, 8)}, r"shape \(6, 16\) must be \(6, 8\)"),
+    (
+        end_backward,
+        {"preactivation": torch.randn(6, 16)},
+        r"preactivation: shape \(6, 16\) must be \(6, 24\)",
+    ),
+    (end_backward, {"context_p": 0.5}, "dropout_seed: must be given with dropout_p"),
+    (end_backward, {"activation": "tanh"}, "'tanh' is unknown"),
+    (end_backward, {"logsumexp": torch.randn(2, 2, 4)}, "logsumexp: shape"),
+    (end_backward, {"key": torch.randn(2, 2, 3, 16)}, "key: head_dim 16"),
+    (end_backward, {"context": torch.randn(4, 16)}, r"context: shape \(4, 16\) does not fit"),
+    (end_backward, {"normalised": torch.randn(5, 16)}, r"normalised: shape \(5, 16\) does not fit"),
+    (
+        end_backward,
+        {"w_context": torch.randn(16, 24)},
+        r"w_context: shape \(6, 24\) does not fit query's",
+    ),
+    (
+        end_backward,
+        {"w_in": torch.randn(16, 16)},
+        r"w_in: shape \(16, 16\) does not fit: \(6, 24\) times \(16, 16\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "change", "words"), BAD)
+def test_bad_input_is_refused(
+    arguments: Callable[..., dict[str, Any]], change: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RuntimeError, match=words):
-        begin_backward(**change)
+        run(arguments, **change)
 
 
-def end_backward(**changes: Any) -> list[Tensor]:
-    """Of x (2, 3, 16), two heads of 8, and a feed-forward block of 24."""
-    rows = {name: torch.randn(6, 16) for name in ("context", "total", "normalised")}
-    given: dict[str, Any] = {
-        **{"grad": torch.randn(6, 16), **{n: torch.randn(2, 2, 3, 8) for n in ("query", "key", "value")}},
-        **{"lengths": None, "longest": 0, "softmax_scale": 0.5, "is_causal": False},
-        **{"window_left": -1, "window_right": -1, "attention_seed": None, "attention_p": 0.0},
-        **{
-            "context_seed": None,
-            "context_p": 0.0,
-            "ffn_seed": None,
-            "ffn_p": 0.0,
-            "context": rows["context"],
-        },
-        **{
-            "logsumexp": torch.randn(2, 2, 3).double(),
-            "sum": rows["total"],
-            "normalised": rows["normalised"],
-        },
-        **{"preactivation": torch.randn(6, 24), "ffn_sum": None, "w_context": torch.randn(16, 16)},
-        **{"attention_norm_weight": None, "attention_norm_eps": 1e-5, "w_in": torch.randn(24, 16)},
-        **{"b_in": None, "w_out": torch.randn(16, 24), "weight_layout": "linear", "activation": "gelu"},
-        **{"norm_position": "pre", "norm_weight": torch.ones(16), "norm_eps": 1e-5},
-        **{"needs": [True] * 6 + [False] * 2 + [True] * 6},
-    }
-    half = {name: _half(value) for name, value in (given | changes).items()}
-    half["logsumexp"] = half["logsumexp"].float()
-    return list(torch.ops.bigmodel_emulator.cuda_layer_end_backward(**half))
+@pytest.mark.parametrize("arguments", RAW)
+def test_nothing_is_written_to_and_no_result_is_an_argument(
+    arguments: Callable[..., dict[str, Any]],
+) -> None:
+    """As the schemas say."""
+    operator = getattr(torch.ops.bigmodel_emulator, f"cuda_layer_{arguments.__name__}").default
+    torch.library.opcheck(operator, (), arguments(), test_utils="test_schema")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"needs": [True]}, "must hold 14 values, not 1"),
-        ({"needs": [True] * 14}, "there is no norm behind attention"),
-        ({"norm_position": "around"}, "'around' must be 'pre' or 'post'"),
-        ({"norm_position": "post"}, "attention_norm_weight: must be given"),
-        ({"ffn_sum": torch.randn(6, 16)}, "ffn_sum: must be given"),
-        ({"grad": torch.randn(5, 16)}, r"must be \(5, 24\)"),
-        ({"sum": torch.randn(6, 8)}, r"shape \(6, 16\) must be \(6, 8\)"),
-        ({"preactivation": torch.randn(6, 16)}, r"preactivation: shape \(6, 16\) must be \(6, 24\)"),
-        ({"context_p": 0.5}, "dropout_seed: must be given with dropout_p"),
-        ({"activation": "tanh"}, "'tanh' is unknown"),
-        ({"logsumexp": torch.randn(2, 2, 4)}, "logsumexp: shape"),
-        ({"key": torch.randn(2, 2, 3, 16)}, "key: head_dim 16"),
-        ({"context": torch.randn(4, 16)}, r"context: shape \(4, 16\) does not fit"),
-        ({"normalised": torch.randn(5, 16)}, r"normalised: shape \(5, 16\) does not fit"),
-        ({"w_context": torch.randn(16, 24)}, r"w_context: shape \(6, 24\) does not fit query's"),
-        ({"w_in": torch.randn(16, 16)}, r"w_in: shape \(16, 16\) does not fit: \(6, 24\) times \(16, 16\)"),
-    ],
-)
-def test_bad_input_of_the_second_node(library: Any, change: dict[str, Any], words: str) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        end_backward(**change)
-
-
-def test_gradients_of_no_rows(library: Any) -> None:
+def test_gradients_of_no_rows() -> None:
     empty = {name: torch.randn(0, 16) for name in ("grad", "context", "sum", "normalised")}
-    heads = {name: torch.randn(0, 2, 3, 8) for name in ("query", "key", "value")}
-    found = end_backward(**empty, **heads, preactivation=torch.randn(0, 24), logsumexp=torch.randn(0, 2, 3))
-    full = end_backward()
-    for mine, other in zip(found, full, strict=True):
+    empty |= {name: torch.randn(0, 2, 3, 8) for name in ("query", "key", "value")}
+    found = run(end_backward, **empty, preactivation=torch.randn(0, 24), logsumexp=torch.randn(0, 2, 3))
+    for mine, other in zip(found, run(end_backward), strict=True):
         assert mine.shape[1:] == other.shape[1:] and not mine.any()
-    assert not any(t.any() for t in begin_backward(grad=torch.randn(0, 40), states=torch.randn(0, 16)))
+    found = run(begin_backward, grad=torch.randn(0, 40), states=torch.randn(0, 16))
+    sizes = [[0, 16], [0], [0], [24, 16], [16, 16], [24], [16]]
+    assert [list(t.shape) for t in found] == sizes and not any(t.any() for t in found)

@@ -23,7 +23,7 @@ way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -39,12 +39,19 @@ from bigmodel_kernels.transformers import (
     blocks,
     checks,
     fused_loss,
+    layer_stack,
     packed_encoder,
     paged,
+    whole_layer,
 )
-from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward
+from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
+from bigmodel_kernels.transformers.generic import (
+    BigmodelLayerNorm,
+    BigmodelLinear,
+    Form,
+    is_form,
+)
 
 
 def head_by_head(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
@@ -260,9 +267,17 @@ class Layer(Form):
     """The whole layer, norms and sums in the calls of its halves."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        stack = layer_stack.current()
+        if stack is not None and stack.hands_on(self, hidden_states):
+            return (hidden_states, None) if self.kin.gives_weights else hidden_states
         attention, given, parts = _attention_of(self), None, None
         if attention is not None:
             given = _given(attention, args, kwargs)
+        if stack is not None and given is not None and given.cache is not None and given.told is None:
+            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
+            out = None if asked else stack.run(self, partial(_token, hidden_states, given))
+            if out is not None:
+                return (out, None) if self.kin.gives_weights else out
         if given is not None and not attention_interface.wants_attentions(kwargs):
             parts = self._parts(attention, checks.dtype_of(hidden_states))
         if parts is None:
@@ -303,6 +318,58 @@ class Layer(Form):
 
 # ------------------------------------------------------------------------------------------------------------
 # arguments and weights, read at each call
+
+
+def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
+    """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
+    kin, dtype = stack[0].kin, checks.dtype_of(x)
+    if x.dim() != 3 or x.shape[1] != 1 or given.packing is not None or given.alibi is not None:
+        return None
+    if kin.rotary not in ("", "half") or kin.sine_first or kin.masks_itself is not None or kin.adds_residual:
+        return None
+    if given.angles is not None and given.angles[0].dtype not in (x.dtype, torch.float32):
+        return None
+    layers = []
+    for layer in stack:
+        parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
+        if parts is None:
+            return None
+        attention: Any = _attention_of(layer)
+        layers.append(
+            (parts, layer_stack.where(given, getattr(attention, kin.index), parts, kin.scale(attention)))
+        )
+    return whole_layer.token(x, layers, "linear", "layer_norm", given.angles)
+
+
+def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
+    """All of a layer with norms before its halves, whose three projections lie apart."""
+    kin, attention = layer.kin, _attention_of(layer)
+    if attention is None or kin.order(layer) != "pre" or len(kin.qkv) != 3 or kin.linear is not nn.Linear:
+        return None
+    window = getattr(
+        attention, "sliding_window", getattr(attention.__dict__.get("config"), "sliding_window", None)
+    )
+    w, p = layer._parts(attention, dtype), checks.probability(attention, kin.attention_dropout_of(attention))
+    if w is None or p is None or w.ffn_norm is None or window is not None or kin.repeats(attention) != 1:
+        return None
+    projections = attention.__dict__["_modules"]
+    qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
+    if any(isinstance(part, nn.Module) for part in qkv):
+        return None
+    return LayerParts(
+        qkv=qkv,
+        head_dim=getattr(attention, kin.head_dim),
+        attention_out=w.attention_out,
+        attention_norm=w.attention_norm,
+        attention_eps=w.attention_eps,
+        attention_p=p,
+        context_p=w.attention_p,
+        ffn=w.ffn,
+        ffn_norm=w.ffn_norm,
+        ffn_eps=w.ffn_eps,
+        ffn_p=w.ffn_p,
+        unfused=w.unfused,
+    )
 
 
 class Given(NamedTuple):
@@ -516,6 +583,9 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
         )
     else:
         ops = ("layer_norm", "feed_forward")
+    for model in kin.models:
+        if model in forms:
+            rules.append(layer_stack.rule(model, forms[model]))
     return Family(
         name=name,
         rules=(

@@ -1,15 +1,19 @@
 """A layer in two calls of a compiled library: to query, key and value, and from them to the result.
 
 The calls are those of `blocks`, without the Python between: for a few tokens that takes longer than the
-arithmetic, and a GPU waits for it. It is where nobody listens to the operators (see
-`ops.registration.call`): on GPUs whose kernels in the CUDA library come before Triton's, where gradients are
-wanted too (`training_layer`), and without gradients and dropout on the CPU. Everywhere else, and for what
-`held` and `takes` do not take, `blocks` makes its calls.
+arithmetic, and a GPU waits for it. On the CPU a token of a generation takes one call of as many layers as
+follow each other, which writes its keys and values into the cache itself.
+
+It is where nobody listens to the operators (see `ops.registration.call`): on GPUs whose kernels in the CUDA
+library come before Triton's, where gradients are wanted too (`training_layer`), and without gradients and
+dropout on the CPU. Everywhere else, and for what `held`, `takes` and `token` do not take, `blocks` makes its
+calls.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +26,7 @@ from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
-from bigmodel_kernels.transformers import training_layer
+from bigmodel_kernels.transformers import growing_cache, training_layer
 
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers.blocks import LayerParts, Part, Terms
@@ -48,38 +52,72 @@ class HeldOnGpu(NamedTuple):
     training: bool  # gradients are wanted
 
 
+class Cached(NamedTuple):
+    """What a token attends to: its layer's in a cache and itself, but for what the mask (B, keys) hides."""
+
+    cache: Any
+    layer: int
+    kv_heads: int
+    mask: Tensor | None
+    scale: float
+
+
 def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
     """The weights of the layer, if it can run so on x; else None."""
     ffn = w.ffn
-    training = torch.is_grad_enabled()
-    if (
-        (not _on_gpu(x) if training else w.attention_p or w.context_p or w.ffn_p)
-        or not nobody_listens(x.device.type)
-        or not plain(x)
-        or backends.forced() not in (None, "native")
-        or ffn is None
-        or ffn.hidden_p
-        or any(
-            isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)
-        )
-    ):
+    trains = torch.is_grad_enabled()
+    if ffn is None or not _unobserved(x) or not _readable(w) or (not _on_gpu(x) if trains else _drops(w)):
         return None
     qkv: tuple[Any, ...] = w.qkv
-    weights, biases = [part.weight for part in qkv], [part.bias for part in qkv if part.bias is not None]
-    if len(biases) not in (0, len(qkv)):
-        return None
+    weights, biases = [part.weight for part in qkv], _biases(w)
     single: tuple[Any, ...] = (w.attention_out, ffn.w_in, ffn.w_out)
     if _on_gpu(x):
         return _held_on_gpu(x, w, weights, biases, single, layout)
     if lacking("cpu_layer_end", x.dtype) is not None:
         return None
-    groups = [weights, *([part.weight] for part in single)]
-    if ffn.w_gate is not None:
-        groups.append([ffn.w_gate.weight])
+    groups = _groups(w)
     if empty(*(weight for group in groups for weight in group)):
         return None
     first, context, w_in, w_out, *gate = packed_together(groups, layout)
     return Held(first, joined(biases), context, w_in, w_out, gate[0] if gate else None)
+
+
+def _unobserved(x: Tensor) -> bool:
+    """Gradients aside."""
+    return nobody_listens(x.device.type) and plain(x) and backends.forced() in (None, "native")
+
+
+def _drops(w: LayerParts) -> bool:
+    """Whether there is dropout, that of the hidden layer aside."""
+    return bool(w.attention_p or w.context_p or w.ffn_p)
+
+
+def _readable(w: LayerParts) -> bool:
+    """Whether the parts are all tensors, with nothing to drop in the hidden layer, and all of query, key and
+    value have a bias or none of them.
+    """
+    if w.ffn is None or w.ffn.hidden_p:
+        return False
+    if any(isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)):
+        return False
+    qkv: tuple[Any, ...] = w.qkv
+    return len({part.bias is None for part in qkv}) == 1
+
+
+def _biases(w: LayerParts) -> list[Tensor]:
+    """Of query, key and value."""
+    qkv: tuple[Any, ...] = w.qkv
+    return [part.bias for part in qkv if part.bias is not None]
+
+
+def _groups(w: LayerParts) -> list[list[Tensor]]:
+    """The weights that are packed together."""
+    ffn, qkv, attention_out = w.ffn, w.qkv, w.attention_out
+    assert ffn is not None
+    projections: tuple[Any, ...] = (attention_out, ffn.w_in, ffn.w_out)
+    if ffn.w_gate is not None:
+        projections += (ffn.w_gate,)
+    return [[part.weight for part in qkv], *([part.weight] for part in projections)]  # type: ignore[union-attr]
 
 
 def _held_on_gpu(
@@ -183,6 +221,116 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
         *(held.w_gate, None if ffn.w_gate is None else contiguous(ffn.w_gate.bias)),
         *(ffn.activation, position, *map(contiguous, _affine(w.ffn_norm)), w.ffn_eps, "layer_norm"),
     )
+
+
+def token(
+    x: Tensor,
+    layers: Sequence[tuple[LayerParts, Cached]],
+    layout: str,
+    norm_kind: str = "layer_norm",
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """The result of layers one behind the other, norms before their halves, for one token of each sequence.
+
+    x is (B, 1, hidden); the caches then have its keys and values. `angles` are cosines and sines (1 or B, 1,
+    half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
+    caches.
+    """
+    if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, [w for w, _ in layers], "cpu_layers"):
+        return None
+    if len({cached.layer for _, cached in layers}) < len(layers):
+        return None  # a layer that is called twice has two tokens more
+    batch, mask = x.shape[0], layers[0][1].mask
+    rooms = []
+    for w, cached in layers:
+        kind = growing_cache.Kind((batch, cached.kv_heads, 1, w.head_dim), x.dtype, x.device)
+        room = growing_cache.room(cached.cache, cached.layer, kind, kind)
+        if room is None or cached.mask is not mask:
+            return None
+        rooms.append(room)
+    length = rooms[0].length
+    if any(room.length != length for room in rooms):
+        return None
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape != (batch, length + 1):
+            return None
+        mask = mask.to(torch.bool).contiguous()
+    parts = _all_parts([w for w, _ in layers], layout)
+    if parts is None:
+        return None
+    out = torch.ops.bigmodel.cpu_layers.default(
+        *(x.contiguous(), *parts, [buffer for room in rooms for buffer in (room.keys, room.values)], length),
+        *(mask, *(map(contiguous, angles) if angles else (None, None))),
+        *([cached.scale for _, cached in layers], norm_kind, _activation(layers[0][0])),
+    )
+    for room in rooms:
+        room.written(1)
+    return out  # type: ignore[no-any-return]
+
+
+#: With more rows Python is a small part, and a call that nobody can interrupt a long one.
+MOST_ROWS = 512
+
+
+def encoded(
+    x: Tensor,
+    layers: Sequence[LayerParts],
+    scale: float,
+    padding: Tensor | None,
+    lengths: Tensor | None,
+    longest: int,
+) -> Tensor | None:
+    """The result of layers one behind the other, norms behind their halves, on few rows of an encoder.
+
+    x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
+    (`blocks.Terms`). None for what it does not take.
+    """
+    if x.shape[:-1].numel() > MOST_ROWS or not _takes_all(x, layers, "cpu_encoder"):
+        return None
+    if any(w.head_dim != layers[0].head_dim for w in layers) or x.dim() != (3 if lengths is None else 2):
+        return None
+    parts = _all_parts(layers, "linear")
+    if parts is None:
+        return None
+    return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
+        *(x.contiguous(), *parts, layers[0].head_dim, contiguous(lengths), longest),
+        *(contiguous(padding), scale, _activation(layers[0])),
+    )
+
+
+def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
+    return (
+        x.is_cpu
+        and len(layers) > 0
+        and lacking(op, x.dtype) is None
+        and not torch.is_grad_enabled()
+        and _unobserved(x)
+        and all(map(_readable, layers))
+        and not any(map(_drops, layers))
+        and all(_activation(w) == _activation(layers[0]) for w in layers)
+    )
+
+
+def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor | None], list[float]] | None:
+    """The tensors and epsilons of all layers as the library reads them; None if a weight is empty."""
+    groups = [group for w in layers for group in _groups(w)]
+    if empty(*(weight for group in groups for weight in group)):
+        return None
+    packed = packed_together(groups, layout)
+    parts: list[Tensor | None] = []
+    weights = iter(packed)
+    for w in layers:
+        ffn: Any = w.ffn
+        parts += (*_affine(w.attention_norm), next(weights), joined(_biases(w)))
+        parts += (next(weights), _affine(w.attention_out)[1], *_affine(w.ffn_norm))
+        parts += (next(weights), ffn.w_in.bias, next(weights), ffn.w_out.bias)
+        parts += (None, None) if ffn.w_gate is None else (next(weights), ffn.w_gate.bias)
+    return [contiguous(part) for part in parts], [e for w in layers for e in (w.attention_eps, w.ffn_eps)]
+
+
+def _activation(w: LayerParts) -> str:
+    assert w.ffn is not None
+    return w.ffn.activation
 
 
 @functools.lru_cache(maxsize=1024)

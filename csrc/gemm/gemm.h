@@ -87,6 +87,10 @@ struct PackedTile {          // a tile packed [k][rows_of]
   const typename Step::A* a;
   BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * rows_of<typename Step::A> + row; }
 };
+struct SingleRow {           // a row as it is: in a tile, each of its numbers would be on a line of its own
+  const float* a;
+  BIGMODEL_INLINE const float* at(int64_t k, int) const { return a + k; }
+};
 struct RowMajorTile {        // rows as they lie in memory: attention's probabilities
   const float* a;
   int64_t stride;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.llama import modeling_llama as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Llama")
@@ -23,6 +23,10 @@ class BigmodelLlamaMLP(llama_like.MLP, hf.LlamaMLP, kin=KIN):
 
 
 class BigmodelLlamaDecoderLayer(llama_like.Layer, hf.LlamaDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelLlamaModel(layer_stack.Model, hf.LlamaModel, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.mistral import modeling_mistral as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Mistral")
@@ -23,6 +23,10 @@ class BigmodelMistralMLP(llama_like.MLP, hf.MistralMLP, kin=KIN):
 
 
 class BigmodelMistralDecoderLayer(llama_like.Layer, hf.MistralDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelMistralModel(layer_stack.Model, hf.MistralModel, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.opt import modeling_opt as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -30,6 +30,10 @@ class BigmodelOPTAttention(gpt_like.Attention, hf.OPTAttention, kin=KIN):
 
 
 class BigmodelOPTDecoderLayer(gpt_like.Layer, hf.OPTDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelOPTDecoder(layer_stack.Model, hf.OPTDecoder, kin=KIN):
     pass
 
 

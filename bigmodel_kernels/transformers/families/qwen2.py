@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.qwen2 import modeling_qwen2 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Qwen2")
@@ -23,6 +23,10 @@ class BigmodelQwen2MLP(llama_like.MLP, hf.Qwen2MLP, kin=KIN):
 
 
 class BigmodelQwen2DecoderLayer(llama_like.Layer, hf.Qwen2DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelQwen2Model(layer_stack.Model, hf.Qwen2Model, kin=KIN):
     pass
 
 

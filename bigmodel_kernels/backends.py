@@ -101,7 +101,7 @@ class Implementation:
 #: (folder, suffix) of the operators that have CUDA C++ kernels -> their file
 _CUDA = {("attention", s): "cuda" for s in ("", "_backward", "_decode")}
 _CUDA |= {(folder, s): "cuda" for folder in ("linear", "feed_forward") for s in ("", "_training")}
-_CUDA |= {("feed_forward", "_backward"): "cuda_backward"}
+_CUDA |= {("feed_forward", "_backward"): "cuda_backward", ("norm", "_backward"): "cuda"}
 
 
 #: folders of the operators that a backend has no code for at all

@@ -36,8 +36,11 @@ KERNELS = {
     "linear/few_rows.cu": "80",
     "linear/sm80.cu": "80",
     "linear/sm90.cu": "90a",
+    "norm/backward_rows.cu": "80",
     "norm/rows.cu": "80",
+    "reduce/columns.cu": "80",
 }
+OPS = ("register_cuda.cpp", "register_cuda_norm.cpp", "register_cuda_layer.cpp")
 TORCH_LIBRARIES = ("torch_cpu", "torch", "c10")
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # What the CUDA runtime, which is linked in, takes from the libraries that glibc 2.34 merged into libc.so.6.
@@ -196,7 +199,7 @@ def emulator() -> Path:
         "emulator/emulator.cpp",
         "emulator/fiber.cpp",
         "testing/register.cpp",
-        "register_cuda.cpp",
+        *OPS,
         *KERNELS,
     ]
     objects = [source.replace("/", ".").rsplit(".", 1)[0] + ".o" for source in sources]
@@ -289,8 +292,7 @@ def cuda(archs: list[str]) -> Path:
         return name
 
     objects = [add(source, [arch]) for source, arch in KERNELS.items()]
-    objects.append(add("register_cuda.cpp", archs))
-    objects.append(add("glibc.cpp", archs))
+    objects += [add(source, archs) for source in (*OPS, "glibc.cpp")]
     objects.append(add("cuda_build.cpp", archs, f"""'-DBIGMODEL_CUDA_ARCHS="{" ".join(archs)}"'"""))
     targets.append(("libbigmodel_cuda.so", "link", [*objects, "|", *stand_ins]))
     targets.append(("libbigmodel_words.so", "link", [add("testing/register.cpp", archs), "|", *stand_ins]))

@@ -36,7 +36,9 @@ KERNELS = {
     "linear.sm90": "test_emulated_linear",
     "linear.sm80": "test_emulated_linear",
     "linear.few_rows": "test_emulated_linear",
+    "norm.backward_rows": "test_emulated_norm_backward",
     "norm.rows": "test_emulated_linear",
+    "reduce.columns": "test_emulated_norm_backward",
 }
 FILES = ("attention.sm90", "attention.sm90_backward", "attention.sm90_one_pass", "linear.sm90")
 

@@ -1,145 +1,10 @@
-// The CUDA ops as torch sees them: schemas, checks and parameters; no arithmetic. LibTorch's stable ABI only.
-//
-// Compiled by nvcc it registers bigmodel::cuda_* for CUDA tensors. Compiled by a C++ compiler, for the tests, it registers
-// bigmodel_emulator::cuda_* for CPU tensors: the same checks, parameters, grids and kernels, in the emulator.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-#if defined(__CUDACC__)
-#include <torch/csrc/stable/accelerator.h>
-#endif
+// The CUDA ops as torch sees them: schemas, checks and parameters; no arithmetic. LibTorch's stable ABI only. Here attention and the
+// linear layer; norms and whole layers in register_cuda_norm.cpp and register_cuda_layer.cpp.
+#include "register_cuda.h"
 
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <map>
-#include <mutex>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "arch/launch.cuh"
-#include "attention/launch.h"
 #include "linear/launch.h"
-#include "norm/launch.h"
-#include "text.h"
 
 namespace bigmodel::cuda {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + (tensor.dim() == 1 ? ",)" : ")");
-}
-
-#if !defined(__CUDACC__)
-std::atomic<uint64_t> seed{0};              // of the emulator's schedule
-std::atomic<int64_t> emulated_architecture{80};
-#endif
-
-#if defined(__CUDACC__)
-// Of a device, asked once.
-int attribute(int32_t device, cudaDeviceAttr which, const char* name) {
-  static std::map<std::pair<int32_t, int>, int> known;
-  static std::mutex lock;
-  std::lock_guard<std::mutex> guard(lock);
-  const auto [at, is_new] = known.try_emplace({device, int(which)}, 0);
-  if (is_new && cudaDeviceGetAttribute(&at->second, which, device) != cudaSuccess) {
-    known.erase(at);
-    throw std::runtime_error(std::string(name) + " of CUDA device " + std::to_string(device) + " cannot be read");
-  }
-  return at->second;
-}
-#endif
-
-// Whose kernels run: 90 for Hopper, whose instructions no later GPU has, and 80 for all others.
-int architecture([[maybe_unused]] int32_t device) {
-#if defined(__CUDACC__)
-  return attribute(device, cudaDevAttrComputeCapabilityMajor, "the compute capability") == 9 ? 90 : 80;
-#else
-  return int(emulated_architecture);
-#endif
-}
-
-int multiprocessors([[maybe_unused]] int32_t device) {
-#if defined(__CUDACC__)
-  return attribute(device, cudaDevAttrMultiProcessorCount, "the number of multiprocessors");
-#else
-  return 3;  // few, so that blocks have more tiles than one
-#endif
-}
-
-// The memory of a call's tensors, checked to be on one device; the stream to launch on.
-class Call {
- public:
-  explicit Call(const Tensor& first) : device_(first.get_device_index()) {}
-
-  void check(const Tensor& tensor, const char* name) const {
-#if defined(__CUDACC__)
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, name, ": must be on the CUDA device of query");
-#else
-    STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU, where the emulator runs");
-#endif
-  }
-
-  // The tensor's memory for a kernel, with all that its strides reach.
-  void* use(const Tensor& tensor, const char* name, bool writable) {
-    check(tensor, name);
-    void* data = tensor.mutable_data_ptr();
-#if !defined(__CUDACC__)
-    int64_t reach = tensor.numel() ? 1 : 0;
-    for (int64_t i = 0; reach && i < tensor.dim(); i++) reach += (tensor.size(i) - 1) * tensor.stride(i);
-    stream_.memory.push_back({data, size_t(reach) * tensor.element_size(), writable});
-    stream_.seed = seed;
-#else
-    (void)writable;
-#endif
-    return data;
-  }
-
-  const Stream& stream() {
-#if defined(__CUDACC__)
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    stream_.stream = static_cast<cudaStream_t>(stream);
-#endif
-    return stream_;
-  }
-
-  int32_t device() const { return device_; }
-
- private:
-  int32_t device_;
-  Stream stream_;
-};
-
-const Tensor& require(const Tensor& tensor, const char* name, ScalarType dtype, int64_t dims) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": wrong dtype");
-  STD_TORCH_CHECK(tensor.dim() == dims, name, ": shape ", shape_of(tensor), " must have ", dims, " dimensions");
-  return tensor;
-}
-
-int32_t narrow(int64_t value, const char* name) {
-  STD_TORCH_CHECK(value >= INT32_MIN && value <= INT32_MAX, name, ": ", value, " does not fit 32 bits");
-  return int32_t(value);
-}
-
-// What a kernel reads 16 bytes at a time.
-bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) % 16 == 0; }
-
-uint32_t dropout_threshold(double p) {  // a word below it drops
-  const double threshold = std::nearbyint(p * 4294967296.0);
-  return threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
-}
 
 // What a copy of 16 bytes at a time needs of query, key and value.
 void check_rows(const Tensor& tensor, const char* name) {
@@ -177,18 +42,6 @@ void logit_params(Params& p, Call& call, const OptionalTensor& alibi_slopes, con
   p.window_right = is_causal ? 0 : window_right < 0 || window_right >= unlimited ? -1 : int32_t(window_right);
 }
 
-// The arguments of bigmodel::attention that the backward has too.
-struct AttentionInputs {
-  const Tensor &query, &key, &value;
-  const OptionalTensor &key_padding_mask, &bias, &cu_seqlens_q, &cu_seqlens_k, &dropout_seed, &alibi_slopes, &sinks;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double softmax_scale;
-  bool is_causal;
-  int64_t window_left, window_right;
-  double softcap, dropout_p;
-};
-
-// Checks all of them and fills in all parameters but the results'. float_sinks keeps the converted sinks alive.
 AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tensor& float_sinks) {
   const auto& [query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
                max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap, dropout_p] = inputs;
@@ -263,14 +116,10 @@ AttentionParams attention_params(Call& call, const AttentionInputs& inputs, Tens
     p.bias = call.use(*bias, "bias", false);
     p.bias_is_float = bias->scalar_type() == ScalarType::Float;
   }
-  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
-  STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
-  if (dropout_seed) {
-    require(*dropout_seed, "dropout_seed", ScalarType::Long, 0);
-    p.dropout_seed = static_cast<const int64_t*>(call.use(*dropout_seed, "dropout_seed", false));
-    p.dropout_threshold = dropout_threshold(dropout_p);
-    p.dropout_scale = float(1 / (1 - dropout_p));
-  }
+  const ElementDropout dropout = element_dropout(call, dropout_seed, dropout_p);
+  p.dropout_seed = dropout.seed;
+  p.dropout_threshold = dropout.threshold;
+  p.dropout_scale = dropout.scale;
   logit_params(p, call, inputs.alibi_slopes, inputs.sinks, float_sinks, softmax_scale, softcap, is_causal, window_left, window_right,
                int64_t(p.query_length) + p.key_length);
 
@@ -289,7 +138,6 @@ Tensor result_like(const Tensor& tensor, int64_t h, int64_t (&stride)[3]) {
   stride[0] = tensor.size(2) * h * d;
   return torch::stable::transpose(torch::stable::new_empty(tensor, {tensor.size(0), tensor.size(2), h, d}), 1, 2);
 }
-// float32, one for each query: (B, H, S), or (H, total).
 Tensor rows_like(const Tensor& query) {
   if (query.dim() == 3) return torch::stable::new_empty(query, {query.size(1), query.size(0)}, ScalarType::Float);
   return torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Float);
@@ -310,9 +158,6 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Opt
                                      double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
                                      double dropout_p) {
   Call call(query);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   Tensor float_sinks;
   AttentionParams p = attention_params(
       call, {query, key, value, key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
@@ -332,9 +177,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
     int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool deterministic, bool side_by_side) {
   Call call(query);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   Tensor float_sinks;
   AttentionBackwardParams params = {};
   AttentionParams& p = params.p;
@@ -420,9 +262,6 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key_cache, Tensor value_c
                                   OptionalTensor alibi_slopes, OptionalTensor sinks, double softmax_scale, bool is_causal, int64_t window_left,
                                   int64_t window_right, double softcap, int64_t splits) {
   Call call(query);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   DecodeParams p = {};
   // ---- shapes ----
   const ScalarType dtype = query.scalar_type();
@@ -595,9 +434,6 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
                                   OptionalTensor dropout_seed, Text weight_layout, Text activation, double dropout_p,
                                   bool keep_preactivation, int64_t form) {
   Call call(x);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   const ScalarType dtype = x.scalar_type();
   Linear product(call, x, "x", is_conv1d(weight_layout), activation);
   LinearParams& p = product.p;
@@ -611,15 +447,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
     p.bias[i] = call.use(biases[i], "biases", false);
   }
   if (residual) p.residual = product.beside(*residual, "residual");
-  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p: ", dropout_p, " must be in [0, 1)");
-  STD_TORCH_CHECK(dropout_seed.has_value() == (dropout_p > 0), "dropout_seed: must be given with dropout_p, and only with it");
-  if (dropout_seed) {
-    STD_TORCH_CHECK(p.weights == 1, "weights: dropout goes with one weight, not ", p.weights);
-    require(*dropout_seed, "dropout_seed", ScalarType::Long, 0);
-    p.dropout_seed = static_cast<const int64_t*>(call.use(*dropout_seed, "dropout_seed", false));
-    p.dropout_threshold = dropout_threshold(dropout_p);
-    p.dropout_scale = float(1 / (1 - dropout_p));
-  }
+  p.dropout = element_dropout(call, dropout_seed, dropout_p);
+  STD_TORCH_CHECK(!dropout_seed || p.weights == 1, "weights: dropout goes with one weight, not ", p.weights);
   Tensor out = torch::stable::new_empty(x, {p.rows, p.out_stride});
   Tensor preactivation = torch::stable::new_empty(x, {keep_preactivation ? p.rows : 0, p.out_stride});
   p.out = product.beside(out, "out", true);
@@ -634,9 +463,6 @@ std::tuple<Tensor, Tensor> linear(Tensor x, std::vector<Tensor> weights, std::ve
 std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, Text weight_layout, Text activation,
                                                    bool need_hidden, bool need_sums, int64_t form) {
   Call call(grad);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
   Linear product(call, grad, "grad", !is_conv1d(weight_layout), activation);
   LinearParams& p = product.p;
   product.add(w_out, "w_out");
@@ -650,114 +476,6 @@ std::tuple<Tensor, Tensor, Tensor> hidden_backward(Tensor grad, Tensor w_out, Te
   if (need_sums) p.column_parts = static_cast<float*>(call.use(sums, "sums", true));
   product.launch(form);
   return {out, hidden, sums};
-}
-
-// norm(x + residual) of rows, and x + residual where it is wanted: otherwise empty.
-std::tuple<Tensor, Tensor> norm(Tensor x, OptionalTensor residual, Tensor weight, OptionalTensor bias, double eps, Text kind, bool keep_sum) {
-  Call call(x);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: dtype must be float16 or bfloat16");
-  NormParams p = {};
-  const auto matrix = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(require(t, name, dtype, 2).is_contiguous() && aligned(t) && t.size(0) == x.size(0) && t.size(1) == x.size(1), name, ": shape ",
-                    shape_of(t), " must be ", shape_of(x), ", contiguous, from a multiple of 16 bytes");
-    return call.use(t, name, false);
-  };
-  const auto vector = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(require(t, name, dtype, 1).size(0) == x.size(1) && t.is_contiguous() && aligned(t), name, ": shape ", shape_of(t), " must be (",
-                    x.size(1), ",), contiguous, from a multiple of 16 bytes");
-    return call.use(t, name, false);
-  };
-  p.x = matrix(x, "x");
-  STD_TORCH_CHECK(x.size(1) % 8 == 0, "x: shape ", shape_of(x), " has ", x.size(1), " columns, which must be a multiple of 8");
-  p.rows = narrow(x.size(0), "x");
-  p.columns = narrow(x.size(1), "x");
-  if (residual) p.residual = matrix(*residual, "residual");
-  p.weight = vector(weight, "weight");
-  if (bias) p.bias = vector(*bias, "bias");
-  STD_TORCH_CHECK(kind == "layer_norm" || kind == "rms_norm", "kind: '", kind, "' is unknown");
-  p.is_rms = kind == "rms_norm";
-  p.eps = float(eps);
-  Tensor out = torch::stable::new_empty(x, {p.rows, p.columns}), sum = torch::stable::new_empty(x, {keep_sum ? p.rows : 0, p.columns});
-  p.out = call.use(out, "out", true);
-  if (keep_sum) p.sum = call.use(sum, "sum", true);
-  norm_rows(p, dtype == ScalarType::BFloat16, call.stream());
-  return {out, sum};
-}
-
-// ---- a layer in two calls ----
-//
-// To query, key and value, and from them to the layer's result, as register_layer.cpp has it for the CPU: the launches of the operators
-// above one after the other, to the same bits, without the Python between them, for which a GPU would wait. Rows are (tokens, features).
-
-// torch's product with the bias, where that has been measured to be faster and the residual can go with the norm.
-Tensor torch_product(const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const std::string& weight_layout) {
-  using torch::stable::detail::from;
-  const Tensor matrix = is_conv1d(weight_layout) ? torch::stable::transpose(weight, 0, 1) : weight;
-  std::array<StableIValue, 3> stack{from(rows), from(matrix), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-std::vector<Tensor> vector_of(const OptionalTensor& tensor) { return tensor ? std::vector<Tensor>{*tensor} : std::vector<Tensor>{}; }
-
-Tensor layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, std::vector<Tensor> weights,
-                   std::vector<Tensor> biases, Text weight_layout) {
-  Tensor states = norm_weight ? std::get<0>(norm(x, {}, *norm_weight, norm_bias, norm_eps, "layer_norm", false)) : x;
-  return std::get<0>(linear(states, weights, biases, {}, {}, weight_layout, "none", 0, false, -1));
-}
-
-// The heads' results side by side, (tokens, heads * head_dim).
-Tensor context_of(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionInputs& inputs) {
-  Call call(query);
-#if defined(__CUDACC__)
-  torch::stable::accelerator::DeviceGuard guard(call.device());
-#endif
-  Tensor float_sinks;
-  AttentionParams p = attention_params(call, inputs, float_sinks);
-  const bool packed = query.dim() == 3;
-  const int64_t heads = query.size(1), d = query.size(query.dim() - 1), rows = packed ? query.size(0) : query.size(0) * query.size(2);
-  Tensor context = torch::stable::new_empty(query, {rows, heads * d});
-  p.out_stride[0] = packed ? 0 : query.size(2) * heads * d;
-  p.out_stride[1] = d;
-  p.out_stride[2] = heads * d;
-  p.out = call.use(context, "context", true);
-  launch_attention(p, call, query, key);
-  return context;
-}
-
-// y = x + attention(query, key, value) W + b, normalised where the norms are behind ("post") the halves of the layer; then the feed-forward
-// block on y with its residual and its norm. `lengths` are the cu_seqlens of packed rows, as many keys as queries. by_torch: which of
-// the products before a norm that can add the residual, W and the block's second ("post" alone), are torch's.
-Tensor layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalTensor lengths, int64_t longest, OptionalTensor sinks, double softmax_scale,
-                 bool is_causal, int64_t window_left, int64_t window_right, Tensor w_context, OptionalTensor b_context,
-                 OptionalTensor attention_norm_weight, OptionalTensor attention_norm_bias, double attention_norm_eps, Tensor w_in, OptionalTensor b_in,
-                 Tensor w_out, OptionalTensor b_out, Text weight_layout, Text activation, Text norm_position, Tensor norm_weight,
-                 OptionalTensor norm_bias, double norm_eps, std::vector<bool> by_torch) {
-  STD_TORCH_CHECK(norm_position == "pre" || norm_position == "post", "norm_position: '", norm_position, "' must be 'pre' or 'post'");
-  const bool pre = norm_position == "pre";
-  STD_TORCH_CHECK(pre != attention_norm_weight.has_value(), "attention_norm_weight: must be given with norm_position 'post', and only with it");
-  STD_TORCH_CHECK(by_torch.size() == 2, "by_torch: must hold 2 values, not ", by_torch.size());
-  const auto multiply = [&](const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Text& then, OptionalTensor residual) {
-    return std::get<0>(linear(rows, {weight}, vector_of(bias), residual, {}, weight_layout, then, 0, false, -1));
-  };
-  // (the norm of rows W + b + residual, and that sum)
-  const auto close = [&](const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual, const Tensor& gamma,
-                         const OptionalTensor& beta, double eps, bool torchs) {
-    if (torchs) return norm(torch_product(rows, weight, bias, weight_layout), residual, gamma, beta, eps, "layer_norm", pre);
-    Tensor sum = multiply(rows, weight, bias, "none", residual);
-    return std::tuple<Tensor, Tensor>{std::get<0>(norm(sum, {}, gamma, beta, eps, "layer_norm", false)), sum};
-  };
-  Tensor context = context_of(query, key, value, {query, key, value, {}, {}, lengths, lengths, {}, {}, sinks, longest, longest, softmax_scale, is_causal,
-                                                  window_left, window_right, 0, 0});
-  const auto [normalised, sum] = pre ? close(context, w_context, b_context, x, norm_weight, norm_bias, norm_eps, by_torch[0])
-                                     : close(context, w_context, b_context, x, *attention_norm_weight, attention_norm_bias, attention_norm_eps, by_torch[0]);
-  Tensor hidden = multiply(normalised, w_in, b_in, activation, {});
-  if (pre) return multiply(hidden, w_out, b_out, "none", sum);
-  return std::get<0>(close(hidden, w_out, b_out, normalised, norm_weight, norm_bias, norm_eps, by_torch[1]));
 }
 
 const std::string optional_and_options =
@@ -777,7 +495,6 @@ void set_architecture(int64_t value) {
 }
 #endif
 
-}  // namespace
 }  // namespace bigmodel::cuda
 
 #if defined(__CUDACC__)
@@ -797,14 +514,6 @@ STABLE_TORCH_LIBRARY(bigmodel_emulator, m) {
   m.def("cuda_hidden_backward(Tensor grad, Tensor w_out, Tensor preactivation, *, str weight_layout=\"linear\", str activation, "
         "bool need_hidden=False, bool need_sums=False, int form=-1) -> (Tensor, Tensor, Tensor)");
   m.def("cuda_linear_form(int rows, int features, int[] out_features, int multiprocessors) -> int");
-  m.def("cuda_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, *, float eps=1e-5, str kind=\"layer_norm\", "
-        "bool keep_sum=False) -> (Tensor, Tensor)");
-  m.def("cuda_layer_begin(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, Tensor[] weights, Tensor[] biases, str weight_layout) "
-        "-> Tensor");
-  m.def("cuda_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, Tensor? lengths, int longest, Tensor? sinks, float softmax_scale, "
-        "bool is_causal, int window_left, int window_right, Tensor w_context, Tensor? b_context, Tensor? attention_norm_weight, "
-        "Tensor? attention_norm_bias, float attention_norm_eps, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str weight_layout, "
-        "str activation, str norm_position, Tensor norm_weight, Tensor? norm_bias, float norm_eps, bool[] by_torch) -> Tensor");
 }
 
 #if defined(__CUDACC__)
@@ -817,17 +526,10 @@ STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CompositeExplicitAutograd, m) {
   m.impl("cuda_linear_form", TORCH_BOX(&bigmodel::cuda::linear_form));
 }
 
-#if defined(__CUDACC__)
-STABLE_TORCH_LIBRARY_IMPL(bigmodel, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_emulator, CPU, m) {
-#endif
+BM_CUDA_OPS_IMPL(m) {
   m.impl("cuda_attention", TORCH_BOX(&bigmodel::cuda::attention));
   m.impl("cuda_attention_backward", TORCH_BOX(&bigmodel::cuda::attention_backward));
   m.impl("cuda_attention_decode", TORCH_BOX(&bigmodel::cuda::decode));
   m.impl("cuda_linear", TORCH_BOX(&bigmodel::cuda::linear));
   m.impl("cuda_hidden_backward", TORCH_BOX(&bigmodel::cuda::hidden_backward));
-  m.impl("cuda_norm", TORCH_BOX(&bigmodel::cuda::norm));
-  m.impl("cuda_layer_begin", TORCH_BOX(&bigmodel::cuda::layer_begin));
-  m.impl("cuda_layer_end", TORCH_BOX(&bigmodel::cuda::layer_end));
 }

@@ -254,11 +254,6 @@ def heads(x: Tensor, parts: tuple[Part, ...], layout: str, head_dim: int) -> tup
     return query, key, value
 
 
-def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
-    """Query, key and value, each (..., heads, head_dim), of as many heads, that lie side by side."""
-    return qkv.view(*qkv.shape[:-1], 3, -1, head_dim).unbind(-3)
-
-
 def side_by_side(
     x: Tensor, parts: tuple[Part, ...], layout: str, shares: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
@@ -449,8 +444,8 @@ def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "lin
     if held is None:
         terms = attend(*heads(x, w.qkv, layout, w.head_dim))
     else:
-        terms = attend(*split_heads(whole_layer.begin(x, None, 0.0, held), w.head_dim))
-        if whole_layer.takes(terms, held):
+        terms = attend(*whole_layer.begin(x, None, 0.0, held, w.head_dim))
+        if whole_layer.takes(terms, held, w.attention_p):
             return whole_layer.end(x, terms, w, held, "post")
     context = attended(terms, w.attention_p)
     x = output(context, w.attention_out, layout, x, w.context_p, w.attention_norm, w.attention_eps)
@@ -463,10 +458,8 @@ def pre_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "line
     """GPT-2's layer: LayerNorm and then the same."""
     held = whole_layer.held(x, w, layout)
     if held is not None:
-        terms = attend(
-            *split_heads(whole_layer.begin(x, w.attention_norm, w.attention_eps, held), w.head_dim)
-        )
-        if whole_layer.takes(terms, held):
+        terms = attend(*whole_layer.begin(x, w.attention_norm, w.attention_eps, held, w.head_dim))
+        if whole_layer.takes(terms, held, w.attention_p):
             return whole_layer.end(x, terms, w, held, "pre")
     else:
         states = normalized(x, w.attention_norm, w.attention_eps)

@@ -4,13 +4,15 @@ The calls are those of `blocks`, without the Python between: for a few tokens th
 arithmetic, and a GPU waits for it. On the CPU a token of a generation takes one call of as many layers as
 follow each other, which writes its keys and values into the cache itself.
 
-It is for inference, where nobody listens to the operators (see `ops.registration.call`): on the CPU, and on
-GPUs whose kernels in the CUDA library come before Triton's. Everywhere else, and for what `held`, `takes` and
-`token` do not take, `blocks` makes its calls.
+It is where nobody listens to the operators (see `ops.registration.call`): on GPUs whose kernels in the CUDA
+library come before Triton's, where gradients are wanted too (`training_layer`), and without gradients and
+dropout on the CPU. Everywhere else, and for what `held`, `takes` and `token` do not take, `blocks` makes its
+calls.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +26,7 @@ from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
-from bigmodel_kernels.transformers import growing_cache
+from bigmodel_kernels.transformers import growing_cache, training_layer
 
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers.blocks import LayerParts, Part, Terms
@@ -47,6 +49,7 @@ class HeldOnGpu(NamedTuple):
     qkv: list[Tensor]
     qkv_biases: list[Tensor]
     layout: str
+    training: bool  # gradients are wanted
 
 
 class Cached(NamedTuple):
@@ -62,7 +65,8 @@ class Cached(NamedTuple):
 def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
     """The weights of the layer, if it can run so on x; else None."""
     ffn = w.ffn
-    if not _unobserved(x) or not _readable(w) or ffn is None:
+    trains = torch.is_grad_enabled()
+    if ffn is None or not _unobserved(x) or not _readable(w) or (not _on_gpu(x) if trains else _drops(w)):
         return None
     qkv: tuple[Any, ...] = w.qkv
     weights, biases = [part.weight for part in qkv], _biases(w)
@@ -79,20 +83,20 @@ def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
 
 
 def _unobserved(x: Tensor) -> bool:
-    return (
-        not torch.is_grad_enabled()
-        and nobody_listens(x.device.type)
-        and plain(x)
-        and backends.forced() in (None, "native")
-    )
+    """Gradients aside."""
+    return nobody_listens(x.device.type) and plain(x) and backends.forced() in (None, "native")
+
+
+def _drops(w: LayerParts) -> bool:
+    """Whether there is dropout, that of the hidden layer aside."""
+    return bool(w.attention_p or w.context_p or w.ffn_p)
 
 
 def _readable(w: LayerParts) -> bool:
-    """Whether the parts are all tensors, with nothing to drop, and all of query, key and value have a bias or
-    none of them.
+    """Whether the parts are all tensors, with nothing to drop in the hidden layer, and all of query, key and
+    value have a bias or none of them.
     """
-    ffn = w.ffn
-    if ffn is None or w.attention_p or w.context_p or w.ffn_p or ffn.hidden_p:
+    if w.ffn is None or w.ffn.hidden_p:
         return False
     if any(isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)):
         return False
@@ -131,38 +135,48 @@ def _held_on_gpu(
         or not x.numel()
     ):
         return None
+    training = torch.is_grad_enabled()
     norms = (w.attention_norm, w.ffn_norm)
     tensors = [*qkv, *biases, *(t for part in (*single, *norms) for t in part if t is not None)]  # type: ignore[union-attr]
-    if not all(t.is_contiguous() and t.shape[-1] % 8 == 0 and cuda_library.readable(t) for t in tensors):
+    for t in tensors:
+        if t.data_ptr() % 16 or t.shape[0] % 8 or t.shape[-1] % 8 or not t.is_contiguous():
+            return None
+    if training and not training_layer.takes_layer(x, tensors):
         return None
-    features = 1 if layout == "conv1d" else 0
-    if any(t.dim() == 2 and t.shape[features] % 8 for t in tensors):
-        return None
-    return HeldOnGpu(qkv, biases, layout)
+    return HeldOnGpu(qkv, biases, layout, training)
 
 
-def begin(x: Tensor, norm: Part | None, eps: float, held: Held | HeldOnGpu) -> Tensor:
-    """Query, key and value of norm(x), side by side (..., 3 * hidden)."""
+def begin(
+    x: Tensor, norm: Part | None, eps: float, held: Held | HeldOnGpu, head_dim: int
+) -> tuple[Tensor, ...]:
+    """Query, key and value of norm(x), each (..., heads, head_dim), side by side in one tensor."""
     weight, bias = (None, None) if norm is None else _affine(norm)
-    if isinstance(held, HeldOnGpu):
+    if isinstance(held, Held):
+        qkv = torch.ops.bigmodel.cpu_layer_begin.default(
+            *(x.contiguous(), contiguous(weight), contiguous(bias)),
+            *(eps, "layer_norm", held.qkv, held.qkv_bias),
+        )
+    elif held.training:
+        return training_layer.begin(x, weight, bias, eps, held, head_dim)
+    else:
         qkv = torch.ops.bigmodel.cuda_layer_begin.default(
             cuda_linear.rows_of(x), weight, bias, eps, held.qkv, held.qkv_biases, held.layout
         )
-        return qkv.view(*x.shape[:-1], qkv.shape[1])  # type: ignore[no-any-return]
-    return torch.ops.bigmodel.cpu_layer_begin.default(  # type: ignore[no-any-return]
-        *(x.contiguous(), contiguous(weight), contiguous(bias), eps, "layer_norm", held.qkv, held.qkv_bias)
-    )
+        qkv = qkv.view(*x.shape[:-1], qkv.shape[1])
+    return training_layer.split_heads(qkv, head_dim)
 
 
-def takes(terms: Terms, held: Held | HeldOnGpu) -> bool:
-    """Whether `end` has this attention."""
+def takes(terms: Terms, held: Held | HeldOnGpu, attention_p: float) -> bool:
+    """Whether `end` has this attention, with this dropout."""
     if terms.packing is not None:
         return False
     if isinstance(held, Held):
         return True
     # The rest of the library's attention is behind Triton's.
     plain = terms.padding is None and terms.bias is None and not terms.softcap
-    return plain and all(map(cuda_library.readable, (terms.query, terms.key, terms.value)))
+    if not plain or not all(map(cuda_library.readable, (terms.query, terms.key, terms.value))):
+        return False
+    return not held.training or training_layer.takes_attention(terms, attention_p)
 
 
 def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position: str) -> Tensor:
@@ -172,6 +186,11 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
     first_norm = _affine(w.attention_norm) if position == "post" else (None, None)
     if isinstance(held, HeldOnGpu):
         attention_out, ffn_norm = _affine(w.attention_out), _affine(w.ffn_norm)
+        width = x.shape[-1]
+        features = (t.numel() // width for t in (attention_out[0], ffn.w_out.weight))
+        by_torch = _by_torch(x.device, x.dtype, width, x.numel() // width, held.layout, *features)
+        if held.training:
+            return training_layer.end(x, terms, w, held, position, by_torch)
         out = torch.ops.bigmodel.cuda_layer_end.default(
             *(
                 cuda_linear.rows_of(x),
@@ -185,8 +204,7 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
             *(terms.scale, terms.is_causal, terms.window_left, terms.window_right),
             *(*attention_out, *first_norm, w.attention_eps),
             *(ffn.w_in.weight, ffn.w_in.bias, ffn.w_out.weight, ffn.w_out.bias, held.layout),
-            *(ffn.activation, position, *ffn_norm, w.ffn_eps),
-            _by_torch(x, attention_out[0], ffn.w_out.weight, layout=held.layout),
+            *(ffn.activation, position, *ffn_norm, w.ffn_eps, by_torch),
         )
         return out.view(x.shape)  # type: ignore[no-any-return]
     return torch.ops.bigmodel.cpu_layer_end.default(  # type: ignore[no-any-return]
@@ -285,8 +303,10 @@ def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
         x.is_cpu
         and len(layers) > 0
         and lacking(op, x.dtype) is None
+        and not torch.is_grad_enabled()
         and _unobserved(x)
         and all(map(_readable, layers))
+        and not any(map(_drops, layers))
         and all(_activation(w) == _activation(layers[0]) for w in layers)
     )
 
@@ -313,13 +333,15 @@ def _activation(w: LayerParts) -> str:
     return w.ffn.activation
 
 
-def _by_torch(x: Tensor, *weights: Tensor, layout: str) -> list[bool]:
-    """Whether torch's product is the faster before a norm that adds the residual."""
-    out, rows, dtype = x.shape[-1], x.shape[:-1].numel(), str(x.dtype)[6:]
+@functools.lru_cache(maxsize=1024)
+def _by_torch(
+    device: torch.device, dtype: torch.dtype, out: int, rows: int, layout: str, *features: int
+) -> tuple[bool, ...]:
+    """Whether torch's product of so many features is the faster before a norm that adds the residual."""
     cases = (
-        Case(dtype, w.numel() // out, out, layout, "none + residual + layer_norm", rows) for w in weights
+        Case(str(dtype)[6:], count, out, layout, "none + residual + layer_norm", rows) for count in features
     )
-    return [cuda_linear.remembered(x.device, case) == TORCH for case in cases]
+    return tuple(cuda_linear.remembered(device, case) == TORCH for case in cases)
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the rule by which it drops attention
-// probabilities; the same as in bigmodel_kernels/ops/philox.py.
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the rules by which it drops attention
+// probabilities and the elements of a matrix; the same as in bigmodel_kernels/ops/philox.py.
 #pragma once
 #include "arch/cuda.cuh"
+#include "arch/warp.cuh"
 
 namespace bigmodel::cuda {
 
@@ -36,6 +37,30 @@ BM_DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
 BM_DEVICE PhiloxWords attention_words(int query, int key, int head, int sequence, uint64_t seed) {
   const auto without_bit_3 = [](uint32_t i) { return i >> 4 << 3 | (i & 7); };
   return philox(without_bit_3(uint32_t(key)), without_bit_3(uint32_t(query)), uint32_t(head), uint32_t(sequence), seed);
+}
+
+// Which elements of a row are kept, of the 32 columns that four neighbouring lanes have between them, each eight from `column`: bit i is
+// column i of the 32. A call of the generator serves the columns that differ in bits 3 and 4: the four lanes make two calls each and
+// exchange the answers. All lanes of a warp together.
+BM_DEVICE uint32_t kept_elements(int row, int column, uint32_t threshold, uint64_t seed) {
+  const int own = column >> 3 & 3;
+  uint32_t kept = 0;
+  BM_UNROLL
+  for (int e = 0; e < 2; e++) {
+    const int i = 2 * own + e;
+    const PhiloxWords random = philox(uint32_t(column >> 5 << 3 | i), uint32_t(row), 0, 0, seed);
+    BM_UNROLL
+    for (int b = 0; b < 4; b++) kept |= uint32_t(random.word[b] >= threshold) << (8 * b + i);
+  }
+  kept |= shuffle_xor(kept, 1);
+  kept |= shuffle_xor(kept, 2);
+  return kept;
+}
+// The eight of this lane, by that answer.
+BM_DEVICE void drop_eight(float (&x)[8], uint32_t kept, int column, float scale) {
+  const int own = column >> 3 & 3;
+  BM_UNROLL
+  for (int i = 0; i < 8; i++) x[i] = kept >> (8 * own + i) & 1 ? x[i] * scale : 0;
 }
 
 }  // namespace bigmodel::cuda

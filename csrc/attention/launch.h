@@ -1,4 +1,4 @@
-// Entry points of the CUDA attention kernels, for register_cuda.cpp.
+// Entry points of the CUDA attention kernels, for register_cuda*.cpp.
 #pragma once
 #include "attention/cuda.h"
 

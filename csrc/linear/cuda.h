@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "philox/cuda.h"
+
 namespace bigmodel::cuda {
 
 enum class Activation : int32_t { none, gelu, gelu_tanh, quick_gelu, relu, silu };
@@ -20,9 +22,7 @@ struct LinearParams {
   const void* bias[max_weights];          // (out,), or all null
   int32_t conv1d;
   Activation activation;
-  const int64_t* dropout_seed;            // or null; only with one weight
-  uint32_t dropout_threshold;
-  float dropout_scale;
+  ElementDropout dropout;                 // only with one weight, whose tiles start at multiples of 32
   const void* residual;                   // (rows, sum of out), or null
   void* preactivation;                    // the same, to be written, or null
   const void* activated;                  // Z, the same, or null: then there is no bias, dropout, residual or preactivation

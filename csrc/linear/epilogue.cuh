@@ -94,25 +94,6 @@ struct StagingTile {
   static BM_DEVICE SharedAddress neighbour(SharedAddress address) { return (address ^ 16) + 128; }
 };
 
-// Dropout of eight columns from `column`, a multiple of 8. A call of the generator serves the columns that differ in bits 3 and 4
-// (ops/philox.py): four lanes, which have 32 columns of a row between them, make two calls each and exchange the answers. With dropout
-// there is one weight, and its tiles start at multiples of 32. All lanes together.
-BM_DEVICE void drop(float (&x)[8], const LinearParams& p, int row, int column, uint64_t seed) {
-  const int own = column >> 3 & 3;
-  uint32_t kept = 0;  // bit 8 b + i: column i of block b
-  BM_UNROLL
-  for (int e = 0; e < 2; e++) {
-    const int i = 2 * own + e;
-    const PhiloxWords random = philox(uint32_t(column >> 5 << 3 | i), uint32_t(row), 0, 0, seed);
-    BM_UNROLL
-    for (int b = 0; b < 4; b++) kept |= uint32_t(random.word[b] >= p.dropout_threshold) << (8 * b + i);
-  }
-  kept |= shuffle_xor(kept, 1);
-  kept |= shuffle_xor(kept, 2);
-  BM_UNROLL
-  for (int i = 0; i < 8; i++) x[i] = kept >> (8 * own + i) & 1 ? x[i] * p.dropout_scale : 0;
-}
-
 // By one warp. row: its first of 16, of each group of rows, which are group_rows apart; column: of the first block, in the whole output;
 // end: past the last column of this weight. staging: a StagingTile that no other warp uses. A lane takes its columns of every fourth row,
 // `at_once` of them beside each other, as registers allow.
@@ -123,7 +104,7 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
   static_assert(StagingTile::rows == column_part_rows, "a warp's rows are a part of the sums");
   static_assert(groups <= 2 && blocks % piece == 0 && turns % at_once == 0, "whole pieces, whole turns");
   const void* beside = p.activated != nullptr ? p.activated : p.residual;
-  const uint64_t seed = p.dropout_seed != nullptr ? uint64_t(load_global(p.dropout_seed)) : 0;
+  const uint64_t seed = p.dropout.seed != nullptr ? uint64_t(load_global(p.dropout.seed)) : 0;
   // All addresses go on from the one before: 64-bit products for each row would be as many instructions as an activation.
   const int64_t step = int64_t(rows_at_once * sizeof(Element)) * p.out_stride;
   const auto at = [](auto* matrix, int64_t bytes) { return reinterpret_cast<Word<16>*>(static_cast<char*>(const_cast<void*>(matrix)) + bytes); };
@@ -213,9 +194,9 @@ BM_DEVICE void finish_tile(const float (&c)[groups][blocks][4], const LinearPara
             if (writes(i)) store_global(at(p.preactivation, offset + i * step), pack<Element>(x[i]));
         }
         activate(x, p.activation);
-        if (p.dropout_seed != nullptr) {
+        if (p.dropout.seed != nullptr) {
           BM_UNROLL
-          for (int i = 0; i < at_once; i++) drop(x[i], p, own_row + i * rows_at_once, first, seed);
+          for (int i = 0; i < at_once; i++) drop_eight(x[i], kept_elements(own_row + i * rows_at_once, first, p.dropout.threshold, seed), first, p.dropout.scale);
         }
         if (p.residual != nullptr) {
           BM_UNROLL

@@ -1,4 +1,4 @@
-// Entry points of the CUDA kernels of the linear layer, for register_cuda.cpp.
+// Entry points of the CUDA kernels of the linear layer, for register_cuda*.cpp.
 #pragma once
 #include "linear/cuda.h"
 

@@ -43,7 +43,8 @@ def entries(log: Path) -> dict[str, tuple[int, int, int]]:
 # there is one of each. The backward in one pass: two element types, three head_dims, and for each what
 # rounds dQ.
 # Linear: two element types, two layouts of the weight, and on Hopper two widths of a tile, one of them in
-# ping-pong too; for few rows the first two. The norm: two element types, two lengths of a row.
+# ping-pong too; for few rows the first two. The norm: two element types, two lengths of a row, six of the
+# gradient's. Sums over rows: two element types, two stages.
 COUNTS = {
     "attention.decode": 12,
     "attention.sm80": 24,
@@ -54,7 +55,9 @@ COUNTS = {
     "linear.few_rows": 4,
     "linear.sm80": 4,
     "linear.sm90": 12,
+    "norm.backward_rows": 12,
     "norm.rows": 4,
+    "reduce.columns": 4,
 }
 
 

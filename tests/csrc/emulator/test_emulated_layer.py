@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_library import stand_in
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
 from bigmodel_kernels.models.rule import assert_as_near
 from bigmodel_kernels.ops import cuda_library
-from bigmodel_kernels.ops.attention import cuda as attention
-from bigmodel_kernels.ops.linear import cuda as linear
 from bigmodel_kernels.ops.linear import cuda_choice
 from bigmodel_kernels.transformers import whole_layer
 
@@ -32,33 +31,7 @@ def calls(library: Any, architecture: int, product: str, monkeypatch: pytest.Mon
     """The operators that run, of the emulator where the CUDA library would be, on tensors that seem to be on
     a GPU that it was measured on.
     """
-    seen: list[str] = []
-
-    def recording(name: str) -> Any:
-        operator = getattr(torch.ops.bigmodel_emulator, name).default
-
-        class Operator:
-            @staticmethod
-            def default(*args: Any, **options: Any) -> Any:
-                seen.append(name)
-                return operator(*args, **options)
-
-        return Operator
-
-    for name in NAMES:
-        monkeypatch.setattr(torch.ops.bigmodel, name, recording(name), raising=False)
-    monkeypatch.setattr(cuda_library, "_capability_of", lambda device: (9, 0))
-    for module in (cuda_library, linear, attention):
-        monkeypatch.setattr(module, "lacking", lambda x: None)
-    monkeypatch.setattr(linear, "_device", lambda device: ("a GPU", "9.0"))
-    monkeypatch.setattr(linear, "choose", lambda *args: linear.Choice(product, "for the test"))
-    monkeypatch.setattr(linear, "remembered", lambda *args: product)
-    monkeypatch.setattr(whole_layer, "_on_gpu", lambda x: True)
-    for (op, device), row in backends.TABLE.items():
-        if device == "cuda" and op in ("linear", "feed_forward", "layer_norm", "attention"):
-            own = tuple(i for i in row if op != "layer_norm" or i.name != "triton")
-            monkeypatch.setitem(backends.TABLE, (op, "cpu"), own)
-    return seen
+    return stand_in(monkeypatch, NAMES, product)
 
 
 def bert() -> Any:
@@ -85,7 +58,7 @@ INPUTS: dict[str, dict[str, torch.Tensor]] = {
 @pytest.mark.parametrize("form", ["dense", "padded"])
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_the_bits_of_the_separate_calls(
-    make: Any, form: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    make: Any, form: str, product: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = make(), INPUTS[form]
     exact = copy.deepcopy(model).double()
@@ -107,7 +80,9 @@ def test_the_bits_of_the_separate_calls(
 
 
 @pytest.mark.parametrize(
-    "change", ["gate", "grad", "float32", "odd width", "dropout", "forced"], ids=lambda c: c.replace(" ", "_")
+    "change",
+    ["gate", "deterministic", "frozen", "float32", "odd width", "dropout", "forced"],
+    ids=lambda c: c.replace(" ", "_"),
 )
 def test_what_the_separate_calls_do(change: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = BertConfig(
@@ -123,7 +98,13 @@ def test_what_the_separate_calls_do(change: str, calls: list[str], monkeypatch: 
     if change == "gate":
         parts = parts._replace(ffn=parts.ffn._replace(w_gate=parts.ffn.w_in))
     x = torch.randn(3, 64, dtype=model.dtype)
-    with torch.set_grad_enabled(change == "grad"), backends.use("triton" if change == "forced" else None):
+    model.requires_grad_(change != "frozen")
+    if change == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with (
+        torch.set_grad_enabled(change in ("deterministic", "frozen")),
+        backends.use("triton" if change == "forced" else None),
+    ):
         if change == "float32":
             monkeypatch.setattr(cuda_library, "lacking", lambda x: "it has no float32")
         assert whole_layer.held(x, parts, "linear") is None

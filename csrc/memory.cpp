@@ -9,8 +9,11 @@
 //   free                          never more than twice what was in use at once (and `least`), for what is freed together need not have been
 //                                 in use together; what waited longest goes back to the system
 //
-// It needs torch_from_blob, of torch 2.11; with an older torch, and under AddressSanitizer, which could not see the end of a block, results
-// are torch's own.
+// Packed weights stay until their model goes, and a layer's are read one behind the other: so they lie, without gaps, in slabs of their own,
+// and memory is asked for across their ends as within them. A freed one's pages go back to the system at once, a slab's address with the last.
+//
+// Both need torch_from_blob, of torch 2.11; with an older torch, and under AddressSanitizer, which could not see the end of a block, the
+// tensors are torch's own.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -44,9 +47,30 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int6
 namespace bigmodel {
 namespace {
 
+class Blocks;   // of results
+class PackedWeights;
+
 constexpr size_t smallest = size_t(256) << 10;  // what is smaller does not make the heap's end move
 
 #if BIGMODEL_KEEPS_MEMORY
+struct Slab { char *begin, *end; };
+
+Slab new_slab(size_t least) {
+  constexpr size_t slab_bytes = size_t(64) << 20;
+  const size_t bytes = (std::max(least, slab_bytes) + huge_page - 1) / huge_page * huge_page;
+  char* slab = static_cast<char*>(std::aligned_alloc(huge_page, bytes));
+  if (slab == nullptr) return {};
+  prefer_huge_pages(slab, bytes);
+  return {slab, slab + bytes};
+}
+
+// Those that lie in the block with nothing else.
+void give_pages_back(void* block, size_t size) {
+  const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(block) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + size) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 class Blocks {
  public:
   static size_t rounded(size_t bytes) {
@@ -91,7 +115,7 @@ class Blocks {
   std::mutex& lock() { return lock_; }
 
  private:
-  static constexpr size_t least = size_t(64) << 20, slab_bytes = size_t(64) << 20;
+  static constexpr size_t least = size_t(64) << 20;
   struct Free {
     void* memory;
     uint64_t since;
@@ -100,12 +124,10 @@ class Blocks {
 
   void* carve(size_t size) {
     if (size > size_t(end_ - begin_)) {
-      const size_t bytes = (std::max(size, slab_bytes) + huge_page - 1) / huge_page * huge_page;
-      void* slab = std::aligned_alloc(huge_page, bytes);
-      if (slab == nullptr) return nullptr;
-      prefer_huge_pages(slab, bytes);
-      begin_ = static_cast<char*>(slab);
-      end_ = begin_ + bytes;
+      const Slab slab = new_slab(size);
+      if (slab.begin == nullptr) return nullptr;
+      begin_ = slab.begin;
+      end_ = slab.end;
     }
     char* block = begin_;
     begin_ += size;
@@ -122,9 +144,7 @@ class Blocks {
           break;
         }
     Free& block = (*oldest)[place];
-    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(block.memory) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(block.memory) + size) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    give_pages_back(block.memory, size);
     block.empty = true;
     held_ -= size;
   }
@@ -136,20 +156,90 @@ class Blocks {
   uint64_t clock_ = 0;
 };
 
+class PackedWeights {
+ public:
+  static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  void* take(size_t size) {
+    std::lock_guard<std::mutex> guard(lock_);
+    if (size > size_t(end_ - next_)) {
+      const Slab slab = new_slab(size);
+      if (slab.begin == nullptr) return nullptr;
+      next_ = slab.begin;
+      end_ = slab.end;
+      slabs_[slab.begin] = 0;
+    }
+    slab_of(next_)->second++;
+    char* block = next_;
+    next_ += size;
+    return block;
+  }
+
+  void give(void* block, size_t size) {
+    std::lock_guard<std::mutex> guard(lock_);
+    give_pages_back(block, size);
+    const auto slab = slab_of(static_cast<char*>(block));
+    if (--slab->second > 0) return;
+    if (slab == slab_of(end_ - 1)) next_ = end_ = nullptr;
+    std::free(slab->first);
+    slabs_.erase(slab);
+  }
+
+  std::mutex& lock() { return lock_; }
+
+ private:
+  std::map<char*, int64_t>::iterator slab_of(char* block) { return std::prev(slabs_.upper_bound(block)); }
+
+  std::mutex lock_;
+  std::map<char*, int64_t> slabs_;         // by their beginnings, with the weights that each has
+  char *next_ = nullptr, *end_ = nullptr;  // of the last slab, what is not yet used
+};
+
 // Never destroyed: tensors may outlive everything. A child of fork() finds it unlocked.
-Blocks& blocks() {
-  static Blocks* const made = [] {
-    static Blocks* instance = new Blocks;
-    pthread_atfork([] { instance->lock().lock(); }, [] { instance->lock().unlock(); }, [] { instance->lock().unlock(); });
-    return instance;
+template <class Kept>
+Kept& instance() {
+  static Kept* const made = [] {
+    static Kept* kept = new Kept;
+    pthread_atfork([] { kept->lock().lock(); }, [] { kept->lock().unlock(); }, [] { kept->lock().unlock(); });
+    return kept;
   }();
   return *made;
 }
+
+// In a block of Kept.
+template <class Kept>
+Tensor tensor_in(const std::vector<int64_t>& shape, ScalarType dtype, size_t bytes, const char* what) {
+  const size_t size = Kept::rounded(bytes);
+  void* block = instance<Kept>().take(size);
+  STD_TORCH_CHECK(block != nullptr, "out of memory: ", bytes, " bytes for ", what);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle handle;
+  const auto give_back = [](void* memory, void* context) { instance<Kept>().give(memory, reinterpret_cast<size_t>(context)); };
+  const AOTITorchError status = torch_from_blob(block, int64_t(shape.size()), shape.data(), strides.data(), 0, int32_t(dtype), aoti_torch_device_type_cpu(), -1,
+                                                &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(size));
+  if (status != 0) {
+    instance<Kept>().give(block, size);
+    STD_TORCH_CHECK(false, "a tensor of ", bytes, " bytes cannot be made");
+  }
+  return Tensor(handle);
+}
 #endif
+
+// In memory of Kept if it can be, or else torch's own.
+template <class Kept>
+Tensor empty_in(const std::vector<int64_t>& shape, ScalarType dtype, size_t bytes, [[maybe_unused]] const char* what) {
+#if BIGMODEL_KEEPS_MEMORY
+  if (bytes >= smallest && torch_from_blob != nullptr) return tensor_in<Kept>(shape, dtype, bytes, what);
+#endif
+  Tensor out = torch::stable::empty(shape, dtype);
+  if (bytes >= 2 * huge_page) prefer_huge_pages(out.mutable_data_ptr(), bytes);
+  return out;
+}
 
 int64_t cpu_release_memory() {
 #if BIGMODEL_KEEPS_MEMORY
-  return int64_t(blocks().release());
+  return int64_t(instance<Blocks>().release());
 #else
   return 0;
 #endif
@@ -160,28 +250,10 @@ int64_t cpu_release_memory() {
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype) {
   size_t bytes = dtype == ScalarType::Float ? 4 : 2;
   for (int64_t size : shape) bytes *= size_t(size);
-#if BIGMODEL_KEEPS_MEMORY
-  if (bytes >= smallest && torch_from_blob != nullptr) {
-    const size_t size = Blocks::rounded(bytes);
-    void* block = blocks().take(size);
-    STD_TORCH_CHECK(block != nullptr, "out of memory: ", bytes, " bytes for a result");
-    std::vector<int64_t> strides(shape.size(), 1);
-    for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
-    AtenTensorHandle handle;
-    const auto give_back = [](void* memory, void* context) { blocks().give(memory, reinterpret_cast<size_t>(context)); };
-    const AOTITorchError status = torch_from_blob(block, int64_t(shape.size()), shape.data(), strides.data(), 0, int32_t(dtype), aoti_torch_device_type_cpu(), -1,
-                                                  &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, reinterpret_cast<void*>(size));
-    if (status != 0) {
-      blocks().give(block, size);
-      STD_TORCH_CHECK(false, "a tensor of ", bytes, " bytes cannot be made");
-    }
-    return Tensor(handle);
-  }
-#endif
-  Tensor out = torch::stable::empty(shape, dtype);
-  if (bytes >= 2 * huge_page) prefer_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
+  return empty_in<Blocks>(shape, dtype, bytes, "a result");
 }
+
+Tensor empty_weight(size_t bytes) { return empty_in<PackedWeights>({int64_t(bytes)}, ScalarType::Byte, bytes, "a packed weight"); }
 
 }  // namespace bigmodel
 

@@ -62,8 +62,8 @@ void row_strides(const Tensor& t, const char* name, bool varlen, int64_t strides
 }  // namespace
 
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
-  const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k, softmax_scale,
-               is_causal, window_left, window_right, softcap, dropout_p] = options;
+  const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k] = std::tie(
+      options.key_padding_mask, options.bias, options.cu_seqlens_q, options.cu_seqlens_k, options.max_seqlen_q, options.max_seqlen_k);
   AttentionArgs args = {};
   const bool varlen = cu_seqlens_q.has_value();
   STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value(), "cu_seqlens_k: must be given with cu_seqlens_q");
@@ -103,6 +103,16 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
     args.key_length = key.size(2);
     STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
   }
+  set_options(args, options);
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  return args;
+}
+
+void set_options(AttentionArgs& args, const AttentionOptions& options) {
+  const auto& [key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k, softmax_scale,
+               is_causal, window_left, window_right, softcap, dropout_p] = options;
   if (key_padding_mask) {
     STD_TORCH_CHECK(key_padding_mask->dim() == 2 && key_padding_mask->size(0) == args.batch && key_padding_mask->size(1) == args.key_length,
                     "key_padding_mask: shape ", shape_of(*key_padding_mask), " must be (", args.batch, ", ", args.key_length, ")");
@@ -147,10 +157,6 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   STD_TORCH_CHECK(window_left >= -1 && window_right >= -1, "window_left, window_right: ", window_left, ", ", window_right, " must be -1 (no limit) or more");
   args.window_left = std::min(window_left, all);
   args.window_right = std::min(window_right, all);
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
-  return args;
 }
 
 void result_strides(const AttentionArgs& args, int64_t strides[3]) {

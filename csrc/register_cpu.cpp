@@ -286,9 +286,8 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
     n += weight.size(out);
   }
   const KernelTable& table = kernels();
-  Tensor packed = torch::stable::empty({int64_t(packed_size(k, n, dtype, table))}, ScalarType::Byte);
+  Tensor packed = empty_weight(packed_size(k, n, dtype, table));
   auto& header = *static_cast<PackedHeader*>(packed.mutable_data_ptr());
-  prefer_huge_pages(&header, size_t(packed.numel()));
   header = {packed_magic, k, n, dtype, table.panel, dtype == Dtype::bfloat16 && table.bf16_pairs, {}};
   int64_t column = 0;
   for (const Tensor& weight : weights) {

@@ -1,8 +1,12 @@
 // A transformer layer as torch sees it on the CPU, in two calls: to query, key and value, and from them to the layer's result.
-// Between the two the caller turns heads, and keeps keys and values in its cache.
+// Between the two the caller turns heads, and keeps keys and values in its cache. A token of a generation, whose keys and values go behind
+// those of a cache with room for them, needs one call for all layers.
 //
 // They are the ops of register_cpu.cpp and the kernel of attention one after the other, to the same bits. What they save is the
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
+#include <cstring>
+#include <memory>
+
 #include "registration.h"
 
 namespace bigmodel {
@@ -16,19 +20,26 @@ Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm
 }
 
 // The heads' results side by side, (..., heads * head_dim) with the leading dimensions of x.
+Tensor attend(const Tensor& x, AttentionArgs& args) {
+  Tensor context = empty_rows_like(x, args.heads * args.head_dim);
+  args.out = context.mutable_data_ptr();
+  result_strides(args, args.out_stride);
+  const int64_t rows = x.numel() / x.size(x.dim() - 1);
+  args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
+  args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
+  const std::unique_ptr<float[]> logsumexp(new float[size_t(rows * args.heads)]);  // which nobody asks for
+  args.logsumexp = logsumexp.get();
+  if (context.numel() > 0) kernels().attention(runtime(), args);
+  return context;
+}
+
 Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   AttentionArgs args = attention_args(query, key, value, options);
   const int64_t rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
   STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "query: dtype differs from x's");
   STD_TORCH_CHECK(x.size(x.dim() - 1) > 0, "x: shape ", shape_of(x), " has no features");  // or its elements could not tell its rows
   STD_TORCH_CHECK(x.numel() == rows * x.size(x.dim() - 1), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
-  Tensor context = empty_rows_like(x, args.heads * args.head_dim);
-  args.out = context.mutable_data_ptr();
-  result_strides(args, args.out_stride);
-  Tensor logsumexp = torch::stable::empty(logsumexp_shape(query, args, args.logsumexp_stride), ScalarType::Float);
-  args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
-  if (query.numel() > 0) kernels().attention(runtime(), args);
-  return context;
+  return attend(x, args);
 }
 
 // y = x + attention(query, key, value) W + b, normalised where attention_norm_weight is given; then the feed-forward block on y with
@@ -49,6 +60,90 @@ Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalT
                           b_gate, {}, norm_kind, 0.0);
 }
 
+// What is one layer's, packed where it is a weight.
+struct LayerParts {
+  const OptionalTensor &attention_norm_weight, &attention_norm_bias;
+  const Tensor& qkv;
+  const OptionalTensor& b_qkv;
+  const Tensor& context;
+  const OptionalTensor &b_context, &norm_weight, &norm_bias;
+  const Tensor& in;
+  const OptionalTensor& b_in;
+  const Tensor& out;
+  const OptionalTensor& b_out;
+  static constexpr size_t count = 12;
+  double attention_norm_eps, norm_eps;
+};
+
+// A token's layer, norms before its halves: its keys and values become the ones behind the first `length` of the buffers
+// (batch, kv_heads, room, head_dim), and what it attends to are all up to these.
+Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
+                double softmax_scale, const Text& activation) {
+  check_cpu(x, "x");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, 1, hidden)");
+  AttentionArgs args = {};
+  args.dtype = dtype_of(x, "x");
+  const int64_t element = dtype_size(args.dtype);
+  Tensor* buffers[2] = {&keys, &values};
+  const char* names[2] = {"keys", "values"};
+  int64_t* strides[2] = {args.key_stride, args.value_stride};
+  for (int i = 0; i < 2; i++) {
+    Tensor& t = *buffers[i];
+    check_cpu(t, names[i]);
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == x.size(0), names[i], ": shape ", shape_of(t), " must be (", x.size(0), ", kv_heads, room, head_dim)");
+    STD_TORCH_CHECK(shape_of(t) == shape_of(keys), names[i], ": shape ", shape_of(t), " must be that of keys, ", shape_of(keys));
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), names[i], ": dtype differs from x's");
+    STD_TORCH_CHECK(t.size(3) == 1 || t.stride(3) == 1, names[i], ": last dimension must be contiguous");
+    check_aligned(t, names[i]);
+    for (int d = 0; d < 3; d++) strides[i][d] = t.stride(d);
+  }
+  STD_TORCH_CHECK(length >= 0 && length < keys.size(2), "length: ", length, " must be 0 to ", keys.size(2) - 1, ", for there is room for ", keys.size(2));
+  args.batch = x.size(0);
+  args.kv_heads = keys.size(1);
+  args.head_dim = keys.size(3);
+  args.query_length = 1;
+  args.key_length = length + 1;
+  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "keys: head_dim ", args.head_dim, " must be 1 to 256");
+  const int64_t features = check_packed(w.qkv, "parts").n, queries = features - 2 * args.kv_heads * args.head_dim;
+  args.heads = queries / args.head_dim;
+  STD_TORCH_CHECK(args.kv_heads >= 1 && queries > 0 && queries % (args.kv_heads * args.head_dim) == 0, "parts: the ", features,
+                  " out_features of the first projection must be queries, keys and values of ", args.kv_heads, " kv heads of ", args.head_dim, " in keys");
+  set_options(args, {key_padding_mask, {}, {}, {}, {}, {}, {}, 1, args.key_length, softmax_scale, false, -1, -1, 0.0, 0.0});
+
+  const Tensor qkv = cpu_layer_begin(x, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, "layer_norm", w.qkv, w.b_qkv);
+  const char* rows = static_cast<const char*>(qkv.const_data_ptr());
+  args.query = rows;
+  args.query_stride[0] = args.query_stride[2] = features;
+  args.query_stride[1] = args.head_dim;
+  args.key = keys.const_data_ptr();
+  args.value = values.const_data_ptr();
+  for (int i = 0; i < 2; i++) {
+    char* buffer = static_cast<char*>(buffers[i]->mutable_data_ptr());
+    for (int64_t b = 0; b < args.batch; b++)
+      for (int64_t h = 0; h < args.kv_heads; h++)
+        memcpy(buffer + (b * strides[i][0] + h * strides[i][1] + length * strides[i][2]) * element,
+               rows + (b * features + queries + (i * args.kv_heads + h) * args.head_dim) * element, size_t(args.head_dim * element));
+  }
+  Tensor y = cpu_linear(attend(x, args), w.context, w.b_context, "none", x, {}, {}, 1e-5, {}, "layer_norm", 0.0);
+  return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, {}, {}, {}, "layer_norm", 0.0);
+}
+
+// All layers of such a token. `parts` are LayerParts' tensors, layer by layer, `epsilons` its two, `buffers` keys and values.
+Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
+                  OptionalTensor key_padding_mask, std::vector<double> softmax_scales, Text activation) {
+  const size_t layers = softmax_scales.size();
+  STD_TORCH_CHECK(parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ", LayerParts::count, " for each of ", layers, " softmax_scales");
+  STD_TORCH_CHECK(epsilons.size() == 2 * layers, "epsilons: ", epsilons.size(), " must be two for each of ", layers, " softmax_scales");
+  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for each of ", layers, " softmax_scales");
+  for (size_t i = 0; i < layers; i++) {
+    const OptionalTensor* p = &parts[i * LayerParts::count];
+    for (int weight : {2, 4, 8, 10}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
+    const LayerParts w = {p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], epsilons[2 * i], epsilons[2 * i + 1]};
+    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, softmax_scales[i], activation);
+  }
+  return x;
+}
+
 }  // namespace
 }  // namespace bigmodel
 
@@ -59,9 +154,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_context, Tensor? attention_norm_weight, Tensor? attention_norm_bias, float attention_norm_eps, Tensor packed_in, "
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
+  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, "
+        "float[] softmax_scales, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_layer_begin", TORCH_BOX(&bigmodel::cpu_layer_begin));
   m.impl("cpu_layer_end", TORCH_BOX(&bigmodel::cpu_layer_end));
+  m.impl("cpu_layers", TORCH_BOX(&bigmodel::cpu_layers));
 }

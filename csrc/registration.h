@@ -64,6 +64,8 @@ Dropout dropout_of(const OptionalTensor& seed, double p, const char* name = "dro
 // Uninitialised results; large ones are of memory that is kept for the next ones, in large pages (memory.cpp).
 Tensor empty_result(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor empty_rows_like(const Tensor& x, int64_t columns);
+// For a packed weight, of bytes; in large pages too.
+Tensor empty_weight(size_t bytes);
 
 // The options of attention, by the names and in the order of the operator.
 struct AttentionOptions {
@@ -76,6 +78,8 @@ struct AttentionOptions {
 };
 // Everything but the results, checked.
 AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options);
+// What is not in the tensors' shapes, for an args that has those.
+void set_options(AttentionArgs& args, const AttentionOptions& options);
 // Strides of batch, head and row of a result, whose rows have the heads side by side.
 void result_strides(const AttentionArgs& args, int64_t strides[3]);
 // Shape and strides of logsumexp and its like: (B, H, Sq), or (H, total) packed.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bigmodel_kernels.ops.cross_entropy import linear_cross_entropy
 from bigmodel_kernels.transformers import attention_interface, checks
 from bigmodel_kernels.transformers.families import Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear
+from bigmodel_kernels.transformers.generic import BigmodelLinear, stands_for
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -88,14 +88,6 @@ def _reason_for_logits(model: Any) -> str | None:
     return None
 
 
-def named_like_its_original(cls: type) -> type:
-    """Gives a patched model class the name of the class that it stands for; pickle finds it by the qualified
-    one.
-    """
-    cls.__name__ = cls.__bases__[0].__name__
-    return cls
-
-
 def language_model(kin: Any = None, head: Head = CAUSAL) -> Callable[[type], type]:
     """Makes a patched form of a language model's class: in training mode, with labels, its loss without
     logits. `kin` (see `generic.Form`), if the family has it, learns the form.
@@ -129,7 +121,7 @@ def language_model(kin: Any = None, head: Head = CAUSAL) -> Callable[[type], typ
         cls.fused_loss = head  # type: ignore[attr-defined]
         if kin is not None:
             kin.forms[original] = cls
-        return named_like_its_original(cls)
+        return stands_for(original)(cls)
 
     return decorate
 

@@ -4,9 +4,11 @@ heads, last norms).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from bigmodel_kernels.transformers import blocks, checks
 
@@ -28,6 +30,19 @@ class Form(nn.Module):
     if TYPE_CHECKING:  # attributes are those of the class that it stands for
 
         def __getattr__(self, name: str) -> Any: ...
+
+
+def stands_for(original: Any) -> Callable[[type], type]:
+    """Gives a patched form of a model's class the name of that class, and what transformers records of it;
+    pickle finds the form by its qualified name.
+    """
+
+    def decorate(cls: type) -> type:
+        cls.__name__ = original.__name__
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), original._can_record_outputs)
+        return cls
+
+    return decorate
 
 
 def is_form(module: Any, original: type | None) -> bool:

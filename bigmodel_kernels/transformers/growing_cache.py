@@ -14,7 +14,8 @@ copied or given other tensors holds one that is not the last view made here, and
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,48 @@ class _Buffers:
 _buffers: weakref.WeakKeyDictionary[DynamicLayer, _Buffers] = weakref.WeakKeyDictionary()
 
 
+class Room(NamedTuple):
+    """Where the next tokens of a layer are written: behind the first `length` of its buffers."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+    layer: DynamicLayer
+    buffers: _Buffers
+
+    def written(self, new: int) -> tuple[Tensor, Tensor]:
+        """All keys and values, with the `new` ones that are there now; the layer then holds them."""
+        layer, buffers, end = self.layer, self.buffers, self.length + new
+        layer.keys = buffers.keys_view = self.keys.narrow(2, 0, end)
+        layer.values = buffers.values_view = self.values.narrow(2, 0, end)
+        return layer.keys, layer.values
+
+
+class Kind(NamedTuple):
+    """Of keys or values that are to come: shape (B, heads, new tokens, head_dim), dtype and device."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def append(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor] | None:
-    """All keys and values of a layer (B, heads, tokens, head_dim), with these, which the layer then holds.
+    """All keys and values of a layer (B, heads, tokens, head_dim), with these, which the layer then holds; or
+    None as `room` gives it.
+    """
+    if type(key) is not Tensor or type(value) is not Tensor:
+        return None
+    place = room(cache, index, *(Kind(t.shape, t.dtype, t.device) for t in (key, value)))
+    if place is None:
+        return None
+    new = key.shape[2]
+    place.keys.narrow(2, place.length, new).copy_(key)
+    place.values.narrow(2, place.length, new).copy_(value)
+    return place.written(new)
+
+
+def room(cache: Any, index: int, key: Kind, value: Kind) -> Room | None:
+    """Room for such keys and values in a layer.
 
     None, and nothing done, where `cache.update` has to do it: other caches and layers, the first tokens of a
     layer, where a gradient may be wanted, and in what is being compiled, whose graphs change no buffers.
@@ -56,38 +97,32 @@ def append(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, 
     layer = cache.layers[index]
     if type(layer) is not DynamicLayer or not layer.is_initialized:
         return None
-    held_keys, held_values = layer.keys, layer.values
-    if held_keys is None or held_values is None or held_keys.dim() != 4 or not held_keys.shape[2]:
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or not (_takes(keys, key) and _takes(values, value)):
         return None
-    if not (_fits(key, held_keys) and _fits(value, held_values)):
-        return None
-    length, new = held_keys.shape[2], key.shape[2]
+    length, new = keys.shape[2], key.shape[2]
     buffers = _buffers.get(layer)
     if (
         buffers is None
-        or buffers.keys_view is not held_keys
-        or buffers.values_view is not held_values
+        or buffers.keys_view is not keys
+        or buffers.values_view is not values
         or length + new > buffers.room
         # a buffer of inference mode must not be changed outside it, nor is another one any use inside
         or buffers.inference != torch.is_inference_mode_enabled()
     ):
-        buffers = _buffers[layer] = _Buffers(held_keys, held_values, length + new)
-    buffers.keys.narrow(2, length, new).copy_(key)
-    buffers.values.narrow(2, length, new).copy_(value)
-    layer.keys = buffers.keys_view = buffers.keys.narrow(2, 0, length + new)
-    layer.values = buffers.values_view = buffers.values.narrow(2, 0, length + new)
-    return layer.keys, layer.values
+        buffers = _buffers[layer] = _Buffers(keys, values, length + new)
+    return Room(buffers.keys, buffers.values, length, layer, buffers)
 
 
-def _fits(new: Tensor, held: Tensor) -> bool:
-    """Whether `torch.cat` would give a tensor of the held one's type and place."""
+def _takes(held: Tensor, new: Kind) -> bool:
+    """Whether `torch.cat` of the two would give a tensor of the held one's type and place."""
+    if type(held) is not Tensor or held.dim() != 4 or len(new.shape) != 4:
+        return False
+    batch, heads, length, features = held.shape
     return (
-        type(new) is type(held) is Tensor
-        and new.dim() == 4
-        and new.shape[:2] == held.shape[:2]
-        and new.shape[3] == held.shape[3]
-        and new.dtype == held.dtype
-        and new.device == held.device
+        length > 0
+        and (batch, heads, features) == (new.shape[0], new.shape[1], new.shape[3])
+        and (held.dtype, held.device) == (new.dtype, new.device)
         and not torch._C._functorch.is_functorch_wrapped_tensor(held)
     )
 

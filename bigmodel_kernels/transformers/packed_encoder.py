@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from bigmodel_kernels.transformers import attention_interface, blocks, checks
 from bigmodel_kernels.transformers.autoregister import NAME
 from bigmodel_kernels.transformers.families import ChildRule, Rule
-from bigmodel_kernels.transformers.generic import Form
+from bigmodel_kernels.transformers.generic import Form, stands_for
 
 #: The argument of a layer, a `blocks.Packing`.
 ARGUMENT = "bigmodel_packing"
@@ -55,8 +54,7 @@ class Encoder(Form):
             return out
 
         cls.forward = forward  # type: ignore[method-assign]
-        cls.__name__ = original.__name__
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), original._can_record_outputs)
+        stands_for(original)(cls)
 
     def _packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> blocks.Packing | None:
         """How a batch is packed; None for one that is not."""

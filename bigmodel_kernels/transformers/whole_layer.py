@@ -1,13 +1,17 @@
 """A layer in two calls of a compiled library: to query, key and value, and from them to the result.
 
 The calls are those of `blocks`, without the Python between: for a few tokens that takes longer than the
-arithmetic, and a GPU waits for it. It is for inference, where nobody listens to the operators (see
-`ops.registration.call`): on the CPU, and on GPUs whose kernels in the CUDA library come before Triton's.
-Everywhere else, and for what `held` and `takes` do not take, `blocks` makes its calls.
+arithmetic, and a GPU waits for it. On the CPU a token of a generation takes one call of as many layers as
+follow each other, which writes its keys and values into the cache itself.
+
+It is for inference, where nobody listens to the operators (see `ops.registration.call`): on the CPU, and on
+GPUs whose kernels in the CUDA library come before Triton's. Everywhere else, and for what `held`, `takes` and
+`token` do not take, `blocks` makes its calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +24,7 @@ from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
+from bigmodel_kernels.transformers import growing_cache
 
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers.blocks import LayerParts, Part, Terms
@@ -44,40 +49,71 @@ class HeldOnGpu(NamedTuple):
     layout: str
 
 
+class Cached(NamedTuple):
+    """What a token attends to: its layer's in a cache and itself, but for what the mask (B, keys) hides."""
+
+    cache: Any
+    layer: int
+    kv_heads: int
+    mask: Tensor | None
+    scale: float
+
+
 def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
     """The weights of the layer, if it can run so on x; else None."""
     ffn = w.ffn
-    if (
-        torch.is_grad_enabled()
-        or not nobody_listens(x.device.type)
-        or not plain(x)
-        or backends.forced() not in (None, "native")
-        or ffn is None
-        or w.attention_p
-        or w.context_p
-        or w.ffn_p
-        or ffn.hidden_p
-        or any(
-            isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)
-        )
-    ):
+    if not _unobserved(x) or not _readable(w) or ffn is None:
         return None
     qkv: tuple[Any, ...] = w.qkv
-    weights, biases = [part.weight for part in qkv], [part.bias for part in qkv if part.bias is not None]
-    if len(biases) not in (0, len(qkv)):
-        return None
+    weights, biases = [part.weight for part in qkv], _biases(w)
     single: tuple[Any, ...] = (w.attention_out, ffn.w_in, ffn.w_out)
     if _on_gpu(x):
         return _held_on_gpu(x, w, weights, biases, single, layout)
     if lacking("cpu_layer_end", x.dtype) is not None:
         return None
-    groups = [weights, *([part.weight] for part in single)]
-    if ffn.w_gate is not None:
-        groups.append([ffn.w_gate.weight])
+    groups = _groups(w)
     if empty(*(weight for group in groups for weight in group)):
         return None
     first, context, w_in, w_out, *gate = packed_together(groups, layout)
     return Held(first, joined(biases), context, w_in, w_out, gate[0] if gate else None)
+
+
+def _unobserved(x: Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and nobody_listens(x.device.type)
+        and plain(x)
+        and backends.forced() in (None, "native")
+    )
+
+
+def _readable(w: LayerParts) -> bool:
+    """Whether the parts are all tensors, with nothing to drop, and all of query, key and value have a bias or
+    none of them.
+    """
+    ffn = w.ffn
+    if ffn is None or w.attention_p or w.context_p or w.ffn_p or ffn.hidden_p:
+        return False
+    if any(isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)):
+        return False
+    qkv: tuple[Any, ...] = w.qkv
+    return len({part.bias is None for part in qkv}) == 1
+
+
+def _biases(w: LayerParts) -> list[Tensor]:
+    """Of query, key and value."""
+    qkv: tuple[Any, ...] = w.qkv
+    return [part.bias for part in qkv if part.bias is not None]
+
+
+def _groups(w: LayerParts) -> list[list[Tensor]]:
+    """The weights that are packed together."""
+    ffn, qkv, attention_out = w.ffn, w.qkv, w.attention_out
+    assert ffn is not None
+    projections: tuple[Any, ...] = (attention_out, ffn.w_in, ffn.w_out)
+    if ffn.w_gate is not None:
+        projections += (ffn.w_gate,)
+    return [[part.weight for part in qkv], *([part.weight] for part in projections)]  # type: ignore[union-attr]
 
 
 def _held_on_gpu(
@@ -167,6 +203,58 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
         *(held.w_gate, None if ffn.w_gate is None else contiguous(ffn.w_gate.bias)),
         *(ffn.activation, position, *map(contiguous, _affine(w.ffn_norm)), w.ffn_eps, "layer_norm"),
     )
+
+
+def token(x: Tensor, layers: Sequence[tuple[LayerParts, Cached]], layout: str) -> Tensor | None:
+    """The result of layers one behind the other, norms before their halves, for one token of each sequence.
+
+    x is (B, 1, hidden); the caches then have its keys and values. None, and nothing done, for other calls and
+    caches.
+    """
+    if not x.is_cpu or x.dim() != 3 or x.shape[1] != 1 or lacking("cpu_layers", x.dtype) is not None:
+        return None
+    if not _unobserved(x) or not all(_readable(w) for w, _ in layers):
+        return None
+    if len({cached.layer for _, cached in layers}) < len(layers):
+        return None  # a layer that is called twice has two tokens more
+    (first, where), batch = layers[0], x.shape[0]
+    ffn, mask = first.ffn, where.mask
+    assert ffn is not None
+    groups: list[list[Tensor]] = []
+    rooms = []
+    for w, cached in layers:
+        if w.ffn.w_gate is not None or w.ffn.activation != ffn.activation or cached.mask is not mask:  # type: ignore[union-attr]
+            return None
+        kind = growing_cache.Kind((batch, cached.kv_heads, 1, w.head_dim), x.dtype, x.device)
+        room = growing_cache.room(cached.cache, cached.layer, kind, kind)
+        if room is None:
+            return None
+        rooms.append(room)
+        groups += _groups(w)
+    length = rooms[0].length
+    if any(room.length != length for room in rooms) or empty(*(t for group in groups for t in group)):
+        return None
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape != (batch, length + 1):
+            return None
+        mask = mask.to(torch.bool).contiguous()
+    packed = packed_together(groups, layout)
+    parts: list[Tensor | None] = []
+    for i, (w, _) in enumerate(layers):
+        qkv, context, w_in, w_out = packed[4 * i : 4 * i + 4]
+        biases = joined(_biases(w))
+        parts += (*_affine(w.attention_norm), qkv, biases, context, _affine(w.attention_out)[1])
+        parts += (*_affine(w.ffn_norm), w_in, w.ffn.w_in.bias, w_out, w.ffn.w_out.bias)  # type: ignore[union-attr]
+    out = torch.ops.bigmodel.cpu_layers.default(
+        x.contiguous(),
+        [contiguous(part) for part in parts],
+        [eps for w, _ in layers for eps in (w.attention_eps, w.ffn_eps)],
+        [buffer for room in rooms for buffer in (room.keys, room.values)],
+        *(length, mask, [cached.scale for _, cached in layers], ffn.activation),
+    )
+    for room in rooms:
+        room.written(1)
+    return out  # type: ignore[no-any-return]
 
 
 def _by_torch(x: Tensor, *weights: Tensor, layout: str) -> list[bool]:

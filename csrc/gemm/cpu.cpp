@@ -29,8 +29,15 @@ static inline void pack_tiles_transposed(const Rows& source, int64_t row, int64_
 
 void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t, const Left<float>& left) {
   pack_blocks(runtime, left, a.transposed, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, float* target) {
-    if (a.transposed) return pack_tiles_transposed(a.rows, first + row, rows, begin, depth, target);
     alignas(64) float buffer[8 * depth_block];
+    if (left.single_row()) {
+      if (a.transposed)
+        for (int64_t i = 0; i < depth; i++) target[i] = *a.rows.get(a.rows.of, begin + i, first, 1, buffer);
+      else
+        memcpy(target, a.rows.get(a.rows.of, first, begin, depth, buffer), size_t(depth) * sizeof(float));
+      return;
+    }
+    if (a.transposed) return pack_tiles_transposed(a.rows, first + row, rows, begin, depth, target);
     for (int64_t r = 0; r < rows; r += tile_rows)
       pack_tile([&](int64_t i) { return a.rows.get(a.rows.of, first + row + r + i, begin, depth, buffer + i % 8 * depth_block); },
                 smaller(tile_rows, rows - r), depth, target + r * depth);
@@ -183,6 +190,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
           else return multiply_pairs;
         }();
         const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes<B> * i / count : reinterpret_cast<const char*>(b);
+        if constexpr (Step::k_per_step == 1)
+          if (left.single_row()) return rest::multiply_row_ahead(depth, chain, left.at(begin, 0), b, c, begin > 0, from, bytes);
         for (int64_t d = 0; d < depth; d += chain)
           multiply_step(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), left.at(begin, tile + i) + d * tile_rows, b + d * panel,
                         c + i * tile_rows * c_stride, c_stride, begin + d > 0, from + d * bytes, bytes);

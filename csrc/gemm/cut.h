@@ -37,7 +37,7 @@ struct CutBy {
  private:
   int64_t length(int64_t at) const {
     const int64_t left = parts * panels - at, here = panels - at % panels;
-    if (tiles <= 2) return smaller(here, ceil_div(panels, threads));
+    if (tiles <= 2) return smaller(here, at < panels * 3 / 4 ? ceil_div(panels * 3, 4 * threads) : larger(1, left / (2 * threads)));
     return smaller(here, threads == 1 ? widest : larger(narrowest, smaller(widest, left / (2 * threads))));
   }
 };

@@ -151,12 +151,15 @@ void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64
 // A: a packed tile. B: of a weight; halves are widened as they are loaded. At each step `bytes` more of what lies at `ahead` are asked for.
 template <class Weight>
 void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes);
+// The same for a single row, as it lies, in sums of `chain` steps that follow each other.
+template <class Weight>
+void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead, int64_t bytes);
 
 }  // namespace bigmodel::BIGMODEL_REST
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// The last for pairs, by the dot product or the tile unit: with that a packed tile is [block of 16 steps][32 rows][16], and what is left of
+// multiply_tile_ahead for pairs, by the dot product or the tile unit: with that a packed tile is [block of 16 steps][32 rows][16], and what is left of
 // its depth [step][32 rows].
 void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes);
 

@@ -133,7 +133,7 @@ static int64_t steps_of(int64_t k) {
 
 // ---- the left side ----
 
-// a (m x steps) packed for all tasks: [depth block][tile][step][rows_of].
+// a (m x steps) packed for all tasks: [depth block][tile][step][rows_of]; a single row of float32 lies as it is.
 template <class A>
 struct Left {
   A* packed;
@@ -149,7 +149,10 @@ struct Left {
     if (is_parts<A>) marks = static_cast<uint8_t*>(memset(reinterpret_cast<char*>(packed) + bytes, 0, marked));
   }
   int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
-  A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * tile_rows; }
+  bool single_row() const { return __is_same(A, float) && m == 1; }
+  A* at(int64_t begin, int64_t tile) const {
+    return single_row() ? packed + begin : packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * tile_rows;
+  }
   uint8_t& mark(int64_t begin, int64_t tile) const { return marks[begin / depth_block * ceil_div(m, tile_rows) + tile]; }
 };
 
@@ -210,7 +213,8 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
         for (int64_t i = 0; i < smaller(tile_rows, rows - r); i++) split_row_left(left, row + r + i, begin, step - begin, here, source + i * x_stride);
       } else {
         auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * tile_rows;
-        if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
+        if (left.single_row()) memcpy(target - (step - begin) * (tile_rows - 1), source, size_t(here) * sizeof(float));
+        else if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
         else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
       }
     }

@@ -12,6 +12,10 @@ struct PackedTile {          // a tile packed [k][rows_of]
   const typename Step::A* a;
   BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * rows_of<typename Step::A> + row; }
 };
+struct SingleRow {           // a row as it is: in a tile, each of its numbers would be on a line of its own
+  const float* a;
+  BIGMODEL_INLINE const float* at(int64_t k, int) const { return a + k; }
+};
 struct RowMajorTile {        // rows as they lie in memory
   const float* a;
   int64_t stride;
@@ -146,9 +150,19 @@ void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weig
   multiply_rows<Widen<Weight>>(rows, steps, PackedTile<Widen<Weight>>{a}, b, c, c_stride, accumulate, AheadOf<Weight>{ahead, bytes});
 }
 
-template void multiply_tile_ahead(int64_t, int64_t, const float*, const float*, float*, int64_t, bool, const void*, int64_t);
-template void multiply_tile_ahead(int64_t, int64_t, const float*, const bf16*, float*, int64_t, bool, const void*, int64_t);
-template void multiply_tile_ahead(int64_t, int64_t, const float*, const fp16*, float*, int64_t, bool, const void*, int64_t);
+template <class Weight>
+void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead, int64_t bytes) {
+  for (int64_t k = 0; k < steps; k += chain)
+    multiply<1, Widen<Weight>>(smaller(chain, steps - k), SingleRow{a + k}, b + k * panel, c, panel, accumulate || k > 0,
+                               AheadOf<Weight>{static_cast<const char*>(ahead) + k * bytes, bytes});
+}
+
+#define BIGMODEL_AHEAD(Weight) \
+  template void multiply_tile_ahead(int64_t, int64_t, const float*, const Weight*, float*, int64_t, bool, const void*, int64_t); \
+  template void multiply_row_ahead(int64_t, int64_t, const float*, const Weight*, float*, bool, const void*, int64_t);
+BIGMODEL_AHEAD(float)
+BIGMODEL_AHEAD(bf16)
+BIGMODEL_AHEAD(fp16)
 #endif
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -1,4 +1,4 @@
-"""Memory of large results on the CPU: used again, given back, and torch's to all who look."""
+"""Memory of large results on the CPU: used again, given back, and torch's to all who look; and of weights."""
 
 from __future__ import annotations
 
@@ -136,3 +136,51 @@ def test_memory_that_is_no_longer_needed_goes_back_to_the_system() -> None:
     assert 380 < most < 480  # 400 of a megabyte
     assert freed > most - 20  # it waits for the next ones
     assert later < 100  # which need no more than `least`, 64 MB
+
+
+def test_packed_weights_lie_one_behind_the_other() -> None:
+    """In a process of its own: where a slab ends the next weight is in another."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, bigmodel_kernels as bk\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "pack = lambda n: torch.ops.bigmodel.cpu_pack_weight([w[:n]], 'linear')\n"
+        "w, x = torch.randn(1024, 256), torch.ones(2, 256)\n"
+        "bk.linear(x, w)\n"
+        "before = resident()\n"
+        "held = [pack(1024 - 32 * (i % 3)) for i in range(200)]\n"
+        "gaps = [b.data_ptr() - a.data_ptr() - a.numel() for a, b in zip(held, held[1:])]\n"
+        "most = resident()\n"
+        "for i, t in enumerate(held): assert t[-4:].any()\n"
+        "half = held[::2]\n"
+        "del held, t\n"
+        "freed = resident()\n"
+        "del half\n"
+        "print(sum(gap == 0 for gap in gaps), most - before, freed - before, resident() - before)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=True
+    ).stdout
+    together, most, half, none = map(int, out.split())
+    assert together >= 190  # four slabs of 64 MB
+    assert 180 < most < 230 and half < 0.6 * most and none < 20
+
+
+def test_threads_pack_and_free() -> None:
+    weights = [torch.randn(512 + i, 256) for i in range(4)]
+    expected = [torch.ops.bigmodel.cpu_pack_weight([w], "linear") for w in weights]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for i in range(40):
+            packed = torch.ops.bigmodel.cpu_pack_weight([weights[i % 4]], "linear")
+            if not torch.equal(packed, expected[i % 4]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

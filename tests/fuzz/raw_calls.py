@@ -407,6 +407,36 @@ def layer_end(i: Inputs) -> dict[str, Any]:
     }
 
 
+def layers(i: Inputs) -> dict[str, Any]:
+    """A token for each of a batch, through layers with room for it in their keys and values."""
+    batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
+    count, length, room = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 7))
+    heads = kv_heads * i.among((1, 1, 2))
+    parts: list[Any] = []
+    for _ in range(count):
+        inner = i.size()
+        parts += i.norm(hidden, kind="layer_norm").values()
+        for k, n in (
+            (hidden, (heads + 2 * kv_heads) * head_dim),
+            (heads * head_dim, hidden),
+        ):
+            parts += (Packed([i.weight(k, n)]), i.maybe(n))
+        parts += i.norm(hidden, kind="layer_norm", there=True).values()
+        for k, n in ((hidden, inner), (inner, hidden)):
+            parts += (Packed([i.weight(k, n)]), i.maybe(n))
+    mask = torch.rand(batch, length + 1, generator=i.generator) > 0.3
+    return {
+        "x": i.tensor(batch, 1, hidden),
+        "parts": parts,
+        "epsilons": [1e-5] * (2 * count),
+        "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
+        "length": length,
+        "key_padding_mask": mask if i.chance() else None,
+        "softmax_scales": [head_dim**-0.5] * count,
+        "activation": i.among(ACTIVATIONS),
+    }
+
+
 # ---- cross-entropy ----
 
 
@@ -462,6 +492,7 @@ MAKERS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "cpu_layer_begin": layer_begin,
     "cpu_layer_end": layer_end,
     "cpu_layer_norm": layer_norm,
+    "cpu_layers": layers,
     "cpu_linear": linear,
     "cpu_linear_backward": linear_backward,
     "cpu_linear_cross_entropy": cross_entropy,

@@ -2,7 +2,8 @@
 
 Per block five calls: LayerNorm, one product for Q, K and V (Conv1D weights as they are), attention that reads
 it in place or reads the cache, projection + residual, and LayerNorm + feed-forward + residual. In inference
-on the CPU they are two, before and behind the cache (`whole_layer`).
+on the CPU they are two, before and behind the cache (`whole_layer`); for a token of a generation there is one
+for all blocks (`layer_stack`).
 `scale_attn_weights` and `scale_attn_by_inverse_layer_idx` are the operator's scale; `reorder_and_upcast_attn`
 asks for a softmax in float32, which the operator always does. Left-padded batches carry their 2D mask to the
 operator.
@@ -15,6 +16,7 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +25,18 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, paged
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    layer_stack,
+    paged,
+    whole_layer,
+)
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
+from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, stands_for
 
 _CACHES = (*attention_interface.CACHES, EncoderDecoderCache)
 
@@ -75,8 +85,16 @@ class BigmodelGPT2Block(hf.GPT2Block):
     """The whole block in five calls, or two."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        stack = layer_stack.current()
+        if stack is not None and stack.hands_on(self, hidden_states):
+            return hidden_states
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
+        if plain and told is None and cache is not None and stack is not None:
+            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
+            out = None if asked else stack.run(self, lambda all_: _token(hidden_states, all_, cache, mask))
+            if out is not None:
+                return out
         if plain and told is None:  # in continuous batching its own code calls the patched parts
             parts = _block_parts(self, checks.dtype_of(hidden_states))
         if parts is None or attention_interface.wants_attentions(kwargs) or checks.watched_globally():
@@ -90,6 +108,17 @@ class BigmodelGPT2Block(hf.GPT2Block):
             return blocks.terms(query, key, value, seen, scale)
 
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
+
+
+@stands_for(hf.GPT2Model)
+class BigmodelGPT2Model(hf.GPT2Model):
+    """As it is; its blocks know that it runs them all (`layer_stack`)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or "forward" in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        with layer_stack.running(self.h):
+            return super().__call__(*args, **kwargs)
 
 
 @fused_loss.language_model()
@@ -123,9 +152,11 @@ def _cached(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     if cache is None:
         return key, value, {}
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    return attention_interface.updated(cache, key, value, layer, told)
+    return attention_interface.updated(_self_attention(cache), key, value, layer, told)
+
+
+def _self_attention(cache: Any) -> Any:
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _projects(attention: Any) -> bool:
@@ -178,6 +209,24 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     )
 
 
+def _token(x: Tensor, stack: Sequence[Any], cache: Any, mask: Any) -> Tensor | None:
+    """The result of all blocks for one token of each sequence, or None (see `whole_layer.token`)."""
+    if x.shape[1] != 1 or checks.watched_globally():
+        return None
+    cache, dtype = _self_attention(cache), checks.dtype_of(x)
+    layers = []
+    for block in stack:
+        if not checks.intact(block, BigmodelGPT2Block):
+            return None
+        parts = _block_parts(block, dtype)
+        if parts is None:
+            return None
+        attention = block.attn
+        seen = whole_layer.Cached(cache, attention.layer_idx, attention.num_heads, mask, attention.scaling)
+        layers.append((parts, seen))
+    return whole_layer.token(x, layers, "conv1d")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # what can be patched
 
@@ -199,6 +248,10 @@ def _check_attention(module: Any) -> str | None:
     if module.head_dim > 256:
         return f"head size {module.head_dim}; allowed are 1 to 256"
     return None
+
+
+def _check_model(module: Any) -> str | None:
+    return None if type(module.h) is nn.ModuleList else f"its blocks are in a {type(module.h).__name__}"
 
 
 def _check_mlp(module: Any) -> str | None:
@@ -225,6 +278,7 @@ def _check_block(module: Any) -> str | None:
 FAMILY = Family(
     name="gpt2",
     rules=(
+        Rule(hf.GPT2Model, BigmodelGPT2Model, (), _check_model, note="its blocks in one call for a token"),
         Rule(
             hf.GPT2Block,
             BigmodelGPT2Block,

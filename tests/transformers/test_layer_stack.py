@@ -1,0 +1,237 @@
+"""All layers of a token of a generation in one call: only where it may, and then nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+import bigmodel_kernels as bk
+from bigmodel_kernels import backends
+from bigmodel_kernels.models.tiny import build, gpt2_config, left_padding, token_ids
+from bigmodel_kernels.ops.native_library import unavailable
+from bigmodel_kernels.transformers import layer_stack, whole_layer
+
+pytestmark = pytest.mark.skipif(
+    unavailable(torch.float32) is not None or backends.forced() not in (None, "native"),
+    reason="the compiled library does not run",
+)
+
+IDS = token_ids()
+
+
+@pytest.fixture
+def model() -> Any:
+    model = build(GPT2LMHeadModel, gpt2_config())
+    bk.patch(model)
+    return model
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers each call for a token was for."""
+    seen: list[int] = []
+    run = whole_layer.token
+
+    def token(x: Any, layers: Any, layout: str) -> Any:
+        out = run(x, layers, layout)
+        if out is not None:
+            seen.append(len(layers))
+        return out
+
+    monkeypatch.setattr(whole_layer, "token", token)
+    return seen
+
+
+def continued(model: Any, cache: Any = None, **options: Any) -> Any:
+    """The output for a token after a prompt."""
+    cache = DynamicCache() if cache is None else cache
+    with torch.inference_mode():
+        model(IDS[:, :9], past_key_values=cache)
+        return model(IDS[:, 9:10], past_key_values=cache, **options)
+
+
+def separately(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_layer, "token", lambda *args: None)
+        return continued(model, **options)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_generation(padded: bool, beams: int, model: Any, together: list[int]) -> None:
+    options = {"attention_mask": left_padding() if padded else torch.ones_like(IDS), "num_beams": beams}
+    options |= {"max_new_tokens": 6, "do_sample": False}
+    ours = model.generate(IDS, **options)
+    assert together == [2] * 5
+    bk.unpatch(model)
+    assert torch.equal(ours, model.generate(IDS, **options))
+
+
+def test_the_cache_has_what_the_layers_would_have_put_there(
+    model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = DynamicCache(), DynamicCache()
+    logits = continued(model, one).logits
+    assert together == [2]
+    assert torch.equal(logits, separately(model, monkeypatch, cache=other).logits)
+    for layer, expected in zip(one.layers, other.layers, strict=True):
+        assert layer.keys.shape[2] == 10
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+def _pre_hook(module: Any, args: Any) -> Any:
+    return (args[0] * 2, *args[1:])
+
+
+WATCHED: dict[str, Callable[[Any], Any]] = {
+    "a hook before a block": lambda m: m.transformer.h[1].register_forward_pre_hook(_pre_hook),
+    "a hook behind a block": lambda m: m.transformer.h[1].register_forward_hook(lambda *a: a[2] * 2),
+    "a hook within": lambda m: m.transformer.h[1].mlp.c_fc.register_forward_hook(lambda *a: a[2] * 2),
+    "a replaced projection": lambda m: setattr(
+        m.transformer.h[1].attn, "c_proj", torch.nn.Linear(m.config.n_embd, m.config.n_embd)
+    ),
+    "a forward of its own": lambda m: setattr(
+        m.transformer.h[1], "forward", lambda x, *args, **kwargs: 2 * x
+    ),
+    "another block": lambda m: m.transformer.h.__setitem__(
+        1, type(m.transformer.h[1]).__bases__[0](m.config, layer_idx=1).eval()
+    ),
+    "a block in training": lambda m: m.transformer.h[1].train(),
+    "another order": lambda m: m.transformer.__dict__["_modules"].__setitem__("h", m.transformer.h[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_who_watches_a_block_sees_it_run(
+    name: str, model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    WATCHED[name](model)
+    torch.manual_seed(0)
+    ours = continued(model).logits
+    assert together == ([2] if name == "another order" else [])
+    torch.manual_seed(0)
+    assert torch.equal(ours, separately(model, monkeypatch).logits)
+
+
+def test_a_block_that_comes_twice(model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model.transformer.h[1] = model.transformer.h[0]
+    assert torch.equal(continued(model).logits, separately(model, monkeypatch).logits) and together == []
+
+
+@pytest.mark.parametrize("kind", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_each_layer(
+    kind: str, model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = continued(model, **{kind: True})
+    assert together == []
+    expected = separately(model, monkeypatch, **{kind: True})
+    name = kind.removeprefix("output_")
+    assert len(ours[name]) == len(expected[name]) >= 2
+    for one, other in zip(ours[name], expected[name], strict=True):
+        assert torch.equal(one, other)
+    continued(model)
+    assert together == [2]  # whose hooks stay, and are idle
+
+
+def test_layers_of_a_caller_are_its_own(model: Any, together: list[int]) -> None:
+    """Who calls blocks without the model may stop after any of them."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(IDS[:, :9], past_key_values=cache)
+        x = torch.randn(len(IDS), 1, model.config.n_embd)
+        first = model.transformer.h[0](x, cache)
+        assert not torch.equal(first, model.transformer.h[1](first, cache))
+    assert [layer.keys.shape[2] for layer in cache.layers] == [10, 10] and together == []
+
+
+def test_a_forward_of_the_users_own(model: Any, together: list[int]) -> None:
+    inner = model.transformer
+
+    def only_the_first(input_ids: Any, **kwargs: Any) -> Any:
+        x = inner.wte(input_ids) + inner.wpe.weight[: input_ids.shape[1]]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        return BaseModelOutputWithPastAndCrossAttentions(inner.ln_f(inner.h[0](x, cache)))
+
+    inner.forward = only_the_first
+    cache = DynamicCache()
+    continued(model, cache)
+    assert len(cache.layers) == 1 and together == []
+
+
+def test_other_caches(model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    make = lambda: StaticCache(config=model.config, max_cache_len=16)  # noqa: E731
+    ours = continued(model, make()).logits
+    assert together == []
+    assert torch.equal(ours, separately(model, monkeypatch, cache=make()).logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_do_the_same(copied: Callable[[Any], Any], model: Any, together: list[int]) -> None:
+    expected = continued(model).logits
+    other = copied(model)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.zero_()
+    assert torch.equal(continued(other).logits, expected) and together == [2, 2]
+
+
+EDITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "through data": lambda weight: weight.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2"])
+def test_edited_weights_are_seen(
+    name: str, edit: str, model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = continued(model).logits
+    with torch.no_grad():
+        EDITS[edit](model.transformer.h[1].get_submodule(name).weight)
+    after = continued(model).logits
+    assert together == [2, 2] and not torch.equal(before, after)
+    assert torch.equal(after, separately(model, monkeypatch).logits)
+
+
+def test_an_error_leaves_nothing_behind(model: Any) -> None:
+    with torch.inference_mode(), pytest.raises(IndexError):
+        model(IDS + 10**6)
+    assert layer_stack.current() is None
+    with torch.enable_grad():
+        model(IDS)
+    assert layer_stack.current() is None
+
+
+def test_threads_have_stacks_of_their_own(model: Any, together: list[int]) -> None:
+    expected = [continued(model).logits, model.generate(IDS[:1], max_new_tokens=6, do_sample=False)]
+    found: list[Any] = []
+
+    def work() -> None:
+        for _ in range(5):
+            found.append(
+                [continued(model).logits, model.generate(IDS[:1], max_new_tokens=6, do_sample=False)]
+            )
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 15
+    assert all(torch.equal(a, b) for each in found for a, b in zip(each, expected, strict=True))
+
+
+def test_the_class_keeps_its_name_and_goes_with_unpatching(model: Any, tmp_path: Any) -> None:
+    assert type(model.transformer).__name__ == "GPT2Model"
+    model.transformer.save_pretrained(tmp_path)
+    assert '"GPT2Model"' in (tmp_path / "config.json").read_text()
+    bk.unpatch(model)
+    assert type(model.transformer).__module__.startswith("transformers.models.gpt2")

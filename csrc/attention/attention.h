@@ -73,7 +73,9 @@ static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth
 }  // namespace
 
 // Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
-static bool scores_are_raw(const AttentionArgs& args) { return args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0; }
+static bool scores_are_raw(const AttentionArgs& args) {
+  return args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0;
+}
 
 }  // namespace bigmodel::BIGMODEL_ISA
 
@@ -87,10 +89,13 @@ void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t s
 // Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf. The row
 // sees keys [low, high); `diagonal` is its own, see Attention::Sequence.
 struct ScoreRow { int64_t batch, head, query, diagonal, low, high; };
-void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores);
-// The forward and the backward by vectors: all of it, a chunk of queries (`direct`: with K and V read in place) and a kv head of a sequence.
+void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+                   float* scores);
+// The forward and the backward by vectors; of the forward a chunk of queries alone (`direct`: with K and V read in place), of the backward
+// a sequence's kv head.
 void attention(const Runtime& runtime, const AttentionArgs& args);
-void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count, bool direct);
+void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                     bool direct);
 void attention_backward(const Runtime& runtime, const AttentionBackwardArgs& args);
 void attention_backward_task(const Runtime& runtime, const AttentionBackwardArgs& args, int64_t batch, int64_t kv_head);
 
@@ -149,7 +154,8 @@ struct Attention {
 
   // ---- what is done to logits between S = QK^T and the softmax ----
 
-  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+              float* scores) const {
     rest::modify_scores(args, {s.batch, head, query, s.diagonal(), low(s, query), high(s, query)}, key, n, n_padded, mask, scores);
   }
 

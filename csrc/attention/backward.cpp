@@ -66,8 +66,8 @@ struct VectorProducts {
                       query_grad + i * panel, padded);
       for (int64_t j = 0; j < steps; j += tile_rows) {
         const int64_t here = smaller(tile_rows, steps - j), at = (key + j) * padded + i * panel, columns = i * count * panel;
-        rest::multiply_tile_of_columns(here, count, probability + j, weight_line, grad_columns + columns, value_grad + at, padded, true);
-        rest::multiply_tile_of_columns(here, count, gradient + j, weight_line, query_columns + columns, key_grad + at, padded, true);
+        multiply_tile_of_columns(here, count, probability + j, weight_line, grad_columns + columns, value_grad + at, padded, true);
+        multiply_tile_of_columns(here, count, gradient + j, weight_line, query_columns + columns, key_grad + at, padded, true);
       }
     }
   }

@@ -12,9 +12,9 @@
 // and key block at a time. A sink is a key without value: the running maximum and sum begin with it.
 //
 // The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
-// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of very
-// few rows (decoding) skips the packing, which would cost more than it saves, and takes K and V as they lie in memory. By a tile unit:
-// tile_unit.cpp.
+// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of
+// very few rows (decoding) skips the packing, which would cost more than it saves, and takes K and V as they lie in memory. By the tile
+// unit: tile_unit.cpp.
 #include "forward.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -41,7 +41,8 @@ void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
 
 }  // namespace
 
-void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) {
+void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+                   float* scores) {
   float scale = args.softmax_scale;  // what is still to be multiplied in
   if (args.softcap > 0) {
     const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
@@ -49,9 +50,10 @@ void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, 
     scale = 1.0f;
   }
   if (args.bias) {
-    const int64_t at = row.batch * args.bias_stride[0] + row.head * args.bias_stride[1] + row.query * args.bias_stride[2] + key * args.bias_stride[3];
+    const int64_t* stride = args.bias_stride;
+    const int64_t at = row.batch * stride[0] + row.head * stride[1] + row.query * stride[2] + key * stride[3];
     with_dtype(args.bias_dtype, [&](auto type) {
-      add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
+      add_bias(static_cast<const decltype(type)*>(args.bias) + at, stride[3], scale, scores, n);
     });
   } else if (!scores_are_raw(args) && args.softcap == 0) {
     for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
@@ -69,13 +71,13 @@ void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tile
   for (int64_t p = 0; p < width; p += panel)
     for (int64_t r = 0; r < rows; r += tile_rows)
       for (int64_t d = 0; d < depth; d += chain)
-        rest::multiply_tile(smaller(tile_rows, rows - r), smaller(chain, depth - d), tiles + r * depth + d * tile_rows, keys + p * depth + d * panel,
-                            scores + r * stride + p, stride, d > 0);
+        multiply_tile(smaller(tile_rows, rows - r), smaller(chain, depth - d), tiles + r * depth + d * tile_rows, keys + p * depth + d * panel,
+                      scores + r * stride + p, stride, d > 0);
 }
 
 void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += tile_rows)
-    rest::multiply_tile_of_rows(smaller(tile_rows, rows - r), keys, weights + r * stride, stride, values, out + r * out_stride, out_stride, true);
+    multiply_tile_of_rows(smaller(tile_rows, rows - r), keys, weights + r * stride, stride, values, out + r * out_stride, out_stride, true);
 }
 
 namespace {
@@ -151,7 +153,8 @@ struct Forward : PackedForward {
     }
 
     for (int64_t row = 0; row < rows; row++)
-      finish_row<T>(*this, s, query_of(first, row), head_of(s, row), output + row * depth_padded, statistics[row].sum, statistics[row].maximum * unit);
+      finish_row<T>(*this, s, query_of(first, row), head_of(s, row), output + row * depth_padded, statistics[row].sum,
+                    statistics[row].maximum * unit);
   }
 
   // A few rows against a block of keys in place: dot products along head_dim, then a weighted sum of V's rows.
@@ -218,7 +221,8 @@ void attention(const Runtime& runtime, const AttentionArgs& args) {
   });
 }
 
-void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count, bool direct) {
+void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                     bool direct) {
   with_dtype(args.dtype, [&](auto type) {
     const Forward<decltype(type)> forward = {{{runtime, args}}};
     forward.chunk(forward.sequence(batch, kv_head), first, count, direct);

@@ -6,9 +6,9 @@ namespace bigmodel::BIGMODEL_ISA {
 
 namespace {
 
-// By all threads, chunk(sequence, first, count) for all queries of all sequences and kv heads: about `longest` rows each, a row being a query
-// and a head of the group. Chunks are so long that packing K and V for each stays cheap, but there are enough of them for every thread. Last
-// queries first: under causality they see the most keys, and long tasks are best started early.
+// By all threads, chunk(sequence, first, count) for all queries of all sequences and kv heads, `longest` rows at most each: a query's heads
+// of the group. Chunks are so long that packing K and V for each stays cheap, but there are enough of them for every thread. Last queries
+// first: under causality they see the most keys, and long tasks are best started early.
 template <class Chunk>
 void each_chunk(const Attention& of, int64_t longest, const Chunk& chunk) {
   const AttentionArgs& args = of.args;
@@ -31,7 +31,10 @@ void each_chunk(const Attention& of, int64_t longest, const Chunk& chunk) {
 template <class T>
 BIGMODEL_INLINE void store_output(F32 x, T* out, int64_t left) {
 #if BIGMODEL_AMX  // has the conversion, which takes subnormal numbers for zero
-  if constexpr (__is_same(T, bf16)) return _mm256_mask_storeu_epi16(out, __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1), __m256i(_mm512_cvtneps_pbh(x.v)));
+  if constexpr (__is_same(T, bf16)) {
+    const auto lanes = __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1);
+    return _mm256_mask_storeu_epi16(out, lanes, __m256i(_mm512_cvtneps_pbh(x.v)));
+  }
 #endif
   if (left >= F32::width) x.store(out);
   else store_partial(x, out, int(left));
@@ -39,7 +42,8 @@ BIGMODEL_INLINE void store_output(F32 x, T* out, int64_t left) {
 
 // The result of query i: what was summed, divided by the sum of its probabilities, which are relative to e^reference.
 template <class T>
-void finish_row(const Attention& of, const Attention::Sequence& s, int64_t i, int64_t head, const float* output, float total, float reference) {
+void finish_row(const Attention& of, const Attention::Sequence& s, int64_t i, int64_t head, const float* output, float total,
+                float reference) {
   const AttentionArgs& args = of.args;
   const float kept = args.dropout.enabled ? args.dropout.scale : 1.0f;
   const F32 inverse = F32::set(total == 0.0f ? 0.0f : kept / total);  // no visible key: a row of zeros

@@ -428,14 +428,16 @@ void attention_of(const Runtime& runtime, const AttentionArgs& args) {
     UnitChunk<T> c{of, s, first, count};
     c.run();
     for (int64_t row = 0; row < rows; row++)
-      finish_row<T>(of, s, of.query_of(first, row), of.head_of(s, row), c.output + row * c.padded, c.statistics[row].sum, c.statistics[row].maximum * of.unit);
+      finish_row<T>(of, s, of.query_of(first, row), of.head_of(s, row), c.output + row * c.padded, c.statistics[row].sum,
+                    c.statistics[row].maximum * of.unit);
   });
 }
 
 }  // namespace
 
 void attention(const Runtime& runtime, const AttentionArgs& args) {
-  if (args.query_length * (args.heads / args.kv_heads) <= direct_rows) return rest::attention(runtime, args);  // few rows in every chunk: decoding
+  // Few rows in every chunk: decoding.
+  if (args.query_length * (args.heads / args.kv_heads) <= direct_rows) return rest::attention(runtime, args);
   switch (args.dtype) {
     case Dtype::float32: return attention_of<float>(runtime, args);
     case Dtype::bfloat16: return attention_of<bf16>(runtime, args);

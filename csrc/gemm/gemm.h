@@ -135,8 +135,8 @@ static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate)
 
 // ---- the micro kernel ----
 //
-// C (rows x panel) = A B, or += A B if `accumulate`: at least one row and at most a tile's, `steps` deep. B is a panel, [k][panel]. Compiled
-// once, in tiles.cpp: with a body for each number of rows it takes longer to compile than what calls it.
+// C (rows x panel) = A B, or += A B if `accumulate`: at least one row and at most a tile's, `steps` deep. B is a panel, [k][panel].
+// Compiled once, in tiles.cpp: with a body for each number of rows it takes longer to compile than what calls it.
 
 }  // namespace bigmodel::BIGMODEL_ISA
 
@@ -146,22 +146,27 @@ namespace bigmodel::BIGMODEL_REST {
 // A: a packed tile, [k][tile_rows].
 void multiply_tile(int64_t rows, int64_t steps, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate);
 // A: rows, or columns, as they lie in memory, `a_stride` apart.
-void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool accumulate);
-void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool accumulate);
+void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                           bool accumulate);
+void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                              bool accumulate);
 // A: a packed tile. B: of a weight; halves are widened as they are loaded. At each step `bytes` more of what lies at `ahead` are asked for.
 template <class Weight>
-void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes);
+void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate,
+                         const void* ahead, int64_t bytes);
 // The same for a single row, as it lies, in sums of `chain` steps that follow each other.
 template <class Weight>
-void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead, int64_t bytes);
+void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead,
+                        int64_t bytes);
 
 }  // namespace bigmodel::BIGMODEL_REST
 
 namespace bigmodel::BIGMODEL_ISA {
 
-// multiply_tile_ahead for pairs, by the dot product or the tile unit: with that a packed tile is [block of 16 steps][32 rows][16], and what is left of
-// its depth [step][32 rows].
-void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes);
+// multiply_tile_ahead for pairs, by the dot product or the tile unit: with that a packed tile is [block of 16 steps][32 rows][16], and what
+// is left of its depth [step][32 rows].
+void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
+                    const void* ahead, int64_t bytes);
 
 // ---- packing A ----
 

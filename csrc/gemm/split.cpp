@@ -18,7 +18,8 @@ BIGMODEL_INLINE F32 joined(int count, const Part& part) {
 
 }  // namespace
 
-void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int of_b, const void* b, float* c, int64_t c_stride, bool accumulate) {
+void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int of_b, const void* b, float* c, int64_t c_stride,
+                     bool accumulate) {
   alignas(64) float left[most_rows][deepest_block], right[deepest_block][panel];
   const uint16_t *block_a = static_cast<const uint16_t*>(a), *block_b = static_cast<const uint16_t*>(b);
   for (int64_t k = 0; k < depth; k += split_depth, block_a += of_a * block_words, block_b += of_b * block_words) {
@@ -31,12 +32,15 @@ void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int o
     for (int64_t pair = 0; pair < split_depth / 2; pair++)
       for (int half = 0; half < 2; half++) {
         auto words = [&](int p) { return _mm512_load_si512(block_b + p * block_words + half * tile_words + pair * split_depth); };
-        joined(of_b, [&](int p) { return _mm512_slli_epi32(words(p), 16); }).store(&right[k + 2 * pair][half * F32::width]);
-        joined(of_b, [&](int p) { return _mm512_and_si512(words(p), _mm512_set1_epi32(int(0xffff0000u))); }).store(&right[k + 2 * pair + 1][half * F32::width]);
+        auto even = [&](int p) { return _mm512_slli_epi32(words(p), 16); };
+        auto odd = [&](int p) { return _mm512_and_si512(words(p), _mm512_set1_epi32(int(0xffff0000u))); };
+        joined(of_b, even).store(&right[k + 2 * pair][half * F32::width]);
+        joined(of_b, odd).store(&right[k + 2 * pair + 1][half * F32::width]);
       }
   }
   for (int64_t r = 0; r < rows; r += tile_rows)
-    rest::multiply_tile_of_rows(smaller(tile_rows, rows - r), depth, left[r], deepest_block, right[0], c + r * c_stride, c_stride, accumulate);
+    rest::multiply_tile_of_rows(smaller(tile_rows, rows - r), depth, left[r], deepest_block, right[0], c + r * c_stride, c_stride,
+                                accumulate);
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -30,7 +30,8 @@ struct ColumnTile {          // the transpose of rows as they lie in memory
 // ---- ROWS x panel accumulators over `steps` k steps ----
 
 template <int ROWS, class Step, class Tile, class Next>
-BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate, const Next next) {
+BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
+                              const Next next) {
   // Few rows leave registers free: k is then dealt to several chains, which hides the latency of each and shortens its sum.
   constexpr int chains = ROWS == 1 ? 4 : ROWS <= tile_rows / 2 ? 2 : 1;
   F32 acc[chains][ROWS][panel_vectors];
@@ -74,17 +75,18 @@ BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Ste
 // `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others. The lower half, whose chains are
 // several, is a function of its own: in one with the rest, addresses of rows were kept on the stack.
 template <class Step, class Tile, class Next>
-__attribute__((noinline)) void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride,
-                                                 bool accumulate, const Next next);
+__attribute__((noinline)) void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c,
+                                                 int64_t c_stride, bool accumulate, const Next next);
 template <class Step, class Tile, class Next = Nothing, int ROWS = tile_rows>
-BIGMODEL_INLINE void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
-                                   const Next next = {}) {
+BIGMODEL_INLINE void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride,
+                                   bool accumulate, const Next next = {}) {
   if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate, next);
   if constexpr (ROWS == tile_rows / 2 + 1) multiply_few_rows<Step>(rows, steps, tile, b, c, c_stride, accumulate, next);
   else if constexpr (ROWS > 1) multiply_rows<Step, Tile, Next, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate, next);
 }
 template <class Step, class Tile, class Next>
-void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate, const Next next) {
+void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride,
+                       bool accumulate, const Next next) {
   multiply_rows<Step, Tile, Next, tile_rows / 2>(rows, steps, tile, b, c, c_stride, accumulate, next);
 }
 
@@ -95,7 +97,8 @@ void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typen
 //        A4    C0   C1                   row of tiles is left out where there are no rows for it
 //        A5    C2   C3
 template <bool both>
-void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const AheadOf<uint32_t>& ahead) {
+void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
+                      const AheadOf<uint32_t>& ahead) {
   static_assert(panel == 32, "two tiles of 16 columns");
   zero_tiles<both>();
   constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
@@ -120,16 +123,19 @@ void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uin
 }  // namespace
 
 #if BIGMODEL_AMX
-void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes) {
+void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
+                    const void* ahead, int64_t bytes) {
   const int64_t blocks = steps / unit_steps, done = blocks * unit_steps;
-  if (blocks) (rows > unit_rows ? multiply_by_unit<true> : multiply_by_unit<false>)(rows, blocks, a, b, c, c_stride, accumulate, {ahead, bytes});
+  if (blocks)
+    (rows > unit_rows ? multiply_by_unit<true> : multiply_by_unit<false>)(rows, blocks, a, b, c, c_stride, accumulate, {ahead, bytes});
   if (done == steps && blocks) return;
   for (int64_t r = 0; r < rows; r += tile_rows)  // what is left of the depth, by vectors
-    multiply_rows<Pairs>(smaller(tile_rows, rows - r), steps - done, PackedTile<Pairs>{a + done * rows_of<uint32_t> + r}, b + done * panel, c + r * c_stride,
-                         c_stride, accumulate || blocks);
+    multiply_rows<Pairs>(smaller(tile_rows, rows - r), steps - done, PackedTile<Pairs>{a + done * rows_of<uint32_t> + r}, b + done * panel,
+                         c + r * c_stride, c_stride, accumulate || blocks);
 }
 #elif BIGMODEL_BF16_DOT
-void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes) {
+void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
+                    const void* ahead, int64_t bytes) {
   multiply_rows<Pairs>(rows, steps, PackedTile<Pairs>{a}, b, c, c_stride, accumulate, AheadOf<uint32_t>{ahead, bytes});
 }
 #else
@@ -137,21 +143,26 @@ void multiply_tile(int64_t rows, int64_t steps, const float* a, const float* b, 
   multiply_rows<Widen<float>>(rows, steps, PackedTile<Widen<float>>{a}, b, c, c_stride, accumulate);
 }
 
-void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool accumulate) {
+void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                           bool accumulate) {
   multiply_rows<Widen<float>>(rows, steps, RowMajorTile{a, a_stride}, b, c, c_stride, accumulate);
 }
 
-void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, bool accumulate) {
+void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                              bool accumulate) {
   multiply_rows<Widen<float>>(rows, steps, ColumnTile{a, a_stride}, b, c, c_stride, accumulate);
 }
 
 template <class Weight>
-void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate, const void* ahead, int64_t bytes) {
-  multiply_rows<Widen<Weight>>(rows, steps, PackedTile<Widen<Weight>>{a}, b, c, c_stride, accumulate, AheadOf<Weight>{ahead, bytes});
+void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate,
+                         const void* ahead, int64_t bytes) {
+  using Step = Widen<Weight>;
+  multiply_rows<Step>(rows, steps, PackedTile<Step>{a}, b, c, c_stride, accumulate, AheadOf<Weight>{ahead, bytes});
 }
 
 template <class Weight>
-void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead, int64_t bytes) {
+void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead,
+                        int64_t bytes) {
   for (int64_t k = 0; k < steps; k += chain)
     multiply<1, Widen<Weight>>(smaller(chain, steps - k), SingleRow{a + k}, b + k * panel, c, panel, accumulate || k > 0,
                                AheadOf<Weight>{static_cast<const char*>(ahead) + k * bytes, bytes});

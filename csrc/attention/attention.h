@@ -86,9 +86,8 @@ namespace bigmodel::BIGMODEL_REST {
 void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride);
 // out += weights times a panel of `keys` values: `rows` rows of each.
 void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride);
-// Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf. The row
-// sees keys [low, high); `diagonal` is its own, see Attention::Sequence.
-struct ScoreRow { int64_t batch, head, query, diagonal, low, high; };
+// Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
+struct ScoreRow { int64_t batch, head, query, diagonal, low, high; };   // diagonal: of its sequence; it may see keys [low, high)
 void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask,
                    float* scores);
 // The forward and the backward by vectors; of the forward a chunk of queries alone (`direct`: with K and V read in place), of the backward

@@ -1,6 +1,6 @@
 // A transformer layer as torch sees it on the CPU, in two calls: to query, key and value, and from them to the layer's result.
 // Between the two the caller turns heads, and keeps keys and values in its cache. A token of a generation, whose keys and values go behind
-// those of a cache with room for them, needs one call for all layers.
+// those of a cache with room for them, needs one call for all layers, and so do few rows in an encoder.
 //
 // They are the ops of register_cpu.cpp and the kernel of attention one after the other, to the same bits. What they save is the
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
@@ -71,14 +71,16 @@ struct LayerParts {
   const OptionalTensor& b_in;
   const Tensor& out;
   const OptionalTensor& b_out;
-  static constexpr size_t count = 12;
+  const OptionalTensor &gate, &b_gate;  // of a gated feed-forward
+  static constexpr size_t count = 14;
   double attention_norm_eps, norm_eps;
 };
 
 // A token's layer, norms before its halves: its keys and values become the ones behind the first `length` of the buffers
-// (batch, kv_heads, room, head_dim), and what it attends to are all up to these.
+// (batch, kv_heads, room, head_dim), and what it attends to are all up to these. With `cos` and `sin` (1 or batch, 1, angles) queries and
+// keys are turned (rotary embedding).
 Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
-                double softmax_scale, const Text& activation) {
+                const OptionalTensor& cos, const OptionalTensor& sin, double softmax_scale, const Text& norm_kind, const Text& activation) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, 1, hidden)");
   AttentionArgs args = {};
@@ -110,10 +112,37 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
                   " out_features of the first projection must be queries, keys and values of ", args.kv_heads, " kv heads of ", args.head_dim, " in keys");
   set_options(args, {key_padding_mask, {}, {}, {}, {}, {}, {}, 1, args.key_length, softmax_scale, false, -1, -1, 0.0, 0.0});
 
-  const Tensor qkv = cpu_layer_begin(x, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, "layer_norm", w.qkv, w.b_qkv);
+  const Tensor qkv = cpu_layer_begin(x, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, norm_kind, w.qkv, w.b_qkv);
   const char* rows = static_cast<const char*>(qkv.const_data_ptr());
-  args.query = rows;
-  args.query_stride[0] = args.query_stride[2] = features;
+  const char* heads[3];      // of query, key and value: (batch, heads, head_dim), rows `row` bytes apart
+  int64_t row[3];
+  for (int i = 0; i < 3; i++) {
+    heads[i] = rows + (i == 0 ? 0 : queries + (i - 1) * args.kv_heads * args.head_dim) * element;
+    row[i] = features * element;
+  }
+  Tensor turned[2] = {x, x};
+  if (cos) {
+    RotaryArgs rotary = {.dtype = args.dtype, .batch = args.batch, .rows = 1, .head_dim = args.head_dim, .angles_dtype = dtype_of(*cos, "cos"),
+                         .angles = cos->size(cos->dim() - 1), .interleaved = false};
+    STD_TORCH_CHECK(cos->dim() == 3 && (cos->size(0) == args.batch || cos->size(0) == 1) && cos->size(1) == 1 && rotary.angles <= args.head_dim / 2,
+                    "cos: shape ", shape_of(*cos), " must be (1 or ", args.batch, ", 1, angles), with at most ", args.head_dim / 2, " angles");
+    rotary.shared_angles = cos->size(0) == 1;
+    rotary.cosine = data_of(*cos, "cos", cos->scalar_type(), cos->numel());
+    rotary.sine = data_of(sin, "sin", cos->scalar_type(), cos->numel());
+    for (int i = 0; i < 2; i++) {
+      rotary.heads[i] = i ? args.kv_heads : args.heads;
+      rotary.x[i] = heads[i];
+      rotary.stride[i][0] = rotary.stride[i][2] = features;
+      rotary.stride[i][1] = args.head_dim;
+      turned[i] = empty_rows_like(x, rotary.heads[i] * args.head_dim);
+      rotary.out[i] = turned[i].mutable_data_ptr();
+      heads[i] = static_cast<const char*>(turned[i].const_data_ptr());
+      row[i] = rotary.heads[i] * args.head_dim * element;
+    }
+    if (args.batch > 0) kernels().rotary(runtime(), rotary);
+  }
+  args.query = heads[0];
+  args.query_stride[0] = args.query_stride[2] = row[0] / element;
   args.query_stride[1] = args.head_dim;
   args.key = keys.const_data_ptr();
   args.value = values.const_data_ptr();
@@ -122,25 +151,60 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
     for (int64_t b = 0; b < args.batch; b++)
       for (int64_t h = 0; h < args.kv_heads; h++)
         memcpy(buffer + (b * strides[i][0] + h * strides[i][1] + length * strides[i][2]) * element,
-               rows + (b * features + queries + (i * args.kv_heads + h) * args.head_dim) * element, size_t(args.head_dim * element));
+               heads[i + 1] + b * row[i + 1] + h * args.head_dim * element, size_t(args.head_dim * element));
   }
   Tensor y = cpu_linear(attend(x, args), w.context, w.b_context, "none", x, {}, {}, 1e-5, {}, "layer_norm", 0.0);
-  return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, {}, {}, {}, "layer_norm", 0.0);
+  return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, w.gate, w.b_gate, {}, norm_kind, 0.0);
 }
 
-// All layers of such a token. `parts` are LayerParts' tensors, layer by layer, `epsilons` its two, `buffers` keys and values.
-Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, std::vector<double> softmax_scales, Text activation) {
-  const size_t layers = softmax_scales.size();
-  STD_TORCH_CHECK(parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ", LayerParts::count, " for each of ", layers, " softmax_scales");
-  STD_TORCH_CHECK(epsilons.size() == 2 * layers, "epsilons: ", epsilons.size(), " must be two for each of ", layers, " softmax_scales");
-  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for each of ", layers, " softmax_scales");
+// The layers of `parts`, LayerParts' tensors layer by layer, and `epsilons`, its two: body(layer, i) for each.
+template <class Body>
+void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<double>& epsilons, const Body& body) {
+  const size_t layers = epsilons.size() / 2;
+  STD_TORCH_CHECK(epsilons.size() == 2 * layers && parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ",
+                  LayerParts::count, " for every two of ", epsilons.size(), " epsilons");
   for (size_t i = 0; i < layers; i++) {
     const OptionalTensor* p = &parts[i * LayerParts::count];
     for (int weight : {2, 4, 8, 10}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
-    const LayerParts w = {p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], epsilons[2 * i], epsilons[2 * i + 1]};
-    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, softmax_scales[i], activation);
+    body(LayerParts{p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], p[12], p[13], epsilons[2 * i], epsilons[2 * i + 1]}, i);
   }
+}
+
+// All layers of such a token; `buffers` are the keys and values of each.
+Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
+                  OptionalTensor key_padding_mask, OptionalTensor cos, OptionalTensor sin, std::vector<double> softmax_scales, Text norm_kind, Text activation) {
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
+  const size_t layers = epsilons.size() / 2;
+  STD_TORCH_CHECK(softmax_scales.size() == layers, "softmax_scales: ", softmax_scales.size(), " must be one for every two of ", epsilons.size(), " epsilons");
+  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for every two of ", epsilons.size(), " epsilons");
+  each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
+    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, cos, sin, softmax_scales[i], norm_kind, activation);
+  });
+  return x;
+}
+
+// All layers of an encoder, norms behind their halves, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden).
+Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, int64_t head_dim, OptionalTensor lengths, int64_t longest,
+                   OptionalTensor key_padding_mask, double softmax_scale, Text activation) {
+  check_cpu(x, "x");
+  const int64_t rank = lengths ? 2 : 3;
+  STD_TORCH_CHECK(x.dim() == rank, "x: shape ", shape_of(x), " must have ", rank, " dimensions");
+  each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
+    Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
+    const int64_t features = qkv.size(rank - 1), heads = head_dim < 1 ? 0 : features / head_dim / 3;
+    STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
+    std::vector<int64_t> shape(qkv.sizes().begin(), qkv.sizes().end());
+    shape.back() = heads;
+    shape.push_back(head_dim);
+    const auto part = [&](int64_t i) {
+      Tensor t = torch::stable::narrow(qkv, rank - 1, i * heads * head_dim, heads * head_dim);
+      t = torch::stable::view(t, shape);
+      return lengths ? t : torch::stable::transpose(t, 1, 2);
+    };
+    x = cpu_layer_end(x, part(0), part(1), part(2), key_padding_mask, {}, lengths, longest, {}, softmax_scale, false, -1, -1, 0.0, w.context,
+                      w.b_context, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, w.in, w.b_in, w.out, w.b_out, w.gate, w.b_gate,
+                      activation, "post", w.norm_weight, w.norm_bias, w.norm_eps, "layer_norm");
+  });
   return x;
 }
 
@@ -155,11 +219,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
   m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, "
-        "float[] softmax_scales, str activation) -> Tensor");
+        "Tensor? cos, Tensor? sin, float[] softmax_scales, str norm_kind, str activation) -> Tensor");
+  m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
+        "float softmax_scale, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {
   m.impl("cpu_layer_begin", TORCH_BOX(&bigmodel::cpu_layer_begin));
   m.impl("cpu_layer_end", TORCH_BOX(&bigmodel::cpu_layer_end));
   m.impl("cpu_layers", TORCH_BOX(&bigmodel::cpu_layers));
+  m.impl("cpu_encoder", TORCH_BOX(&bigmodel::cpu_encoder));
 }

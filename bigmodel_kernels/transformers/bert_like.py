@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from bigmodel_kernels.ops.registration import call, draw_seed
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    packed_encoder,
+    whole_layer,
+)
 from bigmodel_kernels.transformers.blocks import Affine, Attend, FeedForward, LayerParts, Part, Terms
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
@@ -319,8 +326,12 @@ class Encoder(Form):
         else:
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
-        for layer, modules in zip(self.sequence(), layers, strict=True):
-            x = layer(x, bigmodel_run=(modules, attend))
+        together = self._together(x, layers, seen, packing)
+        if together is not None:
+            x = together
+        else:
+            for layer, modules in zip(self.sequence(), layers, strict=True):
+                x = layer(x, bigmodel_run=(modules, attend))
         if packing is not None:
             x = packing.unpack(x)
         return self.output(last_hidden_state=x)
@@ -331,6 +342,25 @@ class Encoder(Form):
             return None
         layers = [gathered(layer, self.kin) for layer in self.sequence()]
         return None if None in layers else layers
+
+    def _together(
+        self, x: Tensor, gathered: list[Any], seen: attention_interface.Visibility, packing: Any
+    ) -> Tensor | None:
+        """The result of all layers in one call, for few rows and nobody who watches a layer."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or seen.bias is not None:
+            return None
+        if x.shape[:-1].numel() > whole_layer.MOST_ROWS:
+            return None
+        layers = list(self.sequence())
+        form: Any = self.kin.forms[self.kin.layer]
+        if form.fused is not Layer.fused or not all(checks.intact(layer, form) for layer in layers):
+            return None
+        dtype = checks.dtype_of(x)
+        parts = [layer.parts(modules, dtype) for layer, modules in zip(layers, gathered, strict=True)]
+        scale = gathered[0].attention.scaling
+        if packing is None:
+            return whole_layer.encoded(x, parts, scale, seen.padding, None, 0)
+        return whole_layer.encoded(x, parts, scale, None, packing.cu_seqlens, packing.longest)
 
     def sequence(self) -> Iterable[Any]:
         """The layers, in their order."""

@@ -74,3 +74,27 @@ def running(layers: Any) -> Iterator[None]:
         yield
     finally:
         _running.stack = before
+
+
+def check(attribute: str) -> Callable[[Any], str | None]:
+    """Whether a model's layers are where its forward looks for them."""
+
+    def reason(model: Any) -> str | None:
+        kind = type(getattr(model, attribute))
+        return None if kind is nn.ModuleList else f"its {attribute} are in a {kind.__name__}"
+
+    return reason
+
+
+class Model(nn.Module):
+    """A model whose forward runs a stack; goes before the class that it stands for, whose forward it keeps."""
+
+    def layers_of(self) -> Sequence[nn.Module]:
+        """Those that its forward calls, in their order."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or "forward" in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        with running(self.layers_of()):
+            return super().__call__(*args, **kwargs)

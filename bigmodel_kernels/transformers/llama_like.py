@@ -22,7 +22,7 @@ quantised, and where a hook or a replaced module stands in the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,10 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels.ops.registration import call
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, paged
-from bigmodel_kernels.transformers.blocks import FeedForward, GatedParts, Scale
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    layer_stack,
+    paged,
+    whole_layer,
+)
+from bigmodel_kernels.transformers.blocks import Affine, FeedForward, GatedParts, LayerParts, Scale
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form, stands_for
 
 
 class Norms(NamedTuple):
@@ -208,9 +216,17 @@ class Layer(Form):
     """The whole layer, norms and sums in the calls of its halves where the operators have them."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        stack = layer_stack.current()
+        if stack is not None and stack.hands_on(self, hidden_states):
+            return hidden_states
         attention, given = self.__dict__["_modules"]["self_attn"], None
         if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)
+        if stack is not None and given is not None and given.told is None and given.cache is not None:
+            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
+            out = None if asked else stack.run(self, partial(_token, hidden_states, given))
+            if out is not None:
+                return out
         if given is None or attention_interface.wants_attentions(kwargs) or not self._drops_plainly():
             return super().forward(hidden_states, *args, **kwargs)
         parts = self._parts(checks.dtype_of(hidden_states))
@@ -239,8 +255,75 @@ class Layer(Form):
         return all(checks.plain_dropout(modules[name]) for name in self.kin.dropouts)
 
 
+class Model(layer_stack.Model, Form):
+    """As it is; its layers know that it runs them all, so that the first can do the work for a token."""
+
+    def __init_subclass__(cls, kin: Any = None, **kwargs: Any) -> None:
+        super().__init_subclass__(kin=kin, **kwargs)
+        stands_for(cls.__bases__[1])(cls)
+
+    def layers_of(self) -> Sequence[nn.Module]:
+        return self.layers[: self.config.num_hidden_layers]  # type: ignore[no-any-return]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # arguments and weights, read at each call
+
+
+def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
+    """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
+    kin = stack[0].kin
+    if x.shape[1] != 1 or given.cos.dtype not in (x.dtype, torch.float32):
+        return None
+    if kin.norms != Norms() or kin.offset or kin.head_norms or kin.softcap or kin.sinks or kin.once:
+        return None
+    layers = []
+    for layer in stack:
+        if not checks.intact(layer, kin.forms[kin.layer]) or not layer._drops_plainly():
+            return None
+        parts = _whole_parts(layer, checks.dtype_of(x))
+        if parts is None:
+            return None
+        attention = layer.self_attn
+        heads = parts.qkv[1].weight.shape[0] // parts.head_dim  # type: ignore[union-attr]
+        where = (given.cache, attention.layer_idx, heads, given.mask, attention.scaling)
+        layers.append((parts, whole_layer.Cached(*where)))
+    angles = given.cos.shape[-1] // 2
+    turns = (given.cos[..., :angles], given.sin[..., :angles])
+    return whole_layer.token(x, layers, "linear", "rms_norm", turns)
+
+
+def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
+    """All of a layer that has nothing which Llama's has not."""
+    kin, attention, w = layer.kin, layer.self_attn, layer._parts(dtype)
+    norms = [scale_of(norm, dtype) for norm in (w.attention_norm, layer.__dict__["_modules"][kin.norms.ffn])]
+    if (
+        not is_form(attention, kin.attention)
+        or len(kin.qkv) != 3
+        or not getattr(attention, "use_rope", True)
+        or getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is not None
+        or w.multiplier != 1
+        or None in norms
+    ):
+        return None
+    projections, first, second = attention.__dict__["_modules"], *norms
+    qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
+    if any(isinstance(part, nn.Module) for part in qkv):
+        return None
+    return LayerParts(
+        qkv=qkv,
+        head_dim=attention.head_dim,
+        attention_out=w.attention_out,
+        attention_norm=Affine(first.weight, None),
+        attention_eps=first.eps,
+        attention_p=attention.attention_dropout if attention.training else 0.0,
+        context_p=w.attention_p,
+        ffn=w.ffn,
+        ffn_norm=Affine(second.weight, None),
+        ffn_eps=second.eps,
+        ffn_p=w.ffn_p,
+        unfused=w.unfused,
+    )
 
 
 class Given(NamedTuple):
@@ -356,6 +439,9 @@ def family(name: str, kin: Kin) -> Family:
                 projections=(*kin.gate_and_up, "down_proj"),
             )
         )
+    if kin.model in forms:
+        note = "its layers in one call for a token"
+        rules.append(Rule(kin.model, forms[kin.model], (), layer_stack.check("layers"), note))
     return Family(
         name=name,
         rules=(

@@ -205,56 +205,112 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
     )
 
 
-def token(x: Tensor, layers: Sequence[tuple[LayerParts, Cached]], layout: str) -> Tensor | None:
+def token(
+    x: Tensor,
+    layers: Sequence[tuple[LayerParts, Cached]],
+    layout: str,
+    norm_kind: str = "layer_norm",
+    angles: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
     """The result of layers one behind the other, norms before their halves, for one token of each sequence.
 
-    x is (B, 1, hidden); the caches then have its keys and values. None, and nothing done, for other calls and
+    x is (B, 1, hidden); the caches then have its keys and values. `angles` are cosines and sines (1 or B, 1,
+    half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
     caches.
     """
-    if not x.is_cpu or x.dim() != 3 or x.shape[1] != 1 or lacking("cpu_layers", x.dtype) is not None:
-        return None
-    if not _unobserved(x) or not all(_readable(w) for w, _ in layers):
+    if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, [w for w, _ in layers], "cpu_layers"):
         return None
     if len({cached.layer for _, cached in layers}) < len(layers):
         return None  # a layer that is called twice has two tokens more
-    (first, where), batch = layers[0], x.shape[0]
-    ffn, mask = first.ffn, where.mask
-    assert ffn is not None
-    groups: list[list[Tensor]] = []
+    batch, mask = x.shape[0], layers[0][1].mask
     rooms = []
     for w, cached in layers:
-        if w.ffn.w_gate is not None or w.ffn.activation != ffn.activation or cached.mask is not mask:  # type: ignore[union-attr]
-            return None
         kind = growing_cache.Kind((batch, cached.kv_heads, 1, w.head_dim), x.dtype, x.device)
         room = growing_cache.room(cached.cache, cached.layer, kind, kind)
-        if room is None:
+        if room is None or cached.mask is not mask:
             return None
         rooms.append(room)
-        groups += _groups(w)
     length = rooms[0].length
-    if any(room.length != length for room in rooms) or empty(*(t for group in groups for t in group)):
+    if any(room.length != length for room in rooms):
         return None
     if mask is not None:
         if mask.dim() != 2 or mask.shape != (batch, length + 1):
             return None
         mask = mask.to(torch.bool).contiguous()
-    packed = packed_together(groups, layout)
-    parts: list[Tensor | None] = []
-    for i, (w, _) in enumerate(layers):
-        qkv, context, w_in, w_out = packed[4 * i : 4 * i + 4]
-        biases = joined(_biases(w))
-        parts += (*_affine(w.attention_norm), qkv, biases, context, _affine(w.attention_out)[1])
-        parts += (*_affine(w.ffn_norm), w_in, w.ffn.w_in.bias, w_out, w.ffn.w_out.bias)  # type: ignore[union-attr]
+    parts = _all_parts([w for w, _ in layers], layout)
+    if parts is None:
+        return None
     out = torch.ops.bigmodel.cpu_layers.default(
-        x.contiguous(),
-        [contiguous(part) for part in parts],
-        [eps for w, _ in layers for eps in (w.attention_eps, w.ffn_eps)],
-        [buffer for room in rooms for buffer in (room.keys, room.values)],
-        *(length, mask, [cached.scale for _, cached in layers], ffn.activation),
+        *(x.contiguous(), *parts, [buffer for room in rooms for buffer in (room.keys, room.values)], length),
+        *(mask, *(map(contiguous, angles) if angles else (None, None))),
+        *([cached.scale for _, cached in layers], norm_kind, _activation(layers[0][0])),
     )
     for room in rooms:
         room.written(1)
     return out  # type: ignore[no-any-return]
+
+
+#: With more rows Python is a small part, and a call that nobody can interrupt a long one.
+MOST_ROWS = 512
+
+
+def encoded(
+    x: Tensor,
+    layers: Sequence[LayerParts],
+    scale: float,
+    padding: Tensor | None,
+    lengths: Tensor | None,
+    longest: int,
+) -> Tensor | None:
+    """The result of layers one behind the other, norms behind their halves, on few rows of an encoder.
+
+    x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
+    (`blocks.Terms`). None for what it does not take.
+    """
+    if x.shape[:-1].numel() > MOST_ROWS or not _takes_all(x, layers, "cpu_encoder"):
+        return None
+    if any(w.head_dim != layers[0].head_dim for w in layers) or x.dim() != (3 if lengths is None else 2):
+        return None
+    parts = _all_parts(layers, "linear")
+    if parts is None:
+        return None
+    return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
+        *(x.contiguous(), *parts, layers[0].head_dim, contiguous(lengths), longest),
+        *(contiguous(padding), scale, _activation(layers[0])),
+    )
+
+
+def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
+    return (
+        x.is_cpu
+        and len(layers) > 0
+        and lacking(op, x.dtype) is None
+        and _unobserved(x)
+        and all(map(_readable, layers))
+        and all(_activation(w) == _activation(layers[0]) for w in layers)
+    )
+
+
+def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor | None], list[float]] | None:
+    """The tensors and epsilons of all layers as the library reads them; None if a weight is empty."""
+    groups = [group for w in layers for group in _groups(w)]
+    if empty(*(weight for group in groups for weight in group)):
+        return None
+    packed = packed_together(groups, layout)
+    parts: list[Tensor | None] = []
+    weights = iter(packed)
+    for w in layers:
+        ffn: Any = w.ffn
+        parts += (*_affine(w.attention_norm), next(weights), joined(_biases(w)))
+        parts += (next(weights), _affine(w.attention_out)[1], *_affine(w.ffn_norm))
+        parts += (next(weights), ffn.w_in.bias, next(weights), ffn.w_out.bias)
+        parts += (None, None) if ffn.w_gate is None else (next(weights), ffn.w_gate.bias)
+    return [contiguous(part) for part in parts], [e for w in layers for e in (w.attention_eps, w.ffn_eps)]
+
+
+def _activation(w: LayerParts) -> str:
+    assert w.ffn is not None
+    return w.ffn.activation
 
 
 def _by_torch(x: Tensor, *weights: Tensor, layout: str) -> list[bool]:

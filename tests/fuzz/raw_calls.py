@@ -407,32 +407,71 @@ def layer_end(i: Inputs) -> dict[str, Any]:
     }
 
 
+def layer_parts(
+    i: Inputs, hidden: int, inner: int, queries: int, features: int, there: bool | None, kind: str
+) -> list[Any]:
+    """Those of one layer; its second norm is there, its first one too where it is the attention's own."""
+    parts: list[Any] = list(i.norm(hidden, kind=kind, there=there).values())
+    for k, n in ((hidden, features), (queries, hidden)):
+        parts += (Packed([i.weight(k, n)]), i.maybe(n))
+    parts += i.norm(hidden, kind=kind, there=True).values()
+    gated = i.chance()
+    for k, n in ((hidden, inner), (inner, hidden), *([(hidden, inner)] if gated else [])):
+        parts += (Packed([i.weight(k, n)]), i.maybe(n))
+    return parts if gated else [*parts, None, None]
+
+
 def layers(i: Inputs) -> dict[str, Any]:
     """A token for each of a batch, through layers with room for it in their keys and values."""
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
     count, length, room = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 7))
     heads = kv_heads * i.among((1, 1, 2))
-    parts: list[Any] = []
-    for _ in range(count):
-        inner = i.size()
-        parts += i.norm(hidden, kind="layer_norm").values()
-        for k, n in (
-            (hidden, (heads + 2 * kv_heads) * head_dim),
-            (heads * head_dim, hidden),
-        ):
-            parts += (Packed([i.weight(k, n)]), i.maybe(n))
-        parts += i.norm(hidden, kind="layer_norm", there=True).values()
-        for k, n in ((hidden, inner), (inner, hidden)):
-            parts += (Packed([i.weight(k, n)]), i.maybe(n))
+    features = (heads + 2 * kv_heads) * head_dim
     mask = torch.rand(batch, length + 1, generator=i.generator) > 0.3
+    kind, turned = i.among(("layer_norm", "rms_norm")), head_dim > 1 and i.chance()
+    angles = torch.rand(i.among((1, batch)), 1, head_dim // 2, generator=i.generator)
     return {
         "x": i.tensor(batch, 1, hidden),
-        "parts": parts,
+        "parts": [
+            part
+            for _ in range(count)
+            for part in layer_parts(i, hidden, i.size(), heads * head_dim, features, None, kind)
+        ],
         "epsilons": [1e-5] * (2 * count),
         "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
         "length": length,
         "key_padding_mask": mask if i.chance() else None,
+        "cos": angles.cos() if turned else None,
+        "sin": angles.sin() if turned else None,
         "softmax_scales": [head_dim**-0.5] * count,
+        "norm_kind": kind,
+        "activation": i.among(ACTIVATIONS),
+    }
+
+
+def encoder(i: Inputs) -> dict[str, Any]:
+    """Packed rows, or a batch with a mask or without."""
+    hidden, head_dim, heads, count = i.size(), i.size(64), i.among((1, 2, 3)), i.among((1, 2, 3))
+    batch, length, packed = i.among((1, 3)), i.among((1, 5, 33)), i.chance()
+    lengths = torch.randint(0, length + 1, (batch,), generator=i.generator)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    mask = torch.rand(batch, length, generator=i.generator) > 0.3
+    rows = (int(ends[-1]),) if packed else (batch, length)
+    return {
+        "x": i.tensor(*rows, hidden),
+        "parts": [
+            part
+            for _ in range(count)
+            for part in layer_parts(
+                i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True, "layer_norm"
+            )
+        ],
+        "epsilons": [1e-5] * (2 * count),
+        "head_dim": head_dim,
+        "lengths": ends if packed else None,
+        "longest": length,
+        "key_padding_mask": mask if not packed and i.chance() else None,
+        "softmax_scale": head_dim**-0.5,
         "activation": i.among(ACTIVATIONS),
     }
 
@@ -485,6 +524,7 @@ MAKERS: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "cpu_feed_forward": feed_forward,
     "cpu_feed_forward_backward": feed_forward_backward,
     "cpu_feed_forward_training": feed_forward_training,
+    "cpu_encoder": encoder,
     "cpu_fingerprint": fingerprint,
     "cpu_isa": nothing,
     "cpu_isas": nothing,

@@ -36,12 +36,14 @@ TORCH_REFUSES = re.compile(
     r"is not currently supported by the .* backend|with Meta tensors|aoti_torch_get_\w+\(.*\) API call failed"
 )
 # These are made of other operators, and their errors speak of their arguments.
+_LAYER = (
+    *("packed", "packed_in", "packed_out", "bias", "b_in", "b_out", "residual", "norm_weight", "norm_bias"),
+    "softmax_scale",
+)
 INNER = {
     "cpu_layer_end": ("bias", "cu_seqlens_q", "cu_seqlens_k", "packed", "residual"),
-    "cpu_layers": (
-        *("keys", "values", "packed", "bias", "norm_weight", "norm_bias", "residual", "softmax_scale"),
-        *("packed_in", "packed_out", "b_in", "b_out"),
-    ),
+    "cpu_layers": (*_LAYER, "keys", "values"),
+    "cpu_encoder": (*_LAYER, "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"),
 }
 WRITTEN = {"cpu_layers": ("buffers",)}
 

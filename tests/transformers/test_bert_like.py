@@ -32,7 +32,7 @@ from bigmodel_kernels.models.tiny import (
     right_padding,
     token_ids,
 )
-from bigmodel_kernels.transformers import blocks
+from bigmodel_kernels.transformers import blocks, whole_layer
 
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert"]
 PATCHED = ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput")))
@@ -118,6 +118,7 @@ def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args)
     )
+    monkeypatch.setattr(whole_layer, "MOST_ROWS", 0)  # layer by layer
     bk.patch(model)
     with torch.no_grad():
         model(ids_of(mask), attention_mask=mask)

@@ -94,8 +94,19 @@ def test_bits_of_the_separate_calls_after_the_norm(
     model = maker().to(dtype)
     bk.patch(model)
     inputs = {"input_ids": IDS, "attention_mask": right_padding() if padded else None}
+    run, together = whole_layer.encoded, []
+
+    def encoded(x: Any, layers: Any, *args: Any) -> Any:
+        out = run(x, layers, *args)
+        together.append((len(layers), x.dim(), out is not None))
+        return out
+
+    monkeypatch.setattr(whole_layer, "encoded", encoded)
     ours = hidden(model, **inputs)
-    assert ends == ["post", "post"]
+    assert together == [(2, 2 if padded else 3, True)] and not ends
+    monkeypatch.setattr(whole_layer, "MOST_ROWS", 0)
+    assert torch.equal(ours, hidden(model, **inputs))
+    assert ends == ["post", "post"] and len(together) == 1
     separate(monkeypatch)
     assert torch.equal(ours, hidden(model, **inputs)) and len(ends) == 2
 
@@ -142,6 +153,28 @@ def test_who_listens_gets_the_operators(listener: str, ends: list[str]) -> None:
     with torch.no_grad(), LISTENERS[listener](model):
         model(IDS)
     assert not ends
+
+
+LAYERS_WATCHED: dict[str, Callable[[Any], Any]] = {
+    "a hook before a layer": lambda m: m.encoder.layer[1].register_forward_pre_hook(lambda *a: 2 * a[1][0]),
+    "a hook behind a layer": lambda m: m.encoder.layer[1].register_forward_hook(lambda *a: a[2] * 2),
+    "a hook within": lambda m: m.encoder.layer[1].output.dense.register_forward_hook(lambda *a: a[2] * 2),
+    "a layer in training": lambda m: m.encoder.layer[1].train(),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_WATCHED)
+def test_who_watches_a_layer_sees_it_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert(hidden_dropout_prob=0.3)
+    bk.patch(model)
+    before = hidden(model, input_ids=IDS)
+    LAYERS_WATCHED[name](model)
+    torch.manual_seed(0)
+    after = hidden(model, input_ids=IDS)
+    separate(monkeypatch)
+    monkeypatch.setattr(whole_layer, "MOST_ROWS", 0)
+    torch.manual_seed(0)
+    assert torch.equal(after, hidden(model, input_ids=IDS)) and not torch.equal(after, before)
 
 
 def test_nothing_of_float64_or_with_a_foreign_projection(ends: list[str]) -> None:

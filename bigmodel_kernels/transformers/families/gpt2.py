@@ -111,14 +111,11 @@ class BigmodelGPT2Block(hf.GPT2Block):
 
 
 @stands_for(hf.GPT2Model)
-class BigmodelGPT2Model(hf.GPT2Model):
-    """As it is; its blocks know that it runs them all (`layer_stack`)."""
+class BigmodelGPT2Model(layer_stack.Model, hf.GPT2Model):
+    """As it is; its blocks know that it runs them all."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or "forward" in self.__dict__:
-            return super().__call__(*args, **kwargs)
-        with layer_stack.running(self.h):
-            return super().__call__(*args, **kwargs)
+    def layers_of(self) -> Sequence[nn.Module]:
+        return self.h  # type: ignore[no-any-return]
 
 
 @fused_loss.language_model()
@@ -250,10 +247,6 @@ def _check_attention(module: Any) -> str | None:
     return None
 
 
-def _check_model(module: Any) -> str | None:
-    return None if type(module.h) is nn.ModuleList else f"its blocks are in a {type(module.h).__name__}"
-
-
 def _check_mlp(module: Any) -> str | None:
     why = checks.reason_for_parts(
         module, {"c_fc": Conv1D, "c_proj": Conv1D, "dropout": nn.Dropout}, lora=True
@@ -278,7 +271,13 @@ def _check_block(module: Any) -> str | None:
 FAMILY = Family(
     name="gpt2",
     rules=(
-        Rule(hf.GPT2Model, BigmodelGPT2Model, (), _check_model, note="its blocks in one call for a token"),
+        Rule(
+            hf.GPT2Model,
+            BigmodelGPT2Model,
+            (),
+            layer_stack.check("h"),
+            note="its blocks in one call for a token",
+        ),
         Rule(
             hf.GPT2Block,
             BigmodelGPT2Block,

@@ -26,6 +26,10 @@ class BigmodelLlamaDecoderLayer(llama_like.Layer, hf.LlamaDecoderLayer, kin=KIN)
     pass
 
 
+class BigmodelLlamaModel(llama_like.Model, hf.LlamaModel, kin=KIN):
+    pass
+
+
 @llama_like.causal_lm(KIN)
 class BigmodelLlamaForCausalLM(hf.LlamaForCausalLM):
     pass

@@ -26,6 +26,10 @@ class BigmodelMistralDecoderLayer(llama_like.Layer, hf.MistralDecoderLayer, kin=
     pass
 
 
+class BigmodelMistralModel(llama_like.Model, hf.MistralModel, kin=KIN):
+    pass
+
+
 @llama_like.causal_lm(KIN)
 class BigmodelMistralForCausalLM(hf.MistralForCausalLM):
     pass

@@ -26,6 +26,10 @@ class BigmodelQwen2DecoderLayer(llama_like.Layer, hf.Qwen2DecoderLayer, kin=KIN)
     pass
 
 
+class BigmodelQwen2Model(llama_like.Model, hf.Qwen2Model, kin=KIN):
+    pass
+
+
 @llama_like.causal_lm(KIN)
 class BigmodelQwen2ForCausalLM(hf.Qwen2ForCausalLM):
     pass

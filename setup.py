@@ -27,29 +27,42 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.resolve()
+# Sources in csrc/, in which every instruction set has its kernels.
 KERNELS = [
-    "activations",
-    "attention",
-    "attention_maps",
-    "cross_entropy",
-    "embedding",
-    "feed_forward",
-    "gemm",
-    "linear",
-    "norm",
-    "philox",
-    "rotary",
+    "activations/cpu",
+    "attention/backward",
+    "attention/cpu",
+    "attention_maps/cpu",
+    "cross_entropy/cpu",
+    "embedding/backward",
+    "embedding/cpu",
+    "feed_forward/backward",
+    "feed_forward/cpu",
+    "gemm/cpu",
+    "gemm/tiles",
+    "linear/backward",
+    "linear/cpu",
+    "norm/backward",
+    "norm/cpu",
+    "philox/cpu",
+    "rotary/cpu",
 ]
-# csrc/<op>/backward.cpp beside csrc/<op>/cpu.cpp
-BACKWARD = ["attention", "embedding", "feed_forward", "linear", "norm"]
-# Sets that extend avx512 -> what multiplies by what they have more, and what calls that, forward and
-# backward; they take the rest from it.
+# But sets that extend avx512 have what multiplies by what they have more, and what calls that; they take the
+# rest from it.
 OWN_KERNELS = {
-    "avx512_bf16": (["feed_forward", "gemm", "linear"], []),
-    "amx": (
-        ["attention", "cross_entropy", "feed_forward", "gemm", "linear"],
-        ["attention", "feed_forward", "linear"],
-    ),
+    "avx512_bf16": ["feed_forward/cpu", "gemm/cpu", "gemm/tiles", "linear/cpu"],
+    "amx": [
+        "attention/tile_unit",
+        "attention/tile_unit_backward",
+        "cross_entropy/cpu",
+        "feed_forward/backward",
+        "feed_forward/cpu",
+        "gemm/cpu",
+        "gemm/split",
+        "gemm/tiles",
+        "linear/backward",
+        "linear/cpu",
+    ],
 }
 REGISTRATION = [
     "register_cpu",
@@ -232,10 +245,9 @@ class BuildWithNinja(build_ext):
                 flags = [*AVX2, "-DBIGMODEL_SIMDE", "-O1"]  # emulated vectors at -O3 compile for many minutes
             named = [f"-DBIGMODEL_ISA={isa}", f"-DBIGMODEL_SIMD={bits}", f"-DBIGMODEL_BF16_DOT={bf16}"]
             named.append(f"-DBIGMODEL_AMX={int(isa == 'amx')}")
-            kernels, backward = OWN_KERNELS.get(isa, (KERNELS, BACKWARD))
-            sources = {f"{kernel}.{isa}.o": f"{kernel}/cpu.cpp" for kernel in kernels}
-            sources |= {f"{kernel}_backward.{isa}.o": f"{kernel}/backward.cpp" for kernel in backward}
-            add(isa, [*flags, *named], {**sources, f"table.{isa}.o": "table.cpp"})
+            sources = [*OWN_KERNELS.get(isa, KERNELS), "table"]
+            objects_of = {f"{s.removesuffix('/cpu').replace('/', '_')}.{isa}.o": f"{s}.cpp" for s in sources}
+            add(isa, [*flags, *named], objects_of)
         targets.append((library, "link", [*objects, "|", *stand_ins]))
         return rules, targets
 

@@ -100,10 +100,12 @@ def write_ninja(
 
     What compilers print goes to $out.log if keep_logs.
     """
+    # By one name: pip has python3 of an environment where make has python, and another command is built anew.
+    python = os.path.realpath(sys.executable)
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
         log = " --log $out.log" if keep_logs and "$in" in command and "$out.d" in command else ""
-        command = f"{sys.executable} {CSRC / 'job.py'} $out{log} -- {command}"
+        command = f"{python} {CSRC / 'job.py'} $out{log} -- {command}"
         lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         if "$out.d" in command:
             lines += ["  depfile = $out.d", "  deps = gcc"]

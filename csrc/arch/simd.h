@@ -1,7 +1,7 @@
 // The CPU vocabulary: one vector of floats, F32, and the few words kernels are written with.
 //
 // A kernel is written once against F32 and compiled once per instruction set into its own namespace (BIGMODEL_ISA), so
-// objects for different instruction sets can live in one library and be chosen at load time (isa.h). The bodies below are
+// objects for different instruction sets can live in one library and be chosen at load time (register_cpu.cpp). The bodies below are
 // AVX-512 (16 lanes), AVX2+FMA+F16C (8 lanes) and the vectors of GCC and Clang (8 lanes), to which NEON adds words of its own. Compiled
 // with BIGMODEL_SIMDE the AVX-512 bodies run on AVX2 CPUs (avx512_emulated.h): that is how they are tested where no AVX-512 CPU is at hand.
 //
@@ -34,13 +34,17 @@
 #endif
 namespace bigmodel::BIGMODEL_REST {}
 
+namespace bigmodel {
+
+// Storage types of the half formats, the same for all sets. They are only ever converted: arithmetic is in float32.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+}  // namespace bigmodel
+
 namespace bigmodel::BIGMODEL_ISA {
 
 namespace rest = bigmodel::BIGMODEL_REST;
-
-// Storage types of the half formats. They are only ever converted: arithmetic is in float32.
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
 
 BIGMODEL_INLINE float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 BIGMODEL_INLINE uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }

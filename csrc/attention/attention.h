@@ -72,13 +72,35 @@ static void pack_columns(const T* x, int64_t stride, int64_t keys, int64_t depth
 
 }  // namespace
 
-// What forward, backward and maps call, with the micro kernel for all rows in it, is compiled once, in cpu.cpp: these two and
-// Attention::modify.
+// Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
+static bool scores_are_raw(const AttentionArgs& args) {
+  return args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0;
+}
+
+}  // namespace bigmodel::BIGMODEL_ISA
+
+// What forward, backward and maps call is compiled once, in cpu.cpp, and for sets that extend another once with it.
+namespace bigmodel::BIGMODEL_REST {
 
 // Scores of `rows` rows, in tiles, against `width` keys, in panels: whole ones. `chain`: see logit_depth.
 void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride);
 // out += weights times a panel of `keys` values: `rows` rows of each.
 void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride);
+// Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
+struct ScoreRow { int64_t batch, head, query, diagonal, low, high; };   // diagonal: of its sequence; it may see keys [low, high)
+void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+                   float* scores);
+// The forward and the backward by vectors; of the forward a chunk of queries alone (`direct`: with K and V read in place), of the backward
+// a sequence's kv head.
+void attention(const Runtime& runtime, const AttentionArgs& args);
+void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                     bool direct);
+void attention_backward(const Runtime& runtime, const AttentionBackwardArgs& args);
+void attention_backward_task(const Runtime& runtime, const AttentionBackwardArgs& args, int64_t batch, int64_t kv_head);
+
+}  // namespace bigmodel::BIGMODEL_REST
+
+namespace bigmodel::BIGMODEL_ISA {
 
 struct Statistics {  // of one query row: running maximum of the scores and sum of what the softmax made of them
   float maximum, sum;
@@ -88,8 +110,7 @@ struct Attention {
   const Runtime& runtime;
   const AttentionArgs& args;
   const int64_t group = args.heads / args.kv_heads, depth = args.head_dim, depth_padded = round_up(args.head_dim, panel);
-  // Scores are raw products Q K^T as long as nothing has to be added to logits; else they are made logits first.
-  const bool raw = args.softcap == 0 && !args.bias && !args.alibi_slopes && args.softmax_scale > 0;
+  const bool raw = scores_are_raw(args);
   const float unit = raw ? args.softmax_scale : 1.0f;   // logit = unit * score
 
   // One sequence and kv head: where its rows are and how keys are limited.
@@ -132,8 +153,10 @@ struct Attention {
 
   // ---- what is done to logits between S = QK^T and the softmax ----
 
-  // Softcap, bias, ALiBi, padding and the row's own limits on scores [0, n) of keys [key, key + n); beyond n up to n_padded: -inf.
-  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const;
+  void modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+              float* scores) const {
+    rest::modify_scores(args, {s.batch, head, query, s.diagonal(), low(s, query), high(s, query)}, key, n, n_padded, mask, scores);
+  }
 
   // Scores become probabilities relative to the new running maximum; returns the factor for what was summed before. With DROP those
   // whose bit in `keep` is 0 are zero for P V, though not for the sum.

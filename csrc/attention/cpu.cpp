@@ -12,13 +12,10 @@
 // and key block at a time. A sink is a key without value: the running maximum and sum begin with it.
 //
 // The softmax needs 2^x alone: P = 2^((S - max) * scale * log2(e)). S stays unscaled, because scaling before the difference is
-// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32, but where a
-// tile unit (AMX) multiplies (tile_unit.h) and inputs are bf16 P is rounded to bf16 for P V, as in eager. A chunk of very few rows (decoding) skips the
-// packing, which would cost more than it saves, and takes K and V as they lie in memory.
-#include "attention.h"
-#if BIGMODEL_AMX
-#include "tile_unit.h"
-#endif
+// taken would leave the rounding error of a large product in it. Everything between loading Q, K, V and storing O is float32. A chunk of
+// very few rows (decoding) skips the packing, which would cost more than it saves, and takes K and V as they lie in memory. By the tile
+// unit: tile_unit.cpp.
+#include "forward.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -44,7 +41,8 @@ void add_alibi(float slope, float position, float* scores, int64_t n_padded) {
 
 }  // namespace
 
-void Attention::modify(const Sequence& s, int64_t query, int64_t head, int64_t key, int64_t n, int64_t n_padded, const float* mask, float* scores) const {
+void modify_scores(const AttentionArgs& args, const ScoreRow& row, int64_t key, int64_t n, int64_t n_padded, const float* mask,
+                   float* scores) {
   float scale = args.softmax_scale;  // what is still to be multiplied in
   if (args.softcap > 0) {
     const F32 cap = F32::set(args.softcap), inner = F32::set(scale / args.softcap);
@@ -52,35 +50,34 @@ void Attention::modify(const Sequence& s, int64_t query, int64_t head, int64_t k
     scale = 1.0f;
   }
   if (args.bias) {
-    const int64_t at = s.batch * args.bias_stride[0] + head * args.bias_stride[1] + query * args.bias_stride[2] + key * args.bias_stride[3];
+    const int64_t* stride = args.bias_stride;
+    const int64_t at = row.batch * stride[0] + row.head * stride[1] + row.query * stride[2] + key * stride[3];
     with_dtype(args.bias_dtype, [&](auto type) {
-      add_bias(static_cast<const decltype(type)*>(args.bias) + at, args.bias_stride[3], scale, scores, n);
+      add_bias(static_cast<const decltype(type)*>(args.bias) + at, stride[3], scale, scores, n);
     });
-  } else if (!raw && args.softcap == 0) {
+  } else if (!scores_are_raw(args) && args.softcap == 0) {
     for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) * F32::set(scale)).store(scores + j);
   }
   if (args.alibi_slopes)
-    add_alibi(args.alibi_slopes[s.batch * args.alibi_batch_stride + head], float(query + s.diagonal() - key), scores, n_padded);
+    add_alibi(args.alibi_slopes[row.batch * args.alibi_batch_stride + row.head], float(row.query + row.diagonal - key), scores, n_padded);
   if (mask)
     for (int64_t j = 0; j < n_padded; j += F32::width) (F32::load(scores + j) + F32::load(mask + j)).store(scores + j);
-  const int64_t first = smaller(n_padded, larger(0, low(s, query) - key)), end = larger(first, smaller(n, high(s, query) - key));
+  const int64_t first = smaller(n_padded, larger(0, row.low - key)), end = larger(first, smaller(n, row.high - key));
   for (int64_t j = 0; j < first; j++) scores[j] = -infinity;
   for (int64_t j = end; j < n_padded; j++) scores[j] = -infinity;
 }
 
 void multiply_keys(int64_t rows, int64_t depth, int64_t chain, const float* tiles, const float* keys, int64_t width, float* scores, int64_t stride) {
-  using Step = Widen<float>;
   for (int64_t p = 0; p < width; p += panel)
     for (int64_t r = 0; r < rows; r += tile_rows)
       for (int64_t d = 0; d < depth; d += chain)
-        multiply_rows<Step>(smaller(tile_rows, rows - r), smaller(chain, depth - d), PackedTile<Step>{tiles + r * depth + d * tile_rows},
-                            keys + p * depth + d * panel, scores + r * stride + p, stride, d > 0);
+        multiply_tile(smaller(tile_rows, rows - r), smaller(chain, depth - d), tiles + r * depth + d * tile_rows, keys + p * depth + d * panel,
+                      scores + r * stride + p, stride, d > 0);
 }
 
 void multiply_values(int64_t rows, int64_t keys, const float* weights, int64_t stride, const float* values, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += tile_rows)
-    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), keys, RowMajorTile{weights + r * stride, stride}, values, out + r * out_stride,
-                                out_stride, true);
+    multiply_tile_of_rows(smaller(tile_rows, rows - r), keys, weights + r * stride, stride, values, out + r * out_stride, out_stride, true);
 }
 
 namespace {
@@ -109,24 +106,9 @@ struct PackedForward : Attention {
 
 template <class T>
 struct Forward : PackedForward {
-  static constexpr bool by_unit = BIGMODEL_AMX && !__is_same(T, fp16);
-
   // ---- a chunk: queries [first, first + count) of one sequence and kv head ----
 
-  void chunk(const Sequence& s, int64_t first, int64_t count) const {
-    const bool few = count * group <= direct_rows;
-#if BIGMODEL_AMX
-    if constexpr (by_unit)
-      if (!few && Operands<T>::worthwhile(count * group, s.keys)) {
-        const TileUnit registers;
-        UnitChunk<T> c{*this, s, first, count};
-        c.run();
-        for (int64_t row = 0; row < c.rows; row++)
-          finish(s, query_of(first, row), head_of(s, row), c.output + row * c.padded, c.statistics[row].sum, c.statistics[row].maximum * unit);
-        return;
-      }
-#endif
-    const bool direct = few || (BIGMODEL_AMX && __is_same(T, bf16));
+  void chunk(const Sequence& s, int64_t first, int64_t count, bool direct) const {
     const int64_t rows = count * group, padded_rows = round_up(rows, tile_rows);
     float* query = scratch_of<float>(runtime, scratch_query, rows * depth_padded);
     float* output = scratch_of<float>(runtime, scratch_output, rows * depth_padded);
@@ -171,25 +153,8 @@ struct Forward : PackedForward {
     }
 
     for (int64_t row = 0; row < rows; row++)
-      finish(s, query_of(first, row), head_of(s, row), output + row * depth_padded, statistics[row].sum, statistics[row].maximum * unit);
-  }
-
-  // A row's result: what was summed, divided by the sum of its probabilities, which are relative to e^reference.
-  void finish(const Sequence& s, int64_t i, int64_t head, const float* output, float total, float reference) const {
-    const float kept = args.dropout.enabled ? args.dropout.scale : 1.0f;
-    const F32 inverse = F32::set(total == 0.0f ? 0.0f : kept / total);  // no visible key: a row of zeros
-    T* out = static_cast<T*>(args.out) + s.batch * args.out_stride[0] + head * args.out_stride[1] + (s.first_query + i) * args.out_stride[2];
-    for (int64_t d = 0; d < depth; d += F32::width) store_row(F32::load(output + d) * inverse, out + d, depth - d);
-    args.logsumexp[s.batch * args.logsumexp_stride[0] + head * args.logsumexp_stride[1] + s.first_query + i] =
-        total == 0.0f ? -infinity : reference + __builtin_logf(total);
-  }
-
-  static BIGMODEL_INLINE void store_row(F32 x, T* out, int64_t left) {
-#if BIGMODEL_AMX  // has the conversion, which takes subnormal numbers for zero
-    if constexpr (__is_same(T, bf16)) return _mm256_mask_storeu_epi16(out, __mmask16(left >= F32::width ? 0xffff : (1 << left) - 1), __m256i(_mm512_cvtneps_pbh(x.v)));
-#endif
-    if (left >= F32::width) x.store(out);
-    else store_partial(x, out, int(left));
+      finish_row<T>(*this, s, query_of(first, row), head_of(s, row), output + row * depth_padded, statistics[row].sum,
+                    statistics[row].maximum * unit);
   }
 
   // A few rows against a block of keys in place: dot products along head_dim, then a weighted sum of V's rows.
@@ -243,31 +208,25 @@ struct Forward : PackedForward {
       }
     }
   }
-
-  void run() const {
-    // Chunks so long that packing K and V per chunk stays cheap, but enough of them for every thread. Last queries first: under
-    // causality they see the most keys, and long tasks are best started early.
-    const int64_t sequences = args.batch * args.kv_heads;
-    int64_t queries = larger(1, (by_unit ? 1024 : larger(96, 16384 / depth)) / group);
-    while (sequences * ceil_div(args.query_length, queries) < 4 * runtime.threads && queries * group > 16 * tile_rows) queries /= 2;
-    int64_t chunks = ceil_div(args.query_length, queries);
-    queries = ceil_div(args.query_length, chunks);
-    if (args.dropout.enabled) {  // whole pairs of queries that share a call of the generator
-      queries = round_up(queries, 16);
-      chunks = ceil_div(args.query_length, queries);
-    }
-    parallel(runtime, sequences * chunks, [&](int64_t task) {
-      const int64_t pair = task % sequences, first = (chunks - 1 - task / sequences) * queries;
-      const Sequence s = sequence(pair / args.kv_heads, pair % args.kv_heads);
-      if (first < s.queries) chunk(s, first, smaller(queries, s.queries - first));
-    });
-  }
 };
 
 }  // namespace
 
 void attention(const Runtime& runtime, const AttentionArgs& args) {
-  with_dtype(args.dtype, [&](auto type) { Forward<decltype(type)>{{{runtime, args}}}.run(); });
+  with_dtype(args.dtype, [&](auto type) {
+    const Forward<decltype(type)> forward = {{{runtime, args}}};
+    each_chunk(forward, larger(96, 16384 / args.head_dim), [&](const Attention::Sequence& s, int64_t first, int64_t count) {
+      forward.chunk(s, first, count, count * forward.group <= direct_rows);
+    });
+  });
+}
+
+void attention_chunk(const Runtime& runtime, const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t first, int64_t count,
+                     bool direct) {
+  with_dtype(args.dtype, [&](auto type) {
+    const Forward<decltype(type)> forward = {{{runtime, args}}};
+    forward.chunk(forward.sequence(batch, kv_head), first, count, direct);
+  });
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

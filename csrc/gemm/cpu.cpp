@@ -131,8 +131,6 @@ struct RowsRight {
 // How far ahead of a weight that is read once it is asked for, in bytes: beyond the hardware's own prefetch, which stops at each page and, on
 // one core, leaves a third to two thirds of the memory's speed unused.
 inline constexpr int64_t stream_ahead = 8192;
-template <class B> inline constexpr int64_t row_bytes = panel * int64_t(sizeof(B));
-template <class B> using AheadOf = Ahead<(row_bytes<B> > 64)>;
 template <class B>
 BIGMODEL_INLINE AheadOf<B> stream(const B* from) { return {from + stream_ahead / sizeof(B), row_bytes<B>}; }
 
@@ -187,16 +185,16 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
         multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
                        c + i * tile_rows * c_stride, c_stride, begin > 0);
       } else {
+        constexpr auto multiply_step = [] {
+          if constexpr (Step::k_per_step == 1) return rest::multiply_tile_ahead<B>;
+          else return multiply_pairs;
+        }();
         const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes<B> * i / count : reinterpret_cast<const char*>(b);
-        if constexpr (__is_same(typename Step::A, float))
-          if (left.single_row()) {
-            for (int64_t d = 0; d < depth; d += chain)
-              multiply<1, Step>(smaller(chain, depth - d), SingleRow{left.at(begin, 0) + d}, b + d * panel, c, c_stride, begin + d > 0, AheadOf<B>{from + d * bytes, bytes});
-            return;
-          }
+        if constexpr (Step::k_per_step == 1)
+          if (left.single_row()) return rest::multiply_row_ahead(depth, chain, left.at(begin, 0), b, c, begin > 0, from, bytes);
         for (int64_t d = 0; d < depth; d += chain)
-          multiply_rows<Step>(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), PackedTile<Step>{left.at(begin, tile + i) + d * tile_rows},
-                              b + d * panel, c + i * tile_rows * c_stride, c_stride, begin + d > 0, AheadOf<B>{from + d * bytes, bytes});
+          multiply_step(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), left.at(begin, tile + i) + d * tile_rows, b + d * panel,
+                        c + i * tile_rows * c_stride, c_stride, begin + d > 0, from + d * bytes, bytes);
       }
     }
   };

@@ -80,82 +80,22 @@ struct Pairs {               // both sides bf16 pairs along k
 };
 #endif
 
-// ---- the micro kernel: ROWS x panel accumulators over `steps` k steps ----
-
-template <class Step>
-struct PackedTile {          // a tile packed [k][rows_of]
-  const typename Step::A* a;
-  BIGMODEL_INLINE const typename Step::A* at(int64_t k, int row) const { return a + k * rows_of<typename Step::A> + row; }
-};
-struct SingleRow {           // a row as it is: in a tile, each of its numbers would be on a line of its own
-  const float* a;
-  BIGMODEL_INLINE const float* at(int64_t k, int) const { return a + k; }
-};
-struct RowMajorTile {        // rows as they lie in memory: attention's probabilities
-  const float* a;
-  int64_t stride;
-  BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + row * stride + k; }
-};
-
 // What is asked of memory meanwhile, a little at every k step: asked for at once, it would wait for the few lines that can be under way.
 struct Nothing {
-  BIGMODEL_INLINE bool asks() const { return false; }
   BIGMODEL_INLINE void operator()(int64_t) const {}
 };
-struct Rest : Nothing {};    // of a depth that the tile unit has not taken
 template <bool two_lines>
 struct Ahead {
   const void* from;
   int64_t bytes;             // per k step
-  BIGMODEL_INLINE bool asks() const { return bytes != 0; }
   BIGMODEL_INLINE void operator()(int64_t k) const {
     const char* line = static_cast<const char*>(from) + k * bytes;
     __builtin_prefetch(line, 0, 2);
     if constexpr (two_lines) __builtin_prefetch(line + bytes / 2, 0, 2);
   }
 };
-
-template <int ROWS, class Step, class Tile, class Next>
-BIGMODEL_INLINE void multiply(int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate, const Next next) {
-  // Few rows leave registers free: k is then dealt to several chains, which hides the latency of each and shortens its sum.
-  constexpr int chains = ROWS == 1 ? 4 : ROWS <= tile_rows / 2 ? 2 : 1;
-  F32 acc[chains][ROWS][panel_vectors];
-#pragma GCC unroll 4
-  for (int i = 0; i < chains; i++)
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = F32::zero();
-  auto step = [&](int64_t k, int i) __attribute__((always_inline)) {
-    next(k);
-    F32 row[panel_vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; v++) row[v] = Step::panel_row(b + k * panel + v * F32::width);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-      const F32 a = Step::broadcast(tile.at(k, r));
-#pragma GCC unroll 4
-      for (int v = 0; v < panel_vectors; v++) acc[i][r][v] = Step::step(a, row[v], acc[i][r][v]);
-    }
-  };
-  if (accumulate)
-    for (int r = 0; r < ROWS; r++) __builtin_prefetch(c + r * c_stride, 1);
-  int64_t k = 0;
-  for (; k + chains <= steps; k += chains)
-#pragma GCC unroll 4
-    for (int i = 0; i < chains; i++) step(k + i, i);
-  for (; k < steps; k++) step(k, 0);
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < panel_vectors; v++) {
-      F32 total = acc[0][r][v];
-      if constexpr (chains == 2) total = total + acc[1][r][v];
-      if constexpr (chains == 4) total = (total + acc[1][r][v]) + (acc[2][r][v] + acc[3][r][v]);
-      float* target = c + r * c_stride + v * F32::width;
-      (accumulate ? F32::load(target) + total : total).store(target);
-    }
-}
+template <class B> inline constexpr int64_t row_bytes = panel * int64_t(sizeof(B));
+template <class B> using AheadOf = Ahead<(row_bytes<B> > 64)>;
 
 #if BIGMODEL_AMX
 // The unit's sums, in registers 0 and 1 and, if there are two rows of tiles, 2 and 3: nothing, to memory, and to C.
@@ -191,68 +131,47 @@ static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate)
       (accumulate ? F32::load(target) + total : total).store(target);
     }
 }
+#endif
 
-// The same by the tile unit, 16 steps (32 of k) at a time. A packed tile is then [block of 16 steps][32 rows][16], and only what is left of
-// its depth is [step][32 rows].
+// ---- the micro kernel ----
 //
-//              B6   B7                   registers by their numbers, of which the compiler wants to know nothing but literals; the second
-//        A4    C0   C1                   row of tiles is left out where there are no rows for it
-//        A5    C2   C3
-template <bool both, class Next>
-static void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
-  static_assert(panel == 32, "two tiles of 16 columns");
-  zero_tiles<both>();
-  constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
-  for (int64_t block = 0; block < blocks; block++, a += 2 * a_half, b += b_block) {
-    if (next.asks())
-      for (int64_t i = 0; i < unit_steps; i++) next(block * unit_steps + i);
-    _tile_loadd(6, b, b_stride);
-    _tile_loadd(4, a, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + panel / 2, b_stride);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (both) {
-      _tile_loadd(5, a + a_half, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  add_tiles<both>(rows, c, c_stride, accumulate);
-}
+// C (rows x panel) = A B, or += A B if `accumulate`: at least one row and at most a tile's, `steps` deep. B is a panel, [k][panel].
+// Compiled once, in tiles.cpp: with a body for each number of rows it takes longer to compile than what calls it.
 
-// A packed tile of pairs, of any number of rows up to 32.
-template <class Tile, class Next>
-static void multiply_pairs(int64_t rows, int64_t steps, const Tile tile, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next);
-#endif
+}  // namespace bigmodel::BIGMODEL_ISA
 
-// `rows` known only at run time: full tiles take the first branch, a block's last tile one of the others.
-template <class Step, class Tile, class Next = Nothing, int ROWS = tile_rows>
-static void multiply_rows(int64_t rows, int64_t steps, const Tile tile, const typename Step::B* b, float* c, int64_t c_stride, bool accumulate,
-                          const Next next = {}) {
-#if BIGMODEL_AMX
-  if constexpr (ROWS == tile_rows && __is_same(Step, Pairs) && !__is_same(Next, Rest)) return multiply_pairs(rows, steps, tile, b, c, c_stride, accumulate, next);
-#endif
-  if (rows == ROWS) return multiply<ROWS, Step>(steps, tile, b, c, c_stride, accumulate, next);
-  if constexpr (ROWS > 1) multiply_rows<Step, Tile, Next, ROWS - 1>(rows, steps, tile, b, c, c_stride, accumulate, next);
-}
+// By float32 instructions, which the sets that extend another share with it: in types that they share.
+namespace bigmodel::BIGMODEL_REST {
 
-#if BIGMODEL_AMX
-template <class Tile, class Next>
-static void multiply_pairs(int64_t rows, int64_t steps, const Tile tile, const uint32_t* b, float* c, int64_t c_stride, bool accumulate, const Next& next) {
-  const int64_t blocks = steps / unit_steps, done = blocks * unit_steps;
-  if (blocks)
-    (rows > unit_rows ? multiply_by_unit<true, Next> : multiply_by_unit<false, Next>)(rows, blocks, tile.a, b, c, c_stride, accumulate, next);
-  if (done == steps && blocks) return;
-  for (int64_t r = 0; r < rows; r += tile_rows)  // what is left of the depth, by vectors
-    multiply_rows<Pairs, Tile, Rest>(smaller(tile_rows, rows - r), steps - done, Tile{tile.a + done * rows_of<uint32_t> + r}, b + done * panel,
-                                     c + r * c_stride, c_stride, accumulate || blocks, Rest{});
-}
-#endif
+// A: a packed tile, [k][tile_rows].
+void multiply_tile(int64_t rows, int64_t steps, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate);
+// A: rows, or columns, as they lie in memory, `a_stride` apart.
+void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                           bool accumulate);
+void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                              bool accumulate);
+// A: a packed tile. B: of a weight; halves are widened as they are loaded. At each step `bytes` more of what lies at `ahead` are asked for.
+template <class Weight>
+void multiply_tile_ahead(int64_t rows, int64_t steps, const float* a, const Weight* b, float* c, int64_t c_stride, bool accumulate,
+                         const void* ahead, int64_t bytes);
+// The same for a single row, as it lies, in sums of `chain` steps that follow each other.
+template <class Weight>
+void multiply_row_ahead(int64_t steps, int64_t chain, const float* a, const Weight* b, float* c, bool accumulate, const void* ahead,
+                        int64_t bytes);
+
+}  // namespace bigmodel::BIGMODEL_REST
+
+namespace bigmodel::BIGMODEL_ISA {
+
+// multiply_tile_ahead for pairs, by the dot product or the tile unit: with that a packed tile is [block of 16 steps][32 rows][16], and what
+// is left of its depth [step][32 rows].
+void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
+                    const void* ahead, int64_t bytes);
 
 // ---- packing A ----
 
 // Packs `rows` rows of x (row stride x_stride, k columns) into tiles [k][tile_rows]; rows that a last tile lacks are not read
-// by multiply_rows, so they are left as they are. `packed` needs tile_rows * k * tiles floats and 8 more.
+// by the micro kernel, so they are left as they are. `packed` needs tile_rows * k * tiles floats and 8 more.
 template <class T>
 static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, float* packed, float scale = 1.0f) {
   for (int64_t first = 0; first < rows; first += tile_rows, packed += tile_rows * k) {
@@ -277,7 +196,7 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
 
 #if BIGMODEL_BF16_DOT
 // The same as pairs of bf16 along k; an odd k is completed with zero. With a tile unit every 16 steps of a row lie together, see
-// multiply_by_unit.
+// multiply_pairs.
 template <class T>
 static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed) {
   constexpr int64_t tile = rows_of<uint32_t>;

@@ -242,8 +242,7 @@ class Finish {
   void (*call_)(const void*, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 };
 
-// What is declared from here to product_into is compiled once, in cpu.cpp, for the steps that it names: with all rows of a micro kernel it
-// takes most of the time that compiling takes.
+// What is declared from here to product_into is compiled once, in cpu.cpp, for the steps that it names.
 
 // C (m x n) = left times a right side k deep. `direct`: where C is to lie as it is, rows `direct_stride` apart, with room for all of the last
 // panel; or null: C is the task's own. The right side is a packed weight, panels as Packed has them, or rows, packed by each task for the

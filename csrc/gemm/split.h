@@ -81,14 +81,6 @@ static PartsOf16<count> split_any(__m512 x) {
   }
   return parts;
 }
-// Their sum, from the lowest.
-template <int count, class Part>
-BIGMODEL_INLINE __m512 joined(const Part& part) {
-  __m512 sum = _mm512_castsi512_ps(part(count - 1));
-  for (int p = count - 2; p >= 0; p--) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(part(p)));
-  return sum;
-}
-
 // 32 numbers of a row of A, of which two vectors have the parts, into line `row` of a block.
 template <int count>
 BIGMODEL_INLINE void put_row(Parts<count>* block, int64_t row, const PartsOf16<count>& a, const PartsOf16<count>& b) {
@@ -190,37 +182,13 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
   add_tiles<both>(rows, c, c_stride, accumulate);
 }
 
-// The same by vectors, of any numbers.
-template <int of_a, int of_b>
-static void multiply_joined(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate) {
-  constexpr int64_t most_rows = rows_of<Parts<of_a>>;
-  alignas(64) float left[most_rows][deepest_block], right[deepest_block][panel];
-  for (int64_t k = 0; k < depth; k += split_depth, a += split_depth * most_rows, b += split_depth * panel) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int i = 0; i < 2; i++) {
-        auto part = [&](int p) {
-          const uint16_t* line = part_of(a, p, r / unit_rows) + r % unit_rows * split_depth + i * 16;
-          return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(line))), 16);
-        };
-        _mm512_store_ps(&left[r][k + i * 16], joined<of_a>(part));
-      }
-    for (int64_t pair = 0; pair < split_depth / 2; pair++)
-      for (int half = 0; half < 2; half++) {
-        auto words = [&](int p) { return _mm512_load_si512(part_of(b, p, half) + pair * 32); };
-        auto even = [&](int p) { return _mm512_slli_epi32(words(p), 16); };
-        auto odd = [&](int p) { return _mm512_and_si512(words(p), _mm512_set1_epi32(int(0xffff0000u))); };
-        _mm512_store_ps(&right[k + 2 * pair][half * F32::width], joined<of_b>(even));
-        _mm512_store_ps(&right[k + 2 * pair + 1][half * F32::width], joined<of_b>(odd));
-      }
-  }
-  for (int64_t r = 0; r < rows; r += tile_rows)
-    multiply_rows<Widen<float>>(smaller(tile_rows, rows - r), depth, RowMajorTile{left[r], deepest_block}, right[0], c + r * c_stride, c_stride, accumulate);
-}
+// The same by vectors, of any numbers; of_a and of_b are the parts of each. Seldom called, and compiled once, in split.cpp.
+void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int of_b, const void* b, float* c, int64_t c_stride, bool accumulate);
 
 template <int of_a, int of_b>
 BIGMODEL_INLINE void multiply_split(bool by_unit, int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride,
                                     bool accumulate) {
-  if (!by_unit) return multiply_joined(rows, depth, a, b, c, c_stride, accumulate);
+  if (!by_unit) return multiply_joined(rows, depth, of_a, a, of_b, b, c, c_stride, accumulate);
   (rows > unit_rows ? multiply_parts<true, of_a, of_b> : multiply_parts<false, of_a, of_b>)(rows, depth, a, b, c, c_stride, accumulate);
 }
 

@@ -38,6 +38,18 @@ def test_a_missing_cuda_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         build.cuda(["80", "90a"])
 
 
+def test_an_interpreter_by_another_name_builds_nothing_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules, targets = {"copy": "cp $in $out"}, [("b", "copy", ["a"])]
+    build.write_ninja(tmp_path, rules, targets)
+    before = (tmp_path / "build.ninja").read_text()
+    (tmp_path / "python3").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    build.write_ninja(tmp_path, rules, targets)
+    assert (tmp_path / "build.ninja").read_text() == before
+
+
 def test_a_job_says_what_it_took(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     grow = "x = bytearray(300_000_000); print('grown')"
     status = job.main([str(tmp_path / "a.o"), "--", sys.executable, "-c", grow])

@@ -49,6 +49,17 @@ def test_instruction_sets_of_machines(setup: dict[str, Any], machine: str, sets:
     assert list(setup["instruction_sets"](machine)) == sets
 
 
+def test_every_source_of_a_kernel_is_compiled(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGMODEL_TARGET", "x86_64")
+    _, targets = plan(setup)
+    compiled = {inputs[0] for _, inputs in targets.values() if inputs}
+    folders = [f for f in (ROOT / "csrc").iterdir() if f.name not in ("emulator", "testing")]
+    assert {str(path) for folder in folders for path in folder.glob("*.cpp")} - compiled == set()
+    # What a set shares with the one that it extends is not compiled for it again.
+    assert targets["attention_tile_unit.amx.o"][0] == "amx"
+    assert "attention.avx512.o" in targets and "attention.amx.o" not in targets
+
+
 def test_this_machine_links_its_torch(setup: dict[str, Any]) -> None:
     rules, targets = plan(setup)
     assert rules["link"].startswith("g++ ") and build.torch_flags()[1] in rules["link"]

@@ -1,4 +1,5 @@
-// The attention forward by the tile unit (AMX), in bf16, and in float32 as sums of three bf16 (gemm/split.h).
+// The attention forward by the tile unit (AMX), in bf16, and in float32 as sums of three bf16 (gemm/split.h). Between the products all is
+// float32, but P is rounded to bf16 for P V where inputs are bf16, as in eager.
 //
 //                 K: pairs along depth             V: pairs along keys
 //                +----+----+----+----+            +----+----+
@@ -14,8 +15,9 @@
 // Float32 goes the same way: Q, K and V are split once for a chunk, and P as it is made, beside its S; each product is six. P V is then
 // as exact as with float32 instructions.
 //
-// What a block lacks in rows, depth, keys or columns is there as zeros, so that only whole registers are loaded and stored.
-#pragma once
+// What a block lacks in rows, depth, keys or columns is there as zeros, so that only whole registers are loaded and stored. Chunks that are
+// too small to gain by this are left to the vectors (cpu.cpp).
+#include "forward.h"
 #include "parts.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -414,6 +416,33 @@ struct UnitChunk {
   }
 };
 
+template <class T>
+void attention_of(const Runtime& runtime, const AttentionArgs& args) {
+  const Attention of = {runtime, args};
+  each_chunk(of, 1024, [&](const Attention::Sequence& s, int64_t first, int64_t count) {
+    const int64_t rows = count * of.group;
+    const bool few = rows <= direct_rows;
+    if (few || !Operands<T>::worthwhile(rows, s.keys))
+      return rest::attention_chunk(runtime, args, s.batch, s.kv_head, first, count, few || __is_same(T, bf16));
+    const TileUnit registers;
+    UnitChunk<T> c{of, s, first, count};
+    c.run();
+    for (int64_t row = 0; row < rows; row++)
+      finish_row<T>(of, s, of.query_of(first, row), of.head_of(s, row), c.output + row * c.padded, c.statistics[row].sum,
+                    c.statistics[row].maximum * of.unit);
+  });
+}
+
 }  // namespace
+
+void attention(const Runtime& runtime, const AttentionArgs& args) {
+  // Few rows in every chunk: decoding.
+  if (args.query_length * (args.heads / args.kv_heads) <= direct_rows) return rest::attention(runtime, args);
+  switch (args.dtype) {
+    case Dtype::float32: return attention_of<float>(runtime, args);
+    case Dtype::bfloat16: return attention_of<bf16>(runtime, args);
+    case Dtype::float16: return rest::attention(runtime, args);
+  }
+}
 
 }  // namespace bigmodel::BIGMODEL_ISA

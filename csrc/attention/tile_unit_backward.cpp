@@ -4,7 +4,9 @@
 //   S = Q K^T    dP = dO V^T             a row of 32 x 32 blocks for each 32 rows of the chunk
 //   dV^T += dO^T P    dK^T += Q^T dS     P and dS as they lie are what the unit takes on the right, and only the chunk's rows, which all
 //   dQ += dS K                           keys meet, are turned over; the sums of a task are turned back at its end
-#pragma once
+//
+// Tasks that are too small to gain by this are left to the vectors (backward.cpp).
+#include "backward.h"
 #include "parts.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -148,6 +150,24 @@ struct UnitProducts {
   template <class Store> void value_gradient(const Store& store) const { turn_back(value_grad, store); }
 };
 
+template <class T>
+void backward_of(const Runtime& runtime, const AttentionBackwardArgs& args) {
+  using Products = UnitProducts<__is_same(T, float) ? 3 : 1, __is_same(T, float) ? 3 : 2>;
+  const Backward<T> of = {{{runtime, args.forward}, args}};
+  of.each_task([&](const Attention::Sequence& s) {
+    if (Products::worthwhile(s.queries * of.group, s.keys)) of.task(s, Products{runtime, of.depth, s.keys});
+    else rest::attention_backward_task(runtime, args, s.batch, s.kv_head);
+  });
+}
+
 }  // namespace
+
+void attention_backward(const Runtime& runtime, const AttentionBackwardArgs& args) {
+  switch (args.forward.dtype) {
+    case Dtype::float32: return backward_of<float>(runtime, args);
+    case Dtype::bfloat16: return backward_of<bf16>(runtime, args);
+    case Dtype::float16: return rest::attention_backward(runtime, args);
+  }
+}
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -71,14 +71,16 @@ struct LayerParts {
   const OptionalTensor& b_in;
   const Tensor& out;
   const OptionalTensor& b_out;
-  const OptionalTensor &gate, &b_gate;  // of a gated feed-forward
-  static constexpr size_t count = 14;
-  double attention_norm_eps, norm_eps;
+  const OptionalTensor &gate, &b_gate;        // of a gated feed-forward
+  const OptionalTensor &query_norm, &key_norm;  // RMSNorms of heads
+  static constexpr size_t count = 16;
+  double attention_norm_eps, norm_eps, head_norm_eps;
+  static constexpr size_t epsilons = 3;
 };
 
 // A token's layer, norms before its halves: its keys and values become the ones behind the first `length` of the buffers
 // (batch, kv_heads, room, head_dim), and what it attends to are all up to these. With `cos` and `sin` (1 or batch, 1, angles) queries and
-// keys are turned (rotary embedding).
+// keys are turned (rotary embedding), after the norms of heads.
 Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
                 const OptionalTensor& cos, const OptionalTensor& sin, double softmax_scale, const Text& norm_kind, const Text& activation) {
   check_cpu(x, "x");
@@ -120,7 +122,19 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
     heads[i] = rows + (i == 0 ? 0 : queries + (i - 1) * args.kv_heads * args.head_dim) * element;
     row[i] = features * element;
   }
-  Tensor turned[2] = {x, x};
+  Tensor held[4] = {x, x, x, x};  // what heads point into
+  for (int i = 0; i < 2; i++) {
+    const OptionalTensor& weight = i ? w.key_norm : w.query_norm;
+    if (!weight) continue;
+    const int64_t count = i ? args.kv_heads : args.heads, width = count * args.head_dim;
+    const NormArgs norm = norm_args(weight, {}, w.head_norm_eps, x.scalar_type(), args.head_dim, NormKind::rms_norm, 0.0, "");
+    held[i] = empty_rows_like(x, width);
+    char* out = static_cast<char*>(held[i].mutable_data_ptr());
+    for (int64_t b = 0; b < args.batch; b++)
+      kernels().layer_norm(runtime(), {args.dtype, count, args.head_dim, heads[i] + b * row[i], nullptr, norm, out + b * width * element, {}});
+    heads[i] = out;
+    row[i] = width * element;
+  }
   if (cos) {
     RotaryArgs rotary = {.dtype = args.dtype, .batch = args.batch, .rows = 1, .head_dim = args.head_dim, .angles_dtype = dtype_of(*cos, "cos"),
                          .angles = cos->size(cos->dim() - 1), .interleaved = false};
@@ -132,11 +146,11 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
     for (int i = 0; i < 2; i++) {
       rotary.heads[i] = i ? args.kv_heads : args.heads;
       rotary.x[i] = heads[i];
-      rotary.stride[i][0] = rotary.stride[i][2] = features;
+      rotary.stride[i][0] = rotary.stride[i][2] = row[i] / element;
       rotary.stride[i][1] = args.head_dim;
-      turned[i] = empty_rows_like(x, rotary.heads[i] * args.head_dim);
-      rotary.out[i] = turned[i].mutable_data_ptr();
-      heads[i] = static_cast<const char*>(turned[i].const_data_ptr());
+      held[2 + i] = empty_rows_like(x, rotary.heads[i] * args.head_dim);
+      rotary.out[i] = held[2 + i].mutable_data_ptr();
+      heads[i] = static_cast<const char*>(held[2 + i].const_data_ptr());
       row[i] = rotary.heads[i] * args.head_dim * element;
     }
     if (args.batch > 0) kernels().rotary(runtime(), rotary);
@@ -157,16 +171,23 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
   return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, w.gate, w.b_gate, {}, norm_kind, 0.0);
 }
 
-// The layers of `parts`, LayerParts' tensors layer by layer, and `epsilons`, its two: body(layer, i) for each.
+// How many layers `epsilons` are for, the three of each.
+size_t layers_of(const std::vector<double>& epsilons) {
+  STD_TORCH_CHECK(epsilons.size() % LayerParts::epsilons == 0, "epsilons: ", epsilons.size(), " must be ", LayerParts::epsilons, " for each layer");
+  return epsilons.size() / LayerParts::epsilons;
+}
+
+// The layers of `parts`, LayerParts' tensors layer by layer: body(layer, i) for each.
 template <class Body>
 void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<double>& epsilons, const Body& body) {
-  const size_t layers = epsilons.size() / 2;
-  STD_TORCH_CHECK(epsilons.size() == 2 * layers && parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ",
-                  LayerParts::count, " for every two of ", epsilons.size(), " epsilons");
+  const size_t layers = layers_of(epsilons);
+  STD_TORCH_CHECK(parts.size() == layers * LayerParts::count, "parts: ", parts.size(), " tensors must be ", LayerParts::count, " for each of ", layers,
+                  " layers that epsilons are for");
   for (size_t i = 0; i < layers; i++) {
     const OptionalTensor* p = &parts[i * LayerParts::count];
+    const double* eps = &epsilons[i * LayerParts::epsilons];
     for (int weight : {2, 4, 8, 10}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
-    body(LayerParts{p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], p[12], p[13], epsilons[2 * i], epsilons[2 * i + 1]}, i);
+    body(LayerParts{p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], p[12], p[13], p[14], p[15], eps[0], eps[1], eps[2]}, i);
   }
 }
 
@@ -174,9 +195,9 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
                   OptionalTensor key_padding_mask, OptionalTensor cos, OptionalTensor sin, std::vector<double> softmax_scales, Text norm_kind, Text activation) {
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
-  const size_t layers = epsilons.size() / 2;
-  STD_TORCH_CHECK(softmax_scales.size() == layers, "softmax_scales: ", softmax_scales.size(), " must be one for every two of ", epsilons.size(), " epsilons");
-  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for every two of ", epsilons.size(), " epsilons");
+  const size_t layers = layers_of(epsilons);
+  STD_TORCH_CHECK(softmax_scales.size() == layers, "softmax_scales: ", softmax_scales.size(), " must be one for each of ", layers, " layers");
+  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for each of ", layers, " layers");
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
     x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, cos, sin, softmax_scales[i], norm_kind, activation);
   });
@@ -191,6 +212,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   STD_TORCH_CHECK(x.dim() == rank, "x: shape ", shape_of(x), " must have ", rank, " dimensions");
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
     Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
+    STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "parts: an encoder's heads have no norms");
     const int64_t features = qkv.size(rank - 1), heads = head_dim < 1 ? 0 : features / head_dim / 3;
     STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
     std::vector<int64_t> shape(qkv.sizes().begin(), qkv.sizes().end());

@@ -147,6 +147,11 @@ class LayerParts(NamedTuple):
     ffn_eps: float
     ffn_p: float
     unfused: Callable[[Tensor], Tensor]
+    head_norms: tuple[Tensor | None, Tensor | None] = (
+        None,
+        None,
+    )  # RMSNorms of queries and keys, head by head
+    head_eps: float = 0.0
 
 
 class DecoderParts(NamedTuple):

@@ -264,7 +264,7 @@ def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
     kin = stack[0].kin
     if x.shape[1] != 1 or given.cos.dtype not in (x.dtype, torch.float32):
         return None
-    if kin.norms != Norms() or kin.offset or kin.head_norms or kin.softcap or kin.sinks or kin.once:
+    if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
         return None
     layers = []
     for layer in stack:
@@ -298,7 +298,13 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         return None
     projections = attention.__dict__["_modules"]
     qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
-    if any(isinstance(part, nn.Module) for part in qkv):
+    heads = [
+        scale_of(attention.__dict__["_modules"][f"{name}_norm"], dtype) for name in "qk" if kin.head_norms
+    ]
+    if any(isinstance(part, nn.Module) for part in qkv) or None in heads or kin.head_norms == "features":
+        return None
+    head_norms: Any = tuple(heads) or (Scale(None, 0.0, 0.0),) * 2  # type: ignore[arg-type]
+    if head_norms[0].eps != head_norms[1].eps:
         return None
     return LayerParts(
         qkv=qkv,
@@ -313,6 +319,8 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         ffn_eps=second.eps,
         ffn_p=w.ffn_p,
         unfused=w.unfused,
+        head_norms=(head_norms[0].weight, head_norms[1].weight),
+        head_eps=head_norms[0].eps,
     )
 
 

@@ -325,7 +325,9 @@ def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor |
         parts += (next(weights), _affine(w.attention_out)[1], *_affine(w.ffn_norm))
         parts += (next(weights), ffn.w_in.bias, next(weights), ffn.w_out.bias)
         parts += (None, None) if ffn.w_gate is None else (next(weights), ffn.w_gate.bias)
-    return [contiguous(part) for part in parts], [e for w in layers for e in (w.attention_eps, w.ffn_eps)]
+        parts += w.head_norms
+    epsilons = [eps for w in layers for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
+    return [contiguous(part) for part in parts], epsilons
 
 
 def _activation(w: LayerParts) -> str:

@@ -421,6 +421,10 @@ def layer_parts(
     return parts if gated else [*parts, None, None]
 
 
+def head_norms(i: Inputs, head_dim: int) -> list[Any]:
+    return [i.tensor(head_dim), i.tensor(head_dim)] if i.chance() else [None, None]
+
+
 def layers(i: Inputs) -> dict[str, Any]:
     """A token for each of a batch, through layers with room for it in their keys and values."""
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
@@ -435,9 +439,12 @@ def layers(i: Inputs) -> dict[str, Any]:
         "parts": [
             part
             for _ in range(count)
-            for part in layer_parts(i, hidden, i.size(), heads * head_dim, features, None, kind)
+            for part in (
+                *layer_parts(i, hidden, i.size(), heads * head_dim, features, None, kind),
+                *head_norms(i, head_dim),
+            )
         ],
-        "epsilons": [1e-5] * (2 * count),
+        "epsilons": [1e-5] * (3 * count),
         "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
         "length": length,
         "key_padding_mask": mask if i.chance() else None,
@@ -462,11 +469,12 @@ def encoder(i: Inputs) -> dict[str, Any]:
         "parts": [
             part
             for _ in range(count)
-            for part in layer_parts(
-                i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True, "layer_norm"
+            for part in (
+                *layer_parts(i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True, "layer_norm"),
+                *(None, None),
             )
         ],
-        "epsilons": [1e-5] * (2 * count),
+        "epsilons": [1e-5] * (3 * count),
         "head_dim": head_dim,
         "lengths": ends if packed else None,
         "longest": length,

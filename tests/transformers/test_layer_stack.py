@@ -21,6 +21,8 @@ from transformers import (
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -47,6 +49,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: build(GPT2LMHeadModel, gpt2_config()),
     "llama": lambda: build(LlamaForCausalLM, LlamaConfig(**SIZE, **HEADS)),
     "qwen2": lambda: build(Qwen2ForCausalLM, Qwen2Config(**SIZE, **HEADS)),
+    "qwen3": lambda: build(Qwen3ForCausalLM, Qwen3Config(**SIZE, **HEADS, head_dim=8)),
     "opt": lambda: build(OPTForCausalLM, OPTConfig(**OPT)),
     "mistral": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=None)),
 }
@@ -132,8 +135,8 @@ def _feed_forward(layer: Any) -> Any:
 def _replace_a_projection(layer: Any) -> None:
     attention = layer.attn if hasattr(layer, "attn") else layer.self_attn
     name = next(name for name in ("c_proj", "o_proj", "out_proj") if hasattr(attention, name))
-    features = getattr(attention, name).weight.shape[0]
-    setattr(attention, name, type("Other", (torch.nn.Linear,), {})(features, features))
+    out, features = getattr(attention, name).weight.shape
+    setattr(attention, name, type("Other", (torch.nn.Linear,), {})(features, out))
 
 
 WATCHED: dict[str, Callable[[Any], Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.qwen3 import modeling_qwen3 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Qwen3", head_norms="heads")
@@ -23,6 +23,10 @@ class BigmodelQwen3MLP(llama_like.MLP, hf.Qwen3MLP, kin=KIN):
 
 
 class BigmodelQwen3DecoderLayer(llama_like.Layer, hf.Qwen3DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelQwen3Model(layer_stack.Model, hf.Qwen3Model, kin=KIN):
     pass
 
 

@@ -300,7 +300,7 @@ def encoded(
 
 def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
     return (
-        x.is_cpu
+        not _on_gpu(x)
         and len(layers) > 0
         and lacking(op, x.dtype) is None
         and not torch.is_grad_enabled()

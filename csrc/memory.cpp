@@ -47,7 +47,7 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int6
 namespace bigmodel {
 namespace {
 
-class Blocks;   // of results
+class Blocks;  // of results
 class PackedWeights;
 
 constexpr size_t smallest = size_t(256) << 10;  // what is smaller does not make the heap's end move
@@ -165,11 +165,10 @@ class PackedWeights {
     if (size > size_t(end_ - next_)) {
       const Slab slab = new_slab(size);
       if (slab.begin == nullptr) return nullptr;
-      next_ = slab.begin;
+      last_ = next_ = slab.begin;
       end_ = slab.end;
-      slabs_[slab.begin] = 0;
     }
-    slab_of(next_)->second++;
+    slabs_[last_]++;
     char* block = next_;
     next_ += size;
     return block;
@@ -178,9 +177,9 @@ class PackedWeights {
   void give(void* block, size_t size) {
     std::lock_guard<std::mutex> guard(lock_);
     give_pages_back(block, size);
-    const auto slab = slab_of(static_cast<char*>(block));
+    const auto slab = std::prev(slabs_.upper_bound(static_cast<char*>(block)));
     if (--slab->second > 0) return;
-    if (slab == slab_of(end_ - 1)) next_ = end_ = nullptr;
+    if (slab->first == last_) last_ = next_ = end_ = nullptr;
     std::free(slab->first);
     slabs_.erase(slab);
   }
@@ -188,11 +187,9 @@ class PackedWeights {
   std::mutex& lock() { return lock_; }
 
  private:
-  std::map<char*, int64_t>::iterator slab_of(char* block) { return std::prev(slabs_.upper_bound(block)); }
-
   std::mutex lock_;
-  std::map<char*, int64_t> slabs_;         // by their beginnings, with the weights that each has
-  char *next_ = nullptr, *end_ = nullptr;  // of the last slab, what is not yet used
+  std::map<char*, int64_t> slabs_;                           // by their beginnings, with the weights that each has
+  char *last_ = nullptr, *next_ = nullptr, *end_ = nullptr;  // the last slab, and what of it is not yet used
 };
 
 // Never destroyed: tensors may outlive everything. A child of fork() finds it unlocked.

@@ -472,19 +472,24 @@ Tensor cpu_embedding(Tensor input_ids, Tensor word_weight, OptionalTensor positi
   return out;
 }
 
-std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: must have 4 dimensions");
-  STD_TORCH_CHECK(cos.dim() == 3, "cos: shape ", shape_of(cos), " must have three dimensions");
-  RotaryArgs args = {.dtype = dtype_of(query, "query"), .batch = query.size(0), .rows = query.size(2), .head_dim = query.size(3),
-                     .angles_dtype = dtype_of(cos, "cos"), .angles = cos.size(cos.dim() - 1), .interleaved = interleaved};
-  const int64_t batch = args.batch, rows = args.rows, dim = args.head_dim, angles = args.angles;
-  STD_TORCH_CHECK(key.size(0) == batch && key.size(2) == rows && key.size(3) == dim, "key: shape ", shape_of(key), " does not fit query's ",
-                  shape_of(query));
-  STD_TORCH_CHECK((cos.size(0) == batch || cos.size(0) == 1) && cos.size(1) == rows && angles <= dim / 2, "cos: shape ",
-                  shape_of(cos), " does not fit query's ", shape_of(query));
+void set_angles(RotaryArgs& args, const Tensor& cos, const Tensor& sin) {
+  const bool fits = cos.dim() == 3 && (cos.size(0) == args.batch || cos.size(0) == 1) && cos.size(1) == args.rows && cos.size(2) <= args.head_dim / 2;
+  STD_TORCH_CHECK(fits, "cos: shape ", shape_of(cos), " must be (1 or ", args.batch, ", ", args.rows, ", angles), with at most ", args.head_dim / 2, " angles");
+  args.angles = cos.size(2);
+  args.angles_dtype = dtype_of(cos, "cos");
   args.shared_angles = cos.size(0) == 1;
   args.cosine = data_of(cos, "cos", cos.scalar_type(), cos.numel());
   args.sine = data_of(sin, "sin", cos.scalar_type(), cos.numel());
+}
+
+std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: must have 4 dimensions");
+  RotaryArgs args = {.dtype = dtype_of(query, "query"), .batch = query.size(0), .rows = query.size(2), .head_dim = query.size(3),
+                     .interleaved = interleaved};
+  const int64_t batch = args.batch, rows = args.rows, dim = args.head_dim;
+  STD_TORCH_CHECK(key.size(0) == batch && key.size(2) == rows && key.size(3) == dim, "key: shape ", shape_of(key), " does not fit query's ",
+                  shape_of(query));
+  set_angles(args, cos, sin);
   Tensor results[2] = {query, key};
   for (int i = 0; i < 2; i++) {
     const Tensor& x = i ? key : query;

@@ -136,13 +136,8 @@ Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& valu
     row[i] = width * element;
   }
   if (cos) {
-    RotaryArgs rotary = {.dtype = args.dtype, .batch = args.batch, .rows = 1, .head_dim = args.head_dim, .angles_dtype = dtype_of(*cos, "cos"),
-                         .angles = cos->size(cos->dim() - 1), .interleaved = false};
-    STD_TORCH_CHECK(cos->dim() == 3 && (cos->size(0) == args.batch || cos->size(0) == 1) && cos->size(1) == 1 && rotary.angles <= args.head_dim / 2,
-                    "cos: shape ", shape_of(*cos), " must be (1 or ", args.batch, ", 1, angles), with at most ", args.head_dim / 2, " angles");
-    rotary.shared_angles = cos->size(0) == 1;
-    rotary.cosine = data_of(*cos, "cos", cos->scalar_type(), cos->numel());
-    rotary.sine = data_of(sin, "sin", cos->scalar_type(), cos->numel());
+    RotaryArgs rotary = {.dtype = args.dtype, .batch = args.batch, .rows = 1, .head_dim = args.head_dim, .interleaved = false};
+    set_angles(rotary, *cos, *sin);
     for (int i = 0; i < 2; i++) {
       rotary.heads[i] = i ? args.kv_heads : args.heads;
       rotary.x[i] = heads[i];
@@ -211,8 +206,8 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   const int64_t rank = lengths ? 2 : 3;
   STD_TORCH_CHECK(x.dim() == rank, "x: shape ", shape_of(x), " must have ", rank, " dimensions");
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
-    Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
     STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "parts: an encoder's heads have no norms");
+    Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
     const int64_t features = qkv.size(rank - 1), heads = head_dim < 1 ? 0 : features / head_dim / 3;
     STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
     std::vector<int64_t> shape(qkv.sizes().begin(), qkv.sizes().end());

@@ -67,6 +67,9 @@ Tensor empty_rows_like(const Tensor& x, int64_t columns);
 // For a packed weight, of bytes; in large pages too.
 Tensor empty_weight(size_t bytes);
 
+// Cosines and sines (1 or batch, rows, angles) of args, which has the rest.
+void set_angles(RotaryArgs& args, const Tensor& cos, const Tensor& sin);
+
 // The options of attention, by the names and in the order of the operator.
 struct AttentionOptions {
   OptionalTensor key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks;

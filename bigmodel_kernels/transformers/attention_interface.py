@@ -310,6 +310,12 @@ def visibility(
     return result
 
 
+def own_window(attention: Any) -> int | None:
+    """The sliding window of an attention, or that of its config; None for all keys."""
+    config = attention.__dict__.get("config")
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+
+
 def _window_of(mask: Tensor, window: int | None) -> int:
     """That of a mask of three dimensions, which rides along, or else the layer's own."""
     found: int | None = getattr(mask, _WINDOW, window)

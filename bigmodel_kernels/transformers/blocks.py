@@ -133,6 +133,7 @@ class LayerParts(NamedTuple):
     `attention_p`, `context_p` and `ffn_p` are the dropout of the probabilities, of the attention's output and
     of the feed-forward's; 0 outside training. `unfused` is the feed-forward by the layer's own modules, for a
     `ffn` of None: post-norm with residual and norm, pre-norm from the normalised input without them.
+    `head_norms` are weights of RMSNorms of queries and of keys, head by head.
     """
 
     qkv: tuple[Part, ...]
@@ -147,10 +148,7 @@ class LayerParts(NamedTuple):
     ffn_eps: float
     ffn_p: float
     unfused: Callable[[Tensor], Tensor]
-    head_norms: tuple[Tensor | None, Tensor | None] = (
-        None,
-        None,
-    )  # RMSNorms of queries and keys, head by head
+    head_norms: tuple[Tensor | None, Tensor | None] = (None, None)
     head_eps: float = 0.0
 
 

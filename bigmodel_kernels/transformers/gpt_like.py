@@ -46,12 +46,7 @@ from bigmodel_kernels.transformers import (
 )
 from bigmodel_kernels.transformers.blocks import DecoderParts, FeedForward, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
-from bigmodel_kernels.transformers.generic import (
-    BigmodelLayerNorm,
-    BigmodelLinear,
-    Form,
-    is_form,
-)
+from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
 
 def head_by_head(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
@@ -191,7 +186,7 @@ class Attention(Form):
         self, query: Tensor, key: Tensor, value: Tensor, given: Given, told: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         scale = self.kin.scale(self)
-        window = getattr(self, "sliding_window", getattr(self.__dict__.get("config"), "sliding_window", None))
+        window = attention_interface.own_window(self)
         if given.packing is not None:
             args = (given.mask, given.packing, scale, given.dropout_p, window)
             out = attention_interface.packed_attention(query, key, value, *args)
@@ -267,15 +262,13 @@ class Layer(Form):
     """The whole layer, norms and sums in the calls of its halves."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        stack = layer_stack.current()
-        if stack is not None and stack.hands_on(self, hidden_states):
+        if layer_stack.handed_on(self, hidden_states):
             return (hidden_states, None) if self.kin.gives_weights else hidden_states
         attention, given, parts = _attention_of(self), None, None
         if attention is not None:
             given = _given(attention, args, kwargs)
-        if stack is not None and given is not None and given.cache is not None and given.told is None:
-            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
-            out = None if asked else stack.run(self, partial(_token, hidden_states, given))
+        if given is not None and given.told is None and given.cache is not None:
+            out = layer_stack.result(self, kwargs, partial(_token, hidden_states, given))
             if out is not None:
                 return (out, None) if self.kin.gives_weights else out
         if given is not None and not attention_interface.wants_attentions(kwargs):
@@ -346,9 +339,7 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
     kin, attention = layer.kin, _attention_of(layer)
     if attention is None or kin.order(layer) != "pre" or len(kin.qkv) != 3 or kin.linear is not nn.Linear:
         return None
-    window = getattr(
-        attention, "sliding_window", getattr(attention.__dict__.get("config"), "sliding_window", None)
-    )
+    window = attention_interface.own_window(attention)
     w, p = layer._parts(attention, dtype), checks.probability(attention, kin.attention_dropout_of(attention))
     if w is None or p is None or w.ffn_norm is None or window is not None or kin.repeats(attention) != 1:
         return None

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels.transformers import whole_layer
+from bigmodel_kernels.transformers import attention_interface, whole_layer
 from bigmodel_kernels.transformers.blocks import LayerParts
 from bigmodel_kernels.transformers.families import Rule
 from bigmodel_kernels.transformers.generic import Form, stands_for
@@ -49,15 +49,6 @@ class Stack:
             self.given = None
         return True
 
-    def run(
-        self, layer: nn.Module, all_layers: Callable[[Sequence[nn.Module]], Tensor | None]
-    ) -> Tensor | None:
-        """The result of all of them, if this is the first and `all_layers` can say."""
-        if len(self.layers) < 2 or self.layers[0] is not layer:
-            return None
-        self.given, self.next = all_layers(self.layers), 1
-        return self.given
-
 
 class _Running(threading.local):
     stack: Stack | None = None
@@ -69,6 +60,27 @@ _running = _Running()
 def current() -> Stack | None:
     """That of the model that this thread is in; none under torch.compile, which traces each layer."""
     return None if torch.compiler.is_compiling() else _running.stack
+
+
+def handed_on(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the work of this layer on x has been done: x is its result."""
+    stack = current()
+    return stack is not None and stack.hands_on(layer, x)
+
+
+def result(
+    layer: nn.Module, kwargs: dict[str, Any], all_layers: Callable[[Sequence[nn.Module]], Tensor | None]
+) -> Tensor | None:
+    """The result of all layers, if this is the first, nobody asks for what is between, and `all_layers` can
+    say.
+    """
+    stack = current()
+    if stack is None or len(stack.layers) < 2 or stack.layers[0] is not layer:
+        return None
+    if attention_interface.collected() or attention_interface.wants_attentions(kwargs):
+        return None
+    stack.given, stack.next = all_layers(stack.layers), 1
+    return stack.given
 
 
 @contextmanager
@@ -101,9 +113,8 @@ class Model(Form):
         stands_for(cls.__bases__[1])(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
-            return super().__call__(*args, **kwargs)
-        if "forward" in self.__dict__:
+        graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        if graph or self.training or "forward" in self.__dict__:
             return super().__call__(*args, **kwargs)
         with running(getattr(self, self.at)[: self.config.num_hidden_layers]):
             return super().__call__(*args, **kwargs)

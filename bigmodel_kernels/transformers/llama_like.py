@@ -162,7 +162,7 @@ class Attention(Form):
             softcap=self.attn_logit_softcapping if self.kin.softcap else None,
             s_aux=self.sinks if self.kin.sinks else None,
             is_causal=given.is_causal,
-            sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
+            sliding_window=attention_interface.own_window(self),
             output_attentions=given.output_attentions,
             **told,
         )
@@ -216,15 +216,13 @@ class Layer(Form):
     """The whole layer, norms and sums in the calls of its halves where the operators have them."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stack = layer_stack.current()
-        if stack is not None and stack.hands_on(self, hidden_states):
+        if layer_stack.handed_on(self, hidden_states):
             return hidden_states
         attention, given = self.__dict__["_modules"]["self_attn"], None
         if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)
-        if stack is not None and given is not None and given.told is None and given.cache is not None:
-            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
-            out = None if asked else stack.run(self, partial(_token, hidden_states, given))
+        if given is not None and given.told is None and given.cache is not None:
+            out = layer_stack.result(self, kwargs, partial(_token, hidden_states, given))
             if out is not None:
                 return out
         if given is None or attention_interface.wants_attentions(kwargs) or not self._drops_plainly():
@@ -290,7 +288,7 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         not is_form(attention, kin.attention)
         or len(kin.qkv) != 3
         or not getattr(attention, "use_rope", True)
-        or getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) is not None
+        or attention_interface.own_window(attention) is not None
         or w.multiplier != 1
         or first is None
         or second is None

@@ -252,7 +252,7 @@ def token(
     if any(room.length != length for room in rooms):
         return None
     if mask is not None:
-        if mask.dim() != 2 or mask.shape != (batch, length + 1):
+        if mask.shape != (batch, length + 1):
             return None
         mask = mask.to(torch.bool).contiguous()
     parts = _all_parts([w for w, _ in layers], layout)
@@ -268,7 +268,7 @@ def token(
     return out  # type: ignore[no-any-return]
 
 
-#: With more rows Python is a small part, and a call that nobody can interrupt a long one.
+#: Of `encoded`: with more Python is a small part, and a call that nobody can interrupt a long one.
 MOST_ROWS = 512
 
 
@@ -280,12 +280,12 @@ def encoded(
     lengths: Tensor | None,
     longest: int,
 ) -> Tensor | None:
-    """The result of layers one behind the other, norms behind their halves, on few rows of an encoder.
+    """The result of layers one behind the other, norms behind their halves, on rows of an encoder.
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
     (`blocks.Terms`). None for what it does not take.
     """
-    if x.shape[:-1].numel() > MOST_ROWS or not _takes_all(x, layers, "cpu_encoder"):
+    if not _takes_all(x, layers, "cpu_encoder"):
         return None
     if any(w.head_dim != layers[0].head_dim for w in layers) or x.dim() != (3 if lengths is None else 2):
         return None

@@ -8,7 +8,7 @@ namespace bigmodel::BIGMODEL_ISA {
 // most `most_units` row blocks, whose chunk of C stays in the caches; more parts are made where columns alone would not go round among the
 // threads. Chunks get ever shorter towards the end, so that threads finish together even when one of them is held up (guided
 // self-scheduling, Polychronopoulos & Kuck, 1987). With one or two tiles of rows the time is that of reading the weight, which goes fastest
-// in one run per thread.
+// in one run: three quarters of it are dealt out so, and what is left is shared.
 inline constexpr int64_t widest_chunk = panel_group / 2;
 template <int64_t tile_rows>
 struct CutBy {

@@ -150,9 +150,8 @@ struct Left {
   }
   int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
   bool single_row() const { return __is_same(A, float) && m == 1; }
-  A* at(int64_t begin, int64_t tile) const {
-    return single_row() ? packed + begin : packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * tile_rows;
-  }
+  int64_t step_rows() const { return single_row() ? 1 : tile_rows; }  // elements from step to step
+  A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * step_rows(); }
   uint8_t& mark(int64_t begin, int64_t tile) const { return marks[begin / depth_block * ceil_div(m, tile_rows) + tile]; }
 };
 
@@ -212,8 +211,8 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
       if constexpr (splits<Step>) {
         for (int64_t i = 0; i < smaller(tile_rows, rows - r); i++) split_row_left(left, row + r + i, begin, step - begin, here, source + i * x_stride);
       } else {
-        auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * tile_rows;
-        if (left.single_row()) memcpy(target - (step - begin) * (tile_rows - 1), source, size_t(here) * sizeof(float));
+        auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * left.step_rows();
+        if (left.single_row()) memcpy(target, source, size_t(here) * sizeof(float));
         else if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
         else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
       }

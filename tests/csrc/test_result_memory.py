@@ -112,12 +112,21 @@ def test_what_waits_can_be_asked_back() -> None:
     torch.testing.assert_close(result(), torch.ones(256, 64) @ WEIGHT.t())
 
 
-def test_memory_that_is_no_longer_needed_goes_back_to_the_system() -> None:
-    """In a process of its own, whose memory is nobody else's."""
-    script = (
+def printed_by(script: str) -> list[int]:
+    """The numbers that it prints in a process of its own, where resident() is its memory in MB."""
+    before = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import torch, bigmodel_kernels as bk\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+    )
+    command = [sys.executable, "-c", before + script, str(Path(__file__).resolve().parents[2])]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [int(number) for number in out.split()]
+
+
+def test_memory_that_is_no_longer_needed_goes_back_to_the_system() -> None:
+    """In a process of its own, whose memory is nobody else's."""
+    script = (
         "x, w = torch.ones(256, 16), torch.ones(1024, 16)\n"
         "bk.linear(x, w)\n"
         "before = resident()\n"
@@ -128,11 +137,7 @@ def test_memory_that_is_no_longer_needed_goes_back_to_the_system() -> None:
         "for _ in range(60): bk.linear(x, w)\n"
         "print(most - before, freed - before, resident() - before)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=True
-    ).stdout
-    most, freed, later = map(int, out.split())
+    most, freed, later = printed_by(script)
     assert 380 < most < 480  # 400 of a megabyte
     assert freed > most - 20  # it waits for the next ones
     assert later < 100  # which need no more than `least`, 64 MB
@@ -141,9 +146,6 @@ def test_memory_that_is_no_longer_needed_goes_back_to_the_system() -> None:
 def test_packed_weights_lie_one_behind_the_other() -> None:
     """In a process of its own: where a slab ends the next weight is in another."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, bigmodel_kernels as bk\n"
-        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
         "pack = lambda n: torch.ops.bigmodel.cpu_pack_weight([w[:n]], 'linear')\n"
         "w, x = torch.randn(1024, 256), torch.ones(2, 256)\n"
         "bk.linear(x, w)\n"
@@ -158,11 +160,7 @@ def test_packed_weights_lie_one_behind_the_other() -> None:
         "del half\n"
         "print(sum(gap == 0 for gap in gaps), most - before, freed - before, resident() - before)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=True
-    ).stdout
-    together, most, half, none = map(int, out.split())
+    together, most, half, none = printed_by(script)
     assert together >= 190  # four slabs of 64 MB
     assert 180 < most < 230 and half < 0.6 * most and none < 20
 

@@ -17,6 +17,7 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,12 @@ class BigmodelGPT2Block(hf.GPT2Block):
     """The whole block in five calls, or two."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        stack = layer_stack.current()
-        if stack is not None and stack.hands_on(self, hidden_states):
+        if layer_stack.handed_on(self, hidden_states):
             return hidden_states
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
-        if plain and told is None and cache is not None and stack is not None:
-            asked = attention_interface.collected() or attention_interface.wants_attentions(kwargs)
-            out = None if asked else stack.run(self, lambda all_: _token(hidden_states, all_, cache, mask))
+        if plain and told is None and cache is not None:
+            out = layer_stack.result(self, kwargs, partial(_token, hidden_states, cache, mask))
             if out is not None:
                 return out
         if plain and told is None:  # in continuous batching its own code calls the patched parts
@@ -202,7 +201,7 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     )
 
 
-def _token(x: Tensor, stack: Sequence[Any], cache: Any, mask: Any) -> Tensor | None:
+def _token(x: Tensor, cache: Any, mask: Any, stack: Sequence[Any]) -> Tensor | None:
     """The result of all blocks for one token of each sequence, or None (see `whole_layer.token`)."""
     if x.shape[1] != 1 or checks.watched_globally():
         return None

@@ -178,12 +178,14 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
   const int64_t chain = one_number ? longest_chain(m, steps) : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
-  auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next) {
+  // `left_next`: the part of A that comes after, which is asked for if it is split: then it is too large for L2.
+  auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next,
+                 [[maybe_unused]] const LinesAhead& left_next = {}) {
     const int64_t depth = left.depth(begin), count = last - tile, bytes = next ? ceil_div(row_bytes<B>, count) : 0;
     for (int64_t i = 0; i < count; i++) {
       if constexpr (splits<Step>) {
         multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
-                       c + i * tile_rows * c_stride, c_stride, begin > 0);
+                       c + i * tile_rows * c_stride, c_stride, begin > 0, left_next.share(i, count));
       } else {
         constexpr auto multiply_step = [] {
           if constexpr (Step::k_per_step == 1) return rest::multiply_tile_ahead<B>;
@@ -222,10 +224,14 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
         const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
+        const bool more = last < piece.last_tile;
+        const int64_t tile_next = more ? last : piece.first_tile, begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0;
+        const LinesAhead left_next = left.lines(begin_next, tile_next, smaller(piece.last_tile, tile_next + Cut::part_unit));
         for (int64_t p = 0; p < panels; p++) {
           const B* b = chunk.first + p * chunk.stride;
           const bool ask = Right::packed && tile == piece.first_tile;
-          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr);
+          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr,
+              left_next.share(p, panels));
         }
         if (begin + depth_block < steps) continue;
         const int64_t row = tile * tile_rows;

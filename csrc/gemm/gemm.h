@@ -97,6 +97,16 @@ struct Ahead {
 template <class B> inline constexpr int64_t row_bytes = panel * int64_t(sizeof(B));
 template <class B> using AheadOf = Ahead<(row_bytes<B> > 64)>;
 
+// Cache lines that are asked for while something else is computed.
+struct LinesAhead {
+  const char* from = nullptr;
+  int64_t lines = 0;
+  LinesAhead share(int64_t index, int64_t count) const {
+    const int64_t each = ceil_div(lines, count);
+    return {from + index * each * 64, larger(0, smaller(each, lines - index * each))};
+  }
+};
+
 #if BIGMODEL_AMX
 // The unit's sums, in registers 0 and 1 and, if there are two rows of tiles, 2 and 3: nothing, to memory, and to C.
 template <bool both>

@@ -152,6 +152,9 @@ struct Left {
   bool single_row() const { return __is_same(A, float) && m == 1; }
   int64_t step_rows() const { return single_row() ? 1 : tile_rows; }  // elements from step to step
   A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * step_rows(); }
+  LinesAhead lines(int64_t begin, int64_t tile, int64_t last) const {
+    return {reinterpret_cast<const char*>(at(begin, tile)), (last - tile) * depth(begin) * step_rows() * int64_t(sizeof(A)) / 64};
+  }
   uint8_t& mark(int64_t begin, int64_t tile) const { return marks[begin / depth_block * ceil_div(m, tile_rows) + tile]; }
 };
 

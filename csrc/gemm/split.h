@@ -147,37 +147,79 @@ static bool split_panel(const T* x, int64_t depth, Parts<count>* blocks, int64_t
   return false;
 }
 
+// The pairs of parts that are multiplied, small ones first; each differs from the one before on one side alone.
+template <int of_a, int of_b>
+struct PartPairs {
+  int a[6] = {}, b[6] = {}, count = 0;
+  constexpr PartPairs() {
+    constexpr int high = 0, middle = 1, low = 2;
+    constexpr int every[6][2] = {{low, high}, {middle, high}, {middle, middle}, {high, middle}, {high, low}, {high, high}};
+    for (const auto& pair : every)
+      if (pair[0] < of_a && pair[1] < of_b) {
+        a[count] = pair[0];
+        b[count++] = pair[1];
+      }
+  }
+};
+
 // C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's.
 template <bool both, int of_a, int of_b>
-static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate) {
-  zero_tiles<both>();
-  // One pair of parts; a side's tiles are loaded where they are not those of the pair before.
-  auto pair = [&]<int pa, int pb, bool load_a, bool load_b>() __attribute__((always_inline)) {
-    if constexpr (pa < of_a && pb < of_b) {
-      if constexpr (load_a) {
-        _tile_loadd(4, part_of(a, pa, 0), 64);
-        if constexpr (both) _tile_loadd(5, part_of(a, pa, 1), 64);
-      }
-      if constexpr (load_b) {
-        _tile_loadd(6, part_of(b, pb, 0), 64);
-        _tile_loadd(7, part_of(b, pb, 1), 64);
+static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate,
+                           const LinesAhead ahead) {
+  static constexpr PartPairs<of_a, of_b> pairs;
+  const int64_t share = ceil_div(ahead.lines * split_depth, larger(1, depth) * pairs.count);
+  const char* line = ahead.from;
+  auto load_a0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(4, part_of(a, part, 0), 64); };
+  auto load_a1 = [&](int part) __attribute__((always_inline)) { if constexpr (both) _tile_loadd(5, part_of(a, part, 1), 64); };
+  auto load_b0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(6, part_of(b, part, 0), 64); };
+  auto load_b1 = [&](int part) __attribute__((always_inline)) { _tile_loadd(7, part_of(b, part, 1), 64); };
+  auto lower0 = [] __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(2, 5, 6); };
+  auto lower1 = [] __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(3, 5, 7); };
+  // One pair. A register is loaded for the next one as soon as no product needs it, so that those that follow hide the load.
+  auto pair = [&]<int i, bool last>() __attribute__((always_inline)) {
+    if constexpr (i < pairs.count) {
+      constexpr bool end = i + 1 == pairs.count;
+      constexpr int next = end ? 0 : i + 1;
+      constexpr bool load = !(end && last), load_a = load && (end || pairs.a[next] != pairs.a[i]), load_b = load && (end || pairs.b[next] != pairs.b[i]);
+      if constexpr (end) {
+        a += split_depth * rows_of<Parts<of_a>>;
+        b += split_depth * panel;
       }
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (both) {
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+      if constexpr (load_b && !load_a) {
+        lower0();
+        load_b0(pairs.b[next]);
+        _tile_dpbf16ps(1, 4, 7);
+        lower1();
+        load_b1(pairs.b[next]);
+      } else {
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (load_a) load_a0(pairs.a[next]);
+        lower0();
+        if constexpr (load_b) load_b0(pairs.b[next]);
+        lower1();
+        if constexpr (load_b) load_b1(pairs.b[next]);
+        if constexpr (load_a) load_a1(pairs.a[next]);
       }
+      for (int64_t n = 0; n < share; n++, line += 64) __builtin_prefetch(line, 0, 2);
     }
   };
-  constexpr int high = 0, middle = 1, low = 2;
-  for (int64_t k = 0; k < depth; k += split_depth, a += split_depth * rows_of<Parts<of_a>>, b += split_depth * panel) {
-    pair.template operator()<low, high, true, true>();
-    pair.template operator()<middle, high, true, of_a <= low>();
-    pair.template operator()<middle, middle, false, true>();
-    pair.template operator()<high, middle, true, of_a <= middle>();
-    pair.template operator()<high, low, false, true>();
-    pair.template operator()<high, high, of_b <= middle, true>();
+  auto block = [&]<bool last>() __attribute__((always_inline)) {
+    pair.template operator()<0, last>();
+    pair.template operator()<1, last>();
+    pair.template operator()<2, last>();
+    pair.template operator()<3, last>();
+    pair.template operator()<4, last>();
+    pair.template operator()<5, last>();
+  };
+  zero_tiles<both>();
+  if (depth > 0) {
+    load_a0(pairs.a[0]);
+    load_b0(pairs.b[0]);
+    load_b1(pairs.b[0]);
+    load_a1(pairs.a[0]);
+    for (int64_t k = split_depth; k < depth; k += split_depth) block.template operator()<false>();
+    block.template operator()<true>();
   }
   add_tiles<both>(rows, c, c_stride, accumulate);
 }
@@ -187,9 +229,9 @@ void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int o
 
 template <int of_a, int of_b>
 BIGMODEL_INLINE void multiply_split(bool by_unit, int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride,
-                                    bool accumulate) {
+                                    bool accumulate, const LinesAhead ahead = {}) {
   if (!by_unit) return multiply_joined(rows, depth, of_a, a, of_b, b, c, c_stride, accumulate);
-  (rows > unit_rows ? multiply_parts<true, of_a, of_b> : multiply_parts<false, of_a, of_b>)(rows, depth, a, b, c, c_stride, accumulate);
+  (rows > unit_rows ? multiply_parts<true, of_a, of_b> : multiply_parts<false, of_a, of_b>)(rows, depth, a, b, c, c_stride, accumulate, ahead);
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

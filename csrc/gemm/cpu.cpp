@@ -144,8 +144,14 @@ struct SplitRight {
   int64_t k;
   Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
     const int64_t there = smaller(depth, k - begin), stride = depth * panel;
-    const auto whole = right.chunk(runtime, panel_index, count, begin, there);
     auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * deepest_block) * sizeof(Parts<of_b>)));
+    if constexpr (!Right::packed)
+      if (!right.b.transposed) {
+        const bool marked = !split_rows<false>(panel_index, count, begin, there, parts, stride);
+        if (marked) split_rows<true>(panel_index, count, begin, there, parts, stride);
+        return {parts, stride, marked};
+      }
+    const auto whole = right.chunk(runtime, panel_index, count, begin, there);
     bool marked = false;
     for (int64_t p = 0; p < count; p++) {
       const auto* from = whole.first + p * whole.stride;
@@ -153,6 +159,40 @@ struct SplitRight {
       else marked |= !split_panel(from, there, parts + p * stride);
     }
     return {parts, stride, marked};
+  }
+
+ private:
+  // Rows straight into all panels of the chunk, two at a time: split_panel's work. Rows that lie in memory are asked for before, since from
+  // one to the next it is too far for the hardware's own prefetch. Returns whether all have parts; `any` splits any number.
+  template <bool any>
+  bool split_rows(int64_t panel_index, int64_t count, int64_t begin, int64_t depth, Parts<of_b>* parts, int64_t stride) const {
+    constexpr int64_t rows_ahead = 16;
+    alignas(64) static constexpr float zeros[widest_chunk * panel] = {};
+    alignas(64) float buffer[2][widest_chunk * panel];
+    const Rows& rows = right.b.rows;
+    const int64_t column = panel_index * panel, columns = smaller(right.n - column, count * panel);
+    auto row = [&](int64_t i, float* made) { return i < depth ? rows.get(rows.of, begin + i, column, columns, made) : zeros; };
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < round_up(depth, split_depth); i += 2) {
+      const float *even = row(i, buffer[0]), *odd = row(i + 1, buffer[1]);
+      if (even != buffer[0])
+        for (int64_t ahead = i + rows_ahead; ahead < smaller(depth, i + rows_ahead + 2); ahead++) {
+          const float* next = row(ahead, nullptr);
+          for (int64_t at = 0; at < columns; at += 16) __builtin_prefetch(next + at, 0, 2);
+        }
+      Parts<of_b>* block = parts + i / split_depth * (split_depth * panel);
+      auto put = [&](int64_t at, F32 x, F32 y) __attribute__((always_inline)) {
+        Parts<of_b>* to = block + at / panel * stride;
+        const int64_t pair = i % split_depth / 2, half = at % panel / F32::width;
+        if constexpr (any) put_pair(to, pair, half, split_any<of_b>(x.v), split_any<of_b>(y.v));
+        else put_pair(to, pair, half, split<of_b>(x.v, largest), split<of_b>(y.v, largest));
+      };
+      int64_t at = 0;
+      for (; at + F32::width <= columns; at += F32::width) put(at, F32::load(even + at), F32::load(odd + at));
+      if (at < columns) put(at, load_partial(even + at, int(columns - at)), load_partial(odd + at, int(columns - at)));
+      for (at = round_up(columns, F32::width); at < count * panel; at += F32::width) put(at, F32::zero(), F32::zero());
+    }
+    return any || !without_parts(largest);
   }
 };
 #endif

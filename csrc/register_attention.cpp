@@ -203,12 +203,14 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
 }
 
 // dbias is float32 and has all of logits' dimensions but for a batch that shares it; dsinks is float32 (batch, heads): the caller adds
-// up what was broadcast. Both are empty where they are not wanted.
+// up what was broadcast. Both are empty where they are not wanted. `side_by_side`: dq, dk and dv lie beside each other in the rows of one
+// tensor, (B, S, heads of all, D) or (total, heads of all, D), which is then the first result; the next two are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
     OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool is_causal,
-    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool sinks_require_grad) {
+    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool bias_requires_grad, bool sinks_require_grad,
+    bool side_by_side) {
   AttentionBackwardArgs args = {};
   AttentionArgs& forward = args.forward;
   forward = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
@@ -238,7 +240,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   forward.out = const_cast<void*>(out.const_data_ptr());
   args.grad_out = grad_out.const_data_ptr();
 
-  Tensor dq = empty_like_query(query, forward, args.dq_stride);
   const auto like_key = [&](const Tensor& t, int64_t* stride) {
     stride[0] = varlen ? 0 : t.size(1) * t.size(2) * forward.head_dim;
     stride[1] = varlen ? forward.head_dim : t.size(2) * forward.head_dim;
@@ -247,10 +248,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     for (int64_t i = 0; i < t.dim(); i++) shape.push_back(t.size(i));
     return empty_result(shape, dtype);
   };
-  Tensor dk = like_key(key, args.dk_stride), dv = like_key(value, args.dv_stride);
-  args.dq = dq.mutable_data_ptr();
-  args.dk = dk.mutable_data_ptr();
-  args.dv = dv.mutable_data_ptr();
+  Tensor dq = torch::stable::empty({0}, dtype), dk = dq, dv = dq;
+  if (side_by_side) {
+    const int64_t rows_dim = varlen ? 0 : 2, length = query.size(rows_dim), heads = query.size(1) + 2 * key.size(1), head_dim = forward.head_dim;
+    STD_TORCH_CHECK(key.size(rows_dim) == length, "side_by_side: key's length ", key.size(rows_dim), " must be query's ", length);
+    dq = empty_result(varlen ? std::vector<int64_t>{length, heads, head_dim} : std::vector<int64_t>{query.size(0), length, heads, head_dim}, dtype);
+    for (int64_t* stride : {args.dq_stride, args.dk_stride, args.dv_stride}) {
+      stride[0] = varlen ? 0 : length * heads * head_dim;
+      stride[1] = head_dim;
+      stride[2] = heads * head_dim;
+    }
+    char* part = static_cast<char*>(dq.mutable_data_ptr());
+    const int64_t head_bytes = head_dim * (dtype == ScalarType::Float ? 4 : 2);
+    args.dq = part;
+    args.dk = part + query.size(1) * head_bytes;
+    args.dv = part + (query.size(1) + key.size(1)) * head_bytes;
+  } else {
+    dq = empty_like_query(query, forward, args.dq_stride);
+    dk = like_key(key, args.dk_stride);
+    dv = like_key(value, args.dv_stride);
+    args.dq = dq.mutable_data_ptr();
+    args.dk = dk.mutable_data_ptr();
+    args.dv = dv.mutable_data_ptr();
+  }
   Tensor dbias = torch::stable::empty({0}, ScalarType::Float), dsinks = torch::stable::empty({0}, ScalarType::Float);
   if (bias && bias_requires_grad) {
     const int64_t batches = bias->dim() == 4 && bias->size(0) != 1 ? forward.batch : 1;
@@ -355,7 +375,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
   m.def("cpu_attention_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
         "Tensor? key_padding_mask, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed, Tensor? alibi_slopes, "
         "Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool is_causal, SymInt window_left, SymInt window_right, "
-        "float softcap, float dropout_p, bool bias_requires_grad, bool sinks_require_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "float softcap, float dropout_p, bool bias_requires_grad, bool sinks_require_grad, bool side_by_side) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {

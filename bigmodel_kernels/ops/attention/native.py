@@ -86,7 +86,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `bigmodel::attention_backward`. Deterministic always: each sum belongs to one task.
 
-    `side_by_side` is a permission, of which this makes no use.
+    `side_by_side`: the first three are parts of one tensor.
     """
     dq, dk, dv, wide_dbias, wide_dsinks = torch.ops.bigmodel.cpu_attention_backward.default(
         *(grad_out, contiguous(grad_logsumexp), query, key, value, out, logsumexp.contiguous()),
@@ -94,8 +94,11 @@ def run_backward(
         *(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), dropout_seed if dropout_p else None),
         *(contiguous(alibi_slopes), contiguous(sinks)),
         *(max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap),
-        *(dropout_p, bias_requires_grad, sinks_require_grad),
+        *(dropout_p, bias_requires_grad, sinks_require_grad, side_by_side),
     )
+    if side_by_side:
+        whole = dq.transpose(1, 2) if dq.dim() == 4 else dq
+        dq, dk, dv = whole.split([t.shape[1] for t in (query, key, value)], 1)
     dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
         dbias = bias_gradient(wide_dbias, bias)

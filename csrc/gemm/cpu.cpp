@@ -264,14 +264,22 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
         const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
-        const bool more = last < piece.last_tile;
-        const int64_t tile_next = more ? last : piece.first_tile, begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0;
-        const LinesAhead left_next = left.lines(begin_next, tile_next, smaller(piece.last_tile, tile_next + Cut::part_unit));
-        for (int64_t p = 0; p < panels; p++) {
-          const B* b = chunk.first + p * chunk.stride;
-          const bool ask = Right::packed && tile == piece.first_tile;
-          one(begin, b, chunk.marked, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr,
-              left_next.share(p, panels));
+        if constexpr (splits<Step>) {
+          // Neither a tile nor a panel of split numbers fits into L1: so a tile goes over all panels, that L2 holds little of A beside them.
+          for (int64_t i = tile; i < last; i++) {
+            const bool more = i + 1 < piece.last_tile;
+            const int64_t begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0, next = more ? i + 1 : piece.first_tile;
+            const LinesAhead left_next = left.lines(begin_next, next, next + 1);
+            for (int64_t p = 0; p < panels; p++)
+              one(begin, chunk.first + p * chunk.stride, chunk.marked, i, i + 1, c_block + (i - tile) * tile_rows * c_stride + p * panel, c_stride, nullptr,
+                  left_next.share(p, panels));
+          }
+        } else {
+          for (int64_t p = 0; p < panels; p++) {
+            const B* b = chunk.first + p * chunk.stride;
+            const bool ask = Right::packed && tile == piece.first_tile;
+            one(begin, b, false, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr);
+          }
         }
         if (begin + depth_block < steps) continue;
         const int64_t row = tile * tile_rows;

@@ -78,92 +78,165 @@ struct LayerParts {
   static constexpr size_t epsilons = 3;
 };
 
-// A token's layer, norms before its halves: its keys and values become the ones behind the first `length` of the buffers
-// (batch, kv_heads, room, head_dim), and what it attends to are all up to these. With `cos` and `sin` (1 or batch, 1, angles) queries and
-// keys are turned (rotary embedding), after the norms of heads.
-Tensor layer_of(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
-                const OptionalTensor& cos, const OptionalTensor& sin, double softmax_scale, const Text& norm_kind, const Text& activation) {
-  check_cpu(x, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, 1, hidden)");
-  AttentionArgs args = {};
-  args.dtype = dtype_of(x, "x");
-  const int64_t element = dtype_size(args.dtype);
+// A weight whose rows are as long as what it is multiplied with.
+WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int64_t k) {
+  const PackedHeader& header = check_packed(packed, "parts");
+  STD_TORCH_CHECK(header.dtype == dtype, "parts: ", what, "'s dtype differs from x's");
+  STD_TORCH_CHECK(header.k == k, "parts: ", what, "'s in_features ", header.k, " must be ", k);
+  return packed_weight(header);
+}
+
+// What the kernels are told of one layer of a token, norms before its halves: its keys and values become the ones behind the first `length`
+// of the buffers (batch, kv_heads, room, head_dim), and what it attends to are all up to these. All of it is checked and written down before
+// the first layer runs: of code and data that come between two layers' weights nothing is left in the caches.
+struct TokenLayer {
+  bool norm_first, turned;
+  int64_t element;
+  NormArgs norm, head_norms[2];
+  LinearArgs qkv;
+  int64_t heads[3];            // of query, key and value
+  RotaryArgs rotary;
+  AttentionArgs attention;
+  char* buffers[2];
+  LinearArgs context;
+  WeightArgs gate;
+  FeedForwardArgs ffn;
+};
+
+// Memory of a token's results, of every layer the same.
+struct TokenMemory {
+  char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *out[2];
+  float* logsumexp;
+};
+
+TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
+                       const OptionalTensor& cos, const OptionalTensor& sin, double softmax_scale, NormKind norm_kind, Activation activation) {
+  TokenLayer layer = {};
+  AttentionArgs& attention = layer.attention;
+  const Dtype dtype = attention.dtype = dtype_of(x, "x");
+  const ScalarType scalar_type = x.scalar_type();
+  const int64_t batch = x.size(0), hidden = x.size(2);
+  layer.element = dtype_size(dtype);
   Tensor* buffers[2] = {&keys, &values};
   const char* names[2] = {"keys", "values"};
-  int64_t* strides[2] = {args.key_stride, args.value_stride};
+  int64_t* strides[2] = {attention.key_stride, attention.value_stride};
   for (int i = 0; i < 2; i++) {
     Tensor& t = *buffers[i];
     check_cpu(t, names[i]);
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == x.size(0), names[i], ": shape ", shape_of(t), " must be (", x.size(0), ", kv_heads, room, head_dim)");
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch, names[i], ": shape ", shape_of(t), " must be (", batch, ", kv_heads, room, head_dim)");
     STD_TORCH_CHECK(shape_of(t) == shape_of(keys), names[i], ": shape ", shape_of(t), " must be that of keys, ", shape_of(keys));
-    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), names[i], ": dtype differs from x's");
+    STD_TORCH_CHECK(t.scalar_type() == scalar_type, names[i], ": dtype differs from x's");
     STD_TORCH_CHECK(t.size(3) == 1 || t.stride(3) == 1, names[i], ": last dimension must be contiguous");
     check_aligned(t, names[i]);
     for (int d = 0; d < 3; d++) strides[i][d] = t.stride(d);
+    layer.buffers[i] = static_cast<char*>(t.mutable_data_ptr());
   }
   STD_TORCH_CHECK(length >= 0 && length < keys.size(2), "length: ", length, " must be 0 to ", keys.size(2) - 1, ", for there is room for ", keys.size(2));
-  args.batch = x.size(0);
-  args.kv_heads = keys.size(1);
-  args.head_dim = keys.size(3);
-  args.query_length = 1;
-  args.key_length = length + 1;
-  STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "keys: head_dim ", args.head_dim, " must be 1 to 256");
-  const int64_t features = check_packed(w.qkv, "parts").n, queries = features - 2 * args.kv_heads * args.head_dim;
-  args.heads = queries / args.head_dim;
-  STD_TORCH_CHECK(args.kv_heads >= 1 && queries > 0 && queries % (args.kv_heads * args.head_dim) == 0, "parts: the ", features,
-                  " out_features of the first projection must be queries, keys and values of ", args.kv_heads, " kv heads of ", args.head_dim, " in keys");
-  set_options(args, {key_padding_mask, {}, {}, {}, {}, {}, {}, 1, args.key_length, softmax_scale, false, -1, -1, 0.0, 0.0});
+  attention.batch = batch;
+  attention.kv_heads = keys.size(1);
+  attention.head_dim = keys.size(3);
+  attention.query_length = 1;
+  attention.key_length = length + 1;
+  STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, "keys: head_dim ", attention.head_dim, " must be 1 to 256");
+  const WeightArgs qkv = weight_args(w.qkv, "the first projection", dtype, hidden);
+  const int64_t kv = attention.kv_heads * attention.head_dim, queries = qkv.n - 2 * kv;
+  attention.heads = queries / attention.head_dim;
+  STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
+                  " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
+  set_options(attention, {key_padding_mask, {}, {}, {}, {}, {}, {}, 1, attention.key_length, softmax_scale, false, -1, -1, 0.0, 0.0});
+  attention.key = layer.buffers[0];
+  attention.value = layer.buffers[1];
+  result_strides(attention, attention.out_stride);
+  attention.logsumexp_stride[0] = attention.heads;
+  attention.logsumexp_stride[1] = 1;
 
-  const Tensor qkv = cpu_layer_begin(x, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, norm_kind, w.qkv, w.b_qkv);
-  const char* rows = static_cast<const char*>(qkv.const_data_ptr());
-  const char* heads[3];      // of query, key and value: (batch, heads, head_dim), rows `row` bytes apart
-  int64_t row[3];
-  for (int i = 0; i < 3; i++) {
-    heads[i] = rows + (i == 0 ? 0 : queries + (i - 1) * args.kv_heads * args.head_dim) * element;
-    row[i] = features * element;
+  layer.norm_first = has_norm(w.attention_norm_weight, w.attention_norm_bias);
+  layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
+  layer.qkv = {.dtype = dtype, .rows = batch, .weight = qkv, .bias = data_of(w.b_qkv, "bias", scalar_type, qkv.n), .activation = Activation::none};
+  const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
+  for (int i = 0; i < 2; i++)
+    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, "");
+  layer.heads[0] = attention.heads;
+  layer.heads[1] = layer.heads[2] = attention.kv_heads;
+  layer.turned = cos.has_value();
+  if (layer.turned) {
+    layer.rotary = {.dtype = dtype, .batch = batch, .rows = 1, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
+    set_angles(layer.rotary, *cos, *sin);
   }
-  Tensor held[4] = {x, x, x, x};  // what heads point into
+  layer.context = {.dtype = dtype, .rows = batch, .weight = weight_args(w.context, "the attention's output", dtype, queries),
+                   .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
+  const WeightArgs in = weight_args(w.in, "the feed-forward's first weight", dtype, hidden);
+  const WeightArgs out = weight_args(w.out, "the feed-forward's last weight", dtype, in.n);
+  STD_TORCH_CHECK(layer.context.weight.n == hidden && out.n == hidden, "parts: out_features ", layer.context.weight.n, " and ", out.n, " must be x's ", hidden);
+  layer.ffn = {.dtype = dtype, .rows = batch, .w_in = in, .bias_in = data_of(w.b_in, "b_in", scalar_type, in.n), .w_out = out,
+               .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = activation, .norm_position = NormPosition::pre,
+               .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_"),
+               .bias_gate = data_of(w.b_gate, "b_gate", scalar_type, in.n)};
+  if (w.gate) {
+    layer.gate = weight_args(*w.gate, "the feed-forward's gate", dtype, hidden);
+    STD_TORCH_CHECK(layer.gate.n == in.n, "parts: the gate's out_features ", layer.gate.n, " must be ", in.n);
+  }
+  return layer;
+}
+
+// From `x` to `out`, both (batch, hidden).
+void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void* out) {
+  const int64_t batch = layer.attention.batch, head_dim = layer.attention.head_dim, element = layer.element;
+  const Dtype dtype = layer.attention.dtype;
+  if (layer.norm_first)
+    kernels().layer_norm(runtime(), {dtype, batch, layer.qkv.weight.k, x, nullptr, layer.norm, memory.normed, {}});
+  layer.qkv.x = layer.norm_first ? memory.normed : x;
+  layer.qkv.out = memory.qkv;
+  kernels().linear(runtime(), layer.qkv);
+
+  const char* heads[3];        // of query, key and value: (batch, heads, head_dim), rows `row` elements apart
+  int64_t row[3], first = 0;
+  for (int i = 0; i < 3; first += layer.heads[i++] * head_dim) {
+    heads[i] = memory.qkv + first * element;
+    row[i] = layer.qkv.weight.n;
+  }
   for (int i = 0; i < 2; i++) {
-    const OptionalTensor& weight = i ? w.key_norm : w.query_norm;
-    if (!weight) continue;
-    const int64_t count = i ? args.kv_heads : args.heads, width = count * args.head_dim;
-    const NormArgs norm = norm_args(weight, {}, w.head_norm_eps, x.scalar_type(), args.head_dim, NormKind::rms_norm, 0.0, "");
-    held[i] = empty_rows_like(x, width);
-    char* out = static_cast<char*>(held[i].mutable_data_ptr());
-    for (int64_t b = 0; b < args.batch; b++)
-      kernels().layer_norm(runtime(), {args.dtype, count, args.head_dim, heads[i] + b * row[i], nullptr, norm, out + b * width * element, {}});
-    heads[i] = out;
-    row[i] = width * element;
+    if (!layer.head_norms[i].weight) continue;
+    const int64_t width = layer.heads[i] * head_dim;
+    for (int64_t b = 0; b < batch; b++)
+      kernels().layer_norm(runtime(), {dtype, layer.heads[i], head_dim, heads[i] + b * row[i] * element, nullptr, layer.head_norms[i],
+                                       memory.head_normed[i] + b * width * element, {}});
+    heads[i] = memory.head_normed[i];
+    row[i] = width;
   }
-  if (cos) {
-    RotaryArgs rotary = {.dtype = args.dtype, .batch = args.batch, .rows = 1, .head_dim = args.head_dim, .interleaved = false};
-    set_angles(rotary, *cos, *sin);
+  if (layer.turned) {
     for (int i = 0; i < 2; i++) {
-      rotary.heads[i] = i ? args.kv_heads : args.heads;
-      rotary.x[i] = heads[i];
-      rotary.stride[i][0] = rotary.stride[i][2] = row[i] / element;
-      rotary.stride[i][1] = args.head_dim;
-      held[2 + i] = empty_rows_like(x, rotary.heads[i] * args.head_dim);
-      rotary.out[i] = held[2 + i].mutable_data_ptr();
-      heads[i] = static_cast<const char*>(held[2 + i].const_data_ptr());
-      row[i] = rotary.heads[i] * args.head_dim * element;
+      layer.rotary.x[i] = heads[i];
+      layer.rotary.stride[i][0] = layer.rotary.stride[i][2] = row[i];
+      layer.rotary.stride[i][1] = head_dim;
+      layer.rotary.out[i] = memory.rotated[i];
+      heads[i] = memory.rotated[i];
+      row[i] = layer.heads[i] * head_dim;
     }
-    if (args.batch > 0) kernels().rotary(runtime(), rotary);
+    kernels().rotary(runtime(), layer.rotary);
   }
-  args.query = heads[0];
-  args.query_stride[0] = args.query_stride[2] = row[0] / element;
-  args.query_stride[1] = args.head_dim;
-  args.key = keys.const_data_ptr();
-  args.value = values.const_data_ptr();
-  for (int i = 0; i < 2; i++) {
-    char* buffer = static_cast<char*>(buffers[i]->mutable_data_ptr());
-    for (int64_t b = 0; b < args.batch; b++)
-      for (int64_t h = 0; h < args.kv_heads; h++)
-        memcpy(buffer + (b * strides[i][0] + h * strides[i][1] + length * strides[i][2]) * element,
-               heads[i + 1] + b * row[i + 1] + h * args.head_dim * element, size_t(args.head_dim * element));
-  }
-  Tensor y = cpu_linear(attend(x, args), w.context, w.b_context, "none", x, {}, {}, 1e-5, {}, "layer_norm", 0.0);
-  return cpu_feed_forward(y, w.in, w.b_in, w.out, w.b_out, activation, y, "pre", w.norm_weight, w.norm_bias, w.norm_eps, w.gate, w.b_gate, {}, norm_kind, 0.0);
+  AttentionArgs& attention = layer.attention;
+  const int64_t* strides[2] = {attention.key_stride, attention.value_stride};
+  for (int i = 0; i < 2; i++)
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t h = 0; h < attention.kv_heads; h++)
+        memcpy(layer.buffers[i] + (b * strides[i][0] + h * strides[i][1] + (attention.key_length - 1) * strides[i][2]) * element,
+               heads[i + 1] + (b * row[i + 1] + h * head_dim) * element, size_t(head_dim * element));
+  attention.query = heads[0];
+  attention.query_stride[0] = attention.query_stride[2] = row[0];
+  attention.query_stride[1] = head_dim;
+  attention.out = memory.context;
+  attention.logsumexp = memory.logsumexp;
+  kernels().attention(runtime(), attention);
+
+  layer.context.x = memory.context;
+  layer.context.residual = x;
+  layer.context.out = memory.y;
+  kernels().linear(runtime(), layer.context);
+  layer.ffn.x = layer.ffn.residual = memory.y;
+  layer.ffn.w_gate = layer.gate.packed ? &layer.gate : nullptr;
+  layer.ffn.out = out;
+  kernels().feed_forward(runtime(), layer.ffn);
 }
 
 // How many layers `epsilons` are for, the three of each.
@@ -186,17 +259,59 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
   }
 }
 
-// All layers of such a token; `buffers` are the keys and values of each.
+// All layers of such a token; `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, 1, angles) queries and keys are
+// turned (rotary embedding), after the norms of heads.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
                   OptionalTensor key_padding_mask, OptionalTensor cos, OptionalTensor sin, std::vector<double> softmax_scales, Text norm_kind, Text activation) {
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
-  const size_t layers = layers_of(epsilons);
-  STD_TORCH_CHECK(softmax_scales.size() == layers, "softmax_scales: ", softmax_scales.size(), " must be one for each of ", layers, " layers");
-  STD_TORCH_CHECK(buffers.size() == 2 * layers, "buffers: ", buffers.size(), " tensors must be two for each of ", layers, " layers");
+  const size_t count = layers_of(epsilons);
+  STD_TORCH_CHECK(softmax_scales.size() == count, "softmax_scales: ", softmax_scales.size(), " must be one for each of ", count, " layers");
+  STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
+  check_cpu(x, "x");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, 1, hidden)");
+  const int64_t batch = rows_of(x, x.size(2)), hidden = x.size(2);
+  const NormKind kind = norm_kind_of(norm_kind);
+  const Activation known = activation_of(activation);
+  std::vector<TokenLayer> layers;
+  layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    x = layer_of(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, cos, sin, softmax_scales[i], norm_kind, activation);
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, cos, sin, softmax_scales[i], kind, known));
   });
-  return x;
+  if (layers.empty()) return x;
+  Tensor out = empty_rows_like(x, hidden);
+  if (batch == 0) return out;
+
+  int64_t features = 0, head_features[2] = {}, heads = 0;
+  for (const TokenLayer& layer : layers) {
+    features = std::max(features, layer.qkv.weight.n);
+    heads = std::max(heads, layer.heads[0]);
+    for (int i = 0; i < 2; i++) head_features[i] = std::max(head_features[i], layer.heads[i] * layer.attention.head_dim);
+  }
+  TokenMemory memory;
+  std::unique_ptr<char[]> block;
+  const auto lay_out = [&](char* from) {
+    int64_t at = 0;
+    const auto take = [&](int64_t columns, int64_t size) {
+      char* const place = from + at;
+      at += (batch * columns * size + 63) / 64 * 64;
+      return place;
+    };
+    const int64_t size = layers[0].element;
+    memory = {.normed = take(hidden, size), .qkv = take(features, size), .head_normed = {take(head_features[0], size), take(head_features[1], size)},
+              .rotated = {take(head_features[0], size), take(head_features[1], size)}, .context = take(head_features[0], size), .y = take(hidden, size),
+              .out = {take(hidden, size), take(hidden, size)}, .logsumexp = reinterpret_cast<float*>(take(heads, sizeof(float)))};
+    return at;
+  };
+  const int64_t bytes = lay_out(nullptr);
+  block.reset(new char[size_t(bytes + 64)]);
+  lay_out(block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64);
+  const void* from = x.const_data_ptr();
+  for (size_t i = 0; i < count; i++) {
+    void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
+    run_token(layers[i], memory, from, to);
+    from = to;
+  }
+  return out;
 }
 
 // All layers of an encoder, norms behind their halves, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden).

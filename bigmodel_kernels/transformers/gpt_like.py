@@ -258,25 +258,25 @@ class MLP(Form):
         return blocks.feed_forward(hidden_states, ffn, "linear", args[0] if args else None, dropout_p=p)
 
 
-class Layer(Form):
+class Layer(layer_stack.Layer):
     """The whole layer, norms and sums in the calls of its halves."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if layer_stack.handed_on(self, hidden_states):
-            return (hidden_states, None) if self.kin.gives_weights else hidden_states
         attention, given, parts = _attention_of(self), None, None
         if attention is not None:
             given = _given(attention, args, kwargs)
         if given is not None and given.told is None and given.cache is not None:
             out = layer_stack.result(self, kwargs, partial(_token, hidden_states, given))
             if out is not None:
-                return (out, None) if self.kin.gives_weights else out
+                return self.gives(out)
         if given is not None and not attention_interface.wants_attentions(kwargs):
             parts = self._parts(attention, checks.dtype_of(hidden_states))
         if parts is None:
             return packed_encoder.own_code(super().forward, hidden_states, args, kwargs)
         x = packed_encoder.rows(hidden_states, kwargs)
-        out = blocks.decoder_layer(x, parts, lambda x: attention.context(x, given)[0])
+        return self.gives(blocks.decoder_layer(x, parts, lambda x: attention.context(x, given)[0]))
+
+    def gives(self, out: Tensor) -> Any:
         return (out, None) if self.kin.gives_weights else out
 
     def _parts(self, attention: Any, dtype: torch.dtype | None) -> DecoderParts | None:

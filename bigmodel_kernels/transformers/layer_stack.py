@@ -40,9 +40,9 @@ class Stack:
         self.given: Tensor | None = None
         self.next = 0  # that hands it on
 
-    def hands_on(self, layer: nn.Module, x: Tensor) -> bool:
+    def hands_on(self, layer: nn.Module, x: Any) -> bool:
         """Whether the layer's work on x has been done: x is the result already."""
-        if self.given is not x or self.layers[self.next] is not layer:
+        if self.given is None or self.given is not x or self.layers[self.next] is not layer:
             return False
         self.next += 1
         if self.next == len(self.layers):
@@ -60,12 +60,6 @@ _running = _Running()
 def current() -> Stack | None:
     """That of the model that this thread is in; none under torch.compile, which traces each layer."""
     return None if torch.compiler.is_compiling() else _running.stack
-
-
-def handed_on(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the work of this layer on x has been done: x is its result."""
-    stack = current()
-    return stack is not None and stack.hands_on(layer, x)
 
 
 def result(
@@ -118,6 +112,26 @@ class Model(Form):
             return super().__call__(*args, **kwargs)
         with running(getattr(self, self.at)[: self.config.num_hidden_layers]):
             return super().__call__(*args, **kwargs)
+
+
+class Layer(Form):
+    """A layer of such a model; goes before the class that it stands for.
+
+    If its work on x has been done it is not so much as called: nothing watches it then, and what torch does
+    around a call takes longer than to hand x on.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = current()
+        if stack is not None:
+            x: Any = args[0] if args else kwargs.get("hidden_states")
+            if stack.hands_on(self, x):
+                return self.gives(x)
+        return super().__call__(*args, **kwargs)
+
+    def gives(self, out: Tensor) -> Any:
+        """What its forward returns."""
+        return out
 
 
 def rule(original: type[nn.Module], form: type[Model]) -> Rule:

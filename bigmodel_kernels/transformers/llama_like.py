@@ -212,12 +212,10 @@ class MLP(Form):
         return blocks.feed_forward_of(self, up, "down_proj", self.kin.activation, dtype, gate)
 
 
-class Layer(Form):
+class Layer(layer_stack.Layer):
     """The whole layer, norms and sums in the calls of its halves where the operators have them."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if layer_stack.handed_on(self, hidden_states):
-            return hidden_states
         attention, given = self.__dict__["_modules"]["self_attn"], None
         if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)

@@ -322,8 +322,8 @@ def attention_backward(i: Inputs) -> dict[str, Any]:
         "grad_logsumexp": torch.zeros_like(logsumexp) if i.chance() else None,
     }
     needs = {"bias_requires_grad": i.chance(), "sinks_require_grad": i.chance()}
-    same = out.shape[0 if call["cu_seqlens_q"] is not None else 2] == call["key"].shape[-2 if out.dim() == 4 else 0]
-    return {**grads, **call, "out": out, "logsumexp": logsumexp, **needs, "side_by_side": same and i.chance()}
+    needs["side_by_side"] = i.chance()
+    return {**grads, **call, "out": out, "logsumexp": logsumexp, **needs}
 
 
 def attention_maps(i: Inputs) -> dict[str, Any]:

@@ -82,12 +82,10 @@ class BigmodelGPT2MLP(hf.GPT2MLP):
         )
 
 
-class BigmodelGPT2Block(hf.GPT2Block):
+class BigmodelGPT2Block(layer_stack.Layer, hf.GPT2Block):
     """The whole block in five calls, or two."""
 
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if layer_stack.handed_on(self, hidden_states):
-            return hidden_states
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
         if plain and told is None and cache is not None:

@@ -78,7 +78,7 @@ def result(
 
 
 @contextmanager
-def running(layers: Any) -> Iterator[None]:
+def running(layers: Sequence[nn.Module]) -> Iterator[None]:
     before = _running.stack
     _running.stack = Stack(layers)
     try:
@@ -110,7 +110,8 @@ class Model(Form):
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
         if graph or self.training or "forward" in self.__dict__:
             return super().__call__(*args, **kwargs)
-        with running(getattr(self, self.at)[: self.config.num_hidden_layers]):
+        layers = getattr(self, self.at).__dict__["_modules"].values()
+        with running(list(layers)[: self.config.num_hidden_layers]):
             return super().__call__(*args, **kwargs)
 
 

@@ -199,6 +199,9 @@ struct SplitRight {
 
 // ---- the product ----
 
+// So few tiles of A take less time than reading the weight: each block of it is then read in its turn, and multiplied with all of them.
+inline constexpr int64_t few_tiles = 2;
+
 // Of additions that follow each other. Libraries multiply few rows by kernels of their own, with short sums; so are these, and reading the
 // weight hides what they add. Of a deep product other roundings are the larger part.
 BIGMODEL_INLINE int64_t longest_chain(int64_t rows, int64_t depth) {
@@ -246,13 +249,14 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
     const int64_t c_stride = direct ? direct_stride : panels * panel;
     float* c = direct ? direct + piece.first_tile * tile_rows * direct_stride + column
                       : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
-    if (Right::packed && piece.last_tile - piece.first_tile == 1) {  // a single tile reuses no panel: the weight is read once, straight through
+    if (const int64_t tiles = piece.last_tile - piece.first_tile; Right::packed && tiles <= few_tiles) {
       for (int64_t p = 0; p < panels; p++)
         for (int64_t begin = 0; begin < larger(1, steps); begin += depth_block) {
           const B* b = right.chunk(runtime, first_panel + p, 1, begin, left.depth(begin)).first;
           // A step of a single row of float32 takes so little time that with short vectors asking only delays it.
           const bool ask = rows > 1 || sizeof(B) < sizeof(float) || BIGMODEL_SIMD == 512;
-          one(begin, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + stream_ahead / sizeof(B) : nullptr);
+          const int64_t ahead = tiles == 1 ? stream_ahead / int64_t(sizeof(B)) : left.depth(begin) * panel;
+          one(begin, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + ahead : nullptr);
         }
       return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
     }

@@ -91,7 +91,7 @@ struct Ahead {
   BIGMODEL_INLINE void operator()(int64_t k) const {
     const char* line = static_cast<const char*>(from) + k * bytes;
     __builtin_prefetch(line, 0, 2);
-    if constexpr (two_lines) __builtin_prefetch(line + bytes / 2, 0, 2);
+    if (two_lines && bytes > 64) __builtin_prefetch(line + bytes / 2, 0, 2);
   }
 };
 template <class B> inline constexpr int64_t row_bytes = panel * int64_t(sizeof(B));

@@ -6,6 +6,7 @@
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "registration.h"
 
@@ -19,16 +20,22 @@ Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm
   return cpu_linear(states, packed, bias, "none", {}, {}, {}, 1e-5, {}, "layer_norm", 0.0);
 }
 
+// Memory for a logsumexp that nobody asks for, as long as this lives.
+struct Logsumexp {
+  std::unique_ptr<float[]> memory;
+  Logsumexp(AttentionArgs& args, int64_t rows) : memory(new float[size_t(rows * args.heads)]) {
+    args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
+    args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
+    args.logsumexp = memory.get();
+  }
+};
+
 // The heads' results side by side, (..., heads * head_dim) with the leading dimensions of x.
 Tensor attend(const Tensor& x, AttentionArgs& args) {
   Tensor context = empty_rows_like(x, args.heads * args.head_dim);
   args.out = context.mutable_data_ptr();
   result_strides(args, args.out_stride);
-  const int64_t rows = x.numel() / x.size(x.dim() - 1);
-  args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
-  args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
-  const std::unique_ptr<float[]> logsumexp(new float[size_t(rows * args.heads)]);  // which nobody asks for
-  args.logsumexp = logsumexp.get();
+  const Logsumexp unasked(args, x.numel() / x.size(x.dim() - 1));
   if (context.numel() > 0) kernels().attention(runtime(), args);
   return context;
 }
@@ -86,21 +93,65 @@ WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int6
   return packed_weight(header);
 }
 
-// What the kernels are told of one layer of a token, norms before its halves: its keys and values become the ones behind the first `length`
-// of the buffers (batch, kv_heads, room, head_dim), and what it attends to are all up to these. All of it is checked and written down before
-// the first layer runs: of code and data that come between two layers' weights nothing is left in the caches.
-struct TokenLayer {
-  bool norm_first, turned;
-  int64_t element;
-  NormArgs norm, head_norms[2];
+// What the kernels are told of a layer. All layers of a call are checked and written down before the first of them runs: of code and data that
+// come between two layers' weights nothing is left in the caches.
+struct LayerArgs {
   LinearArgs qkv;
-  int64_t heads[3];            // of query, key and value
-  RotaryArgs rotary;
   AttentionArgs attention;
-  char* buffers[2];
   LinearArgs context;
   WeightArgs gate;
   FeedForwardArgs ffn;
+};
+
+// The products on `rows` rows of x, after qkv.weight is known; `queries` are the features of all heads. Norms are before ("pre") or behind
+// ("post") the halves of the layer.
+void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_t rows, int64_t queries, NormPosition position, NormKind norm_kind,
+                  Activation activation) {
+  const Dtype dtype = dtype_of(x, "x");
+  const ScalarType scalar_type = x.scalar_type();
+  const int64_t hidden = x.size(x.dim() - 1);
+  layer.qkv = {.dtype = dtype, .rows = rows, .weight = layer.qkv.weight, .bias = data_of(w.b_qkv, "bias", scalar_type, layer.qkv.weight.n),
+               .activation = Activation::none};
+  layer.context = {.dtype = dtype, .rows = rows, .weight = weight_args(w.context, "the attention's output", dtype, queries),
+                   .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
+  if (position == NormPosition::post) {
+    layer.context.has_norm = has_norm(w.attention_norm_weight, w.attention_norm_bias);
+    layer.context.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
+  }
+  const WeightArgs in = weight_args(w.in, "the feed-forward's first weight", dtype, hidden);
+  const WeightArgs out = weight_args(w.out, "the feed-forward's last weight", dtype, in.n);
+  STD_TORCH_CHECK(layer.context.weight.n == hidden && out.n == hidden, "parts: out_features ", layer.context.weight.n, " and ", out.n, " must be x's ", hidden);
+  layer.ffn = {.dtype = dtype, .rows = rows, .w_in = in, .bias_in = data_of(w.b_in, "b_in", scalar_type, in.n), .w_out = out,
+               .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = activation, .norm_position = position,
+               .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_"),
+               .bias_gate = data_of(w.b_gate, "b_gate", scalar_type, in.n)};
+  if (w.gate) {
+    layer.gate = weight_args(*w.gate, "the feed-forward's gate", dtype, hidden);
+    STD_TORCH_CHECK(layer.gate.n == in.n, "parts: the gate's out_features ", layer.gate.n, " must be ", in.n);
+  }
+}
+
+// y = x + context W + b, and the feed-forward on y.
+void run_products(LayerArgs& layer, const void* x, const void* context, void* y, void* out) {
+  layer.context.x = context;
+  layer.context.residual = x;
+  layer.context.out = y;
+  kernels().linear(runtime(), layer.context);
+  layer.ffn.x = layer.ffn.residual = y;
+  layer.ffn.w_gate = layer.gate.packed ? &layer.gate : nullptr;
+  layer.ffn.out = out;
+  kernels().feed_forward(runtime(), layer.ffn);
+}
+
+// A layer of a token, norms before its halves: its keys and values become the ones behind the first `length` of the buffers (batch, kv_heads,
+// room, head_dim), and what it attends to are all up to these.
+struct TokenLayer : LayerArgs {
+  bool norm_first, turned;
+  int64_t element;
+  NormArgs norm, head_norms[2];
+  int64_t heads[3];            // of query, key and value
+  RotaryArgs rotary;
+  char* buffers[2];
 };
 
 // Memory of a token's results, of every layer the same.
@@ -138,7 +189,7 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.query_length = 1;
   attention.key_length = length + 1;
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, "keys: head_dim ", attention.head_dim, " must be 1 to 256");
-  const WeightArgs qkv = weight_args(w.qkv, "the first projection", dtype, hidden);
+  const WeightArgs qkv = layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
   const int64_t kv = attention.kv_heads * attention.head_dim, queries = qkv.n - 2 * kv;
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
@@ -152,7 +203,6 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
 
   layer.norm_first = has_norm(w.attention_norm_weight, w.attention_norm_bias);
   layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
-  layer.qkv = {.dtype = dtype, .rows = batch, .weight = qkv, .bias = data_of(w.b_qkv, "bias", scalar_type, qkv.n), .activation = Activation::none};
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
   for (int i = 0; i < 2; i++)
     layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, "");
@@ -163,19 +213,7 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
     layer.rotary = {.dtype = dtype, .batch = batch, .rows = 1, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
     set_angles(layer.rotary, *cos, *sin);
   }
-  layer.context = {.dtype = dtype, .rows = batch, .weight = weight_args(w.context, "the attention's output", dtype, queries),
-                   .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
-  const WeightArgs in = weight_args(w.in, "the feed-forward's first weight", dtype, hidden);
-  const WeightArgs out = weight_args(w.out, "the feed-forward's last weight", dtype, in.n);
-  STD_TORCH_CHECK(layer.context.weight.n == hidden && out.n == hidden, "parts: out_features ", layer.context.weight.n, " and ", out.n, " must be x's ", hidden);
-  layer.ffn = {.dtype = dtype, .rows = batch, .w_in = in, .bias_in = data_of(w.b_in, "b_in", scalar_type, in.n), .w_out = out,
-               .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = activation, .norm_position = NormPosition::pre,
-               .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_"),
-               .bias_gate = data_of(w.b_gate, "b_gate", scalar_type, in.n)};
-  if (w.gate) {
-    layer.gate = weight_args(*w.gate, "the feed-forward's gate", dtype, hidden);
-    STD_TORCH_CHECK(layer.gate.n == in.n, "parts: the gate's out_features ", layer.gate.n, " must be ", in.n);
-  }
+  set_products(layer, w, x, batch, queries, NormPosition::pre, norm_kind, activation);
   return layer;
 }
 
@@ -229,14 +267,7 @@ void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void
   attention.logsumexp = memory.logsumexp;
   kernels().attention(runtime(), attention);
 
-  layer.context.x = memory.context;
-  layer.context.residual = x;
-  layer.context.out = memory.y;
-  kernels().linear(runtime(), layer.context);
-  layer.ffn.x = layer.ffn.residual = memory.y;
-  layer.ffn.w_gate = layer.gate.packed ? &layer.gate : nullptr;
-  layer.ffn.out = out;
-  kernels().feed_forward(runtime(), layer.ffn);
+  run_products(layer, x, memory.context, memory.y, out);
 }
 
 // How many layers `epsilons` are for, the three of each.
@@ -319,25 +350,53 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
                    OptionalTensor key_padding_mask, double softmax_scale, Text activation) {
   check_cpu(x, "x");
   const int64_t rank = lengths ? 2 : 3;
-  STD_TORCH_CHECK(x.dim() == rank, "x: shape ", shape_of(x), " must have ", rank, " dimensions");
+  STD_TORCH_CHECK(x.dim() == rank && x.size(rank - 1) > 0, "x: shape ", shape_of(x), " must have ", rank, " dimensions, the last not empty");
+  const int64_t hidden = x.size(rank - 1), rows = rows_of(x, hidden);
+  const Dtype dtype = dtype_of(x, "x");
+  const Activation known = activation_of(activation);
+  std::vector<LayerArgs> layers;
+  std::optional<Tensor> qkv;    // of every layer, as the heads are
+  int64_t heads = 0;
+  AttentionArgs attention = {};
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
     STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "parts: an encoder's heads have no norms");
-    Tensor qkv = cpu_layer_begin(x, {}, {}, 0.0, "layer_norm", w.qkv, w.b_qkv);
-    const int64_t features = qkv.size(rank - 1), heads = head_dim < 1 ? 0 : features / head_dim / 3;
-    STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
-    std::vector<int64_t> shape(qkv.sizes().begin(), qkv.sizes().end());
-    shape.back() = heads;
-    shape.push_back(head_dim);
-    const auto part = [&](int64_t i) {
-      Tensor t = torch::stable::narrow(qkv, rank - 1, i * heads * head_dim, heads * head_dim);
-      t = torch::stable::view(t, shape);
-      return lengths ? t : torch::stable::transpose(t, 1, 2);
-    };
-    x = cpu_layer_end(x, part(0), part(1), part(2), key_padding_mask, {}, lengths, longest, {}, softmax_scale, false, -1, -1, 0.0, w.context,
-                      w.b_context, w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, w.in, w.b_in, w.out, w.b_out, w.gate, w.b_gate,
-                      activation, "post", w.norm_weight, w.norm_bias, w.norm_eps, "layer_norm");
+    LayerArgs layer = {};
+    layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
+    const int64_t features = layer.qkv.weight.n;
+    if (!qkv) {
+      heads = head_dim < 1 ? 0 : features / head_dim / 3;
+      STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
+      qkv = empty_rows_like(x, features);
+      std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+      shape.back() = heads;
+      shape.push_back(head_dim);
+      const auto part = [&](int64_t i) {
+        Tensor t = torch::stable::view(torch::stable::narrow(*qkv, rank - 1, i * heads * head_dim, heads * head_dim), shape);
+        return lengths ? t : torch::stable::transpose(t, 1, 2);
+      };
+      attention = attention_args(part(0), part(1), part(2), {key_padding_mask, {}, lengths, lengths, {}, {}, {}, longest, longest, softmax_scale, false,
+                                                             -1, -1, 0.0, 0.0});
+    }
+    STD_TORCH_CHECK(features == 3 * heads * head_dim, "parts: all layers must have ", heads, " heads of ", head_dim, ", not ", features, " out_features");
+    set_products(layer, w, x, rows, heads * head_dim, NormPosition::post, NormKind::layer_norm, known);
+    layers.push_back(layer);
   });
-  return x;
+  if (layers.empty()) return x;
+  Tensor out[2] = {empty_rows_like(x, hidden), empty_rows_like(x, hidden)};
+  if (rows == 0) return out[0];
+  Tensor context = empty_rows_like(x, heads * head_dim), y = empty_rows_like(x, hidden);
+  const Logsumexp unasked(attention, rows);
+  result_strides(attention, attention.out_stride);
+  for (size_t i = 0; i < layers.size(); i++) {
+    LayerArgs& layer = layers[i];
+    layer.qkv.x = i ? out[(i - 1) % 2].const_data_ptr() : x.const_data_ptr();
+    layer.qkv.out = qkv->mutable_data_ptr();
+    kernels().linear(runtime(), layer.qkv);
+    attention.out = context.mutable_data_ptr();
+    kernels().attention(runtime(), attention);
+    run_products(layer, layer.qkv.x, context.const_data_ptr(), y.mutable_data_ptr(), out[i % 2].mutable_data_ptr());
+  }
+  return out[(layers.size() - 1) % 2];
 }
 
 }  // namespace

@@ -287,7 +287,7 @@ def encoded(
     """
     if not _takes_all(x, layers, "cpu_encoder"):
         return None
-    if any(w.head_dim != layers[0].head_dim for w in layers) or x.dim() != (3 if lengths is None else 2):
+    if len({(w.head_dim, _features(w)) for w in layers}) > 1 or x.dim() != (3 if lengths is None else 2):
         return None
     parts = _all_parts(layers, "linear")
     if parts is None:
@@ -328,6 +328,11 @@ def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor |
         parts += w.head_norms
     epsilons = [eps for w in layers for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
     return [contiguous(part) for part in parts], epsilons
+
+
+def _features(w: LayerParts) -> int:
+    """Of query, key and value, where `_readable` has seen their weights, in the layout "linear"."""
+    return sum(weight.shape[0] for weight in _groups(w)[0])
 
 
 def _activation(w: LayerParts) -> str:

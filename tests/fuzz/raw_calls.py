@@ -322,8 +322,9 @@ def attention_backward(i: Inputs) -> dict[str, Any]:
         "grad_logsumexp": torch.zeros_like(logsumexp) if i.chance() else None,
     }
     needs = {"bias_requires_grad": i.chance(), "sinks_require_grad": i.chance()}
-    needs["side_by_side"] = i.chance()
-    return {**grads, **call, "out": out, "logsumexp": logsumexp, **needs}
+    query, key, rows = call["query"], call["key"], 2 if out.dim() == 4 else 0
+    side_by_side = query.shape[rows] == key.shape[rows] and i.chance()
+    return {**grads, **call, "out": out, "logsumexp": logsumexp, **needs, "side_by_side": side_by_side}
 
 
 def attention_maps(i: Inputs) -> dict[str, Any]:

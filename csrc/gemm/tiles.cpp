@@ -96,25 +96,36 @@ void multiply_few_rows(int64_t rows, int64_t steps, const Tile tile, const typen
 //              B6   B7                   registers by their numbers, of which the compiler wants to know nothing but literals; the second
 //        A4    C0   C1                   row of tiles is left out where there are no rows for it
 //        A5    C2   C3
+//
+// A register is loaded for the next block as soon as no product of this one needs it, so that those that follow hide the load.
 template <bool both>
 void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
                       const AheadOf<uint32_t>& ahead) {
   static_assert(panel == 32, "two tiles of 16 columns");
-  zero_tiles<both>();
   constexpr int64_t a_half = unit_steps * unit_rows, b_block = unit_steps * panel, b_stride = panel * sizeof(uint32_t);
-  for (int64_t block = 0; block < blocks; block++, a += 2 * a_half, b += b_block) {
+  auto step = [&]<bool last>() __attribute__((always_inline)) {
+    const uint32_t *a_next = a + 2 * a_half, *b_next = b + b_block;
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (!last) _tile_loadd(4, a_next, 64);
+    if constexpr (both) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (!last) _tile_loadd(6, b_next, b_stride);
+    if constexpr (both) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (!last) _tile_loadd(7, b_next + panel / 2, b_stride);
+    if constexpr (!last && both) _tile_loadd(5, a_next + a_half, 64);
+    a = a_next;
+    b = b_next;
+  };
+  zero_tiles<both>();
+  _tile_loadd(4, a, 64);
+  _tile_loadd(6, b, b_stride);
+  _tile_loadd(7, b + panel / 2, b_stride);
+  if constexpr (both) _tile_loadd(5, a + a_half, 64);
+  for (int64_t block = 0; block < blocks; block++) {
     if (ahead.bytes != 0)
       for (int64_t i = 0; i < unit_steps; i++) ahead(block * unit_steps + i);
-    _tile_loadd(6, b, b_stride);
-    _tile_loadd(4, a, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + panel / 2, b_stride);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (both) {
-      _tile_loadd(5, a + a_half, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    if (block + 1 < blocks) step.template operator()<false>();
+    else step.template operator()<true>();
   }
   add_tiles<both>(rows, c, c_stride, accumulate);
 }

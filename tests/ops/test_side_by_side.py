@@ -91,3 +91,29 @@ def test_the_gradient_of_a_projection_for_attention(kv_heads: int) -> None:
         out = attention(query, key, value, is_causal=True)
         results += torch.autograd.grad(out.square().sum(), whole)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_attention_are_written_into_one_tensor(
+    kv_heads: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the default backend of the CPU, to the bits of those that lie apart."""
+    counts = (3, kv_heads, kv_heads)
+    whole = torch.randn(*((11,) if packed else (2, 5)), sum(counts) * 8, requires_grad=True)
+    lengths = torch.tensor([0, 4, 11], dtype=torch.int32)
+    options = {"cu_seqlens_q": lengths, "cu_seqlens_k": lengths, "max_seqlen_q": 7, "max_seqlen_k": 7}
+
+    def gradient(apart: bool) -> Tensor:
+        parts = [t.unflatten(-1, (-1, 8)) for t in side_by_side.cut(whole, [8 * n for n in counts])]
+        parts = [t.clone() if apart else t for t in parts]
+        query, key, value = parts if packed else [t.transpose(1, 2) for t in parts]
+        out = attention(query, key, value, **(options if packed else {}))
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        return torch.autograd.grad((out * weights).sum(), whole)[0]
+
+    want = gradient(apart=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side.torch, "cat", None)
+        got = gradient(apart=False)
+    assert torch.equal(got, want)

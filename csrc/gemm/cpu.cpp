@@ -221,20 +221,20 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
   const int64_t chain = one_number ? longest_chain(m, steps) : depth_block;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
-  // `left_next`: the part of A that comes after, which is asked for if it is split: then it is too large for L2.
-  auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const B* next,
-                 [[maybe_unused]] const LinesAhead& left_next = {}) {
-    const int64_t depth = left.depth(begin), count = last - tile, bytes = next ? ceil_div(row_bytes<B>, count) : 0;
+  auto one = [&](int64_t begin, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride, const LinesAhead& next) {
+    const int64_t depth = left.depth(begin), count = last - tile;
     for (int64_t i = 0; i < count; i++) {
+      const LinesAhead share = next.share(i, count);
       if constexpr (splits<Step>) {
         multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
-                       c + i * tile_rows * c_stride, c_stride, begin > 0, left_next.share(i, count));
+                       c + i * tile_rows * c_stride, c_stride, begin > 0, share);
       } else {
         constexpr auto multiply_step = [] {
           if constexpr (Step::k_per_step == 1) return rest::multiply_tile_ahead<B>;
           else return multiply_pairs;
         }();
-        const char* from = next ? reinterpret_cast<const char*>(next) + depth * row_bytes<B> * i / count : reinterpret_cast<const char*>(b);
+        const char* from = share.lines ? share.from : reinterpret_cast<const char*>(b);
+        const int64_t bytes = ceil_div(share.lines * 64, larger(1, depth));
         if constexpr (Step::k_per_step == 1)
           if (left.single_row()) return rest::multiply_row_ahead(depth, chain, left.at(begin, 0), b, c, begin > 0, from, bytes);
         for (int64_t d = 0; d < depth; d += chain)
@@ -243,6 +243,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       }
     }
   };
+  // A depth block of a panel.
+  [[maybe_unused]] auto lines_of = [](const B* b, int64_t depth) { return LinesAhead{reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; };
   auto chunk_of = [&](const auto& piece, int64_t first_panel, int64_t panels) {
     const int64_t column = first_panel * panel, columns = smaller(n - column, panels * panel);
     const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows;
@@ -256,7 +258,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
           // A step of a single row of float32 takes so little time that with short vectors asking only delays it.
           const bool ask = rows > 1 || sizeof(B) < sizeof(float) || BIGMODEL_SIMD == 512;
           const int64_t ahead = tiles == 1 ? stream_ahead / int64_t(sizeof(B)) : left.depth(begin) * panel;
-          one(begin, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? b + ahead : nullptr);
+          one(begin, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? lines_of(b + ahead, left.depth(begin)) : LinesAhead{});
         }
       return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
     }
@@ -268,21 +270,26 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
         const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
         float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
+        // `count` tiles of A from `to` on, or those of the next depth block.
+        auto after_tiles = [&](int64_t to, int64_t count) {
+          const bool more = to < piece.last_tile;
+          const int64_t begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0, next = more ? to : piece.first_tile;
+          return left.lines(begin_next, next, smaller(piece.last_tile, next + count));
+        };
         if constexpr (splits<Step>) {
           // Neither a tile nor a panel of split numbers fits into L1: so a tile goes over all panels, that L2 holds little of A beside them.
-          for (int64_t i = tile; i < last; i++) {
-            const bool more = i + 1 < piece.last_tile;
-            const int64_t begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0, next = more ? i + 1 : piece.first_tile;
-            const LinesAhead left_next = left.lines(begin_next, next, next + 1);
+          for (int64_t i = tile; i < last; i++)
             for (int64_t p = 0; p < panels; p++)
-              one(begin, chunk.first + p * chunk.stride, chunk.marked, i, i + 1, c_block + (i - tile) * tile_rows * c_stride + p * panel, c_stride, nullptr,
-                  left_next.share(p, panels));
-          }
+              one(begin, chunk.first + p * chunk.stride, chunk.marked, i, i + 1, c_block + (i - tile) * tile_rows * c_stride + p * panel, c_stride,
+                  after_tiles(i + 1, 1).share(p, panels));
         } else {
           for (int64_t p = 0; p < panels; p++) {
             const B* b = chunk.first + p * chunk.stride;
             const bool ask = Right::packed && tile == piece.first_tile;
-            one(begin, b, false, tile, last, c_block + p * panel, c_stride, ask ? p + 1 < panels ? b + chunk.stride : after : nullptr);
+            // Of A only the tile unit takes so much that the hardware's own prefetch is too slow.
+            const LinesAhead next = ask ? lines_of(p + 1 < panels ? b + chunk.stride : after, left.depth(begin))
+                                    : Step::k_per_step > 1 ? after_tiles(last, Cut::part_unit).share(p, panels) : LinesAhead{};
+            one(begin, b, false, tile, last, c_block + p * panel, c_stride, next);
           }
         }
         if (begin + depth_block < steps) continue;

@@ -122,8 +122,8 @@ void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uin
   _tile_loadd(7, b + panel / 2, b_stride);
   if constexpr (both) _tile_loadd(5, a + a_half, 64);
   for (int64_t block = 0; block < blocks; block++) {
-    if (ahead.bytes != 0)
-      for (int64_t i = 0; i < unit_steps; i++) ahead(block * unit_steps + i);
+    const char* lines = static_cast<const char*>(ahead.from) + block * unit_steps * ahead.bytes;
+    for (int64_t at = 0; at < unit_steps * ahead.bytes; at += 64) __builtin_prefetch(lines + at, 0, 2);
     if (block + 1 < blocks) step.template operator()<false>();
     else step.template operator()<true>();
   }

@@ -20,33 +20,31 @@ Tensor cpu_layer_begin(Tensor x, OptionalTensor norm_weight, OptionalTensor norm
   return cpu_linear(states, packed, bias, "none", {}, {}, {}, 1e-5, {}, "layer_norm", 0.0);
 }
 
-// Memory for a logsumexp that nobody asks for, as long as this lives.
-struct Logsumexp {
-  std::unique_ptr<float[]> memory;
-  Logsumexp(AttentionArgs& args, int64_t rows) : memory(new float[size_t(rows * args.heads)]) {
-    args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
-    args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
-    args.logsumexp = memory.get();
-  }
-};
-
-// The heads' results side by side, (..., heads * head_dim) with the leading dimensions of x.
-Tensor attend(const Tensor& x, AttentionArgs& args) {
-  Tensor context = empty_rows_like(x, args.heads * args.head_dim);
-  args.out = context.mutable_data_ptr();
-  result_strides(args, args.out_stride);
-  const Logsumexp unasked(args, x.numel() / x.size(x.dim() - 1));
-  if (context.numel() > 0) kernels().attention(runtime(), args);
-  return context;
+// `memory`, rows * heads floats, for a logsumexp that nobody asks for.
+void set_logsumexp(AttentionArgs& args, int64_t rows, float* memory) {
+  args.logsumexp_stride[0] = args.cu_seqlens_q ? 0 : args.heads * args.query_length;
+  args.logsumexp_stride[1] = args.cu_seqlens_q ? rows : args.query_length;
+  args.logsumexp = memory;
+}
+std::unique_ptr<float[]> logsumexp_memory(AttentionArgs& args, int64_t rows) {
+  std::unique_ptr<float[]> memory(new float[size_t(rows * args.heads)]);
+  set_logsumexp(args, rows, memory.get());
+  return memory;
 }
 
+// The heads' results side by side, (..., heads * head_dim) with the leading dimensions of x.
 Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   AttentionArgs args = attention_args(query, key, value, options);
   const int64_t rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
   STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "query: dtype differs from x's");
   STD_TORCH_CHECK(x.size(x.dim() - 1) > 0, "x: shape ", shape_of(x), " has no features");  // or its elements could not tell its rows
   STD_TORCH_CHECK(x.numel() == rows * x.size(x.dim() - 1), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
-  return attend(x, args);
+  Tensor context = empty_rows_like(x, args.heads * args.head_dim);
+  args.out = context.mutable_data_ptr();
+  result_strides(args, args.out_stride);
+  const auto logsumexp = logsumexp_memory(args, rows);
+  if (context.numel() > 0) kernels().attention(runtime(), args);
+  return context;
 }
 
 // y = x + attention(query, key, value) W + b, normalised where attention_norm_weight is given; then the feed-forward block on y with
@@ -198,8 +196,6 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.key = layer.buffers[0];
   attention.value = layer.buffers[1];
   result_strides(attention, attention.out_stride);
-  attention.logsumexp_stride[0] = attention.heads;
-  attention.logsumexp_stride[1] = 1;
 
   layer.norm_first = has_norm(w.attention_norm_weight, w.attention_norm_bias);
   layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
@@ -264,7 +260,7 @@ void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void
   attention.query_stride[0] = attention.query_stride[2] = row[0];
   attention.query_stride[1] = head_dim;
   attention.out = memory.context;
-  attention.logsumexp = memory.logsumexp;
+  set_logsumexp(attention, batch, memory.logsumexp);
   kernels().attention(runtime(), attention);
 
   run_products(layer, x, memory.context, memory.y, out);
@@ -385,7 +381,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   Tensor out[2] = {empty_rows_like(x, hidden), empty_rows_like(x, hidden)};
   if (rows == 0) return out[0];
   Tensor context = empty_rows_like(x, heads * head_dim), y = empty_rows_like(x, hidden);
-  const Logsumexp unasked(attention, rows);
+  const auto logsumexp = logsumexp_memory(attention, rows);
   result_strides(attention, attention.out_stride);
   for (size_t i = 0; i < layers.size(); i++) {
     LayerArgs& layer = layers[i];

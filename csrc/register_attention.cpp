@@ -203,8 +203,8 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
 }
 
 // dbias is float32 and has all of logits' dimensions but for a batch that shares it; dsinks is float32 (batch, heads): the caller adds
-// up what was broadcast. Both are empty where they are not wanted. `side_by_side`: dq, dk and dv lie beside each other in the rows of one
-// tensor, (B, S, heads of all, D) or (total, heads of all, D), which is then the first result; the next two are empty.
+// up what was broadcast. Both are empty where they are not wanted. `side_by_side`: dq, dk and dv are the heads of one tensor, in
+// query's form and as that would lie, which is then the first result; the next two are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     Tensor grad_out, OptionalTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,
     OptionalTensor key_padding_mask, OptionalTensor bias, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor dropout_seed,
@@ -250,19 +250,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   };
   Tensor dq = torch::stable::empty({0}, dtype), dk = dq, dv = dq;
   if (side_by_side) {
-    const int64_t rows_dim = varlen ? 0 : 2, length = query.size(rows_dim), heads = query.size(1) + 2 * key.size(1), head_dim = forward.head_dim;
-    STD_TORCH_CHECK(key.size(rows_dim) == length, "side_by_side: key's length ", key.size(rows_dim), " must be query's ", length);
-    dq = empty_result(varlen ? std::vector<int64_t>{length, heads, head_dim} : std::vector<int64_t>{query.size(0), length, heads, head_dim}, dtype);
-    for (int64_t* stride : {args.dq_stride, args.dk_stride, args.dv_stride}) {
-      stride[0] = varlen ? 0 : length * heads * head_dim;
-      stride[1] = head_dim;
-      stride[2] = heads * head_dim;
-    }
+    const int64_t rows_dim = varlen ? 0 : 2, head_bytes = forward.head_dim * dtype_size(forward.dtype);
+    STD_TORCH_CHECK(key.size(rows_dim) == query.size(rows_dim), "side_by_side: key's length ", key.size(rows_dim), " must be query's ", query.size(rows_dim));
+    AttentionArgs all = forward;
+    all.heads += 2 * forward.kv_heads;
+    dq = empty_like_query(query, all, args.dq_stride);
+    result_strides(all, args.dk_stride);
+    result_strides(all, args.dv_stride);
     char* part = static_cast<char*>(dq.mutable_data_ptr());
-    const int64_t head_bytes = head_dim * (dtype == ScalarType::Float ? 4 : 2);
     args.dq = part;
-    args.dk = part + query.size(1) * head_bytes;
-    args.dv = part + (query.size(1) + key.size(1)) * head_bytes;
+    args.dk = part + forward.heads * head_bytes;
+    args.dv = part + (forward.heads + forward.kv_heads) * head_bytes;
   } else {
     dq = empty_like_query(query, forward, args.dq_stride);
     dk = like_key(key, args.dk_stride);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "registration.h"
 
@@ -94,9 +95,7 @@ WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int6
 // What the kernels are told of a layer. All layers of a call are checked and written down before the first of them runs: of code and data that
 // come between two layers' weights nothing is left in the caches.
 struct LayerArgs {
-  LinearArgs qkv;
-  AttentionArgs attention;
-  LinearArgs context;
+  LinearArgs qkv, context;
   WeightArgs gate;
   FeedForwardArgs ffn;
 };
@@ -144,11 +143,10 @@ void run_products(LayerArgs& layer, const void* x, const void* context, void* y,
 // A layer of a token, norms before its halves: its keys and values become the ones behind the first `length` of the buffers (batch, kv_heads,
 // room, head_dim), and what it attends to are all up to these.
 struct TokenLayer : LayerArgs {
-  bool norm_first, turned;
-  int64_t element;
-  NormArgs norm, head_norms[2];
-  int64_t heads[3];            // of query, key and value
-  RotaryArgs rotary;
+  AttentionArgs attention;
+  NormArgs norm, head_norms[2];  // where they have a weight
+  int64_t heads[3];              // of query, key and value
+  RotaryArgs rotary;             // where it has cosines
   char* buffers[2];
 };
 
@@ -165,7 +163,6 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   const Dtype dtype = attention.dtype = dtype_of(x, "x");
   const ScalarType scalar_type = x.scalar_type();
   const int64_t batch = x.size(0), hidden = x.size(2);
-  layer.element = dtype_size(dtype);
   Tensor* buffers[2] = {&keys, &values};
   const char* names[2] = {"keys", "values"};
   int64_t* strides[2] = {attention.key_stride, attention.value_stride};
@@ -197,15 +194,14 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.value = layer.buffers[1];
   result_strides(attention, attention.out_stride);
 
-  layer.norm_first = has_norm(w.attention_norm_weight, w.attention_norm_bias);
+  has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
   layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
   for (int i = 0; i < 2; i++)
     layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, "");
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
-  layer.turned = cos.has_value();
-  if (layer.turned) {
+  if (cos) {
     layer.rotary = {.dtype = dtype, .batch = batch, .rows = 1, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
     set_angles(layer.rotary, *cos, *sin);
   }
@@ -215,11 +211,12 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
 
 // From `x` to `out`, both (batch, hidden).
 void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void* out) {
-  const int64_t batch = layer.attention.batch, head_dim = layer.attention.head_dim, element = layer.element;
+  const int64_t batch = layer.attention.batch, head_dim = layer.attention.head_dim;
   const Dtype dtype = layer.attention.dtype;
-  if (layer.norm_first)
+  const int64_t element = dtype_size(dtype);
+  if (layer.norm.weight)
     kernels().layer_norm(runtime(), {dtype, batch, layer.qkv.weight.k, x, nullptr, layer.norm, memory.normed, {}});
-  layer.qkv.x = layer.norm_first ? memory.normed : x;
+  layer.qkv.x = layer.norm.weight ? memory.normed : x;
   layer.qkv.out = memory.qkv;
   kernels().linear(runtime(), layer.qkv);
 
@@ -238,7 +235,7 @@ void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void
     heads[i] = memory.head_normed[i];
     row[i] = width;
   }
-  if (layer.turned) {
+  if (layer.rotary.cosine) {
     for (int i = 0; i < 2; i++) {
       layer.rotary.x[i] = heads[i];
       layer.rotary.stride[i][0] = layer.rotary.stride[i][2] = row[i];
@@ -308,30 +305,14 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   Tensor out = empty_rows_like(x, hidden);
   if (batch == 0) return out;
 
-  int64_t features = 0, head_features[2] = {}, heads = 0;
-  for (const TokenLayer& layer : layers) {
-    features = std::max(features, layer.qkv.weight.n);
-    heads = std::max(heads, layer.heads[0]);
-    for (int i = 0; i < 2; i++) head_features[i] = std::max(head_features[i], layer.heads[i] * layer.attention.head_dim);
-  }
-  TokenMemory memory;
-  std::unique_ptr<char[]> block;
-  const auto lay_out = [&](char* from) {
-    int64_t at = 0;
-    const auto take = [&](int64_t columns, int64_t size) {
-      char* const place = from + at;
-      at += (batch * columns * size + 63) / 64 * 64;
-      return place;
-    };
-    const int64_t size = layers[0].element;
-    memory = {.normed = take(hidden, size), .qkv = take(features, size), .head_normed = {take(head_features[0], size), take(head_features[1], size)},
-              .rotated = {take(head_features[0], size), take(head_features[1], size)}, .context = take(head_features[0], size), .y = take(hidden, size),
-              .out = {take(hidden, size), take(hidden, size)}, .logsumexp = reinterpret_cast<float*>(take(heads, sizeof(float)))};
-    return at;
-  };
-  const int64_t bytes = lay_out(nullptr);
-  block.reset(new char[size_t(bytes + 64)]);
-  lay_out(block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64);
+  int64_t widest = hidden;  // no result has more columns than x or the first projection
+  for (const TokenLayer& layer : layers) widest = std::max(widest, layer.qkv.weight.n);
+  const int64_t bytes = (batch * widest * int64_t(sizeof(float)) + 63) / 64 * 64;
+  const std::unique_ptr<char[]> block(new char[size_t(11 * bytes + 64)]);
+  char* next = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
+  const auto take = [&] { return std::exchange(next, next + bytes); };
+  const TokenMemory memory = {.normed = take(), .qkv = take(), .head_normed = {take(), take()}, .rotated = {take(), take()}, .context = take(),
+                              .y = take(), .out = {take(), take()}, .logsumexp = reinterpret_cast<float*>(take())};
   const void* from = x.const_data_ptr();
   for (size_t i = 0; i < count; i++) {
     void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();

@@ -97,8 +97,7 @@ def run_backward(
         *(dropout_p, bias_requires_grad, sinks_require_grad, side_by_side),
     )
     if side_by_side:
-        whole = dq.transpose(1, 2) if dq.dim() == 4 else dq
-        dq, dk, dv = whole.split([t.shape[1] for t in (query, key, value)], 1)
+        dq, dk, dv = dq.split([t.shape[1] for t in (query, key, value)], 1)
     dbias, dsinks = query.new_empty(0), query.new_empty(0)
     if bias is not None and bias_requires_grad:
         dbias = bias_gradient(wide_dbias, bias)

@@ -179,6 +179,10 @@ namespace bigmodel::BIGMODEL_ISA {
 // is left of its depth [step][32 rows].
 void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32_t* b, float* c, int64_t c_stride, bool accumulate,
                     const void* ahead, int64_t bytes);
+// The same for few rows as they lie, `a_stride` apart: by the dot product, which takes less time for them than the tile unit.
+inline constexpr int64_t most_rows_of_pairs = 4;
+void multiply_rows_of_pairs(int64_t rows, int64_t steps, const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
+                            bool accumulate, const void* ahead, int64_t bytes);
 
 // ---- packing A ----
 
@@ -238,6 +242,16 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
         packed[step * tile + i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
       }
     }
+  }
+}
+
+// The same rows as they lie, `packed_stride` pairs apart.
+template <class T>
+static void copy_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed, int64_t packed_stride) {
+  for (int64_t r = 0; r < rows; r++) {
+    bf16* row = reinterpret_cast<bf16*>(packed + r * packed_stride);
+    each_vector(k, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(x + r * x_stride + at, lanes), row + at, lanes); });
+    if (k % 2) row[k] = bf16{0};
   }
 }
 #endif

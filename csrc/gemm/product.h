@@ -133,7 +133,8 @@ static int64_t steps_of(int64_t k) {
 
 // ---- the left side ----
 
-// a (m x steps) packed for all tasks: [depth block][tile][step][rows_of]; a single row of float32 lies as it is.
+// a (m x steps) packed for all tasks: [depth block][tile][step][rows_of]; a single row of float32, and few rows of pairs, lie as they are:
+// [depth block][row][step].
 template <class A>
 struct Left {
   A* packed;
@@ -150,7 +151,14 @@ struct Left {
   }
   int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
   bool single_row() const { return __is_same(A, float) && m == 1; }
-  int64_t step_rows() const { return single_row() ? 1 : tile_rows; }  // elements from step to step
+  bool rows_of_pairs() const {
+#if BIGMODEL_BF16_DOT
+    return __is_same(A, uint32_t) && m <= most_rows_of_pairs;
+#else
+    return false;
+#endif
+  }
+  int64_t step_rows() const { return single_row() ? 1 : rows_of_pairs() ? m : tile_rows; }  // elements for each step
   A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * step_rows(); }
   LinesAhead lines(int64_t begin, int64_t tile, int64_t last) const {
     return {reinterpret_cast<const char*>(at(begin, tile)), (last - tile) * depth(begin) * step_rows() * int64_t(sizeof(A)) / 64};
@@ -201,6 +209,16 @@ template <int count>
 void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t k, const Left<Parts<count>>& left);
 #endif
 
+#if BIGMODEL_BF16_DOT
+// Rows of a tile from `row` on, or of some tiles if they are whole: k columns, which go to step `from` of depth block `begin`.
+template <class T>
+static void pack_pairs_left(const Left<uint32_t>& left, int64_t row, const T* x, int64_t x_stride, int64_t rows, int64_t begin, int64_t from, int64_t k) {
+  uint32_t* target = left.at(begin, row / left.tile_rows);
+  if (left.rows_of_pairs()) copy_rows_pairs(x, x_stride, rows, k, target + from, left.depth(begin));
+  else pack_rows_pairs(x, x_stride, rows, k, target + from * left.tile_rows);
+}
+#endif
+
 // Columns [column, column + columns) of `rows` rows of float32, as they come out of a product, for the next one's left side; `row` is a
 // multiple of a tile's rows, `column` of a step's elements.
 template <class Step>
@@ -217,7 +235,7 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
         auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * left.step_rows();
         if (left.single_row()) memcpy(target, source, size_t(here) * sizeof(float));
         else if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
-        else pack_rows_pairs(source, x_stride, smaller(tile_rows, rows - r), here, target);
+        else pack_pairs_left(left, row + r, source, x_stride, smaller(tile_rows, rows - r), begin, step - begin, here);
       }
     }
     done += here;

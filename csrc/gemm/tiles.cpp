@@ -16,10 +16,11 @@ struct SingleRow {           // a row as it is: in a tile, each of its numbers w
   const float* a;
   BIGMODEL_INLINE const float* at(int64_t k, int) const { return a + k; }
 };
+template <class A>
 struct RowMajorTile {        // rows as they lie in memory
-  const float* a;
+  const A* a;
   int64_t stride;
-  BIGMODEL_INLINE const float* at(int64_t k, int row) const { return a + row * stride + k; }
+  BIGMODEL_INLINE const A* at(int64_t k, int row) const { return a + row * stride + k; }
 };
 struct ColumnTile {          // the transpose of rows as they lie in memory
   const float* a;
@@ -149,6 +150,13 @@ void multiply_pairs(int64_t rows, int64_t steps, const uint32_t* a, const uint32
                     const void* ahead, int64_t bytes) {
   multiply_rows<Pairs>(rows, steps, PackedTile<Pairs>{a}, b, c, c_stride, accumulate, AheadOf<uint32_t>{ahead, bytes});
 }
+#endif
+
+#if BIGMODEL_BF16_DOT
+void multiply_rows_of_pairs(int64_t rows, int64_t steps, const uint32_t* a, int64_t a_stride, const uint32_t* b, float* c, int64_t c_stride,
+                            bool accumulate, const void* ahead, int64_t bytes) {
+  multiply_rows<Pairs, RowMajorTile<uint32_t>, AheadOf<uint32_t>, most_rows_of_pairs>(rows, steps, {a, a_stride}, b, c, c_stride, accumulate, {ahead, bytes});
+}
 #else
 void multiply_tile(int64_t rows, int64_t steps, const float* a, const float* b, float* c, int64_t c_stride, bool accumulate) {
   multiply_rows<Widen<float>>(rows, steps, PackedTile<Widen<float>>{a}, b, c, c_stride, accumulate);
@@ -156,7 +164,7 @@ void multiply_tile(int64_t rows, int64_t steps, const float* a, const float* b, 
 
 void multiply_tile_of_rows(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
                            bool accumulate) {
-  multiply_rows<Widen<float>>(rows, steps, RowMajorTile{a, a_stride}, b, c, c_stride, accumulate);
+  multiply_rows<Widen<float>>(rows, steps, RowMajorTile<float>{a, a_stride}, b, c, c_stride, accumulate);
 }
 
 void multiply_tile_of_columns(int64_t rows, int64_t steps, const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,

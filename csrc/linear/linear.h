@@ -84,8 +84,8 @@ static void pack_rows_left(const Runtime& runtime, const X* x, int64_t k, const 
     const Stored<X> rows = {x, k};
     pack_left(runtime, {as_rows(rows), false}, 0, k, left);
   } else {
-    pack_blocks(runtime, left, false, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, uint32_t* target) {
-      pack_rows_pairs(x + row * k + 2 * begin, k, rows, smaller(2 * depth, k - 2 * begin), target);
+    pack_blocks(runtime, left, false, [&](int64_t row, int64_t rows, int64_t begin, int64_t depth, uint32_t*) {
+      pack_pairs_left(left, row, x + row * k + 2 * begin, k, rows, begin, 0, smaller(2 * depth, k - 2 * begin));
     });
   }
 }

@@ -46,7 +46,9 @@ def test_unknown_instruction_set_is_named() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 17, 5), (7, 64, 33), (25, 129, 100), (130, 300, 513)])
+@pytest.mark.parametrize(
+    ("rows", "k", "n"), [(1, 17, 5), (3, 601, 70), (7, 64, 33), (25, 129, 100), (130, 300, 513)]
+)
 def test_linear(isa: str, dtype: torch.dtype, layout: str, rows: int, k: int, n: int) -> None:
     x = randn(rows, k, dtype=dtype, seed=1)
     weights = [randn(n, k, dtype=dtype, seed=2) / k**0.5, randn(3, k, dtype=dtype, seed=3) / k**0.5]
@@ -112,7 +114,7 @@ def test_activations(isa: str, activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", ["none", "pre", "post"])
-@pytest.mark.parametrize("rows", [1, 40, 500])  # one tile; cut by columns; cut by rows
+@pytest.mark.parametrize("rows", [1, 4, 40, 500])  # one tile; cut by columns; cut by rows
 def test_feed_forward(isa: str, dtype: torch.dtype, position: str, rows: int) -> None:
     hidden, inner = 72, 200
     x, residual = randn(rows, hidden, dtype=dtype, seed=1), randn(rows, hidden, dtype=dtype, seed=2)

@@ -35,9 +35,9 @@ struct PackedHeader {
   Dtype dtype;             // of the weights
   int32_t panel;           // columns per panel
   int32_t pairs;           // 1: bf16 pairs along k for the dot-product instruction
-  int32_t reserved[7];
+  int32_t reserved[23];
 };
-static_assert(sizeof(PackedHeader) == 64, "panels start on a cache line");
+static_assert(sizeof(PackedHeader) == 128, "panels start where a pair of cache lines does, which come from memory together");
 inline constexpr uint64_t packed_magic = 0x31304b434150'4d42ull;  // "BMPACK01"
 
 struct PackArgs {

@@ -158,7 +158,7 @@ class Blocks {
 
 class PackedWeights {
  public:
-  static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
   void* take(size_t size) {
     std::lock_guard<std::mutex> guard(lock_);

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 #: csrc/kernels.h, PackedHeader: magic, in_features, out_features, dtype, columns per panel, pairs along k.
 _HEADER = struct.Struct("<Qqqiii")
-_HEADER_BYTES = 64
+_HEADER_BYTES = 128
 
 
 class Place(NamedTuple):

@@ -211,6 +211,9 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
   }
 }
 
+// Pieces of rows lie too far apart for the hardware's own prefetch: they are asked for so many rows before.
+inline constexpr int64_t rows_ahead = 4;
+
 #if BIGMODEL_BF16_DOT
 // The same as pairs of bf16 along k; an odd k is completed with zero. With a tile unit every 16 steps of a row lie together, see
 // multiply_pairs.
@@ -222,13 +225,16 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
     const int64_t here = smaller(tile, rows - first);
     for (int64_t i = 0; i < here; i++) {
       const T* source = x + (first + i) * x_stride;
+      if (first + i + rows_ahead < rows)
+        for (int64_t at = 0; at < k; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + rows_ahead * x_stride + at);
       int64_t step = 0;
 #if BIGMODEL_AMX
       for (; step + unit_steps <= steps; step += unit_steps) {
         bf16* line = reinterpret_cast<bf16*>(packed + step * tile + i * unit_steps);
         const int64_t count = smaller(2 * unit_steps, k - 2 * step);
         if (count < 2 * unit_steps) line[count] = bf16{0};  // an odd k
-        each_vector(count, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(source + 2 * step + at, lanes), line + at, lanes); });
+        if constexpr (__is_same(T, bf16)) memcpy(line, source + 2 * step, size_t(count) * sizeof(bf16));
+        else each_vector(count, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(source + 2 * step + at, lanes), line + at, lanes); });
       }
 #endif
       for (; step * 2 + F32::width <= k; step += F32::width / 2) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import mmap
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +38,26 @@ class CudaBuild:
     architectures: tuple[str, ...]
 
 
+def _installed_behind() -> Path | None:
+    """The folder of an installed package that has the library, where Python found this one before it."""
+    for folder in map(Path, sys.path):
+        library = folder / _LIBRARY.parent.name / _LIBRARY.name
+        if library.exists():
+            return library.parent
+    return None
+
+
 @functools.cache
 def reason() -> str | None:
     """Why the compiled library is not loaded, or None where it is."""
     if not _LIBRARY.exists():
-        return (
-            f"the CPU extension is not built ({_LIBRARY.name} is missing); "
-            "reinstall with a C++20 compiler and ninja on PATH"
-        )
+        missing = f"the CPU extension is not built ({_LIBRARY.name} is missing)"
+        if behind := _installed_behind():
+            return (
+                f"{missing} in {_LIBRARY.parent}, which Python found before the package in {behind}: "
+                "start it in another folder, or `pip install --no-build-isolation -e .` here"
+            )
+        return f"{missing}; reinstall with a C++20 compiler and ninja on PATH"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:

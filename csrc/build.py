@@ -268,7 +268,8 @@ def cuda(archs: list[str]) -> Path:
     flags += " -lineinfo" if profiled else ""
     # A file holds dozens of kernels; two threads take a quarter of the time (nvcc 12.3 and later).
     flags += " --split-compile 0"
-    # Names of what is local to a file hold a random number otherwise (nvcc 12.4 has no such option).
+    # Names of what is local to a file hold a random number otherwise. nvcc 12.4 has no such option: there
+    # they hold the name of the file's first function that others can see, and each file has to have one.
     if (
         "--frandom-seed"
         in subprocess.run([nvcc, "--help"], capture_output=True, text=True, check=True).stdout

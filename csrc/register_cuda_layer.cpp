@@ -258,6 +258,8 @@ enum Gradient : size_t {
   of_norm_weight, of_norm_bias, gradient_count
 };
 
+}  // namespace
+
 // From the gradient of the result those that `needs` asks for: otherwise empty. Those of query, key and value are side by side in one tensor
 // where there is a key for each query. Biases are not read but for b_in, where preactivation is not there and is made again.
 std::vector<Tensor> layer_end_backward(
@@ -339,7 +341,6 @@ std::vector<Tensor> layer_end_backward(
   return filled(results, grad);
 }
 
-}  // namespace
 }  // namespace bigmodel::cuda
 
 BM_CUDA_OPS(m) {

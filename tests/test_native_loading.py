@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,4 +125,18 @@ def test_without_a_cpu_library_that_loads_the_reference_runs(
 
 def test_a_cpu_library_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "libbigmodel_cpu.so")
-    assert "the CPU extension is not built (libbigmodel_cpu.so is missing)" in str(_native.reason())
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "nowhere")])
+    said = "the CPU extension is not built (libbigmodel_cpu.so is missing); reinstall with a C++20 compiler"
+    assert said in str(_native.reason())
+
+
+def test_sources_that_hide_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python in a clone, after `pip install .`: it finds the clone's own folder first."""
+    clone, installed = tmp_path / "clone/bigmodel_kernels", tmp_path / "site-packages/bigmodel_kernels"
+    for folder in (clone, installed):
+        folder.mkdir(parents=True)
+    (installed / "libbigmodel_cpu.so").touch()
+    monkeypatch.setattr(_native, "_LIBRARY", clone / "libbigmodel_cpu.so")
+    monkeypatch.setattr(sys, "path", [str(clone.parent), str(installed.parent)])
+    expected = f"is missing) in {clone}, which Python found before the package in {installed}: start"
+    assert expected in str(_native.reason())

@@ -157,6 +157,19 @@ def test_the_same_files_make_the_same_wheel(tmp_path: Path) -> None:
     assert {info.external_attr >> 16 for info in found if not info.filename.endswith(".so")} == {0o100644}
 
 
+def test_what_differs_between_two_wheels_is_named(tmp_path: Path) -> None:
+    names = ["p/__init__.py", "p/libp.so", "p-1.dist-info/RECORD"]
+    one, other = tmp_path / "one.whl", tmp_path / "other.whl"
+    pack(one, names, 2020, 0o100644)
+    pack(other, [*names, "p/more.py"], 2020, 0o100644)
+    assert wheels.differences(one, one) == []
+    assert wheels.differences(one, other) == wheels.differences(other, one) == ["p/more.py"]
+    with zipfile.ZipFile(other, "w") as archive:
+        for name in names:
+            archive.writestr(name, "something else")
+    assert wheels.differences(one, other) == ["p/__init__.py", "p/libp.so"]
+
+
 def test_sources_are_copied_as_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree, copy = tmp_path / "tree", tmp_path / "copy"
     (tree / "csrc").mkdir(parents=True)

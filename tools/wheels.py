@@ -44,6 +44,8 @@ runpy.run_module("auditwheel", run_name="__main__")
 # Linux of SYSTEM.
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so", "libc10_cuda.so")
 FOLDER = ROOT / "build" / "wheels"
+# Where a second build that has other bytes is kept, to be compared by hand.
+OTHER = ROOT / "build" / "wheels-other"
 # Any moment serves, as long as it is the same; the format has no years before 1980.
 MOMENT = (1980, 1, 1, 0, 0, 0)
 
@@ -213,6 +215,14 @@ def describe(wheel: Path) -> str:
     return "\n".join(lines)
 
 
+def differences(wheel: Path, other: Path) -> list[str]:
+    """Files of the two wheels that are not the same, or in one of them only; but RECORD, which follows."""
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(other) as second:
+        names = {n for n in (*first.namelist(), *second.namelist()) if not n.endswith(".dist-info/RECORD")}
+        in_both = set(first.namelist()) & set(second.namelist())
+        return sorted(n for n in names if n not in in_both or first.read(n) != second.read(n))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,7 +243,13 @@ def main() -> int:
                 os.environ["CCACHE_DISABLE"] = "1"
                 again = build(variant, Path(second, "wheels"), Path(second, "source"))
                 same = again.read_bytes() == wheel.read_bytes()
-                print(f"  a second build has {'the same' if same else 'OTHER'} bytes", flush=True)
+                if not same:
+                    OTHER.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(again, OTHER / again.name)
+                    where = ", ".join(differences(wheel, again)) or "the archive itself"
+                    print(f"  a second build has OTHER bytes: {where}; it is kept in {OTHER}", flush=True)
+                else:
+                    print("  a second build has the same bytes", flush=True)
                 status |= not same
     if left_out:
         print(

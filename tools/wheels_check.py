@@ -45,7 +45,7 @@ def steps(binaries: Path, tests: tuple[str, ...] = TESTS) -> dict[str, list[str]
         "import": [str(binaries / "python"), "-c", "import bigmodel_kernels"],
         "doctor": [command, "doctor", "--json"],
         "verify": [command, "verify", "--fast", "--dtype", "float32", "--dtype", "bfloat16"],
-        "tests": [str(binaries / "pytest"), "-q", "--no-header", *(str(ROOT / test) for test in tests)],
+        "tests": [str(binaries / "pytest"), "--no-header", *(str(ROOT / test) for test in tests)],
     }
 
 

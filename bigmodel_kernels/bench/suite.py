@@ -148,7 +148,7 @@ def find(folder: Path | None = None) -> dict[str, Path]:
     if not files:
         raise SuitesNotFound(
             f"no suites in {folder}: they come with the source tree, not with the package; "
-            "run from a checkout, or name its folder by --suites"
+            "name benchmarks/ of a clone by --suites, or install the clone with -e"
         )
     return {path.stem: path for path in files}
 

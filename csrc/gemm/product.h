@@ -151,13 +151,7 @@ struct Left {
   }
   int64_t depth(int64_t begin) const { return smaller(depth_block, steps - begin); }
   bool single_row() const { return __is_same(A, float) && m == 1; }
-  bool rows_of_pairs() const {
-#if BIGMODEL_BF16_DOT
-    return __is_same(A, uint32_t) && m <= most_rows_of_pairs;
-#else
-    return false;
-#endif
-  }
+  bool rows_of_pairs() const { return __is_same(A, uint32_t) && m <= most_rows_of_pairs; }
   int64_t step_rows() const { return single_row() ? 1 : rows_of_pairs() ? m : tile_rows; }  // elements for each step
   A* at(int64_t begin, int64_t tile) const { return packed + (begin * ceil_div(m, tile_rows) + tile * depth(begin)) * step_rows(); }
   LinesAhead lines(int64_t begin, int64_t tile, int64_t last) const {

@@ -158,7 +158,8 @@ class Blocks {
 
 class PackedWeights {
  public:
-  static size_t rounded(size_t bytes) { return (bytes + 127) / 128 * 128; }
+  // To pairs of cache lines, as the header is.
+  static size_t rounded(size_t bytes) { return (bytes + sizeof(PackedHeader) - 1) / sizeof(PackedHeader) * sizeof(PackedHeader); }
 
   void* take(size_t size) {
     std::lock_guard<std::mutex> guard(lock_);

@@ -217,10 +217,12 @@ def describe(wheel: Path) -> str:
 
 def differences(wheel: Path, other: Path) -> list[str]:
     """Files of the two wheels that are not the same, or in one of them only; but RECORD, which follows."""
-    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(other) as second:
-        names = {n for n in (*first.namelist(), *second.namelist()) if not n.endswith(".dist-info/RECORD")}
-        in_both = set(first.namelist()) & set(second.namelist())
-        return sorted(n for n in names if n not in in_both or first.read(n) != second.read(n))
+
+    def files(path: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(path) as archive:
+            return {n: archive.read(n) for n in archive.namelist() if not n.endswith(".dist-info/RECORD")}
+
+    return sorted({name for name, _ in files(wheel).items() ^ files(other).items()})
 
 
 def main() -> int:
@@ -243,13 +245,13 @@ def main() -> int:
                 os.environ["CCACHE_DISABLE"] = "1"
                 again = build(variant, Path(second, "wheels"), Path(second, "source"))
                 same = again.read_bytes() == wheel.read_bytes()
-                if not same:
+                if same:
+                    print("  a second build has the same bytes", flush=True)
+                else:
                     OTHER.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(again, OTHER / again.name)
                     where = ", ".join(differences(wheel, again)) or "the archive itself"
                     print(f"  a second build has OTHER bytes: {where}; it is kept in {OTHER}", flush=True)
-                else:
-                    print("  a second build has the same bytes", flush=True)
                 status |= not same
     if left_out:
         print(

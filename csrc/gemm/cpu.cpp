@@ -219,8 +219,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   const int64_t m = left.m, steps = left.steps;
   const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
   constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
-  constexpr bool unit_pairs = by_unit<typename Step::A> && Step::k_per_step > 1;
-  const int64_t chain = one_number ? longest_chain(m, steps) : unit_pairs ? steps : depth_block;
+  const int64_t chain = one_number ? longest_chain(m, steps) : steps;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
   auto one = [&](int64_t begin, int64_t depth, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride,
                  const LinesAhead& next) {
@@ -258,7 +257,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
                       : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
     if (const int64_t tiles = piece.last_tile - piece.first_tile; Right::packed && tiles <= few_tiles) {
       // A single tile's blocks follow each other, so that the unit may go on: emptying its registers took a tenth of the time.
-      const int64_t together = unit_pairs && m <= tile_rows && !left.rows_of_pairs() ? 4 * depth_block : depth_block;
+      const int64_t together = by_unit<typename Step::A> && m <= tile_rows && !left.rows_of_pairs() ? 4 * depth_block : depth_block;
       for (int64_t p = 0; p < panels; p++)
         for (int64_t begin = 0; begin < larger(1, steps); begin += together) {
           const int64_t depth = smaller(together, steps - begin);

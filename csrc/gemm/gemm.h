@@ -211,11 +211,20 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
   }
 }
 
+#if BIGMODEL_BF16_DOT
+// k numbers as pairs of bf16; an odd k is completed with zero.
+template <class T>
+BIGMODEL_INLINE void copy_pairs(const T* x, int64_t k, uint32_t* pairs) {
+  bf16* out = reinterpret_cast<bf16*>(pairs);
+  if constexpr (__is_same(T, bf16)) memcpy(out, x, size_t(k) * sizeof(bf16));
+  else each_vector(k, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(x + at, lanes), out + at, lanes); });
+  if (k % 2) out[k] = bf16{0};
+}
+
 // Pieces of rows lie too far apart for the hardware's own prefetch: they are asked for so many rows before.
 inline constexpr int64_t rows_ahead = 4;
 
-#if BIGMODEL_BF16_DOT
-// The same as pairs of bf16 along k; an odd k is completed with zero. With a tile unit every 16 steps of a row lie together, see
+// Rows as pack_rows has them, in pairs of bf16 along k; an odd k is completed with zero. With a tile unit every 16 steps of a row lie together, see
 // multiply_pairs.
 template <class T>
 static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed) {
@@ -229,13 +238,8 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
         for (int64_t at = 0; at < k; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(source + rows_ahead * x_stride + at);
       int64_t step = 0;
 #if BIGMODEL_AMX
-      for (; step + unit_steps <= steps; step += unit_steps) {
-        bf16* line = reinterpret_cast<bf16*>(packed + step * tile + i * unit_steps);
-        const int64_t count = smaller(2 * unit_steps, k - 2 * step);
-        if (count < 2 * unit_steps) line[count] = bf16{0};  // an odd k
-        if constexpr (__is_same(T, bf16)) memcpy(line, source + 2 * step, size_t(count) * sizeof(bf16));
-        else each_vector(count, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(source + 2 * step + at, lanes), line + at, lanes); });
-      }
+      for (; step + unit_steps <= steps; step += unit_steps)
+        copy_pairs(source + 2 * step, smaller(2 * unit_steps, k - 2 * step), packed + step * tile + i * unit_steps);
 #endif
       for (; step * 2 + F32::width <= k; step += F32::width / 2) {
         alignas(64) uint32_t pairs[F32::width / 2];
@@ -249,16 +253,6 @@ static void pack_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t 
         packed[step * tile + i] = uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
       }
     }
-  }
-}
-
-// The same rows as they lie, `packed_stride` pairs apart.
-template <class T>
-static void copy_rows_pairs(const T* x, int64_t x_stride, int64_t rows, int64_t k, uint32_t* packed, int64_t packed_stride) {
-  for (int64_t r = 0; r < rows; r++) {
-    bf16* row = reinterpret_cast<bf16*>(packed + r * packed_stride);
-    each_vector(k, [&](int64_t at, int lanes) __attribute__((always_inline)) { store(load(x + r * x_stride + at, lanes), row + at, lanes); });
-    if (k % 2) row[k] = bf16{0};
   }
 }
 #endif

@@ -208,8 +208,8 @@ void pack_left(const Runtime& runtime, const Operand& a, int64_t first, int64_t 
 template <class T>
 static void pack_pairs_left(const Left<uint32_t>& left, int64_t row, const T* x, int64_t x_stride, int64_t rows, int64_t begin, int64_t from, int64_t k) {
   uint32_t* target = left.at(begin, row / left.tile_rows);
-  if (left.rows_of_pairs()) copy_rows_pairs(x, x_stride, rows, k, target + from, left.depth(begin));
-  else pack_rows_pairs(x, x_stride, rows, k, target + from * left.tile_rows);
+  if (!left.rows_of_pairs()) return pack_rows_pairs(x, x_stride, rows, k, target + from * left.tile_rows);
+  for (int64_t r = 0; r < rows; r++) copy_pairs(x + r * x_stride, k, target + r * left.depth(begin) + from);
 }
 #endif
 
@@ -225,11 +225,12 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
       const float* source = x + r * x_stride + done;
       if constexpr (splits<Step>) {
         for (int64_t i = 0; i < smaller(tile_rows, rows - r); i++) split_row_left(left, row + r + i, begin, step - begin, here, source + i * x_stride);
+      } else if constexpr (Step::k_per_step > 1) {
+        pack_pairs_left(left, row + r, source, x_stride, smaller(tile_rows, rows - r), begin, step - begin, here);
       } else {
-        auto* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * left.step_rows();
+        float* target = left.at(begin, (row + r) / tile_rows) + (step - begin) * left.step_rows();
         if (left.single_row()) memcpy(target, source, size_t(here) * sizeof(float));
-        else if constexpr (Step::k_per_step == 1) pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
-        else pack_pairs_left(left, row + r, source, x_stride, smaller(tile_rows, rows - r), begin, step - begin, here);
+        else pack_tile([&](int64_t i) { return source + i * x_stride; }, smaller(tile_rows, rows - r), here, target);
       }
     }
     done += here;

@@ -114,7 +114,7 @@ def test_activations(isa: str, activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("position", ["none", "pre", "post"])
-@pytest.mark.parametrize("rows", [1, 4, 40, 500])  # one tile; cut by columns; cut by rows
+@pytest.mark.parametrize("rows", [1, 4, 40, 500])  # one row; one tile; cut by columns; by rows
 def test_feed_forward(isa: str, dtype: torch.dtype, position: str, rows: int) -> None:
     hidden, inner = 72, 200
     x, residual = randn(rows, hidden, dtype=dtype, seed=1), randn(rows, hidden, dtype=dtype, seed=2)

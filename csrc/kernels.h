@@ -19,6 +19,9 @@ struct Runtime {
   int64_t threads;
   // Runs body(context, task) for every task in [0, tasks), tasks handed out in order to whichever thread is free.
   void (*run)(const Runtime& runtime, int64_t tasks, void (*body)(void* context, int64_t task), void* context);
+  // The same where neighbouring tasks work on neighbouring rows: each thread begins with a run of its own, the same one in every call, so that
+  // what it wrote is still in its cache; done with that, it takes what others have left.
+  decltype(run) run_near;
   // Memory of the calling thread, 64-byte aligned, kept between calls; a slot's earlier pointer dies when it grows.
   void* (*scratch)(int slot, size_t bytes);
 };

@@ -11,8 +11,10 @@ BIGMODEL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 BIGMODEL_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class Body>
-static void parallel(const Runtime& runtime, int64_t tasks, const Body& body) {
-  runtime.run(runtime, tasks, [](void* context, int64_t task) { (*static_cast<const Body*>(context))(task); }, const_cast<Body*>(&body));
-}
+static void run_body(void* body, int64_t task) { (*static_cast<const Body*>(body))(task); }
+template <class Body>
+static void parallel(const Runtime& runtime, int64_t tasks, const Body& body) { runtime.run(runtime, tasks, run_body<Body>, const_cast<Body*>(&body)); }
+template <class Body>
+static void parallel_near(const Runtime& runtime, int64_t tasks, const Body& body) { runtime.run_near(runtime, tasks, run_body<Body>, const_cast<Body*>(&body)); }
 
 }  // namespace bigmodel::BIGMODEL_ISA

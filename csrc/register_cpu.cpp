@@ -141,6 +141,27 @@ void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_
   });
 }
 
+void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  const int64_t threads = std::min<int64_t>(runtime.threads, tasks);
+  if (threads <= 1) return run_tasks(runtime, tasks, body, context);
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Run> runs(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; t++) {
+    runs[size_t(t)].next = tasks * t / threads;
+    runs[size_t(t)].end = tasks * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++)
+      for (int64_t after = 0; after < threads; after++) {
+        Run& run = runs[size_t((begin + after) % threads)];
+        for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) body(context, task);
+      }
+  });
+}
+
 // Packed weights and large scratch blocks are read from end to end again and again, and a large result is memory that the system
 // has just given: with 2 MB pages there are 512 times fewer walks and faults. Advice only, before the first touch.
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
@@ -174,7 +195,7 @@ void* thread_scratch(int slot, size_t bytes) {
   return block.memory;
 }
 
-Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks, thread_scratch}; }
+Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks, run_near, thread_scratch}; }
 
 // ---- checks ----
 

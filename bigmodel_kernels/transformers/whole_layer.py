@@ -269,7 +269,7 @@ def token(
 
 
 #: Of `encoded`: with more Python is a small part, and a call that nobody can interrupt a long one.
-MOST_ROWS = 512
+MOST_ROWS = 2048
 
 
 def encoded(

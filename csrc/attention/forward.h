@@ -21,11 +21,12 @@ void each_chunk(const Attention& of, int64_t longest, const Chunk& chunk) {
     queries = round_up(queries, 16);
     chunks = ceil_div(args.query_length, queries);
   }
-  parallel(of.runtime, sequences * chunks, [&](int64_t task) {
+  const auto one = [&](int64_t task) {
     const int64_t pair = task % sequences, first = (chunks - 1 - task / sequences) * queries;
     const Attention::Sequence s = of.sequence(pair / args.kv_heads, pair % args.kv_heads);
     if (first < s.queries) chunk(s, first, smaller(queries, s.queries - first));
-  });
+  };
+  chunks == 1 ? parallel_near(of.runtime, sequences, one) : parallel(of.runtime, sequences * chunks, one);
 }
 
 template <class T>

@@ -217,7 +217,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   constexpr int64_t tile_rows = rows_of<typename Step::A>, depth_block = depth_block_of<typename Step::A>;
   using Cut = CutBy<tile_rows>;
   const int64_t m = left.m, steps = left.steps;
-  const Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
+  Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
+  if constexpr (by_unit<typename Step::A> && !splits<Step>) cut.cut_by_rows(steps * int64_t(sizeof(typename Step::A)));
   constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
   const int64_t chain = one_number ? longest_chain(m, steps) : steps;
   // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
@@ -306,14 +307,15 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
       begin += depth_block;
     } while (begin < steps);
   };
-  parallel(runtime, cut.tasks(), [&](int64_t task) {
+  const auto task_of = [&](int64_t task) {
 #if BIGMODEL_AMX
     [[maybe_unused]] const typename Step::Unit unit;
 #endif
     const auto piece = cut.piece(task);
-    for (int64_t first = piece.first_panel; first < piece.last_panel; first += Cut::widest)
-      chunk_of(piece, first, smaller(Cut::widest, piece.last_panel - first));
-  });
+    for (int64_t first = piece.first_panel; first < piece.last_panel; first += cut.widest)
+      chunk_of(piece, first, smaller(cut.widest, piece.last_panel - first));
+  };
+  cut.by_rows ? parallel_near(runtime, cut.tasks(), task_of) : parallel(runtime, cut.tasks(), task_of);
 }
 
 #if BIGMODEL_AMX

@@ -111,7 +111,7 @@ struct LinesAhead {
 };
 
 #if BIGMODEL_AMX
-// The unit's sums, in registers 0 and 1 and, if there are two rows of tiles, 2 and 3: nothing, to memory, and to C.
+// The unit's sums, in registers 0 and 1 and, if there are two rows of tiles, 2 and 3: nothing, to memory, from memory, and added to C.
 template <bool both>
 BIGMODEL_INLINE void zero_tiles() {
   _tile_zero(0);
@@ -129,6 +129,16 @@ BIGMODEL_INLINE void store_tiles(float* c, int64_t c_stride) {
   if constexpr (both) {
     _tile_stored(2, c + unit_rows * c_stride, bytes);
     _tile_stored(3, c + unit_rows * c_stride + F32::width, bytes);
+  }
+}
+template <bool both>
+BIGMODEL_INLINE void load_tiles(const float* c, int64_t c_stride) {
+  const int64_t bytes = c_stride * int64_t(sizeof(float));
+  _tile_loadd(0, c, bytes);
+  _tile_loadd(1, c + F32::width, bytes);
+  if constexpr (both) {
+    _tile_loadd(2, c + unit_rows * c_stride, bytes);
+    _tile_loadd(3, c + unit_rows * c_stride + F32::width, bytes);
   }
 }
 template <bool both>

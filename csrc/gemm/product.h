@@ -183,7 +183,7 @@ static void pack_blocks(const Runtime& runtime, const Left<A>& left, bool down, 
     const int64_t row = block * row_block;
     pack(row, smaller(row_block, left.m - row), begin, left.depth(begin), left.at(begin, row / Left<A>::tile_rows));
   };
-  if (left.m * left.steps > 16384) return parallel(runtime, blocks * depths, one);
+  if (left.m * left.steps > 16384) return down ? parallel(runtime, blocks * depths, one) : parallel_near(runtime, blocks * depths, one);
   for (int64_t task = 0; task < blocks * depths; task++) one(task);
 }
 
@@ -240,7 +240,7 @@ static void pack_columns_left(const Left<typename Step::A>& left, int64_t row, i
 // ---- the product ----
 
 // What follows when elements of C are complete: a reference to a callable of (row, rows, column, columns, c, c_stride). `row` is a multiple of
-// row_block, `rows` at most that, `columns` at most widest_chunk * panel.
+// row_block, or with Pairs of a tile's rows; `rows` is at most row_block, `columns` at most 2 * widest_chunk * panel.
 class Finish {
  public:
   template <class Callable>

@@ -117,7 +117,16 @@ void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uin
     a = a_next;
     b = b_next;
   };
-  zero_tiles<both>();
+  // The sums go on from where C is; of tiles that C has not all rows of, the others are whatever they were.
+  constexpr int64_t whole = both ? 2 * unit_rows : unit_rows;
+  alignas(64) float few[whole][panel];
+  const bool all = rows == whole;
+  float* sums = all ? c : few[0];
+  const int64_t sums_stride = all ? c_stride : panel;
+  if (!all && accumulate)
+    for (int64_t r = 0; r < rows; r++) memcpy(few[r], c + r * c_stride, sizeof few[r]);
+  if (accumulate) load_tiles<both>(sums, sums_stride);
+  else zero_tiles<both>();
   _tile_loadd(4, a, 64);
   _tile_loadd(6, b, b_stride);
   _tile_loadd(7, b + panel / 2, b_stride);
@@ -128,7 +137,9 @@ void multiply_by_unit(int64_t rows, int64_t blocks, const uint32_t* a, const uin
     if (block + 1 < blocks) step.template operator()<false>();
     else step.template operator()<true>();
   }
-  add_tiles<both>(rows, c, c_stride, accumulate);
+  store_tiles<both>(sums, sums_stride);
+  if (!all)
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * c_stride, few[r], sizeof few[r]);
 }
 #endif
 

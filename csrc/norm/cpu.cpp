@@ -11,7 +11,7 @@ void layer_norm(const Runtime& runtime, const LayerNormArgs& args) {
   const int64_t block = larger(1, 16384 / larger(1, args.columns));  // rows per task: some 64 KB of them
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel(runtime, ceil_div(args.rows, block), [&](int64_t task) {
+    parallel_near(runtime, ceil_div(args.rows, block), [&](int64_t task) {
       float* row = static_cast<float*>(runtime.scratch(scratch_c, size_t(args.columns) * sizeof(float)));
       for (int64_t r = task * block; r < smaller(args.rows, (task + 1) * block); r++) {
         const int64_t at = r * args.columns;

@@ -34,7 +34,7 @@ void rotary(const Runtime& runtime, const RotaryArgs& args) {
   const int64_t block = larger(1, 16384 / larger(1, (args.heads[0] + args.heads[1]) * dim));  // positions per task: some 64 KB of them
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel(runtime, ceil_div(args.batch * args.rows, block), [&](int64_t task) {
+    parallel_near(runtime, ceil_div(args.batch * args.rows, block), [&](int64_t task) {
       float* cosine = static_cast<float*>(runtime.scratch(scratch_c, size_t(2 * padded) * sizeof(float)));
       float* sine = cosine + padded;
       for (int64_t position = task * block; position < smaller(args.batch * args.rows, (task + 1) * block); position++) {

@@ -59,6 +59,22 @@ def test_linear(isa: str, dtype: torch.dtype, layout: str, rows: int, k: int, n:
     assert_near(out, x.double() @ torch.cat(weights).double().t() + bias.double())
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("rows", "k", "n"), [(610, 90, 300), (647, 1700, 450), (1201, 33, 20)])
+def test_rows_for_every_thread(isa: str, threads: int, rows: int, k: int, n: int) -> None:
+    """So many that each thread has rows of its own, which fit a cache or do not."""
+    x = randn(rows, k, dtype=torch.bfloat16, seed=1)
+    weight = randn(n, k, dtype=torch.bfloat16, seed=2) / k**0.5
+    packed = native.cpu_pack_weight([weight], "linear")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = native.cpu_linear(x, packed, None, "none", None, None, None, 1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert_near(out, x.double() @ weight.double().t())
+
+
 @pytest.mark.parametrize(("rows", "k", "n"), [(64, 31, 20), (70, 200, 65), (193, 450, 40)])
 def test_float32_products_keep_all_bits(isa: str, rows: int, k: int, n: int) -> None:
     """Numbers of all 24 bits, over many magnitudes, against the rounding of one float32 sum of k."""

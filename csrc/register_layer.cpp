@@ -70,7 +70,7 @@ Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalT
 struct LayerParts {
   const OptionalTensor &attention_norm_weight, &attention_norm_bias;
   const Tensor& qkv;
-  const OptionalTensor& b_qkv;
+  const OptionalTensor* b_qkv;                // of query, key and value, or one of all
   const Tensor& context;
   const OptionalTensor &b_context, &norm_weight, &norm_bias;
   const Tensor& in;
@@ -79,7 +79,7 @@ struct LayerParts {
   const OptionalTensor& b_out;
   const OptionalTensor &gate, &b_gate;        // of a gated feed-forward
   const OptionalTensor &query_norm, &key_norm;  // RMSNorms of heads
-  static constexpr size_t count = 16;
+  static constexpr size_t count = 18;
   double attention_norm_eps, norm_eps, head_norm_eps;
   static constexpr size_t epsilons = 3;
 };
@@ -95,10 +95,30 @@ WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int6
 // What the kernels are told of a layer. All layers of a call are checked and written down before the first of them runs: of code and data that
 // come between two layers' weights nothing is left in the caches.
 struct LayerArgs {
+  std::unique_ptr<char[]> b_qkv;  // where there is one of each
   LinearArgs qkv, context;
   WeightArgs gate;
   FeedForwardArgs ffn;
 };
+
+// The n elements of the first projection's bias, in `memory` if they are those of several.
+const void* bias_of(const OptionalTensor* parts, ScalarType scalar_type, int64_t n, std::unique_ptr<char[]>& memory) {
+  if (!parts[1] && !parts[2]) return data_of(parts[0], "bias", scalar_type, n);
+  int64_t elements = 0;
+  for (int i = 0; i < 3; i++) {
+    STD_TORCH_CHECK(parts[i].has_value(), "parts: query, key and value must all have a bias, or one together");
+    elements += parts[i]->numel();
+  }
+  STD_TORCH_CHECK(elements == n, "parts: the ", elements, " elements of query's, key's and value's bias must be the ", n, " out_features of the first projection");
+  const int64_t element = dtype_size(dtype_of(*parts[0], "bias"));
+  memory = std::make_unique<char[]>(size_t(n * element));
+  char* next = memory.get();
+  for (int i = 0; i < 3; i++) {
+    const int64_t bytes = parts[i]->numel() * element;
+    if (bytes) memcpy(std::exchange(next, next + bytes), data_of(parts[i], "bias", scalar_type, parts[i]->numel()), size_t(bytes));
+  }
+  return memory.get();
+}
 
 // The products on `rows` rows of x, after qkv.weight is known; `queries` are the features of all heads. Norms are before ("pre") or behind
 // ("post") the halves of the layer.
@@ -107,7 +127,7 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
   const Dtype dtype = dtype_of(x, "x");
   const ScalarType scalar_type = x.scalar_type();
   const int64_t hidden = x.size(x.dim() - 1);
-  layer.qkv = {.dtype = dtype, .rows = rows, .weight = layer.qkv.weight, .bias = data_of(w.b_qkv, "bias", scalar_type, layer.qkv.weight.n),
+  layer.qkv = {.dtype = dtype, .rows = rows, .weight = layer.qkv.weight, .bias = bias_of(w.b_qkv, scalar_type, layer.qkv.weight.n, layer.b_qkv),
                .activation = Activation::none};
   layer.context = {.dtype = dtype, .rows = rows, .weight = weight_args(w.context, "the attention's output", dtype, queries),
                    .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
@@ -278,8 +298,8 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
   for (size_t i = 0; i < layers; i++) {
     const OptionalTensor* p = &parts[i * LayerParts::count];
     const double* eps = &epsilons[i * LayerParts::epsilons];
-    for (int weight : {2, 4, 8, 10}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
-    body(LayerParts{p[0], p[1], *p[2], p[3], *p[4], p[5], p[6], p[7], *p[8], p[9], *p[10], p[11], p[12], p[13], p[14], p[15], eps[0], eps[1], eps[2]}, i);
+    for (int weight : {2, 6, 10, 12}) STD_TORCH_CHECK(p[weight].has_value(), "parts: the packed weight ", weight, " of layer ", i, " is None");
+    body(LayerParts{p[0], p[1], *p[2], p + 3, *p[6], p[7], p[8], p[9], *p[10], p[11], *p[12], p[13], p[14], p[15], p[16], p[17], eps[0], eps[1], eps[2]}, i);
   }
 }
 
@@ -356,7 +376,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
     }
     STD_TORCH_CHECK(features == 3 * heads * head_dim, "parts: all layers must have ", heads, " heads of ", head_dim, ", not ", features, " out_features");
     set_products(layer, w, x, rows, heads * head_dim, NormPosition::post, NormKind::layer_norm, known);
-    layers.push_back(layer);
+    layers.push_back(std::move(layer));
   });
   if (layers.empty()) return x;
   Tensor out[2] = {empty_rows_like(x, hidden), empty_rows_like(x, hidden)};

@@ -311,9 +311,10 @@ class Encoder(Form):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
-        layers = None
+        layers = together = None
         if plain and _plain_call(args, kwargs) and attention_interface.readable(attention_mask):
-            layers = self._layers()
+            together = self._together(hidden_states)
+            layers = self._layers() if together is None else together.given
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
@@ -326,9 +327,14 @@ class Encoder(Form):
         else:
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
-        together = self._together(x, layers, seen, packing)
-        if together is not None:
-            x = together
+        result = None
+        if together is not None and seen.bias is None and x.shape[:-1].numel() <= whole_layer.MOST_ROWS:
+            if packing is None:
+                result = whole_layer.encoded(x, together, scale, seen.padding, None, 0)
+            else:
+                result = whole_layer.encoded(x, together, scale, None, packing.cu_seqlens, packing.longest)
+        if result is not None:
+            x = result
         else:
             for layer, modules in zip(self.sequence(), layers, strict=True):
                 x = layer(x, bigmodel_run=(modules, attend))
@@ -338,29 +344,32 @@ class Encoder(Form):
 
     def _layers(self) -> list[Any] | None:
         """The modules of all layers, if every layer can run fused."""
-        if self._decodes() or attention_interface.collected() or checks.watched_globally():
+        if self._watched():
             return None
         layers = [gathered(layer, self.kin) for layer in self.sequence()]
         return None if None in layers else layers
 
-    def _together(
-        self, x: Tensor, gathered: list[Any], seen: attention_interface.Visibility, packing: Any
-    ) -> Tensor | None:
-        """The result of all layers in one call, for few rows and nobody who watches a layer."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or seen.bias is not None:
-            return None
-        if x.shape[:-1].numel() > whole_layer.MOST_ROWS:
-            return None
-        layers = list(self.sequence())
+    def _watched(self) -> bool:
+        """Whether layers have to be called one by one as they are."""
+        return self._decodes() or attention_interface.collected() or checks.watched_globally()
+
+    def _together(self, x: Tensor) -> whole_layer.Layers | None:
+        """All layers for one call, if nobody watches one of them; their modules are `given`."""
         form: Any = self.kin.forms[self.kin.layer]
-        if form.fused is not Layer.fused or not all(checks.intact(layer, form) for layer in layers):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or form.fused is not Layer.fused:
             return None
-        dtype = checks.dtype_of(x)
-        parts = [layer.parts(modules, dtype) for layer, modules in zip(layers, gathered, strict=True)]
-        scale = gathered[0].attention.scaling
-        if packing is None:
-            return whole_layer.encoded(x, parts, scale, seen.padding, None, 0)
-        return whole_layer.encoded(x, parts, scale, None, packing.cu_seqlens, packing.longest)
+
+        def gather() -> tuple[list[LayerParts], list[Any]] | None:
+            modules = self._layers()
+            if modules is None or not all(checks.intact(layer, form) for layer in layers):
+                return None
+            dtype = checks.dtype_of(x)
+            return [layer.parts(m, dtype) for layer, m in zip(layers, modules, strict=True)], modules
+
+        layers = list(self.sequence())
+        if not layers or self._watched():
+            return None
+        return whole_layer.layers_of(self, layers, x, "linear", gather)
 
     def sequence(self) -> Iterable[Any]:
         """The layers, in their order."""

@@ -23,7 +23,7 @@ way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -313,25 +313,33 @@ class Layer(layer_stack.Layer):
 # arguments and weights, read at each call
 
 
-def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
+def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
-    kin, dtype = stack[0].kin, checks.dtype_of(x)
+    first: Any = stack.layers[0]
+    kin = first.kin
     if x.dim() != 3 or x.shape[1] != 1 or given.packing is not None or given.alibi is not None:
         return None
     if kin.rotary not in ("", "half") or kin.sine_first or kin.masks_itself is not None or kin.adds_residual:
         return None
     if given.angles is not None and given.angles[0].dtype not in (x.dtype, torch.float32):
         return None
-    layers = []
-    for layer in stack:
-        parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
-        if parts is None:
-            return None
-        attention: Any = _attention_of(layer)
-        layers.append(
-            (parts, layer_stack.where(given, getattr(attention, kin.index), parts, kin.scale(attention)))
-        )
-    return whole_layer.token(x, layers, "linear", "layer_norm", given.angles)
+
+    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
+        dtype, found, where = checks.dtype_of(x), [], []
+        for layer in stack.layers:
+            parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
+            if parts is None:
+                return None
+            attention: Any = _attention_of(layer)
+            found.append(parts)
+            where.append(layer_stack.Where.of(getattr(attention, kin.index), parts, kin.scale(attention)))
+        return found, where
+
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather)
+    if layers is None:
+        return None
+    cached = [where.within(given.cache, given.mask) for where in layers.given]
+    return whole_layer.token(x, layers, cached, "layer_norm", given.angles)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ from bigmodel_kernels.transformers.generic import Form, stands_for
 class Stack:
     """The layers of a model whose forward is running."""
 
-    __slots__ = ("given", "layers", "next")
+    __slots__ = ("given", "layers", "model", "next")
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model, self.layers = model, layers
         self.given: Tensor | None = None
         self.next = 0  # that hands it on
 
@@ -63,7 +63,7 @@ def current() -> Stack | None:
 
 
 def result(
-    layer: nn.Module, kwargs: dict[str, Any], all_layers: Callable[[Sequence[nn.Module]], Tensor | None]
+    layer: nn.Module, kwargs: dict[str, Any], all_layers: Callable[[Stack], Tensor | None]
 ) -> Tensor | None:
     """The result of all layers, if this is the first, nobody asks for what is between, and `all_layers` can
     say.
@@ -73,24 +73,34 @@ def result(
         return None
     if attention_interface.collected() or attention_interface.wants_attentions(kwargs):
         return None
-    stack.given, stack.next = all_layers(stack.layers), 1
+    stack.given, stack.next = all_layers(stack), 1
     return stack.given
 
 
 @contextmanager
-def running(layers: Sequence[nn.Module]) -> Iterator[None]:
+def running(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
     before = _running.stack
-    _running.stack = Stack(layers)
+    _running.stack = Stack(model, layers)
     try:
         yield
     finally:
         _running.stack = before
 
 
-def where(given: Any, layer: int, parts: LayerParts, scale: float) -> whole_layer.Cached:
-    """What a token attends to in a layer that is called with `given`'s cache and mask."""
-    key: Any = parts.qkv[1]
-    return whole_layer.Cached(given.cache, layer, key.weight.shape[0] // parts.head_dim, given.mask, scale)
+class Where(NamedTuple):
+    """Which of a cache's layers a layer attends to, and how."""
+
+    layer: int
+    kv_heads: int
+    scale: float
+
+    @staticmethod
+    def of(layer: int, parts: LayerParts, scale: float) -> Where:
+        key: Any = parts.qkv[1]
+        return Where(layer, key.weight.shape[0] // parts.head_dim, scale)
+
+    def within(self, cache: Any, mask: Tensor | None) -> whole_layer.Cached:
+        return whole_layer.Cached(cache, self.layer, self.kv_heads, mask, self.scale)
 
 
 class Model(Form):
@@ -111,7 +121,7 @@ class Model(Form):
         if graph or self.training or "forward" in self.__dict__:
             return super().__call__(*args, **kwargs)
         layers = getattr(self, self.at).__dict__["_modules"].values()
-        with running(list(layers)[: self.config.num_hidden_layers]):
+        with running(self, list(layers)[: self.config.num_hidden_layers]):
             return super().__call__(*args, **kwargs)
 
 

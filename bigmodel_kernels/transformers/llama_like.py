@@ -22,7 +22,7 @@ quantised, and where a hook or a replaced module stands in the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -255,25 +255,34 @@ class Layer(layer_stack.Layer):
 # arguments and weights, read at each call
 
 
-def _token(x: Tensor, given: Given, stack: Sequence[Any]) -> Tensor | None:
+def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
-    kin = stack[0].kin
+    first: Any = stack.layers[0]
+    kin = first.kin
     if x.shape[1] != 1 or given.cos.dtype not in (x.dtype, torch.float32):
         return None
     if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
         return None
-    layers = []
-    for layer in stack:
-        if not checks.intact(layer, kin.forms[kin.layer]) or not layer._drops_plainly():
-            return None
-        parts = _whole_parts(layer, checks.dtype_of(x))
-        if parts is None:
-            return None
-        attention = layer.self_attn
-        layers.append((parts, layer_stack.where(given, attention.layer_idx, parts, attention.scaling)))
+
+    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
+        dtype, found, where = checks.dtype_of(x), [], []
+        for layer in stack.layers:
+            known: Any = layer if checks.intact(layer, kin.forms[kin.layer]) else None
+            parts = _whole_parts(known, dtype) if known is not None and known._drops_plainly() else None
+            if parts is None:
+                return None
+            attention = known.self_attn
+            found.append(parts)
+            where.append(layer_stack.Where.of(attention.layer_idx, parts, attention.scaling))
+        return found, where
+
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather)
+    if layers is None:
+        return None
+    cached = [where.within(given.cache, given.mask) for where in layers.given]
     angles = given.cos.shape[-1] // 2
     turns = (given.cos[..., :angles], given.sin[..., :angles])
-    return whole_layer.token(x, layers, "linear", "rms_norm", turns)
+    return whole_layer.token(x, layers, cached, "rms_norm", turns)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

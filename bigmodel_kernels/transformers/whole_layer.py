@@ -12,8 +12,12 @@ calls.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +30,8 @@ from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
-from bigmodel_kernels.transformers import growing_cache, training_layer
+from bigmodel_kernels.transformers import checks, growing_cache, training_layer
+from bigmodel_kernels.transformers.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers.blocks import LayerParts, Part, Terms
@@ -223,10 +228,123 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
     )
 
 
+class Layers:
+    """Layers one behind the other, as the CPU library reads them.
+
+    `given` is what the caller wants to find again beside them.
+    """
+
+    def __init__(self, parts: Sequence[LayerParts], layout: str, given: Any) -> None:
+        self.given, self.layout = given, layout
+        self.head_dims = [w.head_dim for w in parts]
+        self.features = {_features(w) for w in parts if layout == "linear" and _readable(w)}
+        self.activation = "" if parts[0].ffn is None else parts[0].ffn.activation
+        self.takes = all(_readable(w) and not _drops(w) and _activation(w) == self.activation for w in parts)
+        self.epsilons = [eps for w in parts for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
+        self.groups: list[list[Tensor]] = []
+        self.parts: list[Any] = []  # a packed weight's is its group
+        if self.takes:
+            for w in parts:
+                self._add(w)
+
+    def __len__(self) -> int:
+        return len(self.head_dims)
+
+    def _add(self, w: LayerParts) -> None:
+        ffn: Any = w.ffn
+        first = len(self.groups)
+        self.groups += _groups(w)
+        qkv, context, w_in, w_out, *gate = range(first, len(self.groups))
+        self.parts += (*_affine(w.attention_norm), qkv, *[*_biases(w), None, None, None][:3])
+        self.parts += (context, _affine(w.attention_out)[1], *_affine(w.ffn_norm))
+        self.parts += (w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
+        self.parts += (*gate, ffn.w_gate.bias) if gate else (None, None)
+        self.parts += w.head_norms
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """Those of all layers, weights packed; None if a weight is empty."""
+        if empty(*chain.from_iterable(self.groups)):
+            return None
+        packed = packed_together(self.groups, self.layout)
+        return [packed[part] if type(part) is int else contiguous(part) for part in self.parts]
+
+
+class _Known:
+    """`Layers` of modules, without their tensors: these are found in the modules."""
+
+    def __init__(self, modules: Sequence[nn.Module], layers: Layers, x: Tensor) -> None:
+        self.modules, self.dtype, self.device = list(modules), x.dtype, x.device
+        self._snapshot = Snapshot(modules)
+        held = self._snapshot.parameters(x.dtype, x.device) or ()
+        places = {id(tensor): i for i, tensor in enumerate(held) if tensor is not None}
+        # Not where other tensors than parameters are read, or some have another dtype.
+        self.complete = all(
+            id(t) in places
+            for t in (*chain.from_iterable(layers.groups), *layers.parts)
+            if isinstance(t, Tensor)
+        )
+        if not self.complete:
+            return
+        self._layers = copy.copy(layers)
+        self._layers.groups, self._layers.parts = [], []
+        self._groups = [[places[id(weight)] for weight in group] for group in layers.groups]
+        self._parts = [_Place(places[id(p)]) if isinstance(p, Tensor) else p for p in layers.parts]
+
+    def layers(self, modules: Sequence[nn.Module], x: Tensor) -> Layers | None:
+        """With the tensors that the modules hold now, if these are the same modules and hold the same."""
+        if not self.complete or x.dtype is not self.dtype or x.device != self.device:
+            return None
+        same = len(modules) == len(self.modules) and all(map(is_, modules, self.modules))
+        held = self._snapshot.parameters(x.dtype, x.device) if same else None
+        if held is None:
+            return None
+        found = copy.copy(self._layers)
+        found.groups = [[held[i] for i in group] for group in self._groups]  # type: ignore[misc]
+        found.parts = [held[p.at] if type(p) is _Place else p for p in self._parts]
+        return found
+
+
+class _Place(NamedTuple):
+    """Of a parameter among all."""
+
+    at: int
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def layers_of(
+    owner: nn.Module,
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    layout: str,
+    gather: Callable[[], tuple[Sequence[LayerParts], Any] | None],
+) -> Layers | None:
+    """The layers for a call on x: what `gather` says, and what is `given` beside, as long as the modules hold
+    what they held when it said it. None if it says that they cannot run so.
+
+    `owner` holds the modules, and is not within them.
+    """
+    if checks.dtype_of(x) is None:  # parameters of any dtype will do
+        found = gather()
+        return None if found is None else Layers(found[0], layout, found[1])
+    known = _known.get(owner)
+    layers = None if known is None else known.layers(modules, x)
+    if layers is not None:
+        return layers
+    found = gather()
+    layers = None if found is None else Layers(found[0], layout, found[1])
+    if layers is None or not layers.takes:
+        _known.pop(owner, None)
+    elif known is None or known.complete or known.dtype is not x.dtype:
+        _known[owner] = _Known(modules, layers, x)
+    return layers
+
+
 def token(
     x: Tensor,
-    layers: Sequence[tuple[LayerParts, Cached]],
-    layout: str,
+    layers: Layers,
+    cached: Sequence[Cached],
     norm_kind: str = "layer_norm",
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
@@ -236,16 +354,16 @@ def token(
     half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
     caches.
     """
-    if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, [w for w, _ in layers], "cpu_layers"):
+    if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, layers, "cpu_layers"):
         return None
-    if len({cached.layer for _, cached in layers}) < len(layers):
+    if len({each.layer for each in cached}) < len(cached):
         return None  # a layer that is called twice has two tokens more
-    batch, mask = x.shape[0], layers[0][1].mask
+    batch, mask = x.shape[0], cached[0].mask
     rooms = []
-    for w, cached in layers:
-        kind = growing_cache.Kind((batch, cached.kv_heads, 1, w.head_dim), x.dtype, x.device)
-        room = growing_cache.room(cached.cache, cached.layer, kind, kind)
-        if room is None or cached.mask is not mask:
+    for each, head_dim in zip(cached, layers.head_dims, strict=True):
+        kind = growing_cache.Kind((batch, each.kv_heads, 1, head_dim), x.dtype, x.device)
+        room = growing_cache.room(each.cache, each.layer, kind, kind)
+        if room is None or each.mask is not mask:
             return None
         rooms.append(room)
     length = rooms[0].length
@@ -255,13 +373,14 @@ def token(
         if mask.shape != (batch, length + 1):
             return None
         mask = mask.to(torch.bool).contiguous()
-    parts = _all_parts([w for w, _ in layers], layout)
+    parts = layers.tensors()
     if parts is None:
         return None
     out = torch.ops.bigmodel.cpu_layers.default(
-        *(x.contiguous(), *parts, [buffer for room in rooms for buffer in (room.keys, room.values)], length),
+        *(x.contiguous(), parts, layers.epsilons),
+        *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
         *(mask, *(map(contiguous, angles) if angles else (None, None))),
-        *([cached.scale for _, cached in layers], norm_kind, _activation(layers[0][0])),
+        *([each.scale for each in cached], norm_kind, layers.activation),
     )
     for room in rooms:
         room.written(1)
@@ -274,7 +393,7 @@ MOST_ROWS = 2048
 
 def encoded(
     x: Tensor,
-    layers: Sequence[LayerParts],
+    layers: Layers,
     scale: float,
     padding: Tensor | None,
     lengths: Tensor | None,
@@ -287,47 +406,25 @@ def encoded(
     """
     if not _takes_all(x, layers, "cpu_encoder"):
         return None
-    if len({(w.head_dim, _features(w)) for w in layers}) > 1 or x.dim() != (3 if lengths is None else 2):
+    if len(set(layers.head_dims)) > 1 or len(layers.features) > 1 or x.dim() != (3 if lengths is None else 2):
         return None
-    parts = _all_parts(layers, "linear")
+    parts = layers.tensors()
     if parts is None:
         return None
     return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
-        *(x.contiguous(), *parts, layers[0].head_dim, contiguous(lengths), longest),
-        *(contiguous(padding), scale, _activation(layers[0])),
+        *(x.contiguous(), parts, layers.epsilons, layers.head_dims[0], contiguous(lengths), longest),
+        *(contiguous(padding), scale, layers.activation),
     )
 
 
-def _takes_all(x: Tensor, layers: Sequence[LayerParts], op: str) -> bool:
+def _takes_all(x: Tensor, layers: Layers, op: str) -> bool:
     return (
-        not _on_gpu(x)
-        and len(layers) > 0
+        layers.takes
+        and not _on_gpu(x)
         and lacking(op, x.dtype) is None
         and not torch.is_grad_enabled()
         and _unobserved(x)
-        and all(map(_readable, layers))
-        and not any(map(_drops, layers))
-        and all(_activation(w) == _activation(layers[0]) for w in layers)
     )
-
-
-def _all_parts(layers: Sequence[LayerParts], layout: str) -> tuple[list[Tensor | None], list[float]] | None:
-    """The tensors and epsilons of all layers as the library reads them; None if a weight is empty."""
-    groups = [group for w in layers for group in _groups(w)]
-    if empty(*(weight for group in groups for weight in group)):
-        return None
-    packed = packed_together(groups, layout)
-    parts: list[Tensor | None] = []
-    weights = iter(packed)
-    for w in layers:
-        ffn: Any = w.ffn
-        parts += (*_affine(w.attention_norm), next(weights), joined(_biases(w)))
-        parts += (next(weights), _affine(w.attention_out)[1], *_affine(w.ffn_norm))
-        parts += (next(weights), ffn.w_in.bias, next(weights), ffn.w_out.bias)
-        parts += (None, None) if ffn.w_gate is None else (next(weights), ffn.w_gate.bias)
-        parts += w.head_norms
-    epsilons = [eps for w in layers for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
-    return [contiguous(part) for part in parts], epsilons
 
 
 def _features(w: LayerParts) -> int:

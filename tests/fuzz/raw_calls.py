@@ -414,8 +414,10 @@ def layer_parts(
 ) -> list[Any]:
     """Those of one layer; its second norm is there, its first one too where it is the attention's own."""
     parts: list[Any] = list(i.norm(hidden, kind=kind, there=there).values())
-    for k, n in ((hidden, features), (queries, hidden)):
-        parts += (Packed([i.weight(k, n)]), i.maybe(n))
+    each = (queries, (features - queries) // 2, (features - queries) // 2)
+    biases = [i.tensor(n) for n in each] if i.chance() else [i.maybe(features), None, None]
+    parts += (Packed([i.weight(hidden, features)]), *biases)
+    parts += (Packed([i.weight(queries, hidden)]), i.maybe(hidden))
     parts += i.norm(hidden, kind=kind, there=True).values()
     gated = i.chance()
     for k, n in ((hidden, inner), (inner, hidden), *([(hidden, inner)] if gated else [])):

@@ -37,8 +37,8 @@ TORCH_REFUSES = re.compile(
 )
 # These are made of other operators, and their errors speak of their arguments.
 _LAYER = (
-    *("packed", "packed_in", "packed_out", "bias", "b_in", "b_out", "residual", "norm_weight", "norm_bias"),
-    "softmax_scale",
+    *("packed", "packed_in", "packed_out", "bias", "b_in", "b_out", "b_gate", "residual"),
+    *("norm_weight", "norm_bias", "softmax_scale"),
 )
 INNER = {
     "cpu_layer_end": ("bias", "cu_seqlens_q", "cu_seqlens_k", "packed", "residual"),

@@ -86,11 +86,11 @@ class BigmodelAlbertTransformer(bert_like.Encoder, hf.AlbertTransformer, kin=KIN
         part = blocks.part(self.embedding_hidden_mapping_in, nn.Linear, checks.dtype_of(x))
         return blocks.project(x, part, "linear")
 
-    def _layers(self) -> list[Any] | None:
+    def _watched(self) -> bool:
         known = checks.row_wise(self.embedding_hidden_mapping_in, nn.Linear) and all(
             checks.intact(group, hf.AlbertLayerGroup) for group in self.albert_layer_groups
         )
-        return super()._layers() if known else None
+        return not known or super()._watched()
 
     def _decodes(self) -> bool:
         return False

@@ -16,7 +16,6 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -199,22 +198,27 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     )
 
 
-def _token(x: Tensor, cache: Any, mask: Any, stack: Sequence[Any]) -> Tensor | None:
+def _token(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all blocks for one token of each sequence, or None (see `whole_layer.token`)."""
     if x.shape[1] != 1 or checks.watched_globally():
         return None
-    cache, dtype = _self_attention(cache), checks.dtype_of(x)
-    layers = []
-    for block in stack:
-        if not checks.intact(block, BigmodelGPT2Block):
-            return None
-        parts = _block_parts(block, dtype)
-        if parts is None:
-            return None
-        attention = block.attn
-        seen = whole_layer.Cached(cache, attention.layer_idx, attention.num_heads, mask, attention.scaling)
-        layers.append((parts, seen))
-    return whole_layer.token(x, layers, "conv1d")
+
+    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
+        dtype, found, where = checks.dtype_of(x), [], []
+        for block in stack.layers:
+            parts = _block_parts(block, dtype) if checks.intact(block, BigmodelGPT2Block) else None
+            if parts is None:
+                return None
+            attention: Any = block.attn
+            found.append(parts)
+            where.append(layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling))
+        return found, where
+
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "conv1d", gather)
+    if layers is None:
+        return None
+    cache = _self_attention(cache)
+    return whole_layer.token(x, layers, [where.within(cache, mask) for where in layers.given])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -319,19 +319,23 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
   return packed;
 }
 
-// A hash of 16 elements spread over each weight: how the cache of packed weights notices an edit that left the tensor's
-// version as it was. Any strides. All are asked for before the first is read: each is a miss of every cache.
+// A hash of where each weight lies and how, and of 16 elements spread over it: how the cache of packed weights notices other memory, and an
+// edit that left the tensor's version as it was. Any strides. All are asked for before the first is read: each is a miss of every cache.
 int64_t cpu_fingerprint(std::vector<Tensor> weights) {
   constexpr int64_t samples = 16;
   struct Sample { const char* at; size_t size; };
   std::vector<Sample> places;
   places.reserve(weights.size() * samples);
+  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
+  const auto add = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3ull; };
   for (const Tensor& weight : weights) {
     check_cpu(weight, "weights");
     STD_TORCH_CHECK(weight.dim() == 2, "weights: shape ", shape_of(weight), " must have two dimensions");
     const int64_t size = dtype_size(dtype_of(weight, "weights")), columns = weight.size(1), numel = weight.numel();
     const int64_t stride_row = weight.stride(0), stride_column = weight.stride(1);
     const char* data = static_cast<const char*>(weight.const_data_ptr());
+    for (int64_t word : {int64_t(reinterpret_cast<uintptr_t>(data)), weight.size(0), columns, stride_row, stride_column, int64_t(weight.scalar_type())})
+      add(uint64_t(word));
     const int64_t count = std::min(samples, numel);
     for (int64_t i = 0; i < count; i++) {
       // i * (numel - 1) / (count - 1), which an expanded weight's numel would make overflow
@@ -340,11 +344,10 @@ int64_t cpu_fingerprint(std::vector<Tensor> weights) {
       __builtin_prefetch(places.back().at);
     }
   }
-  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
   for (const Sample& place : places) {
     uint32_t bits = 0;
     std::memcpy(&bits, place.at, place.size);
-    hash = (hash ^ bits) * 0x100000001b3ull;
+    add(bits);
   }
   return int64_t(hash);
 }

@@ -1,10 +1,10 @@
 """Linear by the compiled CPU library, and its cache of packed weights.
 
 The library multiplies with weights laid out for its own tiles. A packed copy is made once, and found again by
-the identity of the weights. It is made anew when a weight's memory, version, shape, strides, dtype or a
-fingerprint of 16 of its elements has changed: optimizer steps, `load_state_dict`, `.to()` and edits through
-`.data` (which leave the version as it is) are seen. An edit through `.data` that touches none of the 64
-elements is not; `clear()` drops all. A copy dies with its weights.
+the identity of the weights. It is made anew when a weight's version has changed or its fingerprint, which is
+of its memory, shape, strides, dtype and 16 of its elements: optimizer steps, `load_state_dict`, `.to()` and
+edits through `.data` (which leave the version as it is) are seen. An edit through `.data` that touches none
+of these elements is not; `clear()` drops all. A copy dies with its weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bigmodel_kernels.ops.packed_weight import PackedWeight, Place, layout_of, w
 @dataclass(frozen=True)
 class _Entry:
     weights: tuple[weakref.ref[Tensor], ...]
-    states: tuple[Any, ...]
+    versions: tuple[int | None, ...]
     fingerprint: int
     packed: tuple[Tensor, ...]
 
@@ -58,14 +58,14 @@ def packed_together(groups: Sequence[Sequence[Tensor]], weight_layout: str) -> t
             return tuple(packed(group, weight_layout) for group in groups)
         return (_released(weights, weight_layout),)
     key = (weight_layout, *map(len, groups), *map(id, weights))
-    states = tuple(map(_state, weights))
+    versions = tuple(map(_version, weights))
     fingerprint = torch.ops.bigmodel.cpu_fingerprint.default(weights)
     with _lock:
         entry = _entries.get(key)
     if (
         entry is not None
         and entry.fingerprint == fingerprint
-        and entry.states == states
+        and entry.versions == versions
         and all(ref() is w for ref, w in zip(entry.weights, weights, strict=True))
     ):
         return entry.packed
@@ -75,7 +75,7 @@ def packed_together(groups: Sequence[Sequence[Tensor]], weight_layout: str) -> t
         result = tuple(packed(group, weight_layout) for group in groups)
     references = tuple(weakref.ref(w, _forget(key)) for w in weights)
     with _lock:
-        _entries[key] = _Entry(references, states, fingerprint, result)
+        _entries[key] = _Entry(references, versions, fingerprint, result)
     return result
 
 
@@ -94,9 +94,8 @@ def _forget(key: _Key) -> Any:
     return callback
 
 
-def _state(weight: Tensor) -> tuple[Any, ...]:
-    version = None if weight.is_inference() else weight._version  # inference tensors count no versions
-    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version  # inference tensors count no versions
 
 
 def packed_bytes(what: torch.nn.Module | Iterable[Tensor]) -> int:
@@ -128,7 +127,7 @@ def releasable(tensors: Iterable[Tensor]) -> list[tuple[Tensor, PackedWeight]]:
         weights = [w for w in references if w is not None and id(w) in wanted and copies[id(w)] == 1]
         if (
             len(weights) < len(references)
-            or entry.states != tuple(map(_state, weights))
+            or entry.versions != tuple(map(_version, weights))
             or entry.fingerprint != torch.ops.bigmodel.cpu_fingerprint.default(weights)
         ):
             continue

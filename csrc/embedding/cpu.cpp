@@ -7,12 +7,18 @@
 namespace bigmodel::BIGMODEL_ISA {
 
 void embedding(const Runtime& runtime, const EmbeddingArgs& args) {
+  constexpr int64_t rows_ahead = 2;
   const int64_t hidden = args.hidden, block = larger(1, 16384 / larger(1, hidden));
   with_dtype(args.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel(runtime, ceil_div(args.tokens, block), [&](int64_t task) {
+    parallel_near(runtime, ceil_div(args.tokens, block), [&](int64_t task) {
       float* row = static_cast<float*>(runtime.scratch(scratch_c, size_t(hidden) * sizeof(float)));
       for (int64_t token = task * block; token < smaller(args.tokens, (task + 1) * block); token++) {
+        // The next word's row lies anywhere in the table: it is asked for while this one is normalised.
+        if (args.ids[0] && token + rows_ahead < args.tokens) {
+          const char* next = static_cast<const char*>(args.tables[0]) + args.ids[0][token + rows_ahead] * hidden * int64_t(sizeof(T));
+          for (int64_t at = 0; at < hidden * int64_t(sizeof(T)); at += 64) __builtin_prefetch(next + at);
+        }
         embedding_row<T>(args.ids, args.tables, token, hidden, row);
         T* out = static_cast<T*>(args.out) + token * hidden;
         if (args.dropout.enabled) {

@@ -66,7 +66,7 @@ import ctypes, sys
 import guided
 
 planted = ctypes.CDLL(sys.argv[1])
-guided.fuzz(guided.padded(planted.call), sys.argv[2:])
+guided.fuzz(guided.libfuzzer(), guided.padded(planted.call), sys.argv[2:])
 """
 
 
@@ -111,10 +111,10 @@ def clang(download: bool = True) -> Clang | None:
     return complete(debian.compiler_script(script, folder, f"clang++-{VERSION}"))
 
 
-def build_libfuzzer(compiler: Clang) -> Path:
+def build_libfuzzer(compiler: Clang, folder: Path) -> Path:
     """libFuzzer as a library, which Python can call."""
-    library, exports = FOLDER / "libfuzzer.so", FOLDER / "libfuzzer.map"
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    library, exports = folder / "libfuzzer.so", folder / "libfuzzer.map"
+    folder.mkdir(parents=True, exist_ok=True)
     exports.write_text("{ global: LLVMFuzzer*; __sanitizer_cov_*; __sancov_lowest_stack; local: *; };\n")
     archive = f"-Wl,--whole-archive,{compiler.libfuzzer},--no-whole-archive,--version-script,{exports}"
     flags = ["-shared", "-pthread", "-fsanitize=address", "-shared-libasan", archive]
@@ -144,15 +144,16 @@ def logged(command: list[str], folder: Path, environment: dict[str, str], log: P
 
 def prove(compiler: Clang, libfuzzer: Path, seconds: int = 120) -> str:
     """What libFuzzer printed of the planted fault, which must be found within that time."""
-    source, library = FOLDER / "planted.cpp", FOLDER / "planted.so"
+    folder = libfuzzer.parent
+    source, library = folder / "planted.cpp", folder / "planted.so"
     source.write_text(PLANTED)
     flags = ["-O1", "-g1", "-fPIC", "-shared", "-shared-libasan", "-fsanitize=fuzzer-no-link,address"]
     subprocess.run([*shlex.split(compiler.command), *flags, str(source), "-o", str(library)], check=True)
     options = [*SEARCH, f"-max_total_time={seconds}", "-max_len=8", "-seed=1"]
-    options.append(f"-artifact_prefix={FOLDER}/planted-")
+    options.append(f"-artifact_prefix={folder}/planted-")
     command = [sys.executable, "-c", PLANTED_TEST, str(library), *options]
     with_what = environment(compiler, libfuzzer)
-    code, log = logged(command, TESTS, with_what, FOLDER / "logs" / "planted.txt")
+    code, log = logged(command, TESTS, with_what, folder / "planted.txt")
     if code == 0 or "heap-buffer-overflow" not in log:
         raise SystemExit(f"the planted fault is not found (exit code {code}):\n{log[-3000:]}")
     return log
@@ -247,7 +248,7 @@ def main() -> int:
         raise SystemExit(f"{arguments.reproduce}: there is no such file")
     compiler = clang()
     assert compiler is not None
-    libfuzzer = build_libfuzzer(compiler)
+    libfuzzer = build_libfuzzer(compiler, FOLDER)
     library = build_kernels(compiler)
     runs_with = environment(compiler, libfuzzer, BIGMODEL_TEST_LIBRARY=str(library))
     if arguments.reproduce:

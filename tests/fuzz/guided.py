@@ -1,7 +1,7 @@
 """Runs the tests of one raw operator under libFuzzer, which is guided by the C++ code that inputs reach.
 
     python tests/fuzz/guided.py OPERATOR [OPTIONS OF LIBFUZZER] [CORPUS]
-    python tests/fuzz/guided.py OPERATOR --show INPUT     prints the calls that an input makes, and makes them
+    python tests/fuzz/guided.py OPERATOR --show INPUT...   prints the call that each makes, and makes it
 
 `make fuzz` (tools/fuzz.py) starts it with what it needs: libFuzzer and the runtime of the sanitizers loaded
 before Python, and BIGMODEL_TEST_LIBRARY, the kernels with counters of what they reach.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-MOST_BYTES = 4096  # of an input; calls draw from some dozens to some hundreds
+MOST_BYTES = 512  # of an input; calls draw from some dozens to some hundreds
 TESTS = Path(__file__).resolve().parents[1]
 
 Target = Callable[[bytes], object]
@@ -31,11 +31,15 @@ def padded(target: Target) -> Target:
     return lambda data: target(data + bytes(MOST_BYTES - len(data)))
 
 
-def fuzz(target: Target, options: list[str]) -> NoReturn:
-    """Ends the process: with 0 when the time is over, with another code after a fault."""
+def libfuzzer() -> ctypes.CDLL:
     driver = ctypes.CDLL(None)
     if not hasattr(driver, "LLVMFuzzerRunDriver"):
         raise SystemExit("libFuzzer is not there: `make fuzz` starts this")
+    return driver
+
+
+def fuzz(driver: ctypes.CDLL, target: Target, options: list[str]) -> NoReturn:
+    """Ends the process: with 0 when the time is over, with another code after a fault."""
 
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t)
     def run(data: Any, size: int) -> int:
@@ -47,7 +51,7 @@ def fuzz(target: Target, options: list[str]) -> NoReturn:
             os.abort()  # libFuzzer takes the signal, and keeps the input
         return 0
 
-    arguments = [sys.argv[0], f"-max_len={MOST_BYTES}", *options]
+    arguments = [sys.argv[0], f"-max_len={MOST_BYTES}", "-len_control=0", *options]
     values = (ctypes.c_char_p * (len(arguments) + 1))(*(argument.encode() for argument in arguments), None)
     count = ctypes.c_int(len(arguments))
     pointer = ctypes.cast(values, ctypes.POINTER(ctypes.c_char_p))
@@ -108,12 +112,13 @@ def operator_target(op: str) -> Target:
 
 def main(arguments: list[str]) -> None:
     op, options = arguments[0], arguments[1:]
-    target = operator_target(op)
     if options[:1] == ["--show"]:
+        target = operator_target(op)
         show_calls()
-        target(Path(options[1]).read_bytes())
+        for file in options[1:]:
+            target(Path(file).read_bytes())
     else:
-        fuzz(target, options)
+        fuzz(libfuzzer(), operator_target(op), options)
 
 
 if __name__ == "__main__":

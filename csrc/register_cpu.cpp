@@ -218,6 +218,16 @@ void check_aligned(const Tensor& tensor, const char* name) {
                   ": its address must be a multiple of its element size, ", size, " bytes");
 }
 
+alignas(64) static char no_element[64];
+const void* const_elements(const Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  return data ? data : no_element;
+}
+void* mutable_elements(const Tensor& tensor) {
+  void* data = tensor.mutable_data_ptr();
+  return data ? data : no_element;
+}
+
 // A dense array of exactly this dtype and this many elements.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
   check_cpu(tensor, name);

@@ -27,6 +27,27 @@ def attend(query: Tensor, **given: Any) -> Tensor:
     return native.cpu_attention(query, query, query, **{**call, **given})[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("isa", native.cpu_isas().split(", "))
+def test_queries_without_any_key(isa: str) -> None:
+    """Kernels went to the second head's rows of arrays that are nowhere."""
+    before = native.cpu_isa()
+    native.cpu_set_isa(isa)
+    try:
+        lengths = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 40, 40], [0, 0, 0])]
+        call = dict.fromkeys(("key_padding_mask", "bias", "dropout_seed", "alibi_slopes", "sinks"))
+        call |= {"cu_seqlens_q": lengths[0], "cu_seqlens_k": lengths[1], "max_seqlen_q": 40, "max_seqlen_k": 0}
+        call |= {"softmax_scale": 1.0, "is_causal": False, "dropout_p": 0.0}
+        call |= {"window_left": -1, "window_right": -1, "softcap": 0.0}
+        query, key = torch.ones(40, 6, 97), torch.ones(0, 2, 97)
+        out, logsumexp = native.cpu_attention(query, key, key, **call)
+        last = {"bias_requires_grad": False, "sinks_require_grad": False, "side_by_side": False}
+        given = {**call, "out": out, "logsumexp": logsumexp, **last}
+        dq, dk, dv, *_ = native.cpu_attention_backward(out, None, query, key, key, **given)
+    finally:
+        native.cpu_set_isa(before)
+    assert not out.any() and not dq.any() and dk.shape == dv.shape == key.shape
+
+
 def layer_end(x: Tensor, query: Tensor) -> Tensor:
     hidden, heads = x.shape[-1] or 8, query.shape[1] * query.shape[3]
     weights = [

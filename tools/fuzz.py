@@ -112,13 +112,14 @@ def clang(download: bool = True) -> Clang | None:
 
 
 def build_libfuzzer(compiler: Clang, folder: Path) -> Path:
-    """libFuzzer as a library, which Python can call."""
+    """libFuzzer as a library, which Python can call, with a way to change inputs that is ours."""
     library, exports = folder / "libfuzzer.so", folder / "libfuzzer.map"
     folder.mkdir(parents=True, exist_ok=True)
     exports.write_text("{ global: LLVMFuzzer*; __sanitizer_cov_*; __sancov_lowest_stack; local: *; };\n")
     archive = f"-Wl,--whole-archive,{compiler.libfuzzer},--no-whole-archive,--version-script,{exports}"
-    flags = ["-shared", "-pthread", "-fsanitize=address", "-shared-libasan", archive]
-    subprocess.run([*shlex.split(compiler.command), *flags, "-o", str(library)], check=True)
+    flags = ["-O1", "-shared", "-fPIC", "-pthread", "-fsanitize=address", "-shared-libasan", archive]
+    mutator = str(TESTS / "mutator.cpp")
+    subprocess.run([*shlex.split(compiler.command), mutator, *flags, "-o", str(library)], check=True)
     return library
 
 

@@ -44,10 +44,11 @@ OPTIONS = {
     ":allow_addr2line=1:verify_asan_link_order=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:allow_addr2line=1",
 }
-# A call takes milliseconds; a machine may stand still for a while. Single allocations are bounded above.
+# A call takes milliseconds; a machine may stand still for a while. Single allocations are bounded above. What
+# counts is which code is reached, and not how often: that differs with every size, and each would be kept.
 SEARCH = [
     *("-timeout=300", "-report_slow_units=300", "-rss_limit_mb=8192", "-malloc_limit_mb=4096"),
-    *("-print_funcs=0", "-print_final_stats=1"),
+    *("-use_counters=0", "-print_funcs=0", "-print_final_stats=1"),
 ]
 
 # What only one of 2^32 blind inputs finds; guided, each right number is code that was not reached before.
@@ -117,7 +118,16 @@ def build_libfuzzer(compiler: Clang, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     exports.write_text("{ global: LLVMFuzzer*; __sanitizer_cov_*; __sancov_lowest_stack; local: *; };\n")
     archive = f"-Wl,--whole-archive,{compiler.libfuzzer},--no-whole-archive,--version-script,{exports}"
-    flags = ["-O1", "-shared", "-fPIC", "-pthread", "-fsanitize=address", "-shared-libasan", archive]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-fsanitize=address",
+        "-shared-libasan",
+        archive,
+    ]
     mutator = str(TESTS / "mutator.cpp")
     subprocess.run([*shlex.split(compiler.command), mutator, *flags, "-o", str(library)], check=True)
     return library

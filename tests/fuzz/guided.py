@@ -44,11 +44,13 @@ def fuzz(driver: ctypes.CDLL, target: Target, options: list[str]) -> NoReturn:
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_uint8), ctypes.c_size_t)
     def run(data: Any, size: int) -> int:
         try:
-            target(ctypes.string_at(data, size))
+            drawn = target(ctypes.string_at(data, size))
         except BaseException:  # a test that fails is a fault as much as what a sanitizer sees
             traceback.print_exc()
             sys.stderr.flush()
             os.abort()  # libFuzzer takes the signal, and keeps the input
+        if isinstance(drawn, bytes):  # by hypothesis, from the input and the zeros behind it
+            driver.LLVMFuzzerBytesDrawn(data, ctypes.c_size_t(size), ctypes.c_size_t(len(drawn)))
         return 0
 
     arguments = [sys.argv[0], f"-max_len={MOST_BYTES}", "-len_control=0", *options]

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo finetune-demo test test-all test-isa sanitize emulate cuda-build triton-build wheels wheels-check wheels-aarch64 aarch64-check lint format bench bench-cpu verify models models-transformers test-matrix support numerics docs clean
+.PHONY: demo finetune-demo test test-all test-isa sanitize fuzz emulate cuda-build triton-build wheels wheels-check wheels-aarch64 aarch64-check lint format bench bench-cpu verify models models-transformers test-matrix support numerics docs clean
 
 demo: $(VENV)/.demo bigmodel_kernels/.built
 	$(BIN)/bigmodel-kernels demo
@@ -33,6 +33,13 @@ test-isa: $(VENV)/.dev
 # The kernels under the address, undefined-behaviour and thread sanitizers, and raw operators with arguments of every kind.
 sanitize: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python csrc/sanitize.py
+
+# Raw operators under the same sanitizers, with inputs that libFuzzer changes by what they reach in the kernels: SECONDS for each
+# operator, or for those of OPS, JOBS at a time. Takes Clang from Debian where there is none.
+SECONDS ?= 30
+JOBS ?= 1
+fuzz: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/fuzz.py --seconds $(SECONDS) --jobs $(JOBS) $(OPS)
 
 # The CUDA kernels in the emulator, and compiled for GPUs; neither needs one.
 emulate: $(VENV)/.dev

@@ -64,6 +64,9 @@ GLIBC_VERSIONS = {"dlmopen": "GLIBC_2.3.4"}
 SANITIZERS = {
     "address": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread",
+    # Clang's alone. The runtime is a library, for Python, which is not built with it, has to load it first.
+    "fuzz": "-O1 -g1 -fno-omit-frame-pointer -fsanitize=fuzzer-no-link,address,undefined "
+    "-fno-sanitize-recover=all -shared-libasan -Wno-unknown-warning-option",
 }
 
 

@@ -104,9 +104,9 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
     STD_TORCH_CHECK(key.size(0) == args.batch, "key: batch ", key.size(0), " must be query's ", args.batch);
   }
   set_options(args, options);
-  args.query = query.const_data_ptr();
-  args.key = key.const_data_ptr();
-  args.value = value.const_data_ptr();
+  args.query = const_elements(query);
+  args.key = const_elements(key);
+  args.value = const_elements(value);
   return args;
 }
 
@@ -131,7 +131,7 @@ void set_options(AttentionArgs& args, const AttentionOptions& options) {
       args.bias_stride[d] = bias->size(i) == 1 ? 0 : bias->stride(i);
     }
     check_aligned(*bias, "bias");
-    args.bias = bias->const_data_ptr();
+    args.bias = const_elements(*bias);
   }
   if (alibi_slopes) {
     const int64_t batches = alibi_slopes->dim() == 2 ? args.batch : 1;
@@ -196,8 +196,8 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
                                                           dropout_p});
   Tensor out = empty_like_query(query, args, args.out_stride);
   Tensor logsumexp = torch::stable::empty(logsumexp_shape(query, args, args.logsumexp_stride), ScalarType::Float);
-  args.out = out.mutable_data_ptr();
-  args.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  args.out = mutable_elements(out);
+  args.logsumexp = static_cast<float*>(mutable_elements(logsumexp));
   if (query.numel() > 0) kernels().attention(runtime(), args);
   return {out, logsumexp};
 }
@@ -237,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   };
   forward.logsumexp = const_cast<float*>(statistics(logsumexp, "logsumexp"));
   if (grad_logsumexp) args.grad_logsumexp = statistics(*grad_logsumexp, "grad_logsumexp");
-  forward.out = const_cast<void*>(out.const_data_ptr());
-  args.grad_out = grad_out.const_data_ptr();
+  forward.out = const_cast<void*>(const_elements(out));
+  args.grad_out = const_elements(grad_out);
 
   const auto like_key = [&](const Tensor& t, int64_t* stride) {
     stride[0] = varlen ? 0 : t.size(1) * t.size(2) * forward.head_dim;
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     dq = empty_like_query(query, all, args.dq_stride);
     result_strides(all, args.dk_stride);
     result_strides(all, args.dv_stride);
-    char* part = static_cast<char*>(dq.mutable_data_ptr());
+    char* part = static_cast<char*>(mutable_elements(dq));
     args.dq = part;
     args.dk = part + forward.heads * head_bytes;
     args.dv = part + (forward.heads + forward.kv_heads) * head_bytes;
@@ -265,22 +265,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     dq = empty_like_query(query, forward, args.dq_stride);
     dk = like_key(key, args.dk_stride);
     dv = like_key(value, args.dv_stride);
-    args.dq = dq.mutable_data_ptr();
-    args.dk = dk.mutable_data_ptr();
-    args.dv = dv.mutable_data_ptr();
+    args.dq = mutable_elements(dq);
+    args.dk = mutable_elements(dk);
+    args.dv = mutable_elements(dv);
   }
   Tensor dbias = torch::stable::empty({0}, ScalarType::Float), dsinks = torch::stable::empty({0}, ScalarType::Float);
   if (bias && bias_requires_grad) {
     const int64_t batches = bias->dim() == 4 && bias->size(0) != 1 ? forward.batch : 1;
     dbias = torch::stable::new_zeros(query, {batches, forward.heads, forward.query_length, forward.key_length}, ScalarType::Float);
-    args.dbias = static_cast<float*>(dbias.mutable_data_ptr());
+    args.dbias = static_cast<float*>(mutable_elements(dbias));
     args.dbias_stride[2] = forward.key_length;
     args.dbias_stride[1] = forward.query_length * forward.key_length;
     args.dbias_stride[0] = batches == 1 ? 0 : forward.heads * args.dbias_stride[1];
   }
   if (sinks && sinks_require_grad) {
     dsinks = torch::stable::new_zeros(query, {forward.batch, forward.heads}, ScalarType::Float);
-    args.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
+    args.dsinks = static_cast<float*>(mutable_elements(dsinks));
   }
   if (forward.batch > 0 && (query.numel() > 0 || key.numel() > 0)) kernels().attention_backward(runtime(), args);
   return {dq, dk, dv, dbias, dsinks};
@@ -316,10 +316,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_attention_statistics(
   args.mass_stride[0] = varlen ? 0 : args.attention.heads * keys.back();
   Tensor entropy = torch::stable::empty(rows, ScalarType::Float), mass = torch::stable::empty(keys, ScalarType::Float);
   Tensor top_keys = torch::stable::empty(top, ScalarType::Long), top_probabilities = torch::stable::empty(top, ScalarType::Float);
-  args.entropy = static_cast<float*>(entropy.mutable_data_ptr());
-  args.mass = static_cast<float*>(mass.mutable_data_ptr());
-  args.top_keys = static_cast<int64_t*>(top_keys.mutable_data_ptr());
-  args.top_probabilities = static_cast<float*>(top_probabilities.mutable_data_ptr());
+  args.entropy = static_cast<float*>(mutable_elements(entropy));
+  args.mass = static_cast<float*>(mutable_elements(mass));
+  args.top_keys = static_cast<int64_t*>(mutable_elements(top_keys));
+  args.top_probabilities = static_cast<float*>(mutable_elements(top_probabilities));
   args.top_k = top_k;
   if (args.attention.batch > 0) kernels().attention_maps(runtime(), args);
   return {entropy, mass, top_keys, top_probabilities};
@@ -350,7 +350,7 @@ Tensor cpu_attention_probabilities(Tensor query, Tensor key, OptionalTensor key_
   args.out_stride[2] = args.width;
   args.out_stride[1] = rows * args.width;
   args.out_stride[0] = varlen ? 0 : args.attention.heads * args.out_stride[1];
-  args.probabilities = out.mutable_data_ptr();
+  args.probabilities = mutable_elements(out);
   if (out.numel() > 0) kernels().attention_maps(runtime(), args);
   return out;
 }

@@ -41,6 +41,14 @@ struct Isa {
   bool supported;
 };
 
+#if defined(BIGMODEL_X86)
+// Clang 14 has no name for it.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 #if defined(BIGMODEL_X86) && !defined(BIGMODEL_EMULATE_AVX512)
 // Whether the CPU has the tile unit with bf16, and the system lets this process use its registers, for which it has to be asked.
 bool tile_unit() {
@@ -60,7 +68,7 @@ const std::vector<Isa>& instruction_sets() {  // best first
     std::vector<Isa> all;
 #if defined(BIGMODEL_X86)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #if defined(BIGMODEL_EMULATE_AVX512)  // a test build: the AVX-512 and AMX objects run on any AVX2 CPU, and never by default
@@ -229,6 +237,16 @@ void check_aligned(const Tensor& tensor, const char* name) {
   const size_t size = tensor.element_size();
   STD_TORCH_CHECK(tensor.numel() == 0 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % size == 0, name,
                   ": its address must be a multiple of its element size, ", size, " bytes");
+}
+
+alignas(64) static char no_element[64];
+const void* const_elements(const Tensor& tensor) {
+  const void* data = tensor.const_data_ptr();
+  return data ? data : no_element;
+}
+void* mutable_elements(const Tensor& tensor) {
+  void* data = tensor.mutable_data_ptr();
+  return data ? data : no_element;
 }
 
 // A dense array of exactly this dtype and this many elements.

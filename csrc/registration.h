@@ -37,6 +37,10 @@ inline ScalarType scalar_type_of(const Tensor& tensor, const char* name) {
 }
 void check_cpu(const Tensor& tensor, const char* name);
 void check_aligned(const Tensor& tensor, const char* name);
+// Where a tensor's elements begin. Without elements that may be null, to which nothing may be added; what these give instead may not be
+// read either. For kernels that go to a head's rows before they see that it has none.
+const void* const_elements(const Tensor& tensor);
+void* mutable_elements(const Tensor& tensor);
 // A dense array of exactly this dtype and this many elements; null where there is no tensor.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel);
 const void* data_of(const OptionalTensor& tensor, const char* name, ScalarType dtype, int64_t numel);

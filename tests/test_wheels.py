@@ -269,10 +269,10 @@ case "$*" in
   indextargets*) echo http://mirror/debian ;;
   *install*) cat sources.list >> {tmp_path}/asked; cp {package} cache/archives ;;
 esac"""
-    aarch64.write_script(tmp_path / "bin" / "apt-get", script)
+    debian.write_script(tmp_path / "bin" / "apt-get", script)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     for _ in range(2):  # the second time it is there
-        target = aarch64.unpacked(tmp_path / "system", "tool", architecture="arm64")
+        target = debian.unpacked(tmp_path / "system", aarch64.SUITE, "tool", architecture="arm64")
     assert (target / "usr" / "bin" / "name").read_text() == "real"
     asked = (tmp_path / "asked").read_text()
     assert asked.count("--download-only install tool\n") == 1 and "APT::Architecture=arm64" in asked
@@ -289,14 +289,23 @@ def test_an_unfinished_folder_is_made_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(debian, "unpack", fail)
     for _ in range(2):
         with pytest.raises(subprocess.CalledProcessError):
-            aarch64.unpacked(tmp_path / "system", "tool")
+            debian.unpacked(tmp_path / "system", aarch64.SUITE, "tool")
     assert len(made) == 2
 
 
 def test_the_emulated_python_can_run_programs(tmp_path: Path) -> None:
     """It is a script, and a script's first line can name it."""
-    aarch64.write_script(tmp_path / "python", 'echo "$0" "$@"')
+    debian.write_script(tmp_path / "python", 'echo "$0" "$@"')
     (tmp_path / "program").write_text(f"#!{tmp_path}/python\n")
     (tmp_path / "program").chmod(0o755)
     said = subprocess.run([tmp_path / "program", "one"], capture_output=True, text=True, check=True).stdout
     assert said == f"{tmp_path}/python {tmp_path}/program one\n"
+
+
+def test_a_compiler_runs_on_its_folders_own_files(tmp_path: Path) -> None:
+    program = tmp_path / "root" / "usr" / "bin" / "c++"
+    debian.write_script(program, 'echo "$LD_LIBRARY_PATH" "$@"')
+    script = debian.compiler_script(tmp_path / "bin" / "c++", tmp_path / "root", "c++")
+    said = subprocess.run([script, "-c", "a b.cpp"], capture_output=True, text=True, check=True).stdout
+    libraries = tmp_path / "root" / "usr" / "lib" / "x86_64-linux-gnu"
+    assert said == f"{libraries} --sysroot={tmp_path}/root -c a b.cpp\n"

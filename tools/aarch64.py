@@ -38,40 +38,19 @@ TORCH = "torch==2.10.0"
 TESTS = ("tests/csrc/test_instruction_sets.py", "tests/csrc/test_native_attention.py")
 
 
-def write_script(path: Path, command: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{command}\n")
-    path.chmod(0o755)
-
-
-def unpacked(folder: Path, *packages: str, architecture: str = "amd64") -> Path:
-    """The folder, with the packages and what they need, unless it has them from before."""
-    complete = folder / ".complete"
-    if not complete.exists():
-        print(f"Debian {SUITE}: {', '.join(packages)}", flush=True)
-        debian.unpack(packages, SUITE, folder, architecture=architecture)
-        complete.touch()
-    return folder
-
-
 def compiler() -> str:
     """The path of the cross compiler: PATH's own, or Debian's in FOLDER."""
     if found := shutil.which(COMPILER):
         return found
-    folder = unpacked(FOLDER / "compiler", f"g++-{MACHINE}-linux-gnu")
-    script = FOLDER / "bin" / COMPILER
-    libraries = folder / "usr/lib/x86_64-linux-gnu"
-    write_script(
-        script, f'LD_LIBRARY_PATH={libraries} exec {folder}/usr/bin/{COMPILER} --sysroot={folder} "$@"'
-    )
-    return str(script)
+    folder = debian.unpacked(FOLDER / "compiler", SUITE, f"g++-{MACHINE}-linux-gnu")
+    return debian.compiler_script(FOLDER / "bin" / COMPILER, folder, COMPILER)
 
 
 def emulator() -> str:
     """The path of QEMU for programs: PATH's own, or Debian's in FOLDER."""
     if found := shutil.which(EMULATOR):
         return found
-    return str(unpacked(FOLDER / "qemu", "qemu-user-static") / "usr/bin" / EMULATOR)
+    return str(debian.unpacked(FOLDER / "qemu", SUITE, "qemu-user-static") / "usr/bin" / EMULATOR)
 
 
 def environment(wheel: Path) -> Path:
@@ -81,10 +60,11 @@ def environment(wheel: Path) -> Path:
     do so with no help of the system's.
     """
     binaries = FOLDER / "environment" / "bin"
-    system = unpacked(FOLDER / "system", f"python{PYTHON}", "libstdc++6", "libgomp1", architecture="arm64")
+    packages = (f"python{PYTHON}", "libstdc++6", "libgomp1")
+    system = debian.unpacked(FOLDER / "system", SUITE, *packages, architecture="arm64")
     python = system / "usr/bin" / f"python{PYTHON}"
     run = f'QEMU_CPU={CPU} exec {emulator()} -L {system} -0 "$0" {python} "$@"'
-    write_script(binaries / "python", run)
+    debian.write_script(binaries / "python", run)
     (binaries.parent / "lib" / f"python{PYTHON}" / "site-packages").mkdir(parents=True, exist_ok=True)
     (binaries.parent / "pyvenv.cfg").write_text(
         f"home = {python.parent}\ninclude-system-site-packages = false\nversion = {PYTHON}\n"
@@ -92,11 +72,11 @@ def environment(wheel: Path) -> Path:
     marker = binaries.parent / TORCH
     if not marker.exists():
         print(f"into {binaries.parent}: {TORCH} (some minutes: pip is emulated too)", flush=True)
-        packages = [TORCH, "pip", *wheels_check.TEST_PACKAGES, str(wheel)]  # the wheel, for its dependencies
+        needed = [TORCH, "pip", *wheels_check.TEST_PACKAGES, str(wheel)]  # the wheel, for its dependencies
         pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
-        command = [*pip, str(binaries / "python"), "install", "--no-compile", *packages]
+        command = [*pip, str(binaries / "python"), "install", "--no-compile", *needed]
         if subprocess.run(command, env=wheels_check.clean_environment()).returncode:
-            raise SystemExit(f"pip could not install {' '.join(packages)} for {MACHINE}")
+            raise SystemExit(f"pip could not install {' '.join(needed)} for {MACHINE}")
         marker.touch()
     return binaries
 

@@ -68,6 +68,31 @@ def downloaded(
         yield sorted(folder.glob("cache/archives/*.deb" if with_dependencies else "*.deb"))
 
 
+def unpacked(folder: Path, suite: str, *packages: str, architecture: str = "amd64") -> Path:
+    """The folder, with the packages and what they need, unless it has them from before."""
+    complete = folder / ".complete"
+    if not complete.exists():
+        print(f"Debian {suite}: {', '.join(packages)}", flush=True)
+        unpack(packages, suite, folder, architecture=architecture)
+        complete.touch()
+    return folder
+
+
+def write_script(path: Path, command: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o755)
+
+
+def compiler_script(path: Path, folder: Path, program: str) -> str:
+    """The path of a script that runs the compiler usr/bin/`program` of a folder on that folder's headers and
+    libraries."""
+    libraries = folder / "usr/lib/x86_64-linux-gnu"
+    command = f'LD_LIBRARY_PATH={libraries} exec {folder}/usr/bin/{program} --sysroot={folder} "$@"'
+    write_script(path, command)
+    return str(path)
+
+
 def unpack(packages: tuple[str, ...], suite: str, target: Path, *, architecture: str = "amd64") -> None:
     """The packages and what they depend on, as if `target` were the file system's root; no script is run."""
     target.mkdir(parents=True, exist_ok=True)

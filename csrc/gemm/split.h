@@ -173,8 +173,8 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
   auto load_a1 = [&](int part) __attribute__((always_inline)) { if constexpr (both) _tile_loadd(5, part_of(a, part, 1), 64); };
   auto load_b0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(6, part_of(b, part, 0), 64); };
   auto load_b1 = [&](int part) __attribute__((always_inline)) { _tile_loadd(7, part_of(b, part, 1), 64); };
-  auto lower0 = [] __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(2, 5, 6); };
-  auto lower1 = [] __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(3, 5, 7); };
+  auto lower0 = []() __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(2, 5, 6); };
+  auto lower1 = []() __attribute__((always_inline)) { if constexpr (both) _tile_dpbf16ps(3, 5, 7); };
   // One pair. A register is loaded for the next one as soon as no product needs it, so that those that follow hide the load.
   auto pair = [&]<int i, bool last>() __attribute__((always_inline)) {
     if constexpr (i < pairs.count) {

@@ -18,13 +18,35 @@ native = torch.ops.bigmodel
 MOST = 2**63 - 1
 
 
-def attend(query: Tensor, **given: Any) -> Tensor:
+def attention_options(**given: Any) -> dict[str, Any]:
     call: dict[str, Any] = dict.fromkeys(
         ("key_padding_mask", "bias", "cu_seqlens_q", "cu_seqlens_k", "dropout_seed", "alibi_slopes", "sinks")
     )
     call |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "softmax_scale": 1.0, "is_causal": False, "dropout_p": 0.0}
     call |= {"window_left": -1, "window_right": -1, "softcap": 0.0}
-    return native.cpu_attention(query, query, query, **{**call, **given})[0]  # type: ignore[no-any-return]
+    return {**call, **given}
+
+
+def attend(query: Tensor, **given: Any) -> Tensor:
+    return native.cpu_attention(query, query, query, **attention_options(**given))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("isa", native.cpu_isas().split(", "))
+def test_queries_without_any_key(isa: str) -> None:
+    """The gradient's kernels went to the second head's rows of arrays that are nowhere."""
+    ends = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 40, 40], [0, 0, 0])]
+    options = attention_options(cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], max_seqlen_q=40)
+    query, key = torch.ones(40, 6, 97), torch.ones(0, 2, 97)
+    needs = {"bias_requires_grad": False, "sinks_require_grad": False, "side_by_side": False}
+    before = native.cpu_isa()
+    native.cpu_set_isa(isa)
+    try:
+        out, logsumexp = native.cpu_attention(query, key, key, **options)
+        given = {**options, "out": out, "logsumexp": logsumexp, **needs}
+        dq, dk, dv, *_ = native.cpu_attention_backward(out, None, query, key, key, **given)
+    finally:
+        native.cpu_set_isa(before)
+    assert not out.any() and not dq.any() and dk.shape == dv.shape == key.shape
 
 
 def layer_end(x: Tensor, query: Tensor) -> Tensor:

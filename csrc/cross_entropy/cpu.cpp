@@ -8,6 +8,7 @@
 // For the loss alone a block's logits are used up at once, and the buffer is one block wide. The gradient of single losses, each with a
 // scale of its own, goes the same way as that of their sum: from the logsumexp of the forward pass it would save a pass over the logits,
 // but the rounding of a large one would be in every probability. Rows that do not count are left out before the first product.
+#include "../arch/rows.h"
 #include "../linear/backward.h"
 
 namespace bigmodel::BIGMODEL_ISA {

@@ -7,6 +7,7 @@
 #include "../arch/philox.h"
 #include "../gemm/product.h"
 #include "../norm/backward.h"
+#include "../norm/norm.h"
 #include "embedding.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -60,7 +61,7 @@ void embedding_backward(const Runtime& runtime, const EmbeddingBackwardArgs& arg
           if (args.dropout.enabled) drop_elements(args.dropout, token, 0, hidden, row);
           if (!args.has_norm) continue;
           embedding_row<T>(args.ids, args.tables, token, hidden, x);
-          norm_backward_row<T>(x, row, hidden, args.norm, row, part, part + padded);
+          rest::norm_backward_row<T>(x, row, hidden, args.norm, row, part, part + padded);
           chained.row_done();
         }
         chained.finish();

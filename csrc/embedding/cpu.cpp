@@ -2,6 +2,7 @@
 #include "../arch/philox.h"
 #include "../dispatch.h"
 #include "../parallel.h"
+#include "../norm/norm.h"
 #include "embedding.h"
 
 namespace bigmodel::BIGMODEL_ISA {
@@ -22,10 +23,10 @@ void embedding(const Runtime& runtime, const EmbeddingArgs& args) {
         embedding_row<T>(args.ids, args.tables, token, hidden, row);
         T* out = static_cast<T*>(args.out) + token * hidden;
         if (args.dropout.enabled) {
-          if (args.has_norm) norm_row<T>(row, hidden, args.norm, row);
+          if (args.has_norm) rest::norm_row<T>(row, hidden, args.norm, row);
           drop_elements(args.dropout, token, 0, hidden, row);
         } else if (args.has_norm) {
-          norm_row<T>(row, hidden, args.norm, out);
+          rest::norm_row<T>(row, hidden, args.norm, out);
           continue;
         }
         each_vector(hidden, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(row + i, here), out + i, here); });

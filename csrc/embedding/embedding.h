@@ -1,6 +1,7 @@
 // A token's row: the sum of its word, position and token-type rows.
 #pragma once
-#include "../norm/norm.h"
+#include "../arch/rows.h"
+#include "../kernels.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 

@@ -8,6 +8,7 @@
 //   5. dW_in = x^T dz, dW_gate = x^T dg; a normalised x is recomputed while it is packed
 #include "../activations/activations.h"
 #include "../linear/backward.h"
+#include "../norm/norm.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 
@@ -35,12 +36,12 @@ struct Normalised {
   const T* x;
   int64_t stride;
   const NormArgs& norm;
-  const RowStatistics* statistics;
+  const rest::RowStatistics* statistics;
   const float* get(int64_t row, int64_t column, int64_t n, float* buffer) const {
     const T *source = x + row * stride + column, *bias = static_cast<const T*>(norm.bias);
-    const RowStatistics s = statistics[row];
+    const rest::RowStatistics s = statistics[row];
     each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) {
-      F32 y = s.normalised(load(source + i, here));
+      F32 y = normalised(s, load(source + i, here));
       if (norm.weight) y = y * norm_factor<T>(norm, column + i, here);
       if (bias) y = y + load(bias + column + i, here);
       store(y, buffer + i, here);
@@ -148,7 +149,7 @@ struct FeedForwardBackward {
     }
     // 5
     if (!args.w_in_grad && !args.w_gate_grad) return;
-    const RowStatistics* statistics = pre ? row_statistics_of_x() : nullptr;
+    const rest::RowStatistics* statistics = pre ? row_statistics_of_x() : nullptr;
     const Stored<T> plain = {static_cast<const T*>(args.x), hidden};
     const Normalised<T> normalised = {static_cast<const T*>(args.x), hidden, args.norm, statistics};
     const Rows x = pre ? as_rows(normalised, enough) : as_rows(plain);
@@ -169,7 +170,7 @@ struct FeedForwardBackward {
       ChainedSums chained(sums + task * 2 * padded, part, 2 * padded);
       for (int64_t row = task * block; row < smaller(rows, (task + 1) * block); row++) {
         add_row<T>(static_cast<const T*>(args.x) + row * hidden, nullptr, hidden, x);
-        norm_backward_row<T>(x, normed_grad + row * hidden, hidden, args.norm, x, part, part + padded);
+        rest::norm_backward_row<T>(x, normed_grad + row * hidden, hidden, args.norm, x, part, part + padded);
         if (args.x_grad)
           each_vector(hidden, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(x + i, here), out(args.x_grad) + row * hidden + i, here); });
         chained.row_done();
@@ -180,14 +181,14 @@ struct FeedForwardBackward {
     if (args.norm_bias_grad) add_parts(sums + padded, tasks, 2 * padded, hidden, out(args.norm_bias_grad));
   }
 
-  const RowStatistics* row_statistics_of_x() const {
-    auto* statistics = static_cast<RowStatistics*>(runtime.scratch(scratch_statistics, size_t(rows) * sizeof(RowStatistics)));
+  const rest::RowStatistics* row_statistics_of_x() const {
+    auto* statistics = static_cast<rest::RowStatistics*>(runtime.scratch(scratch_statistics, size_t(rows) * sizeof(rest::RowStatistics)));
     const int64_t block = 64;
     parallel(runtime, ceil_div(rows, block), [&](int64_t task) {
       float* x = static_cast<float*>(runtime.scratch(scratch_c, size_t(hidden) * sizeof(float)));
       for (int64_t row = task * block; row < smaller(rows, (task + 1) * block); row++) {
         add_row<T>(static_cast<const T*>(args.x) + row * hidden, nullptr, hidden, x);
-        statistics[row] = row_statistics(x, hidden, args.norm);
+        statistics[row] = rest::row_statistics(x, hidden, args.norm);
       }
     });
     return statistics;

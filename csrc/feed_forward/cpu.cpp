@@ -37,7 +37,7 @@ struct FeedForward {
       for (int64_t r = task * tile_rows; r < smaller(left.m, (task + 1) * tile_rows); r++) {
         float* target = normed + r * hidden;
         add_row<T>(x + r * hidden, nullptr, hidden, target);
-        norm_row<T>(target, hidden, args.norm, target);
+        rest::norm_row<T>(target, hidden, args.norm, target);
       }
     });
     pack_rows_left<Step>(runtime, static_cast<const float*>(normed), hidden, left);

@@ -111,7 +111,7 @@ template <class T>
 static void norm_rows(const Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t n, const NormArgs& norm, T* out) {
   const int64_t block = larger(1, 16384 / larger(1, n));
   parallel_near(runtime, ceil_div(rows, block), [&](int64_t task) {
-    for (int64_t r = task * block; r < smaller(rows, (task + 1) * block); r++) norm_row<T>(x + r * x_stride, n, norm, out + r * n);
+    for (int64_t r = task * block; r < smaller(rows, (task + 1) * block); r++) rest::norm_row<T>(x + r * x_stride, n, norm, out + r * n);
   });
 }
 

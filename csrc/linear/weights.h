@@ -1,7 +1,7 @@
 // Weights that are not packed: as they lie, the right side of a product.
 #pragma once
+#include "../arch/rows.h"
 #include "../gemm/product.h"
-#include "../norm/norm.h"
 
 namespace bigmodel::BIGMODEL_ISA {
 

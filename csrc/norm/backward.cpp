@@ -3,8 +3,34 @@
 
 #include "../activations/activations.h"
 #include "../arch/philox.h"
+#include "../arch/rows.h"
+#include "norm.h"
 
 namespace bigmodel::BIGMODEL_ISA {
+
+template <class T>
+void norm_backward_row(const float* x, const float* grad, int64_t n, const NormArgs& norm, float* dx, float* weight_sum, float* bias_sum) {
+  const RowStatistics s = row_statistics(x, n, norm);
+  float total[2];
+  row_sums(n, total, [&](int64_t i, int here, F32* sums) __attribute__((always_inline)) {
+    const F32 g = load(grad + i, here), h = normalised(s, load(x + i, here));
+    if (weight_sum) store(fma(g, h, load(weight_sum + i, here)), weight_sum + i, here);
+    if (bias_sum) store(g + load(bias_sum + i, here), bias_sum + i, here);
+    const F32 scaled = norm.weight ? g * norm_factor<T>(norm, i, here) : g;
+    sums[0] = sums[0] + scaled;
+    sums[1] = fma(scaled, h, sums[1]);
+  });
+  const F32 mean = F32::set(norm.kind == NormKind::layer_norm ? total[0] / float(n) : 0.0f), slope = F32::set(total[1] / float(n));
+  each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) {
+    const F32 g = load(grad + i, here), h = normalised(s, load(x + i, here));
+    const F32 scaled = norm.weight ? g * norm_factor<T>(norm, i, here) : g;
+    store((scaled - mean - h * slope) * F32::set(s.scale), dx + i, here);
+  });
+}
+
+template void norm_backward_row<float>(const float*, const float*, int64_t, const NormArgs&, float*, float*, float*);
+template void norm_backward_row<bf16>(const float*, const float*, int64_t, const NormArgs&, float*, float*, float*);
+template void norm_backward_row<fp16>(const float*, const float*, int64_t, const NormArgs&, float*, float*, float*);
 
 namespace {
 

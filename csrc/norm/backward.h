@@ -1,9 +1,10 @@
 // Sums over rows for gradients of weights and biases, in two stages: each task sums its own rows in float32, then the tasks' sums are
 // added in their order. With the same number of threads the result has the same bits in every run.
 #pragma once
+#include "../arch/simd.h"
 #include "../dispatch.h"
+#include "../kernels.h"
 #include "../parallel.h"
-#include "norm.h"
 
 namespace bigmodel {
 

@@ -21,6 +21,7 @@ from bigmodel_kernels.ops.registration import (
     define,
     map_elements,
     public,
+    register_gradient,
     require_device,
     shape,
 )
@@ -366,5 +367,5 @@ define(
     _fake_probabilities,
 )
 for _name in ("attention_statistics", "attention_probabilities"):
-    torch.library.register_autograd(f"bigmodel::{_name}", _no_gradient(_name))
+    register_gradient(_name, _no_gradient(_name))
     torch.library.register_vmap(f"bigmodel::{_name}", _vmap(_name))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from bigmodel_kernels.ops.packed_weight import PackedWeight
@@ -418,7 +420,9 @@ def backward_formula(count: int) -> Callable[..., Any]:
     return decorate
 
 
-def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def register_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] = lambda *_: None
+) -> None:
     """torch.library.register_autograd for an operator of tensors and lists of tensors, with less in the way.
 
     Torch's reads the operator's schema anew in every call that wants a gradient, to complete the arguments by
@@ -429,6 +433,7 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     arguments = op._schema.arguments
     defaults = tuple(a.default_value for a in arguments if not a.kwarg_only)
     option_defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
+    listed = isinstance(op._schema.returns[0].type, torch.ListType)
 
     def below(keyset: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -437,10 +442,11 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     def forward(ctx: Any, *inputs: Any) -> Any:
         *flat, (lengths, keyset, options) = inputs
         args = _nested(flat, lengths)
-        result = below(keyset, args, options)
+        with _outer_levels():
+            result = below(keyset, args, options)
         ctx.lengths = lengths
         setup_context(ctx, (*args, *defaults[len(args) :]), {**option_defaults, **options}, result)
-        return result
+        return tuple(result) if listed else result
 
     def gradient(ctx: Any, *grads: Any) -> Any:
         given = ctx.needs_input_grad
@@ -454,12 +460,39 @@ def register_gradient(name: str, backward: Callable[..., Any], setup_context: Ca
     function: Any = type(f"Backward_{name}", (torch.autograd.Function,), methods)
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
+        _refuse_tangents(name.removesuffix("_training"), args)
         if wants_gradient(args):
             lengths = tuple(len(a) if isinstance(a, (list, tuple)) else None for a in args)
-            return function.apply(*_flat(args, lengths), (lengths, keyset, options))
+            result = _recorded(function, *_flat(args, lengths), (lengths, keyset, options))
+            return list(result) if listed else result
         return below(keyset, args, options)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _recorded(node: Any, *args: Any) -> Any:
+    """`node.apply(*args)`.
+
+    Under function transforms (torch.func.grad, vjp, vmap of these) torch wants a node that goes through all
+    of their levels. The dispatcher has come to one of them here, and goes on to the next below.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return node.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, node).apply(*args)
+
+
+def _outer_levels() -> contextlib.AbstractContextManager[Any]:
+    """For what a node's forward calls: torch records nothing there, but the levels of function transforms
+    around this one have to.
+    """
+    return _recording() if torch._C._are_functorch_transforms_active() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # type: ignore[no-untyped-call]
+        yield
 
 
 #: Of each argument the length of a list, or None where it is none.
@@ -497,7 +530,7 @@ def no_second_derivative(name: str, instead: str) -> None:
             f"use {instead} for that"
         )
 
-    torch.library.register_autograd(f"bigmodel::{name}", backward)
+    register_gradient(name, backward)
 
 
 def placeholder(like: Tensor, size: Sequence[Any]) -> Tensor:

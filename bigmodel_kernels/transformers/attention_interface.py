@@ -8,7 +8,7 @@ trip through any model, `torch.compile` included:
                     past S, which do not exist yet; a sliding cache has only the last ones of S
     (B, 1, S)       the same within a sliding window, which rides along as an attribute of the tensor
     (B, 2, S)       padding, and a sliding window to both sides, which rides along as well
-    (B, 1, 1, S)    padding only, every query sees every real key
+    (B, 1, 1, S)    padding only, every query sees every real key; an attribute says that it is ours
     (B, 1, Sq, Sk)  any other pattern, dense, as sdpa has it; also what a user passes, boolean or additive
 
 `generate` makes masks ahead of the model for static caches and passes them as if they were the user's: the
@@ -47,6 +47,7 @@ _MASK_MAKERS = (NAME, FLASH_NAME, "sdpa", "eager", None)
 
 _logger = logging.getLogger(__name__)
 _WINDOW = "_bigmodel_window"
+_PADDING = "_bigmodel_padding"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def attention_mask(
         return mask
 
     if attention_mask is not None and attention_mask.dim() == 3:
-        attention_mask = attention_mask[:, 0]  # one of ours, made ahead by `generate`
+        attention_mask = _made_ahead(attention_mask)
     pattern = _pattern(mask_function, tracing)
     if pattern is None or (attention_mask is not None and attention_mask.dim() != 2):
         return dense()
@@ -110,7 +111,10 @@ def attention_mask(
         padding = _tokens(attention_mask, kv_offset + kv_length)
         if padding is None or (not tracing and bool(padding[:, kv_offset:].all())):
             return None
-        return padding[:, None, None, kv_offset:]
+        padding = padding[:, None, None, kv_offset:]
+        if not tracing:  # under torch.compile nobody packs
+            setattr(padding, _PADDING, True)
+        return padding
 
     if isinstance(q_offset, Tensor):
         if tracing:
@@ -132,6 +136,16 @@ def attention_mask(
     if keys == q_length or (q_length == 1 and keys == kv_length):
         return None  # as for sdpa: causal over the first q_length keys, or one query that sees all
     return torch.ones(batch_size, seen, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+
+
+def _made_ahead(mask: Tensor) -> Tensor:
+    """The tokens of a mask of three dimensions that `generate` had made by us, and passes as the user's."""
+    if mask.dtype != torch.bool or mask.shape[1] > 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
+            "allowed are 2 dimensions (B, Sk) and 4 (B, 1, Sq, Sk)"
+        )
+    return mask[:, 0]
 
 
 def _windowed(mask: Tensor, window: int) -> Tensor:
@@ -597,6 +611,15 @@ def packing_of(padding: Tensor | None) -> blocks.Packing | None:
     if padding is None or is_tracing(padding) or not bool(padding[:, 0].all()):
         return None
     return blocks.Packing(padding)
+
+
+def says_padding(mask: Any) -> bool:
+    """Whether a mask says which tokens are padding, whose results are of no use to anybody.
+
+    One of the user's own, of the same four dimensions, says which keys are seen: by all queries, at the
+    places of hidden keys too.
+    """
+    return isinstance(mask, Tensor) and (mask.dim() == 2 or hasattr(mask, _PADDING))
 
 
 def packable(mask: Any) -> bool:

@@ -319,7 +319,8 @@ class Encoder(Form):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
         seen = _seen(hidden_states, attention_mask, self.position_bias(hidden_states))
-        packing = attention_interface.packing_of(seen.padding if self.packs else None)
+        packs = self.packs and attention_interface.says_padding(attention_mask)
+        packing = attention_interface.packing_of(seen.padding if packs else None)
         if packing is not None:
             x = packing.pack(hidden_states)
             # Attention without padding takes no bias.

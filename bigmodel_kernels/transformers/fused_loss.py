@@ -204,6 +204,11 @@ def labelled(x: Tensor, target: Tensor, ignore_index: int = -100) -> tuple[Tenso
     """Rows (N, K) of hidden states (B, S, K) that have a label, and the labels: all rows where values may not
     be looked at.
     """
+    if x.shape[:-1].numel() != target.numel():
+        raise ValueError(
+            f"labels have shape {tuple(target.shape)}; there must be one for each of the model's positions, "
+            f"{tuple(x.shape[:-1])}"
+        )
     x, target = x.flatten(0, -2), target.flatten().to(x.device)
     if attention_interface.is_tracing(target):
         return x, target

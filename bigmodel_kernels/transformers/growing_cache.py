@@ -106,6 +106,7 @@ def room(cache: Any, index: int, key: Kind, value: Kind) -> Room | None:
         buffers is None
         or buffers.keys_view is not keys
         or buffers.values_view is not values
+        or not (_begins(keys, buffers.keys) and _begins(values, buffers.values))
         or length + new > buffers.room
         # a buffer of inference mode must not be changed outside it, nor is another one any use inside
         or buffers.inference != torch.is_inference_mode_enabled()
@@ -125,6 +126,11 @@ def _takes(held: Tensor, new: Kind) -> bool:
         and (held.dtype, held.device) == (new.dtype, new.device)
         and not torch._C._functorch.is_functorch_wrapped_tensor(held)
     )
+
+
+def _begins(view: Tensor, buffer: Tensor) -> bool:
+    """Whether a view lies where it was made: `data` may have been assigned to it since."""
+    return view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
 
 
 def _with_room(held: Tensor, room: int) -> Tensor:

@@ -260,6 +260,7 @@ def test_chosen_heads_and_queries(feature: str) -> None:
     some = bk.attention_probabilities(query, key, heads=heads, queries=queries, **options)
     torch.testing.assert_close(some, p[:, heads][:, :, queries])
     torch.testing.assert_close(bk.attention_probabilities(query, key, heads=[1], **options), p[:, [1]])
+    assert bk.attention_probabilities(query, key, heads=[], **options).shape == p[:, :0].shape
     assert bk.attention_probabilities(query, key, queries=[], **options).shape == (2, 4, 0, 37)
 
 

@@ -436,6 +436,10 @@ def test_what_is_refused() -> None:
         attention_forward(Causal(), query, query, query, torch.ones(1, 1, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match="attention_mask is a str"):
         attention_forward(Causal(), query, query, query, "causal")  # type: ignore[arg-type]
+    sizes = {"batch_size": 1, "q_length": 4, "kv_length": 4}
+    for mask in (torch.ones(1, 4, 4, dtype=torch.bool), torch.ones(1, 1, 4, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(1, ., 4\) and dtype"):
+            attention_mask(**sizes, attention_mask=mask)
 
 
 def test_masks_stay_small() -> None:

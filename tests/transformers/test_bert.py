@@ -136,6 +136,23 @@ def test_a_mask_of_the_users_own(form: str) -> None:
         )
 
 
+def test_a_mask_of_keys_of_the_users_own_hides_no_query() -> None:
+    seen = right_padding().bool()[:, None, None]
+    model = build(BertModel, bert_config())
+    eager, reference, ids = eager_of(model), float64_of(model), token_ids()
+    bk.patch(model)
+    with torch.no_grad():
+        out, *expected = (
+            network(ids, attention_mask=seen if mask is None else mask)[0]
+            for network, mask in (
+                (model, None),
+                (eager, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)),
+                (reference, torch.zeros(seen.shape).double().masked_fill(~seen, float("-inf"))),
+            )
+        )
+    assert_as_near(out, *expected)
+
+
 def test_ids_positions_types_and_embeddings_as_inputs() -> None:
     ids = token_ids()
     types = torch.randint(0, 2, ids.shape)

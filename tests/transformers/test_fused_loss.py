@@ -25,6 +25,7 @@ from bigmodel_kernels.models.tiny import (
     encoder_config,
     inputs_of,
     seq2seq,
+    token_ids,
 )
 
 KINDS = ["masked lm", "gpt2"]
@@ -143,6 +144,15 @@ def test_few_labels_and_none(kind: str) -> None:
     assert_steps_agree([loss_and_gradients(m, inputs) for m in trio])
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     assert all(torch.isnan(m(**inputs).loss) for m in trio)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_that_are_not_one_for_each_position(kind: str) -> None:
+    model, *_ = trio_of(kind)
+    ids = token_ids()
+    for labels in (ids[:, :5], ids[:2], torch.cat([ids, ids])):
+        with pytest.raises(ValueError, match=r"labels have shape .* one for each .* \(3, 17\)"):
+            model(input_ids=ids, labels=labels)
 
 
 def test_what_trainer_passes() -> None:

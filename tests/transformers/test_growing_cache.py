@@ -89,6 +89,31 @@ def test_a_second_cache_of_the_same_tensors_has_its_own_room() -> None:
     torch.testing.assert_close(other.layers[0].keys[:, :, -1:], key, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["in place", "data", "set_"])
+def test_tokens_that_are_edited(kind: str) -> None:
+    pair = Pair()
+    pair.add(1)
+    for cache in (pair.ours, pair.own):
+        keys = cache.layers[0].keys
+        if kind == "in place":
+            keys.mul_(2)
+        elif kind == "data":
+            keys.data = keys * 2
+        else:
+            keys.set_(keys * 2)
+    assert pair.add(1)
+    assert pair.add(1)
+
+
+def test_tokens_that_are_edited_when_room_has_been_made_and_not_used() -> None:
+    pair = Pair()
+    kind = growing_cache.Kind((2, 3, 1, 8), torch.float32, torch.device("cpu"))
+    assert growing_cache.room(pair.ours, 0, kind, kind) is not None
+    for cache in (pair.ours, pair.own):
+        cache.layers[0].keys.mul_(2)
+    assert pair.add(1)
+
+
 def test_copies_and_files_of_a_cache_are_its_own() -> None:
     pair = Pair()
     pair.add(1)

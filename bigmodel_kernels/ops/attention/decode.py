@@ -15,6 +15,7 @@ from bigmodel_kernels.ops.registration import (
     compute_dtype,
     define,
     public,
+    register_gradient,
     require_device,
     require_float,
     require_like,
@@ -209,4 +210,4 @@ define(
     _run,
     _fake,
 )
-torch.library.register_autograd("bigmodel::attention_decode", _no_gradient)
+register_gradient("attention_decode", _no_gradient)

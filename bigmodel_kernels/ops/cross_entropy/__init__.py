@@ -20,6 +20,7 @@ from bigmodel_kernels.ops.registration import (
     gradients,
     no_second_derivative,
     public,
+    register_gradient,
     require_choice,
     require_device,
     require_float,
@@ -235,11 +236,11 @@ def _fake_backward(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: tuple[Tensor, Tensor]
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = dict(keyword_only_inputs)
+    ctx.options = dict(options)
     ctx.reduction = ctx.options.pop("reduction")
     ctx.save_for_backward(*inputs, output[1])
 
@@ -264,12 +265,12 @@ def _backward(
 
 
 def _setup_context_training(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+    ctx: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: tuple[Tensor, ...]
 ) -> None:
     x, weight, _, bias = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.made = keyword_only_inputs["needs"]
+    ctx.made = options["needs"]
     # x, weight and bias show autograd that the gradients depend on them, for a second derivative to raise.
     ctx.save_for_backward(*output[2:], *(t for t in (x, weight, bias) if t is not None))
 
@@ -332,9 +333,7 @@ define(
     _fake_scaled,
     rows=(),
 )
-torch.library.register_autograd("bigmodel::linear_cross_entropy", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "bigmodel::linear_cross_entropy_training", _backward_training, setup_context=_setup_context_training
-)
+register_gradient("linear_cross_entropy", _backward, _setup_context)
+register_gradient("linear_cross_entropy_training", _backward_training, _setup_context_training)
 no_second_derivative("linear_cross_entropy_backward", "torch.nn.functional.cross_entropy")
 no_second_derivative("linear_cross_entropy_scaled", "torch.nn.functional.cross_entropy")

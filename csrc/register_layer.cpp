@@ -217,8 +217,9 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
   layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
+  const char* head_names[2] = {"q_norm_", "k_norm_"};
   for (int i = 0; i < 2; i++)
-    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, "");
+    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, head_names[i]);
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
   if (cos) {

@@ -149,3 +149,15 @@ def test_rotary_angles() -> None:
     for cos in (torch.tensor(1.0), torch.ones(1, 0, 2**62), torch.ones(1, 0, 5)):
         with pytest.raises(RuntimeError, match="cos: shape"):
             native.cpu_rotary(query, query, cos, cos, False)
+
+
+def test_norm_of_heads_of_another_dtype() -> None:
+    x, weight = torch.ones(1, 1, 8), native.cpu_pack_weight([torch.ones(8, 8)], "linear")
+    qkv = native.cpu_pack_weight([torch.ones(24, 8)], "linear")
+    parts = [None, None, qkv, None, None, None, weight, None, torch.ones(8), None, weight, None, weight, None]
+    norms = [None, None, torch.ones(8).half(), None]
+    buffers = [torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8)]
+    options = (0, None, None, None, [1.0], "rms_norm", "relu")
+    native.cpu_layers(x, parts + [None] * 4, [1e-5] * 3, buffers, *options)
+    with pytest.raises(RuntimeError, match="q_norm_weight: dtype"):
+        native.cpu_layers(x, parts + norms, [1e-5] * 3, buffers, *options)

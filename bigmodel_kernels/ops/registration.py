@@ -457,29 +457,36 @@ def register_gradient(
             ctx.needs_input_grad = given
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
-    function: Any = type(f"Backward_{name}", (torch.autograd.Function,), methods)
+    node = _Node(f"Backward_{name}", methods)
 
     def kernel(keyset: Any, *args: Any, **options: Any) -> Any:
         _refuse_tangents(name.removesuffix("_training"), args)
         if wants_gradient(args):
             lengths = tuple(len(a) if isinstance(a, (list, tuple)) else None for a in args)
-            result = _recorded(function, *_flat(args, lengths), (lengths, keyset, options))
+            result = node.apply(*_flat(args, lengths), (lengths, keyset, options))
             return list(result) if listed else result
         return below(keyset, args, options)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _recorded(node: Any, *args: Any) -> Any:
-    """`node.apply(*args)`.
+class _Node:
+    """An autograd.Function of these methods.
 
-    Under function transforms (torch.func.grad, vjp, vmap of these) torch wants a node that goes through all
-    of their levels. The dispatcher has come to one of them here, and goes on to the next below.
+    Under function transforms (torch.func.grad, vjp, vmap of these) torch wants one that goes through all of
+    their levels. The dispatcher has come to one of them when it calls us, and goes on to the next below: that
+    is a function of a single level, as torch makes them itself.
     """
-    if not torch._C._are_functorch_transforms_active():
-        return node.apply(*args)
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, node).apply(*args)
+
+    def __init__(self, name: str, methods: dict[str, Any]) -> None:
+        self._function: Any = type(name, (torch.autograd.Function,), methods)
+        self._of_one_level: Any = type(name, (torch.autograd.function._SingleLevelFunction,), methods)
+
+    def apply(self, *args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return self._function.apply(*args)
+        with enable_single_level_autograd_function():
+            return self._of_one_level.apply(*args)
 
 
 def _outer_levels() -> contextlib.AbstractContextManager[Any]:

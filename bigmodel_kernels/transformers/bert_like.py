@@ -313,8 +313,7 @@ class Encoder(Form):
         plain = not any(kwargs.get(name) for name in ("use_cache", "output_hidden_states"))
         layers = together = None
         if plain and _plain_call(args, kwargs) and attention_interface.readable(attention_mask):
-            together = self._together(hidden_states)
-            layers = self._layers() if together is None else together.given
+            layers, together = self._gathered(hidden_states)
         if not layers:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         scale = layers[0].attention.scaling
@@ -354,23 +353,25 @@ class Encoder(Form):
         """Whether layers have to be called one by one as they are."""
         return self._decodes() or attention_interface.collected() or checks.watched_globally()
 
-    def _together(self, x: Tensor) -> whole_layer.Layers | None:
-        """All layers for one call, if nobody watches one of them; their modules are `given`."""
+    def _gathered(self, x: Tensor) -> tuple[list[Any] | None, whole_layer.Layers | None]:
+        """The modules of all layers, see `_layers`, and all layers for one call, if nobody watches one."""
         form: Any = self.kin.forms[self.kin.layer]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or form.fused is not Layer.fused:
-            return None
+            return self._layers(), None
+        layers, modules = list(self.sequence()), None
+        if not layers or self._watched():
+            return None, None
 
         def gather() -> tuple[list[LayerParts], list[Any]] | None:
+            nonlocal modules
             modules = self._layers()
             if modules is None or not all(checks.intact(layer, form) for layer in layers):
                 return None
             dtype = checks.dtype_of(x)
             return [layer.parts(m, dtype) for layer, m in zip(layers, modules, strict=True)], modules
 
-        layers = list(self.sequence())
-        if not layers or self._watched():
-            return None
-        return whole_layer.layers_of(self, layers, x, "linear", gather)
+        together = whole_layer.layers_of(self, layers, x, "linear", gather)
+        return (modules if together is None else together.given), together
 
     def sequence(self) -> Iterable[Any]:
         """The layers, in their order."""

@@ -324,18 +324,14 @@ def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     if given.angles is not None and given.angles[0].dtype not in (x.dtype, torch.float32):
         return None
 
-    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
-        dtype, found, where = checks.dtype_of(x), [], []
-        for layer in stack.layers:
-            parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
-            if parts is None:
-                return None
-            attention: Any = _attention_of(layer)
-            found.append(parts)
-            where.append(layer_stack.Where.of(getattr(attention, kin.index), parts, kin.scale(attention)))
-        return found, where
+    def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+        parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
+        if parts is None:
+            return None
+        attention: Any = _attention_of(layer)
+        return parts, layer_stack.Where.of(getattr(attention, kin.index), parts, kin.scale(attention))
 
-    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather)
+    layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None:
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels.transformers import attention_interface, whole_layer
+from bigmodel_kernels.transformers import attention_interface, checks, whole_layer
 from bigmodel_kernels.transformers.blocks import LayerParts
 from bigmodel_kernels.transformers.families import Rule
 from bigmodel_kernels.transformers.generic import Form, stands_for
@@ -75,6 +75,27 @@ def result(
         return None
     stack.given, stack.next = all_layers(stack), 1
     return stack.given
+
+
+def layers_of(
+    stack: Stack,
+    x: Tensor,
+    layout: str,
+    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Where] | None],
+) -> whole_layer.Layers | None:
+    """All layers as `read` says of each, where they attend to as `given`; None if it has nothing of one."""
+
+    def gather() -> tuple[list[LayerParts], list[Where]] | None:
+        dtype, parts, where = checks.dtype_of(x), [], []
+        for layer in stack.layers:
+            found = read(layer, dtype)
+            if found is None:
+                return None
+            parts.append(found[0])
+            where.append(found[1])
+        return parts, where
+
+    return whole_layer.layers_of(stack.model, stack.layers, x, layout, gather)
 
 
 @contextmanager

@@ -264,19 +264,15 @@ def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
         return None
 
-    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
-        dtype, found, where = checks.dtype_of(x), [], []
-        for layer in stack.layers:
-            known: Any = layer if checks.intact(layer, kin.forms[kin.layer]) else None
-            parts = _whole_parts(known, dtype) if known is not None and known._drops_plainly() else None
-            if parts is None:
-                return None
-            attention = known.self_attn
-            found.append(parts)
-            where.append(layer_stack.Where.of(attention.layer_idx, parts, attention.scaling))
-        return found, where
+    def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+        if not checks.intact(layer, kin.forms[kin.layer]) or not layer._drops_plainly():
+            return None
+        parts, attention = _whole_parts(layer, dtype), layer.self_attn
+        if parts is None:
+            return None
+        return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling)
 
-    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather)
+    layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None:
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]

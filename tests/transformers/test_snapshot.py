@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertModel, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import _native
+from bigmodel_kernels.models.tiny import bert_config, build, gpt2_config
 from bigmodel_kernels.transformers import whole_layer
 from bigmodel_kernels.transformers.snapshot import Snapshot
 
@@ -98,14 +99,11 @@ def test_parameters_are_not_kept_alive() -> None:
 
 
 def bert() -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=72)
-    return BertModel(config).eval()
+    return build(BertModel, bert_config(num_hidden_layers=3))
 
 
 def gpt2() -> Any:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=3, n_head=3, vocab_size=99)).eval()
+    return build(GPT2LMHeadModel, gpt2_config(n_layer=3))
 
 
 def run(model: Any) -> torch.Tensor:

@@ -203,18 +203,14 @@ def _token(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor
     if x.shape[1] != 1 or checks.watched_globally():
         return None
 
-    def gather() -> tuple[list[LayerParts], list[layer_stack.Where]] | None:
-        dtype, found, where = checks.dtype_of(x), [], []
-        for block in stack.layers:
-            parts = _block_parts(block, dtype) if checks.intact(block, BigmodelGPT2Block) else None
-            if parts is None:
-                return None
-            attention: Any = block.attn
-            found.append(parts)
-            where.append(layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling))
-        return found, where
+    def read(block: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+        parts = _block_parts(block, dtype) if checks.intact(block, BigmodelGPT2Block) else None
+        if parts is None:
+            return None
+        attention = block.attn
+        return parts, layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling)
 
-    layers = whole_layer.layers_of(stack.model, stack.layers, x, "conv1d", gather)
+    layers = layer_stack.layers_of(stack, x, "conv1d", read)
     if layers is None:
         return None
     cache = _self_attention(cache)

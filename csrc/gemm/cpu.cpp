@@ -81,7 +81,7 @@ struct Panels {
 // A packed weight: panels `steps` deep.
 template <class Step>
 struct PackedRight {
-  static constexpr bool packed = true;
+  static constexpr bool packed = true, cut_by_rows = true;
   static constexpr int64_t most_units = 4;   // row blocks of a part, see Cut
   const typename Step::B* panels;
   int64_t steps;
@@ -92,7 +92,7 @@ struct PackedRight {
 
 // Rows, packed by each task for its own chunk of the n columns; those that a last panel lacks are zero.
 struct RowsRight {
-  static constexpr bool packed = false;
+  static constexpr bool packed = false, cut_by_rows = false;
   static constexpr int64_t most_units = 8;
   const Operand& b;
   int64_t n;
@@ -135,30 +135,38 @@ template <class B>
 BIGMODEL_INLINE AheadOf<B> stream(const B* from) { return {from + stream_ahead / sizeof(B), row_bytes<B>}; }
 
 #if BIGMODEL_AMX
-// Either of them, k deep, split by each task for its own chunk.
+// Either of them, k deep, split by each task for its own chunk: packed panels one by one, rows into all panels of the chunk.
 template <int of_b, class Right>
 struct SplitRight {
-  static constexpr bool packed = false;
+  static constexpr bool packed = false, cut_by_rows = Right::cut_by_rows;
   static constexpr int64_t most_units = 4;
   const Right& right;
   int64_t k;
-  Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
+  // `ahead`: what is asked of memory meanwhile, a line for each row of a packed panel.
+  Panels<Parts<of_b>> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth, const LinesAhead& ahead = {}) const {
     const int64_t there = smaller(depth, k - begin), stride = depth * panel;
-    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * deepest_block) * sizeof(Parts<of_b>)));
-    if constexpr (!Right::packed)
-      if (!right.b.transposed) {
-        const bool marked = !split_rows<false>(panel_index, count, begin, there, parts, stride);
-        if (marked) split_rows<true>(panel_index, count, begin, there, parts, stride);
-        return {parts, stride, marked};
-      }
-    const auto whole = right.chunk(runtime, panel_index, count, begin, there);
+    auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * parts_block) * sizeof(Parts<of_b>)));
     bool marked = false;
-    for (int64_t p = 0; p < count; p++) {
-      const auto* from = whole.first + p * whole.stride;
-      if constexpr (Right::packed) marked |= !split_panel(from, there, parts + p * stride, panel, stream(from));
-      else marked |= !split_panel(from, there, parts + p * stride);
+    if constexpr (Right::packed) {
+      const auto* from = rows_at(panel_index, begin);
+      auto ask = [&](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(ahead.from + i * 64, 0, 2); };
+      for (int64_t p = 0; p < count; p++)
+        marked |= !(ahead.lines ? split_panel(from + p * right.steps * panel, there, parts + p * stride, panel, ask)
+                                : split_panel(from + p * right.steps * panel, there, parts + p * stride));
+    } else if (!right.b.transposed) {
+      marked = !split_rows<false>(panel_index, count, begin, there, parts, stride);
+      if (marked) split_rows<true>(panel_index, count, begin, there, parts, stride);
+    } else {
+      const auto whole = right.chunk(runtime, panel_index, count, begin, there);
+      for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
     }
     return {parts, stride, marked};
+  }
+  // A packed panel's rows.
+  const auto* rows_at(int64_t panel_index, int64_t begin) const { return right.panels + (panel_index * right.steps + begin) * panel; }
+  LinesAhead lines(int64_t panel_index, int64_t begin, int64_t depth) const {
+    const auto* rows = rows_at(panel_index, begin);
+    return {reinterpret_cast<const char*>(rows), ceil_div(depth * panel * int64_t(sizeof(*rows)), 64)};
   }
 
  private:
@@ -209,120 +217,178 @@ BIGMODEL_INLINE int64_t longest_chain(int64_t rows, int64_t depth) {
   return rows > 1 && rows <= 2 * tile_rows ? depth_block / 4 : depth_block;
 }
 
-// C (m x n) = left right, see multiply_packed.
-template <class Step, class Right>
-static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
-                             int64_t direct_stride, Finish finish) {
-  using B = typename Step::B;
-  constexpr int64_t tile_rows = rows_of<typename Step::A>, depth_block = depth_block_of<typename Step::A>;
-  using Cut = CutBy<tile_rows>;
-  const int64_t m = left.m, steps = left.steps;
-  Cut cut(m, ceil_div(n, panel), runtime.threads, Right::most_units);
-  if constexpr (by_unit<typename Step::A> && !splits<Step>) cut.cut_by_rows(steps * int64_t(sizeof(typename Step::A)));
-  constexpr bool one_number = Step::k_per_step == 1 && !splits<Step>;
-  const int64_t chain = one_number ? longest_chain(m, steps) : steps;
-  // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
-  auto one = [&](int64_t begin, int64_t depth, const B* b, [[maybe_unused]] bool marked, int64_t tile, int64_t last, float* c, int64_t c_stride,
-                 const LinesAhead& next) {
-    const int64_t count = last - tile;
-    for (int64_t i = 0; i < count; i++) {
-      const LinesAhead share = next.share(i, count);
-      if constexpr (splits<Step>) {
-        multiply_split(!marked && !left.mark(begin, tile + i), smaller(tile_rows, m - (tile + i) * tile_rows), depth, left.at(begin, tile + i), b,
-                       c + i * tile_rows * c_stride, c_stride, begin > 0, share);
-      } else {
-        constexpr auto multiply_step = [] {
-          if constexpr (Step::k_per_step == 1) return rest::multiply_tile_ahead<B>;
-          else return multiply_pairs;
-        }();
-        const char* from = share.lines ? share.from : reinterpret_cast<const char*>(b);
-        const int64_t bytes = ceil_div(share.lines * 64, larger(1, depth));
-        if constexpr (Step::k_per_step == 1) {
-          if (left.single_row()) return rest::multiply_row_ahead(depth, chain, left.at(begin, 0), b, c, begin > 0, from, bytes);
-        } else if (left.rows_of_pairs()) {
-          return multiply_rows_of_pairs(m, depth, left.at(begin, 0), depth, b, c, c_stride, begin > 0, from, bytes);
-        }
-        for (int64_t d = 0; d < depth; d += chain)
-          multiply_step(smaller(tile_rows, m - (tile + i) * tile_rows), smaller(chain, depth - d), left.at(begin, tile + i) + d * tile_rows, b + d * panel,
-                        c + i * tile_rows * c_stride, c_stride, begin + d > 0, from + d * bytes, bytes);
-      }
-    }
-  };
-  // A depth block of a panel.
-  [[maybe_unused]] auto lines_of = [](const B* b, int64_t depth) { return LinesAhead{reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; };
-  auto chunk_of = [&](const auto& piece, int64_t first_panel, int64_t panels) {
-    const int64_t column = first_panel * panel, columns = smaller(n - column, panels * panel);
-    const int64_t rows = smaller(m, piece.last_tile * tile_rows) - piece.first_tile * tile_rows;
-    const int64_t c_stride = direct ? direct_stride : panels * panel;
-    float* c = direct ? direct + piece.first_tile * tile_rows * direct_stride + column
-                      : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
-    if (const int64_t tiles = piece.last_tile - piece.first_tile; Right::packed && tiles <= few_tiles) {
-      // A single tile's blocks follow each other, so that the unit may go on: emptying its registers took a tenth of the time.
-      const int64_t together = by_unit<typename Step::A> && m <= tile_rows && !left.rows_of_pairs() ? 4 * depth_block : depth_block;
-      for (int64_t p = 0; p < panels; p++)
-        for (int64_t begin = 0; begin < larger(1, steps); begin += together) {
-          const int64_t depth = smaller(together, steps - begin);
-          const B* b = right.chunk(runtime, first_panel + p, 1, begin, depth).first;
-          // A step of a single row of float32 takes so little time that with short vectors asking only delays it.
-          const bool ask = rows > 1 || sizeof(B) < sizeof(float) || BIGMODEL_SIMD == 512;
-          const int64_t ahead = tiles == 1 ? stream_ahead / int64_t(sizeof(B)) : depth * panel;
-          one(begin, depth, b, false, piece.first_tile, piece.last_tile, c + p * panel, c_stride, ask ? lines_of(b + ahead, depth) : LinesAhead{});
-        }
-      return finish(piece.first_tile * tile_rows, rows, column, columns, c, c_stride);
-    }
-    int64_t begin = 0;
-    do {  // once at least: a product of no depth is zero
-      const auto chunk = right.chunk(runtime, first_panel, panels, begin, left.depth(begin));
-      // What the task reads after this: the next depth block, or the chunk beside this one.
-      const B* after = chunk.first + (begin + depth_block < steps ? depth_block * panel : panels * chunk.stride - begin * panel);
-      for (int64_t tile = piece.first_tile; tile < piece.last_tile; tile += Cut::part_unit) {
-        const int64_t last = smaller(piece.last_tile, tile + Cut::part_unit);
-        float* c_block = c + (tile - piece.first_tile) * tile_rows * c_stride;
-        // `count` tiles of A from `to` on, or those of the next depth block.
-        auto after_tiles = [&](int64_t to, int64_t count) {
-          const bool more = to < piece.last_tile;
-          const int64_t begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0, next = more ? to : piece.first_tile;
-          return left.lines(begin_next, next, smaller(piece.last_tile, next + count));
-        };
-        if constexpr (splits<Step>) {
-          // Neither a tile nor a panel of split numbers fits into L1: so a tile goes over all panels, that L2 holds little of A beside them.
-          for (int64_t i = tile; i < last; i++)
-            for (int64_t p = 0; p < panels; p++)
-              one(begin, left.depth(begin), chunk.first + p * chunk.stride, chunk.marked, i, i + 1, c_block + (i - tile) * tile_rows * c_stride + p * panel, c_stride,
-                  after_tiles(i + 1, 1).share(p, panels));
-        } else {
-          for (int64_t p = 0; p < panels; p++) {
-            const B* b = chunk.first + p * chunk.stride;
-            const bool ask = Right::packed && tile == piece.first_tile;
-            // Of A only the tile unit takes so much that the hardware's own prefetch is too slow.
-            const LinesAhead next = ask ? lines_of(p + 1 < panels ? b + chunk.stride : after, left.depth(begin))
-                                    : Step::k_per_step > 1 ? after_tiles(last, Cut::part_unit).share(p, panels) : LinesAhead{};
-            one(begin, left.depth(begin), b, false, tile, last, c_block + p * panel, c_stride, next);
-          }
-        }
-        if (begin + depth_block < steps) continue;
-        const int64_t row = tile * tile_rows;
-        finish(row, smaller(m, last * tile_rows) - row, column, columns, c_block, c_stride);
-      }
-      begin += depth_block;
-    } while (begin < steps);
-  };
+// A task's chunk of C: `tiles` tiles of rows from `first_tile` on, some panels of columns.
+struct Chunk {
+  int64_t first_tile, tiles, first_panel, panels;
+  float* c;
+  int64_t c_stride;
+};
+
+// C (m x n) = left right, see multiply_packed, chunk by chunk: multiply(chunk).
+template <class Step, class Right, class Multiply>
+static void each_chunk(const Runtime& runtime, const Left<typename Step::A>& left, const Right&, int64_t n, float* direct, int64_t direct_stride,
+                       const Multiply& multiply) {
+  constexpr int64_t tile_rows = rows_of<typename Step::A>;
+  CutBy<tile_rows> cut(left.m, ceil_div(n, panel), runtime.threads, Right::most_units);
+  if constexpr (by_unit<typename Step::A> && Right::cut_by_rows) cut.cut_by_rows(left.steps * int64_t(sizeof(typename Step::A)), splits<Step>);
   const auto task_of = [&](int64_t task) {
 #if BIGMODEL_AMX
     [[maybe_unused]] const typename Step::Unit unit;
 #endif
     const auto piece = cut.piece(task);
-    for (int64_t first = piece.first_panel; first < piece.last_panel; first += cut.widest)
-      chunk_of(piece, first, smaller(cut.widest, piece.last_panel - first));
+    const int64_t tiles = piece.last_tile - piece.first_tile;
+    for (int64_t first = piece.first_panel; first < piece.last_panel; first += cut.widest) {
+      const int64_t panels = smaller(cut.widest, piece.last_panel - first), c_stride = direct ? direct_stride : panels * panel;
+      const int64_t row = piece.first_tile * tile_rows, rows = smaller(left.m, piece.last_tile * tile_rows) - row;
+      float* c = direct ? direct + row * direct_stride + first * panel
+                        : static_cast<float*>(runtime.scratch(scratch_c, size_t(rows * c_stride) * sizeof(float)));
+      multiply(Chunk{piece.first_tile, tiles, first, panels, c, c_stride});
+    }
   };
   cut.by_rows ? parallel_near(runtime, cut.tasks(), task_of) : parallel(runtime, cut.tasks(), task_of);
 }
 
+// What follows, for tiles [tile, last) of a chunk.
+template <class A>
+static void finish_tiles(const Left<A>& left, int64_t n, const Chunk& chunk, int64_t tile, int64_t last, Finish finish) {
+  const int64_t row = (chunk.first_tile + tile) * rows_of<A>, column = chunk.first_panel * panel;
+  finish(row, smaller(left.m, (chunk.first_tile + last) * rows_of<A>) - row, column, smaller(n - column, chunk.panels * panel),
+         chunk.c + tile * rows_of<A> * chunk.c_stride, chunk.c_stride);
+}
+
+template <class Step, class Right>
+static void multiply_columns(const Runtime& runtime, const Left<typename Step::A>& left, const Right& right, int64_t n, float* direct,
+                             int64_t direct_stride, Finish finish) {
+  using B = typename Step::B;
+  constexpr int64_t tile_rows = rows_of<typename Step::A>, depth_block = depth_block_of<typename Step::A>, part_unit = CutBy<tile_rows>::part_unit;
+  const int64_t m = left.m, steps = left.steps, chain = Step::k_per_step == 1 ? longest_chain(m, steps) : steps;
+  // Depth block `begin` of a panel against tiles [tile, last); meanwhile each tile asks for its share of what comes from L3 or memory next.
+  auto one = [&](int64_t begin, int64_t depth, const B* b, int64_t tile, int64_t last, float* c, int64_t c_stride, const LinesAhead& next) {
+    constexpr auto multiply_step = [] {
+      if constexpr (Step::k_per_step == 1) return rest::multiply_tile_ahead<B>;
+      else return multiply_pairs;
+    }();
+    for (int64_t i = tile; i < last; i++, c += tile_rows * c_stride) {
+      const LinesAhead share = next.share(i - tile, last - tile);
+      const char* from = share.lines ? share.from : reinterpret_cast<const char*>(b);
+      const int64_t bytes = ceil_div(share.lines * 64, larger(1, depth));
+      if constexpr (Step::k_per_step == 1) {
+        if (left.single_row()) return rest::multiply_row_ahead(depth, chain, left.at(begin, 0), b, c, begin > 0, from, bytes);
+      } else if (left.rows_of_pairs()) {
+        return multiply_rows_of_pairs(m, depth, left.at(begin, 0), depth, b, c, c_stride, begin > 0, from, bytes);
+      }
+      for (int64_t d = 0; d < depth; d += chain)
+        multiply_step(smaller(tile_rows, m - i * tile_rows), smaller(chain, depth - d), left.at(begin, i) + d * tile_rows, b + d * panel, c, c_stride, begin + d > 0,
+                      from + d * bytes, bytes);
+    }
+  };
+  // A depth block of a panel.
+  auto lines_of = [](const B* b, int64_t depth) { return LinesAhead{reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; };
+  each_chunk<Step>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {
+    const int64_t first_tile = chunk.first_tile, last_tile = first_tile + chunk.tiles, panels = chunk.panels, c_stride = chunk.c_stride;
+    float* const c = chunk.c;
+    if (Right::packed && chunk.tiles <= few_tiles) {
+      // A single tile's blocks follow each other, so that the unit may go on: emptying its registers took a tenth of the time.
+      const int64_t together = by_unit<typename Step::A> && m <= tile_rows && !left.rows_of_pairs() ? 4 * depth_block : depth_block;
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t begin = 0; begin < larger(1, steps); begin += together) {
+          const int64_t depth = smaller(together, steps - begin);
+          const B* b = right.chunk(runtime, chunk.first_panel + p, 1, begin, depth).first;
+          // A step of a single row of float32 takes so little time that with short vectors asking only delays it.
+          const bool ask = m > 1 || sizeof(B) < sizeof(float) || BIGMODEL_SIMD == 512;
+          const int64_t ahead = chunk.tiles == 1 ? stream_ahead / int64_t(sizeof(B)) : depth * panel;
+          one(begin, depth, b, first_tile, last_tile, c + p * panel, c_stride, ask ? lines_of(b + ahead, depth) : LinesAhead{});
+        }
+      return finish_tiles(left, n, chunk, 0, chunk.tiles, finish);
+    }
+    int64_t begin = 0;
+    do {  // once at least: a product of no depth is zero
+      const auto right_chunk = right.chunk(runtime, chunk.first_panel, panels, begin, left.depth(begin));
+      // What the task reads after this: the next depth block, or the chunk beside this one.
+      const B* after = right_chunk.first + (begin + depth_block < steps ? depth_block * panel : panels * right_chunk.stride - begin * panel);
+      for (int64_t tile = first_tile; tile < last_tile; tile += part_unit) {
+        const int64_t last = smaller(last_tile, tile + part_unit);
+        // A's tiles after these, or those of the next depth block.
+        auto after_tiles = [&] {
+          const bool more = last < last_tile;
+          const int64_t begin_next = more ? begin : begin + depth_block < steps ? begin + depth_block : 0, next = more ? last : first_tile;
+          return left.lines(begin_next, next, smaller(last_tile, next + part_unit));
+        };
+        for (int64_t p = 0; p < panels; p++) {
+          const B* b = right_chunk.first + p * right_chunk.stride;
+          const bool ask = Right::packed && tile == first_tile;
+          // Of A only the tile unit takes so much that the hardware's own prefetch is too slow.
+          const LinesAhead next = ask ? lines_of(p + 1 < panels ? b + right_chunk.stride : after, left.depth(begin))
+                                  : Step::k_per_step > 1 ? after_tiles().share(p, panels) : LinesAhead{};
+          one(begin, left.depth(begin), b, tile, last, c + (tile - first_tile) * tile_rows * c_stride + p * panel, c_stride, next);
+        }
+        if (begin + depth_block >= steps) finish_tiles(left, n, chunk, tile - first_tile, last - first_tile, finish);
+      }
+      begin += depth_block;
+    } while (begin < steps);
+  });
+}
+
 #if BIGMODEL_AMX
+// Of split numbers neither a tile nor a panel as deep as the product fits into L1. So a panel is split block by block, each into L1, and multiplied
+// with all tiles of the chunk; and of those only a run, as deep as stays in L2, goes over all panels before the next.
+//
+//      run            panels ->                            split: a block of it, in L1
+//     +----+      +-------+-------+
+//     |    |      | split |       |                        products: of all tiles, while the next block of the weight is asked for,
+//     | A  |      +-------+       |                        in L2 by then
+//     |    |      |       |       |
+//     +----+      +-------+-------+
+inline constexpr int64_t run_bytes = 384 << 10;
+// With so few tiles a block is half as deep, and half of the next is asked for while this one is split.
+inline constexpr int64_t few_split_tiles = 4;
+
 template <int of_a, int of_b, class Right>
-static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, const Left<Parts<of_a>>& left, const Right& right, int64_t n, int64_t k, float* direct,
-                                   int64_t direct_stride, Finish finish) {
-  multiply_columns<Split<of_a, of_b>>(runtime, left, SplitRight<of_b, Right>{right, k}, n, direct, direct_stride, finish);
+static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, const Left<Parts<of_a>>& left, const Right& rows_or_panels, int64_t n, int64_t k,
+                                   float* direct, int64_t direct_stride, Finish finish) {
+  constexpr int64_t tile_rows = rows_of<Parts<of_a>>, part_unit = CutBy<tile_rows>::part_unit;
+  const int64_t m = left.m, steps = left.steps;
+  const SplitRight<of_b, Right> right{rows_or_panels, k};
+  each_chunk<Split<of_a, of_b>>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {
+    const bool few = Right::packed && chunk.tiles <= few_split_tiles;
+    const int64_t deepest = few ? parts_block / 2 : parts_block;
+    const int64_t run = larger(1, run_bytes / (chunk.tiles * tile_rows * int64_t(sizeof(Parts<of_a>))) / parts_block) * parts_block;
+    // A block of the chunk's panel p against all tiles.
+    auto multiply = [&](int64_t begin, int64_t depth, const Parts<of_b>* b, bool marked, int64_t p, const LinesAhead& next) {
+      const int64_t block = begin / parts_block * parts_block;
+      for (int64_t i = 0; i < chunk.tiles; i++) {
+        const int64_t tile = chunk.first_tile + i;
+        multiply_split(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (begin - block) * tile_rows, b,
+                       chunk.c + i * tile_rows * chunk.c_stride + p * panel, chunk.c_stride, begin > 0, next.share(i, chunk.tiles));
+      }
+    };
+    int64_t begin = 0;
+    do {  // once at least: a product of no depth is zero
+      const int64_t end = smaller(steps, begin + run);
+      if constexpr (Right::packed) {
+        for (int64_t p = 0; p < chunk.panels; p++) {
+          int64_t at = begin;
+          do {
+            const int64_t depth = smaller(deepest, end - at), after = at + depth;
+            const LinesAhead next = after < end ? right.lines(chunk.first_panel + p, after, depth)
+                                    : p + 1 < chunk.panels ? right.lines(chunk.first_panel + p + 1, begin, depth)
+                                    : end < steps ? right.lines(chunk.first_panel, end, depth) : right.lines(chunk.first_panel + chunk.panels, 0, depth);
+            const int64_t meanwhile = few ? smaller(depth, next.lines) : 0;
+            const auto split = right.chunk(runtime, chunk.first_panel + p, 1, at, depth, {next.from, meanwhile});
+            multiply(at, depth, split.first, split.marked, p, {next.from + meanwhile * 64, next.lines - meanwhile});
+            at = after;
+          } while (at < end);
+        }
+      } else {
+        for (int64_t at = begin; at < larger(1, end); at += parts_block) {
+          const auto split = right.chunk(runtime, chunk.first_panel, chunk.panels, at, left.depth(at));
+          for (int64_t p = 0; p < chunk.panels; p++) multiply(at, left.depth(at), split.first + p * split.stride, split.marked, p, {});
+        }
+      }
+      begin = end;
+    } while (begin < steps);
+    for (int64_t tile = 0; tile < chunk.tiles; tile += part_unit) finish_tiles(left, n, chunk, tile, smaller(chunk.tiles, tile + part_unit), finish);
+  });
 }
 #endif
 

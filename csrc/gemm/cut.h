@@ -13,7 +13,7 @@ namespace bigmodel::BIGMODEL_ISA {
 // The tile unit is so fast that it waits for what comes from another core's cache. With many rows a thread therefore has parts of its own, of
 // two row blocks at most; their tasks follow each other (parallel_near), each a chunk of columns. The narrow ones leave L2 (2 MB) to the
 // left side, from which they all read; if that is too deep to stay, wide ones ask L3 for it less often.
-inline constexpr int64_t widest_chunk = panel_group / 2;
+inline constexpr int64_t widest_chunk = panel_group / 2, stays_in_l2 = 1 << 20;
 template <int64_t tile_rows>
 struct CutBy {
   static constexpr int64_t narrowest = 2;   // chunks, in panels
@@ -26,13 +26,14 @@ struct CutBy {
     parts = larger(ceil_div(units, most_units), threads > 1 ? ceil_div(turns * threads * narrowest, larger(1, panels)) : 1);
     parts = larger(1, smaller(parts, units));
   }
-  // Parts for each thread, if there are rows enough; `row_bytes` of the left side.
-  void cut_by_rows(int64_t row_bytes) {
-    if (tiles < threads * part_unit) return;
+  // Parts for each thread, if there are rows enough; `row_bytes` of the left side. Split numbers gain from two tiles a thread on, if the left side does
+  // not stay in one core's L2.
+  void cut_by_rows(int64_t row_bytes, bool split) {
+    if (tiles < threads * (split && tiles * tile_rows * row_bytes > stays_in_l2 ? 2 : part_unit)) return;
     by_rows = true;
     parts = round_up(ceil_div(tiles, 2 * part_unit), threads);
-    const bool stays = ceil_div(tiles, parts) * tile_rows * row_bytes <= 1 << 20;
-    widest = stays ? widest_chunk * 2 / 3 : widest_chunk * 2;
+    const bool part_stays = ceil_div(tiles, parts) * tile_rows * row_bytes <= stays_in_l2;
+    widest = part_stays ? widest_chunk * 2 / 3 : widest_chunk * 2;
   }
   int64_t tasks() const {
     if (by_rows) return parts * ceil_div(panels, widest);

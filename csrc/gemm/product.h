@@ -106,7 +106,7 @@ template <class A> inline constexpr bool is_parts = false;
 #if BIGMODEL_AMX
 template <int of_a, int of_b> inline constexpr bool splits<Split<of_a, of_b>> = true;
 template <int count> inline constexpr bool is_parts<Parts<count>> = true;
-inline constexpr int64_t fewest_split_rows = 64;   // with fewer, splitting the right side takes longer than is won
+inline constexpr int64_t fewest_split_rows = 2 * tile_rows + 1;   // with fewer, splitting the right side takes longer than is won
 #endif
 
 // body(Step{}) with the step for m rows, and numbers of so many parts.

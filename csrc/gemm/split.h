@@ -162,11 +162,13 @@ struct PartPairs {
   }
 };
 
-// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's.
+// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's. A comes from L2, and each block of it is asked into L1 while the
+// one before is multiplied: a register that is loaded from L2 keeps the unit waiting.
 template <bool both, int of_a, int of_b>
 static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate,
                            const LinesAhead ahead) {
   static constexpr PartPairs<of_a, of_b> pairs;
+  static constexpr int64_t part_lines = (of_a * 2 * unit_rows + pairs.count - 1) / pairs.count;   // of A for each pair: a tile's row is a line
   const int64_t share = ceil_div(ahead.lines * split_depth, larger(1, depth) * pairs.count);
   const char* line = ahead.from;
   auto load_a0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(4, part_of(a, part, 0), 64); };
@@ -201,6 +203,9 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
         if constexpr (load_b) load_b1(pairs.b[next]);
         if constexpr (load_a) load_a1(pairs.a[next]);
       }
+      const char* const soon = reinterpret_cast<const char*>(a + (end ? 0 : split_depth * rows_of<Parts<of_a>>)) + i * part_lines * 64;
+#pragma GCC unroll 32
+      for (int64_t n = 0; n < part_lines; n++) __builtin_prefetch(soon + n * 64);
       for (int64_t n = 0; n < share; n++, line += 64) __builtin_prefetch(line, 0, 2);
     }
   };

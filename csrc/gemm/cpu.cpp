@@ -340,8 +340,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
 //     |    |      |       |       |
 //     +----+      +-------+-------+
 inline constexpr int64_t run_bytes = 384 << 10;
-// With so few tiles a block is half as deep, and half of the next is asked for while this one is split.
-inline constexpr int64_t few_split_tiles = 4;
+// Of few rows, blocks are split in two halves, of which the second goes on with the sums of the first; and half of the next is asked for while one is split.
+inline constexpr int64_t few_split_rows = 128;
 
 template <int of_a, int of_b, class Right>
 static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, const Left<Parts<of_a>>& left, const Right& rows_or_panels, int64_t n, int64_t k,
@@ -349,43 +349,51 @@ static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, co
   constexpr int64_t tile_rows = rows_of<Parts<of_a>>, part_unit = CutBy<tile_rows>::part_unit;
   const int64_t m = left.m, steps = left.steps;
   const SplitRight<of_b, Right> right{rows_or_panels, k};
+  const bool few = m <= few_split_rows;
+  // Of a tile and a panel, `depth` from `at` on, in depth block `block`; see multiply_split.
+  auto multiply = [&](int64_t block, int64_t at, int64_t depth, const Parts<of_b>* b, bool marked, int64_t tile, float* c, int64_t c_stride, bool accumulate,
+                      const LinesAhead& next, float* begun) __attribute__((always_inline)) {
+    multiply_split<Right::packed>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows,
+                                  b, c, c_stride, accumulate, next, begun);
+  };
   each_chunk<Split<of_a, of_b>>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {
-    const bool few = Right::packed && chunk.tiles <= few_split_tiles;
-    const int64_t deepest = few ? parts_block / 2 : parts_block;
     const int64_t run = larger(1, run_bytes / (chunk.tiles * tile_rows * int64_t(sizeof(Parts<of_a>))) / parts_block) * parts_block;
-    // A block of the chunk's panel p against all tiles.
-    auto multiply = [&](int64_t begin, int64_t depth, const Parts<of_b>* b, bool marked, int64_t p, const LinesAhead& next) {
-      const int64_t block = begin / parts_block * parts_block;
-      for (int64_t i = 0; i < chunk.tiles; i++) {
-        const int64_t tile = chunk.first_tile + i;
-        multiply_split(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (begin - block) * tile_rows, b,
-                       chunk.c + i * tile_rows * chunk.c_stride + p * panel, chunk.c_stride, begin > 0, next.share(i, chunk.tiles));
-      }
-    };
     int64_t begin = 0;
     do {  // once at least: a product of no depth is zero
-      const int64_t end = smaller(steps, begin + run);
       if constexpr (Right::packed) {
+        alignas(64) float halves[few_split_rows / tile_rows][tile_rows * panel];
+        const int64_t end = smaller(steps, begin + run), deepest = few ? parts_block / 2 : parts_block;
         for (int64_t p = 0; p < chunk.panels; p++) {
           int64_t at = begin;
           do {
-            const int64_t depth = smaller(deepest, end - at), after = at + depth;
+            const int64_t depth = smaller(deepest, end - at), after = at + depth, block = at / parts_block * parts_block;
             const LinesAhead next = after < end ? right.lines(chunk.first_panel + p, after, depth)
                                     : p + 1 < chunk.panels ? right.lines(chunk.first_panel + p + 1, begin, depth)
                                     : end < steps ? right.lines(chunk.first_panel, end, depth) : right.lines(chunk.first_panel + chunk.panels, 0, depth);
             const int64_t meanwhile = few ? smaller(depth, next.lines) : 0;
             const auto split = right.chunk(runtime, chunk.first_panel + p, 1, at, depth, {next.from, meanwhile});
-            multiply(at, depth, split.first, split.marked, p, {next.from + meanwhile * 64, next.lines - meanwhile});
+            const bool goes_on = after < smaller(block + parts_block, end);
+            for (int64_t i = 0; i < chunk.tiles; i++) {
+              float* const c = chunk.c + i * tile_rows * chunk.c_stride + p * panel;
+              multiply(block, at, depth, split.first, split.marked, chunk.first_tile + i, goes_on ? halves[i] : c, goes_on ? panel : chunk.c_stride, block > 0 && !goes_on,
+                       LinesAhead{next.from + meanwhile * 64, next.lines - meanwhile}.share(i, chunk.tiles), at > block ? halves[i] : nullptr);
+            }
             at = after;
           } while (at < end);
         }
+        begin = end;
       } else {
-        for (int64_t at = begin; at < larger(1, end); at += parts_block) {
-          const auto split = right.chunk(runtime, chunk.first_panel, chunk.panels, at, left.depth(at));
-          for (int64_t p = 0; p < chunk.panels; p++) multiply(at, left.depth(at), split.first + p * split.stride, split.marked, p, {});
+        const int64_t depth = left.depth(begin);
+        const auto split = right.chunk(runtime, chunk.first_panel, chunk.panels, begin, depth);
+        for (int64_t i = 0; i < chunk.tiles; i++) {
+          const int64_t tile = chunk.first_tile + i;
+          const LinesAhead next = i + 1 < chunk.tiles ? left.lines(begin, tile + 1, tile + 2) : LinesAhead{};
+          for (int64_t p = 0; p < chunk.panels; p++)
+            multiply(begin, begin, depth, split.first + p * split.stride, split.marked, tile, chunk.c + i * tile_rows * chunk.c_stride + p * panel, chunk.c_stride, begin > 0,
+                     next.share(p, chunk.panels), nullptr);
         }
+        begin += depth;
       }
-      begin = end;
     } while (begin < steps);
     for (int64_t tile = 0; tile < chunk.tiles; tile += part_unit) finish_tiles(left, n, chunk, tile, smaller(chunk.tiles, tile + part_unit), finish);
   });

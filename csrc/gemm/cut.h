@@ -26,10 +26,10 @@ struct CutBy {
     parts = larger(ceil_div(units, most_units), threads > 1 ? ceil_div(turns * threads * narrowest, larger(1, panels)) : 1);
     parts = larger(1, smaller(parts, units));
   }
-  // Parts for each thread, if there are rows enough; `row_bytes` of the left side. Split numbers gain from two tiles a thread on, if the left side does
+  // Parts for each thread, if there are rows enough; `row_bytes` of the left side. Split numbers gain from three tiles a thread on, if the left side does
   // not stay in one core's L2.
   void cut_by_rows(int64_t row_bytes, bool split) {
-    if (tiles < threads * (split && tiles * tile_rows * row_bytes > stays_in_l2 ? 2 : part_unit)) return;
+    if (tiles < threads * (split && tiles * tile_rows * row_bytes > stays_in_l2 ? 3 : part_unit)) return;
     by_rows = true;
     parts = round_up(ceil_div(tiles, 2 * part_unit), threads);
     const bool part_stays = ceil_div(tiles, parts) * tile_rows * row_bytes <= stays_in_l2;

@@ -141,18 +141,22 @@ BIGMODEL_INLINE void load_tiles(const float* c, int64_t c_stride) {
     _tile_loadd(3, c + unit_rows * c_stride + F32::width, bytes);
   }
 }
+// `rows` rows of sums (x panel), into C or added to it.
+static inline void add_rows(int64_t rows, const float* sums, float* c, int64_t c_stride, bool accumulate) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int v = 0; v < panel_vectors; v++) {
+      const F32 total = F32::load(sums + r * panel + v * F32::width);
+      float* target = c + r * c_stride + v * F32::width;
+      (accumulate ? F32::load(target) + total : total).store(target);
+    }
+}
 template <bool both>
 static void add_tiles(int64_t rows, float* c, int64_t c_stride, bool accumulate) {
   constexpr int64_t whole = both ? 2 * unit_rows : unit_rows;
   if (!accumulate && rows == whole) return store_tiles<both>(c, c_stride);
   alignas(64) float sums[whole][panel];
   store_tiles<both>(sums[0], panel);
-  for (int64_t r = 0; r < rows; r++)
-    for (int v = 0; v < panel_vectors; v++) {
-      const F32 total = F32::load(sums[r] + v * F32::width);
-      float* target = c + r * c_stride + v * F32::width;
-      (accumulate ? F32::load(target) + total : total).store(target);
-    }
+  add_rows(rows, sums[0], c, c_stride, accumulate);
 }
 #endif
 

@@ -162,13 +162,14 @@ struct PartPairs {
   }
 };
 
-// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's. A comes from L2, and each block of it is asked into L1 while the
-// one before is multiplied: a register that is loaded from L2 keeps the unit waiting.
-template <bool both, int of_a, int of_b>
+// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's. One side is in L1, `streams_a` says that it is B; each block of the
+// other, which comes from L2, is asked into L1 while the one before is multiplied: a register that is loaded from L2 keeps the unit waiting. `begun`:
+// a sum (32 rows x panel) that goes on, or null.
+template <bool both, int of_a, int of_b, bool streams_a>
 static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate,
-                           const LinesAhead ahead) {
+                           const LinesAhead ahead, const float* begun) {
   static constexpr PartPairs<of_a, of_b> pairs;
-  static constexpr int64_t part_lines = (of_a * 2 * unit_rows + pairs.count - 1) / pairs.count;   // of A for each pair: a tile's row is a line
+  static constexpr int64_t block_lines = (streams_a ? of_a : of_b) * 2 * unit_rows, pair_lines = (block_lines + pairs.count - 1) / pairs.count;
   const int64_t share = ceil_div(ahead.lines * split_depth, larger(1, depth) * pairs.count);
   const char* line = ahead.from;
   auto load_a0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(4, part_of(a, part, 0), 64); };
@@ -203,9 +204,10 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
         if constexpr (load_b) load_b1(pairs.b[next]);
         if constexpr (load_a) load_a1(pairs.a[next]);
       }
-      const char* const soon = reinterpret_cast<const char*>(a + (end ? 0 : split_depth * rows_of<Parts<of_a>>)) + i * part_lines * 64;
+      const char* const here = streams_a ? reinterpret_cast<const char*>(a) : reinterpret_cast<const char*>(b);
+      const char* const soon = here + (end ? 0 : block_lines * 64) + i * pair_lines * 64;
 #pragma GCC unroll 32
-      for (int64_t n = 0; n < part_lines; n++) __builtin_prefetch(soon + n * 64);
+      for (int64_t n = 0; n < pair_lines; n++) __builtin_prefetch(soon + n * 64);
       for (int64_t n = 0; n < share; n++, line += 64) __builtin_prefetch(line, 0, 2);
     }
   };
@@ -217,7 +219,8 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
     pair.template operator()<4, last>();
     pair.template operator()<5, last>();
   };
-  zero_tiles<both>();
+  if (begun) load_tiles<both>(begun, panel);
+  else zero_tiles<both>();
   if (depth > 0) {
     load_a0(pairs.a[0]);
     load_b0(pairs.b[0]);
@@ -232,11 +235,14 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
 // The same by vectors, of any numbers; of_a and of_b are the parts of each. Seldom called, and compiled once, in split.cpp.
 void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int of_b, const void* b, float* c, int64_t c_stride, bool accumulate);
 
-template <int of_a, int of_b>
+template <bool streams_a = true, int of_a, int of_b>
 BIGMODEL_INLINE void multiply_split(bool by_unit, int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride,
-                                    bool accumulate, const LinesAhead ahead = {}) {
-  if (!by_unit) return multiply_joined(rows, depth, of_a, a, of_b, b, c, c_stride, accumulate);
-  (rows > unit_rows ? multiply_parts<true, of_a, of_b> : multiply_parts<false, of_a, of_b>)(rows, depth, a, b, c, c_stride, accumulate, ahead);
+                                    bool accumulate, const LinesAhead ahead = {}, float* begun = nullptr) {
+  if (by_unit)
+    return (rows > unit_rows ? multiply_parts<true, of_a, of_b, streams_a> : multiply_parts<false, of_a, of_b, streams_a>)(rows, depth, a, b, c, c_stride,
+                                                                                                                       accumulate, ahead, begun);
+  multiply_joined(rows, depth, of_a, a, of_b, b, begun ? begun : c, begun ? panel : c_stride, begun || accumulate);
+  if (begun) add_rows(rows, begun, c, c_stride, accumulate);
 }
 
 }  // namespace bigmodel::BIGMODEL_ISA

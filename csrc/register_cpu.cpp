@@ -340,10 +340,12 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
 // A hash of where each weight lies and how, and of 16 elements spread over it: how the cache of packed weights notices other memory, and an
 // edit that left the tensor's version as it was. Any strides. All are asked for before the first is read: each is a miss of every cache.
 int64_t cpu_fingerprint(std::vector<Tensor> weights) {
-  constexpr int64_t samples = 16;
+  // 16 elements of each, in four places: where much has been read since, each page costs microseconds to come back to.
+  constexpr int64_t windows = 4, each = 4;
+  const auto part_of = [](int64_t n, int64_t i, int64_t of) { return n / of * i + n % of * i / of; };  // n * i / of, without overflow
   struct Sample { const char* at; size_t size; };
   std::vector<Sample> places;
-  places.reserve(weights.size() * samples);
+  places.reserve(weights.size() * windows * each);
   uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a, 64 bit, over words
   const auto add = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3ull; };
   for (const Tensor& weight : weights) {
@@ -354,13 +356,18 @@ int64_t cpu_fingerprint(std::vector<Tensor> weights) {
     const char* data = static_cast<const char*>(weight.const_data_ptr());
     for (int64_t word : {int64_t(reinterpret_cast<uintptr_t>(data)), weight.size(0), columns, stride_row, stride_column, int64_t(weight.scalar_type())})
       add(uint64_t(word));
-    const int64_t count = std::min(samples, numel);
-    for (int64_t i = 0; i < count; i++) {
-      // i * (numel - 1) / (count - 1), which an expanded weight's numel would make overflow
-      const int64_t gaps = std::max<int64_t>(count - 1, 1), at = i * ((numel - 1) / gaps) + i * ((numel - 1) % gaps) / gaps;
-      places.push_back({data + (at / columns * stride_row + at % columns * stride_column) * size, size_t(size)});
-      __builtin_prefetch(places.back().at);
-    }
+    if (numel == 0) continue;
+    // Along the dimension whose elements lie side by side, windows of less than a page, from the first element to the last.
+    const bool along_rows = stride_column <= stride_row;
+    const int64_t fast = along_rows ? columns : weight.size(0), slow = along_rows ? weight.size(0) : columns;
+    const int64_t fast_stride = along_rows ? stride_column : stride_row, slow_stride = along_rows ? stride_row : stride_column;
+    const int64_t window = std::min<int64_t>(fast, 256);
+    for (int64_t i = 0; i < windows; i++)
+      for (int64_t j = 0; j < each; j++) {
+        const int64_t at_slow = part_of(slow - 1, i, windows - 1), at_fast = part_of(fast - window, i, windows - 1) + part_of(window - 1, j, each - 1);
+        places.push_back({data + (at_slow * slow_stride + at_fast * fast_stride) * size, size_t(size)});
+        __builtin_prefetch(places.back().at);
+      }
   }
   for (const Sample& place : places) {
     uint32_t bits = 0;

@@ -163,22 +163,26 @@ def check(
         )
 
 
-def _check_range(ids_name: str, ids: Tensor | None, weight: Tensor | None) -> None:
-    """Out of range ids on the CPU; on a GPU reading them would wait for the device."""
-    if ids is None or weight is None or ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(ids))
-    if low < 0 or high >= weight.shape[0]:
-        wrong = low if low < 0 else high
-        raise IndexError(f"{ids_name} holds {wrong}; allowed are 0 to {weight.shape[0] - 1}")
+def _check_ranges(error: Exception, *args: Any) -> None:
+    """IndexError, from `error`, for ids on the CPU that are out of range: each implementation looks, and says
+    it in its own words."""
+    names = ("input_ids", "position_ids", "token_type_ids")
+    for name, ids, weight in zip(names, args[:6:2], args[1:6:2], strict=True):
+        if ids is None or weight is None or ids.device.type != "cpu" or ids.numel() == 0:
+            continue
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= weight.shape[0]:
+            wrong = low if low < 0 else high
+            raise IndexError(f"{name} holds {wrong}; allowed are 0 to {weight.shape[0] - 1}") from error
 
 
 def _run(*args: Any, **options: Any) -> Tensor:
     check(*args, **options)
-    _check_range("input_ids", args[0], args[1])
-    _check_range("position_ids", args[2], args[3])
-    _check_range("token_type_ids", args[4], args[5])
-    return backends.run("embedding", args[0].device.type, args, options)  # type: ignore[no-any-return]
+    try:
+        return backends.run("embedding", args[0].device.type, args, options)  # type: ignore[no-any-return]
+    except (IndexError, RuntimeError) as error:
+        _check_ranges(error, *args)
+        raise
 
 
 def _fake(input_ids: Tensor, word_weight: Tensor, *args: Any, **options: Any) -> Tensor:

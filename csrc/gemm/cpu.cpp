@@ -353,7 +353,7 @@ static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, co
   // Of a tile and a panel, `depth` from `at` on, in depth block `block`; see multiply_split.
   auto multiply = [&](int64_t block, int64_t at, int64_t depth, const Parts<of_b>* b, bool marked, int64_t tile, float* c, int64_t c_stride, bool accumulate,
                       const LinesAhead& next, float* begun) __attribute__((always_inline)) {
-    multiply_split<Right::packed>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows,
+    multiply_split<Right::packed ? Streams::a : Streams::b>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows,
                                   b, c, c_stride, accumulate, next, begun);
   };
   each_chunk<Split<of_a, of_b>>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {

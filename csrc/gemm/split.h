@@ -162,14 +162,16 @@ struct PartPairs {
   }
 };
 
-// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's. One side is in L1, `streams_a` says that it is B; each block of the
-// other, which comes from L2, is asked into L1 while the one before is multiplied: a register that is loaded from L2 keeps the unit waiting. `begun`:
-// a sum (32 rows x panel) that goes on, or null.
-template <bool both, int of_a, int of_b, bool streams_a>
+// The side that comes from L2: each block of it is asked into L1 while the one before is multiplied, for a register that is loaded from L2 keeps
+// the unit waiting.
+enum class Streams { neither, a, b };
+
+// C (up to 32 rows x panel) = or += A B, `depth` deep, a multiple of a block's. `begun`: a sum (32 rows x panel) that goes on, or null.
+template <bool both, Streams streams, int of_a, int of_b>
 static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride, bool accumulate,
                            const LinesAhead ahead, const float* begun) {
   static constexpr PartPairs<of_a, of_b> pairs;
-  static constexpr int64_t block_lines = (streams_a ? of_a : of_b) * 2 * unit_rows, pair_lines = (block_lines + pairs.count - 1) / pairs.count;
+  static constexpr int64_t block_lines = (streams == Streams::a ? of_a : of_b) * 2 * unit_rows, pair_lines = (block_lines + pairs.count - 1) / pairs.count;
   const int64_t share = ceil_div(ahead.lines * split_depth, larger(1, depth) * pairs.count);
   const char* line = ahead.from;
   auto load_a0 = [&](int part) __attribute__((always_inline)) { _tile_loadd(4, part_of(a, part, 0), 64); };
@@ -204,10 +206,12 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
         if constexpr (load_b) load_b1(pairs.b[next]);
         if constexpr (load_a) load_a1(pairs.a[next]);
       }
-      const char* const here = streams_a ? reinterpret_cast<const char*>(a) : reinterpret_cast<const char*>(b);
-      const char* const soon = here + (end ? 0 : block_lines * 64) + i * pair_lines * 64;
+      if constexpr (streams != Streams::neither) {
+        const char* const here = streams == Streams::a ? reinterpret_cast<const char*>(a) : reinterpret_cast<const char*>(b);
+        const char* const soon = here + (end ? 0 : block_lines * 64) + i * pair_lines * 64;
 #pragma GCC unroll 32
-      for (int64_t n = 0; n < pair_lines; n++) __builtin_prefetch(soon + n * 64);
+        for (int64_t n = 0; n < pair_lines; n++) __builtin_prefetch(soon + n * 64);
+      }
       for (int64_t n = 0; n < share; n++, line += 64) __builtin_prefetch(line, 0, 2);
     }
   };
@@ -235,12 +239,12 @@ static void multiply_parts(int64_t rows, int64_t depth, const Parts<of_a>* a, co
 // The same by vectors, of any numbers; of_a and of_b are the parts of each. Seldom called, and compiled once, in split.cpp.
 void multiply_joined(int64_t rows, int64_t depth, int of_a, const void* a, int of_b, const void* b, float* c, int64_t c_stride, bool accumulate);
 
-template <bool streams_a = true, int of_a, int of_b>
+template <Streams streams = Streams::neither, int of_a, int of_b>
 BIGMODEL_INLINE void multiply_split(bool by_unit, int64_t rows, int64_t depth, const Parts<of_a>* a, const Parts<of_b>* b, float* c, int64_t c_stride,
                                     bool accumulate, const LinesAhead ahead = {}, float* begun = nullptr) {
   if (by_unit)
-    return (rows > unit_rows ? multiply_parts<true, of_a, of_b, streams_a> : multiply_parts<false, of_a, of_b, streams_a>)(rows, depth, a, b, c, c_stride,
-                                                                                                                       accumulate, ahead, begun);
+    return (rows > unit_rows ? multiply_parts<true, streams, of_a, of_b> : multiply_parts<false, streams, of_a, of_b>)(rows, depth, a, b, c, c_stride, accumulate,
+                                                                                                                   ahead, begun);
   multiply_joined(rows, depth, of_a, a, of_b, b, begun ? begun : c, begun ? panel : c_stride, begun || accumulate);
   if (begun) add_rows(rows, begun, c, c_stride, accumulate);
 }

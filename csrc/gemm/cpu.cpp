@@ -224,9 +224,9 @@ struct Chunk {
   int64_t c_stride;
 };
 
-// C (m x n) = left right, see multiply_packed, chunk by chunk: multiply(chunk).
+// C (m x n) = left right, see multiply_packed, chunk by chunk: multiply(chunk). `Right` says how it is cut.
 template <class Step, class Right, class Multiply>
-static void each_chunk(const Runtime& runtime, const Left<typename Step::A>& left, const Right&, int64_t n, float* direct, int64_t direct_stride,
+static void each_chunk(const Runtime& runtime, const Left<typename Step::A>& left, int64_t n, float* direct, int64_t direct_stride,
                        const Multiply& multiply) {
   constexpr int64_t tile_rows = rows_of<typename Step::A>;
   CutBy<tile_rows> cut(left.m, ceil_div(n, panel), runtime.threads, Right::most_units);
@@ -284,7 +284,7 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
   };
   // A depth block of a panel.
   auto lines_of = [](const B* b, int64_t depth) { return LinesAhead{reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; };
-  each_chunk<Step>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {
+  each_chunk<Step, Right>(runtime, left, n, direct, direct_stride, [&](const Chunk& chunk) {
     const int64_t first_tile = chunk.first_tile, last_tile = first_tile + chunk.tiles, panels = chunk.panels, c_stride = chunk.c_stride;
     float* const c = chunk.c;
     if (Right::packed && chunk.tiles <= few_tiles) {
@@ -356,7 +356,7 @@ static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, co
     multiply_split<Right::packed ? Streams::a : Streams::b>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows,
                                   b, c, c_stride, accumulate, next, begun);
   };
-  each_chunk<Split<of_a, of_b>>(runtime, left, right, n, direct, direct_stride, [&](const Chunk& chunk) {
+  each_chunk<Split<of_a, of_b>, SplitRight<of_b, Right>>(runtime, left, n, direct, direct_stride, [&](const Chunk& chunk) {
     const int64_t run = larger(1, run_bytes / (chunk.tiles * tile_rows * int64_t(sizeof(Parts<of_a>))) / parts_block) * parts_block;
     int64_t begin = 0;
     do {  // once at least: a product of no depth is zero

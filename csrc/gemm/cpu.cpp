@@ -85,9 +85,8 @@ struct PackedRight {
   static constexpr int64_t most_units = 4;   // row blocks of a part, see Cut
   const typename Step::B* panels;
   int64_t steps;
-  Panels<typename Step::B> chunk(const Runtime&, int64_t panel_index, int64_t, int64_t begin, int64_t) const {
-    return {panels + (panel_index * steps + begin) * panel, steps * panel};
-  }
+  const typename Step::B* at(int64_t panel_index, int64_t begin) const { return panels + (panel_index * steps + begin) * panel; }
+  Panels<typename Step::B> chunk(const Runtime&, int64_t panel_index, int64_t, int64_t begin, int64_t) const { return {at(panel_index, begin), steps * panel}; }
 };
 
 // Rows, packed by each task for its own chunk of the n columns; those that a last panel lacks are zero.
@@ -131,14 +130,16 @@ struct RowsRight {
 // How far ahead of a weight that is read once it is asked for, in bytes. The hardware's own prefetch stops at each page of 4 KB, and so finds
 // the next one begun; asked for from a page ahead on, there are two streams to follow, and a tenth to a fifth of the speed is lost.
 inline constexpr int64_t stream_ahead = 2560;
+
+// A depth block of a panel.
 template <class B>
-BIGMODEL_INLINE AheadOf<B> stream(const B* from) { return {from + stream_ahead / sizeof(B), row_bytes<B>}; }
+BIGMODEL_INLINE LinesAhead lines_of(const B* b, int64_t depth) { return {reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; }
 
 #if BIGMODEL_AMX
-// Either of them, k deep, split by each task for its own chunk: packed panels one by one, rows into all panels of the chunk.
+// Either of them, k deep, split by each task for its own chunk: a packed panel alone, rows into all panels of the chunk.
 template <int of_b, class Right>
 struct SplitRight {
-  static constexpr bool packed = false, cut_by_rows = Right::cut_by_rows;
+  static constexpr bool cut_by_rows = Right::cut_by_rows;
   static constexpr int64_t most_units = 4;
   const Right& right;
   int64_t k;
@@ -148,11 +149,9 @@ struct SplitRight {
     auto* parts = static_cast<Parts<of_b>*>(runtime.scratch(scratch_parts, size_t(count * panel * parts_block) * sizeof(Parts<of_b>)));
     bool marked = false;
     if constexpr (Right::packed) {
-      const auto* from = rows_at(panel_index, begin);
+      const auto* from = right.at(panel_index, begin);
       auto ask = [&](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(ahead.from + i * 64, 0, 2); };
-      for (int64_t p = 0; p < count; p++)
-        marked |= !(ahead.lines ? split_panel(from + p * right.steps * panel, there, parts + p * stride, panel, ask)
-                                : split_panel(from + p * right.steps * panel, there, parts + p * stride));
+      marked = !(ahead.lines ? split_panel(from, there, parts, panel, ask) : split_panel(from, there, parts));
     } else if (!right.b.transposed) {
       marked = !split_rows<false>(panel_index, count, begin, there, parts, stride);
       if (marked) split_rows<true>(panel_index, count, begin, there, parts, stride);
@@ -161,12 +160,6 @@ struct SplitRight {
       for (int64_t p = 0; p < count; p++) marked |= !split_panel(whole.first + p * whole.stride, there, parts + p * stride);
     }
     return {parts, stride, marked};
-  }
-  // A packed panel's rows.
-  const auto* rows_at(int64_t panel_index, int64_t begin) const { return right.panels + (panel_index * right.steps + begin) * panel; }
-  LinesAhead lines(int64_t panel_index, int64_t begin, int64_t depth) const {
-    const auto* rows = rows_at(panel_index, begin);
-    return {reinterpret_cast<const char*>(rows), ceil_div(depth * panel * int64_t(sizeof(*rows)), 64)};
   }
 
  private:
@@ -282,8 +275,6 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
                       from + d * bytes, bytes);
     }
   };
-  // A depth block of a panel.
-  auto lines_of = [](const B* b, int64_t depth) { return LinesAhead{reinterpret_cast<const char*>(b), ceil_div(depth * row_bytes<B>, 64)}; };
   each_chunk<Step, Right>(runtime, left, n, direct, direct_stride, [&](const Chunk& chunk) {
     const int64_t first_tile = chunk.first_tile, last_tile = first_tile + chunk.tiles, panels = chunk.panels, c_stride = chunk.c_stride;
     float* const c = chunk.c;
@@ -340,7 +331,8 @@ static void multiply_columns(const Runtime& runtime, const Left<typename Step::A
 //     |    |      |       |       |
 //     +----+      +-------+-------+
 inline constexpr int64_t run_bytes = 384 << 10;
-// Of few rows, blocks are split in two halves, of which the second goes on with the sums of the first; and half of the next is asked for while one is split.
+// Of few rows, blocks are split in two halves, of which the second goes on with the sums of the first; and half of the next is asked for while one
+// is split.
 inline constexpr int64_t few_split_rows = 128;
 
 template <int of_a, int of_b, class Right>
@@ -353,8 +345,9 @@ static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, co
   // Of a tile and a panel, `depth` from `at` on, in depth block `block`; see multiply_split.
   auto multiply = [&](int64_t block, int64_t at, int64_t depth, const Parts<of_b>* b, bool marked, int64_t tile, float* c, int64_t c_stride, bool accumulate,
                       const LinesAhead& next, float* begun) __attribute__((always_inline)) {
-    multiply_split<Right::packed ? Streams::a : Streams::b>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows,
-                                  b, c, c_stride, accumulate, next, begun);
+    constexpr Streams streams = Right::packed ? Streams::a : Streams::b;
+    multiply_split<streams>(!marked && !left.mark(block, tile), smaller(tile_rows, m - tile * tile_rows), depth, left.at(block, tile) + (at - block) * tile_rows, b,
+                            c, c_stride, accumulate, next, begun);
   };
   each_chunk<Split<of_a, of_b>, SplitRight<of_b, Right>>(runtime, left, n, direct, direct_stride, [&](const Chunk& chunk) {
     const int64_t run = larger(1, run_bytes / (chunk.tiles * tile_rows * int64_t(sizeof(Parts<of_a>))) / parts_block) * parts_block;
@@ -367,9 +360,8 @@ static void multiply_split_columns(Split<of_a, of_b>, const Runtime& runtime, co
           int64_t at = begin;
           do {
             const int64_t depth = smaller(deepest, end - at), after = at + depth, block = at / parts_block * parts_block;
-            const LinesAhead next = after < end ? right.lines(chunk.first_panel + p, after, depth)
-                                    : p + 1 < chunk.panels ? right.lines(chunk.first_panel + p + 1, begin, depth)
-                                    : end < steps ? right.lines(chunk.first_panel, end, depth) : right.lines(chunk.first_panel + chunk.panels, 0, depth);
+            auto lines = [&](int64_t panel_of_chunk, int64_t from) { return lines_of(rows_or_panels.at(chunk.first_panel + panel_of_chunk, from), depth); };
+            const LinesAhead next = after < end ? lines(p, after) : p + 1 < chunk.panels ? lines(p + 1, begin) : end < steps ? lines(0, end) : lines(chunk.panels, 0);
             const int64_t meanwhile = few ? smaller(depth, next.lines) : 0;
             const auto split = right.chunk(runtime, chunk.first_panel + p, 1, at, depth, {next.from, meanwhile});
             const bool goes_on = after < smaller(block + parts_block, end);

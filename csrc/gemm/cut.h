@@ -26,8 +26,8 @@ struct CutBy {
     parts = larger(ceil_div(units, most_units), threads > 1 ? ceil_div(turns * threads * narrowest, larger(1, panels)) : 1);
     parts = larger(1, smaller(parts, units));
   }
-  // Parts for each thread, if there are rows enough; `row_bytes` of the left side. Split numbers gain from three tiles a thread on, if the left side does
-  // not stay in one core's L2.
+  // Parts for each thread, if there are rows enough; `row_bytes` of the left side. Split numbers gain from three tiles a thread on, if the left side
+  // does not stay in one core's L2.
   void cut_by_rows(int64_t row_bytes, bool split) {
     if (tiles < threads * (split && tiles * tile_rows * row_bytes > stays_in_l2 ? 3 : part_unit)) return;
     by_rows = true;

@@ -48,8 +48,8 @@ template <int count> inline constexpr int rows_of<Parts<count>> = 2 * unit_rows;
 template <class A> inline constexpr int rows_of = tile_rows;
 #endif
 template <class A> inline constexpr bool by_unit = rows_of<A> != tile_rows;
-// Emptying the unit's registers takes time, so that it works through longer blocks: pairs (steps of them) as far as a panel's block, 16 KB, is in
-// L1 with one of A, for the unit takes 64 bytes a cycle, twice what comes from L2; split numbers, which it multiplies six times, from L2.
+// Emptying the unit's registers takes time, so that blocks are as deep as lets a panel's stay in L1 beside what comes of A, for the unit takes 64
+// bytes a cycle, twice what comes from L2: of pairs (steps of them) 16 KB, of numbers in three parts 24.
 inline constexpr int64_t pairs_block = 128, parts_block = 128, deepest_block = BIGMODEL_AMX ? 2 * depth_block : depth_block;
 template <class A>
 inline constexpr int64_t depth_block_of = !by_unit<A> ? depth_block : __is_same(A, uint32_t) ? pairs_block : parts_block;

@@ -97,16 +97,23 @@ class Embeddings(Form):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        held = None if input_ids is None else self._held()
+        held = None if input_ids is None else self.held()
         if held is None or inputs_embeds is not None:
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
-        if position_ids is None:
-            # The number of cached tokens, under the name of the version of transformers.
-            position_ids = self._positions(input_ids, next(iter((*args, *kwargs.values())), 0))
-        if token_type_ids is None:
-            types = self.token_type_ids.expand(position_ids.shape[0], -1)
-            token_type_ids = torch.gather(types, dim=1, index=position_ids)
-        return self._embed(input_ids, position_ids, token_type_ids, held)
+        # The number of cached tokens, under the name of the version of transformers.
+        start = next(iter((*args, *kwargs.values())), 0)
+        return self._embed(input_ids, *self.ids(input_ids, position_ids, token_type_ids, start), held)
+
+    def ids(
+        self, input_ids: Tensor, positions: Tensor | None, types: Tensor | None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions and types of tokens, what is not given as the model takes it to be."""
+        if positions is None:
+            positions = self._positions(input_ids, start)
+        if types is None:
+            all_types = self.token_type_ids.expand(positions.shape[0], -1)
+            types = torch.gather(all_types, dim=1, index=positions)
+        return positions, types
 
     def _embed(self, input_ids: Tensor, positions: Tensor, types: Tensor | None, held: Any) -> Tensor:
         word, position, *kind, norm = held
@@ -136,7 +143,7 @@ class Embeddings(Form):
     def _positions(self, input_ids: Tensor, start: int) -> Tensor:
         return self.position_ids[:, start : start + input_ids.shape[1]]  # type: ignore[no-any-return]
 
-    def _held(self) -> tuple[Any, ...] | None:
+    def held(self) -> tuple[Any, ...] | None:
         dtype = self.word_embeddings.weight.dtype
         tables = [getattr(self, name) for name in self.tables]
         # The operator has a padding_idx for words, whose row gets no gradient, and none for the other tables.
@@ -342,7 +349,7 @@ class Encoder(Form):
             x = packing.unpack(x)
         return self.output(last_hidden_state=x)
 
-    def _layers(self) -> list[Any] | None:
+    def modules_of_all(self) -> list[Any] | None:
         """The modules of all layers, if every layer can run fused."""
         if self._watched():
             return None
@@ -354,24 +361,29 @@ class Encoder(Form):
         return self._decodes() or attention_interface.collected() or checks.watched_globally()
 
     def _gathered(self, x: Tensor) -> tuple[list[Any] | None, whole_layer.Layers | None]:
-        """The modules of all layers, see `_layers`, and all layers for one call, if nobody watches one."""
+        """The modules of all layers, see `modules_of_all`, and all layers for one call, if nobody watches one."""
         form: Any = self.kin.forms[self.kin.layer]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or form.fused is not Layer.fused:
-            return self._layers(), None
+            return self.modules_of_all(), None
         layers, modules = list(self.sequence()), None
         if not layers or self._watched():
             return None, None
 
         def gather() -> tuple[list[LayerParts], list[Any]] | None:
             nonlocal modules
-            modules = self._layers()
-            if modules is None or not all(checks.intact(layer, form) for layer in layers):
-                return None
-            dtype = checks.dtype_of(x)
-            return [layer.parts(m, dtype) for layer, m in zip(layers, modules, strict=True)], modules
+            modules = self.modules_of_all()
+            parts = None if modules is None else self.together(modules, checks.dtype_of(x))
+            return None if parts is None or modules is None else (parts, modules)
 
         together = whole_layer.layers_of(self, layers, x, "linear", gather)
         return (modules if together is None else together.given), together
+
+    def together(self, modules: list[Any], dtype: torch.dtype | None) -> list[LayerParts] | None:
+        """The parts of all layers, of their modules, for one call; None if a layer is watched."""
+        form, layers = self.kin.forms[self.kin.layer], self.sequence()
+        if not all(checks.intact(layer, form) for layer in layers):
+            return None
+        return [layer.parts(m, dtype) for layer, m in zip(layers, modules, strict=True)]
 
     def sequence(self) -> Iterable[Any]:
         """The layers, in their order."""

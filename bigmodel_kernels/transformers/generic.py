@@ -25,7 +25,7 @@ class Form(nn.Module):
         super().__init_subclass__(**kwargs)
         if kin is not None:
             cls.kin = kin
-            kin.forms[cls.__bases__[1]] = cls
+            kin.forms[cls.__bases__[-1]] = cls
 
     if TYPE_CHECKING:  # attributes are those of the class that it stands for
 

@@ -135,15 +135,19 @@ class Model(Form):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stands_for(cls.__bases__[1])(cls)
+        stands_for(cls.__bases__[-1])(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
         if graph or self.training or "forward" in self.__dict__:
             return super().__call__(*args, **kwargs)
-        layers = getattr(self, self.at).__dict__["_modules"].values()
-        with running(self, list(layers)[: self.config.num_hidden_layers]):
+        with running(self, self.stacked()):
             return super().__call__(*args, **kwargs)
+
+    def stacked(self) -> list[nn.Module]:
+        """The layers that its forward calls."""
+        layers = getattr(self, self.at).__dict__["_modules"].values()
+        return list(layers)[: self.config.num_hidden_layers]
 
 
 class Layer(Form):

@@ -36,6 +36,11 @@ from bigmodel_kernels.transformers.snapshot import Snapshot
 if TYPE_CHECKING:
     from bigmodel_kernels.transformers.blocks import LayerParts, Part, Terms
 
+    #: What is around layers: a tensor, or weights side by side.
+    Around = Tensor | list[Tensor] | None
+    #: The parts of all layers, what is `given` beside them, and where it is wanted what is around them.
+    Gathered = tuple[Sequence[LayerParts], Any] | tuple[Sequence[LayerParts], Any, Sequence[Around]]
+
 
 class Held(NamedTuple):
     """The weights of a layer as the CPU library reads them."""
@@ -231,11 +236,14 @@ def end(x: Tensor, terms: Terms, w: LayerParts, held: Held | HeldOnGpu, position
 class Layers:
     """Layers one behind the other, as the CPU library reads them.
 
-    `given` is what the caller wants to find again beside them.
+    `given` is what the caller wants to find again beside them; of what is `around` them a list is of weights
+    to be packed as one.
     """
 
-    def __init__(self, parts: Sequence[LayerParts], layout: str, given: Any) -> None:
-        self.given, self.layout = given, layout
+    def __init__(
+        self, parts: Sequence[LayerParts], layout: str, given: Any, around: Sequence[Around] = ()
+    ) -> None:
+        self.given, self.layout, self.behind = given, layout, len(around)
         self.head_dims = [w.head_dim for w in parts]
         self.features = {_features(w) for w in parts if layout == "linear" and _readable(w)}
         self.activation = "" if parts[0].ffn is None else parts[0].ffn.activation
@@ -243,9 +251,13 @@ class Layers:
         self.epsilons = [eps for w in parts for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
         self.groups: list[list[Tensor]] = []
         self.parts: list[Any] = []  # a packed weight's is its group
+        self._tensors: list[Tensor | None] | None = None
         if self.takes:
             for w in parts:
                 self._add(w)
+            for item in around:
+                self.parts.append(len(self.groups) if isinstance(item, list) else item)
+                self.groups += [item] if isinstance(item, list) else []
 
     def __len__(self) -> int:
         return len(self.head_dims)
@@ -263,10 +275,19 @@ class Layers:
 
     def tensors(self) -> list[Tensor | None] | None:
         """Those of all layers, weights packed; None if a weight is empty."""
-        if empty(*chain.from_iterable(self.groups)):
-            return None
-        packed = packed_together(self.groups, self.layout)
-        return [packed[part] if type(part) is int else contiguous(part) for part in self.parts]
+        found = self._all()
+        return None if found is None else found[: len(found) - self.behind]
+
+    def around(self) -> list[Tensor | None] | None:
+        """Those around the layers, likewise."""
+        found = self._all()
+        return None if found is None else found[len(found) - self.behind :]
+
+    def _all(self) -> list[Tensor | None] | None:
+        if self._tensors is None and not empty(*chain.from_iterable(self.groups)):
+            packed = packed_together(self.groups, self.layout)
+            self._tensors = [packed[p] if type(p) is int else contiguous(p) for p in self.parts]
+        return self._tensors
 
 
 class _Known:
@@ -311,6 +332,8 @@ class _Place(NamedTuple):
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+#: The same of what is gathered with something around the layers.
+_known_around: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 def layers_of(
@@ -318,26 +341,31 @@ def layers_of(
     modules: Sequence[nn.Module],
     x: Tensor,
     layout: str,
-    gather: Callable[[], tuple[Sequence[LayerParts], Any] | None],
+    gather: Callable[[], Gathered | None],
+    around: bool = False,
 ) -> Layers | None:
-    """The layers for a call on x: what `gather` says, and what is `given` beside, as long as the modules hold
-    what they held when it said it. None if it says that they cannot run so.
+    """The layers for a call on x: what `gather` says, as long as the modules hold what they held when it said
+    it. None if it says that they cannot run so.
 
     `owner` holds the modules, and is not within them.
     """
-    if checks.dtype_of(x) is None:  # parameters of any dtype will do
+
+    def gathered() -> Layers | None:
         found = gather()
-        return None if found is None else Layers(found[0], layout, found[1])
-    known = _known.get(owner)
+        return None if found is None else Layers(found[0], layout, *found[1:])
+
+    if checks.dtype_of(x) is None:  # parameters of any dtype will do
+        return gathered()
+    remembered = _known_around if around else _known
+    known = remembered.get(owner)
     layers = None if known is None else known.layers(modules, x)
     if layers is not None:
         return layers
-    found = gather()
-    layers = None if found is None else Layers(found[0], layout, found[1])
+    layers = gathered()
     if layers is None or not layers.takes:
-        _known.pop(owner, None)
+        remembered.pop(owner, None)
     elif known is None or known.complete or known.dtype is not x.dtype:
-        _known[owner] = _Known(modules, layers, x)
+        remembered[owner] = _Known(modules, layers, x)
     return layers
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
-from bigmodel_kernels.transformers import bert_like, fused_loss
+from bigmodel_kernels.transformers import bert_like, encoder_model, fused_loss
 from bigmodel_kernels.transformers.bert_like import Kin
 from bigmodel_kernels.transformers.families import ChildRule, Family
 from bigmodel_kernels.transformers.generic import BigmodelLinear
@@ -44,6 +44,10 @@ class BigmodelBertPooler(bert_like.Pooler, hf.BertPooler, kin=KIN):
     pass
 
 
+class BigmodelBertModel(encoder_model.Model, hf.BertModel, kin=KIN):
+    pass
+
+
 class BigmodelBertPredictionHeadTransform(bert_like.Transform, hf.BertPredictionHeadTransform):
     pass
 
@@ -55,7 +59,11 @@ class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
 
 FAMILY = Family(
     name="bert",
-    rules=(*bert_like.rules(KIN), bert_like.transform_rule(BigmodelBertPredictionHeadTransform)),
+    rules=(
+        encoder_model.rule(hf.BertModel, BigmodelBertModel),
+        *bert_like.rules(KIN),
+        bert_like.transform_rule(BigmodelBertPredictionHeadTransform),
+    ),
     children=(
         ChildRule(hf.BertLMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
         bert_like.keeps_padding(KIN, hf.BertForQuestionAnswering, "bert.encoder", BigmodelBertPaddedEncoder),

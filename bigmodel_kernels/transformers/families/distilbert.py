@@ -32,7 +32,7 @@ class BigmodelDistilBertEmbeddings(bert_like.Embeddings, hf.Embeddings, kin=KIN)
 
     def forward(self, input_ids: Any, inputs_embeds: Any = None, position_ids: Any = None) -> Tensor:  # type: ignore[override]
         # Ids go before embeddings in transformers' code, where both are given.
-        held = None if input_ids is None else self._held()
+        held = None if input_ids is None else self.held()
         if held is None:
             return hf.Embeddings.forward(self, input_ids, inputs_embeds, position_ids)  # type: ignore[no-any-return]
         positions = self._positions(input_ids, 0) if position_ids is None else position_ids

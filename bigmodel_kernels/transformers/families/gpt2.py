@@ -16,12 +16,14 @@ cross-attention, and where a hook or a replaced submodule stands in the way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +34,7 @@ from bigmodel_kernels.transformers import (
     fused_loss,
     layer_stack,
     paged,
+    token_model,
     whole_layer,
 )
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, LayerParts, Terms
@@ -106,8 +109,36 @@ class BigmodelGPT2Block(layer_stack.Layer, hf.GPT2Block):
         return blocks.pre_norm_layer(hidden_states, parts, attend, "conv1d")
 
 
-class BigmodelGPT2Model(layer_stack.Model, hf.GPT2Model):
-    at = "h"
+class BigmodelGPT2Model(token_model.Model, layer_stack.Model, hf.GPT2Model):
+    at, layout = "h", "conv1d"
+    output = BaseModelOutputWithPastAndCrossAttentions
+
+    def known(self) -> bool:
+        return not self.config.add_cross_attention  # else it makes another cache
+
+    def table(self) -> Any:
+        return self.__dict__["_modules"].get("wte")
+
+    def read(self, layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+        return _read(layer, dtype)
+
+    def around(self, dtype: torch.dtype) -> tuple[list[whole_layer.Around], float] | None:
+        modules = self.__dict__["_modules"]
+        tables = [checks.parameters(modules[name], nn.Embedding, dtype) for name in ("wte", "wpe")]
+        norm = checks.parameters(modules["ln_f"], BigmodelLayerNorm, dtype)
+        if None in tables or norm is None or checks.probability(self, "drop") != 0.0:
+            return None
+        return [*(table[0] for table in tables if table is not None), *norm], self.ln_f.eps
+
+    def enter(self, ids: Tensor, positions: Tensor, around: Sequence[Any]) -> tuple[Tensor, Any]:
+        word, position, *_ = around
+        states = torch.ops.bigmodel.cpu_embedding.default(
+            *(ids, word, positions, position, None, None, None, None, 0.0)
+        )
+        return states, None
+
+    def leave(self, states: Tensor, around: Sequence[Any], eps: float) -> Tensor:
+        return torch.ops.bigmodel.cpu_layer_norm.default(states, *around[2:], eps, None)  # type: ignore[no-any-return]
 
 
 @fused_loss.language_model()
@@ -198,19 +229,21 @@ def _block_parts(block: Any, dtype: torch.dtype | None) -> LayerParts | None:
     )
 
 
+def _read(block: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+    """A block's parts, and where in a cache its keys are; None if it does not run as one of all blocks."""
+    parts = _block_parts(block, dtype) if checks.intact(block, BigmodelGPT2Block) else None
+    if parts is None:
+        return None
+    attention = block.attn
+    return parts, layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling)
+
+
 def _token(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all blocks for one token of each sequence, or None (see `whole_layer.token`)."""
     if x.shape[1] != 1 or checks.watched_globally():
         return None
 
-    def read(block: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
-        parts = _block_parts(block, dtype) if checks.intact(block, BigmodelGPT2Block) else None
-        if parts is None:
-            return None
-        attention = block.attn
-        return parts, layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling)
-
-    layers = layer_stack.layers_of(stack, x, "conv1d", read)
+    layers = layer_stack.layers_of(stack, x, "conv1d", _read)
     if layers is None:
         return None
     cache = _self_attention(cache)

@@ -43,7 +43,7 @@ class BigmodelMPNetEmbeddings(bert_like.Embeddings, hf.MPNetEmbeddings, kin=KIN)
     def forward(  # type: ignore[override]
         self, input_ids: Any = None, position_ids: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> Tensor:
-        held = None if input_ids is None or inputs_embeds is not None else self._held()
+        held = None if input_ids is None or inputs_embeds is not None else self.held()
         if held is None:
             return hf.MPNetEmbeddings.forward(self, input_ids, position_ids, inputs_embeds, **kwargs)  # type: ignore[no-any-return]
         if position_ids is None:

@@ -361,7 +361,7 @@ class Encoder(Form):
         return self._decodes() or attention_interface.collected() or checks.watched_globally()
 
     def _gathered(self, x: Tensor) -> tuple[list[Any] | None, whole_layer.Layers | None]:
-        """The modules of all layers, see `modules_of_all`, and all layers for one call, if nobody watches one."""
+        """The modules of all layers, see `modules_of_all`, and all of them for one call, if it may be one."""
         form: Any = self.kin.forms[self.kin.layer]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or form.fused is not Layer.fused:
             return self.modules_of_all(), None
@@ -380,7 +380,7 @@ class Encoder(Form):
 
     def together(self, modules: list[Any], dtype: torch.dtype | None) -> list[LayerParts] | None:
         """The parts of all layers, of their modules, for one call; None if a layer is watched."""
-        form, layers = self.kin.forms[self.kin.layer], self.sequence()
+        form, layers = self.kin.forms[self.kin.layer], list(self.sequence())
         if not all(checks.intact(layer, form) for layer in layers):
             return None
         return [layer.parts(m, dtype) for layer, m in zip(layers, modules, strict=True)]
@@ -644,7 +644,7 @@ def check_encoder(kin: Kin, whole_layer: WholeLayer, module: Any) -> str | None:
     return packed_encoder.reason_for_layers(module, kin.layer, form, check, "they run one by one")
 
 
-def _whole_bert_layer(kin: Kin, layer: Any) -> str | None:
+def whole_bert_layer(kin: Kin, layer: Any) -> str | None:
     """Why a layer as a whole cannot run fused."""
     attention = layer.attention
     return (
@@ -763,7 +763,7 @@ def embeddings_rule(kin: Kin, note: str = "") -> Rule:
 
 
 def encoder_rule(
-    kin: Kin, whole_layer: WholeLayer = _whole_bert_layer, note: str = packed_encoder.NOTE
+    kin: Kin, whole_layer: WholeLayer = whole_bert_layer, note: str = packed_encoder.NOTE
 ) -> Rule:
     check = partial(check_encoder, kin, whole_layer)
     return Rule(kin.encoder, kin.forms[kin.encoder], (), check, note)
@@ -774,7 +774,7 @@ def keeps_padding(
     model: type[nn.Module],
     attribute: str,
     patched: type[nn.Module],
-    whole_layer: WholeLayer = _whole_bert_layer,
+    whole_layer: WholeLayer = whole_bert_layer,
 ) -> ChildRule:
     """For a head that mixes positions: the encoder at `attribute` becomes a form whose `packs` is False."""
     check = partial(check_encoder, kin, whole_layer)
@@ -784,7 +784,7 @@ def keeps_padding(
 def roberta_family(
     name: str,
     kin: Kin,
-    model: type[nn.Module],
+    model: Rule,
     lm_head: type[nn.Module],
     question_answering: type[nn.Module],
     padded_encoder: type[nn.Module],
@@ -792,15 +792,12 @@ def roberta_family(
     """The family of a model that is RoBERTa under other names."""
     return Family(
         name=name,
-        rules=(
-            *rules(kin, embeddings=COUNTED_NOTE),
-            lm_head_rule(kin, lm_head),
-        ),
+        rules=(model, *rules(kin, embeddings=COUNTED_NOTE), lm_head_rule(kin, lm_head)),
         children=(
             ChildRule(lm_head, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
             keeps_padding(kin, question_answering, "roberta.encoder", padded_encoder),
         ),
-        models=(model,),
+        models=(model.original,),
         losses=fused_loss.rules(*kin.forms.values()),
         mask_path=mask_path(kin),
         left=left(kin),

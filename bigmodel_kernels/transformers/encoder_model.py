@@ -5,6 +5,7 @@ Of batches of few tokens without padding: with more tokens what is around the la
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from bigmodel_kernels.transformers import bert_like, checks, whole_layer, whole_model
 from bigmodel_kernels.transformers.families import Rule
-from bigmodel_kernels.transformers.generic import is_form, stands_for
+from bigmodel_kernels.transformers.generic import is_form
 
 
 class Model(whole_model.Model):
     kin: ClassVar[bert_like.Kin]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        stands_for(cls.__bases__[1])(cls)
 
     def at_once(
         self,
@@ -64,7 +61,7 @@ class Model(whole_model.Model):
         if x is None:
             return None
         pooled = None
-        if modules["pooler"] is not None:
+        if modules.get("pooler") is not None:
             first = x[:, 0].contiguous()
             pooled = torch.ops.bigmodel.cpu_linear.default(
                 *(first, pooler, pooler_bias, "none", None, None, None, 0.0)
@@ -94,7 +91,8 @@ class Model(whole_model.Model):
             around = [*(weight for weight, _ in tables), *norm, *behind]
             return parts, (within[0].attention.scaling, embeddings.LayerNorm.eps), around
 
-        return whole_model.layers_of(self, roots, getattr(word, "weight", None), "linear", gather)
+        like = getattr(word, "weight", None)
+        return whole_model.layers_of(self, roots, like, "linear", "cpu_encoder", gather)
 
 
 def _pooler(pooler: Any, kin: bert_like.Kin, dtype: torch.dtype) -> list[Any] | None:
@@ -107,6 +105,18 @@ def _pooler(pooler: Any, kin: bert_like.Kin, dtype: torch.dtype) -> list[Any] | 
     return None if held is None else [[held[0]], held[1]]
 
 
-def rule(original: type[nn.Module], form: type[Model]) -> Rule:
+def _check(kin: bert_like.Kin, model: Any) -> str | None:
+    embeddings, encoder = kin.forms[kin.embeddings], kin.forms[kin.encoder]
+    own = type(model.encoder) if isinstance(model.encoder, encoder) else encoder
+    return checks.inside(
+        *(model.embeddings, "embeddings", kin.embeddings, embeddings),
+        partial(bert_like.check_embeddings, embeddings),
+    ) or checks.inside(
+        *(model.encoder, "encoder", kin.encoder, own),
+        partial(bert_like.check_encoder, kin, bert_like.whole_bert_layer),
+    )
+
+
+def rule(kin: bert_like.Kin, form: type[Model]) -> Rule:
     """Lets the model's parts be called past its forward."""
-    return Rule(original, form, (), lambda model: None, note="short texts in three calls")
+    return Rule(form.__bases__[-1], form, (), partial(_check, kin), note="short texts in three calls")

@@ -54,7 +54,7 @@ def rules(*forms: Any) -> tuple[Rule, ...]:
     """`Family.losses` of those among `forms` that `language_model` made: they can do without logits."""
     note = "in training, with labels, no logits are made: logits is None"
     return tuple(
-        Rule(form.__bases__[0], form, ("linear_cross_entropy",), partial(_check, form.fused_loss), note=note)
+        Rule(form.__bases__[-1], form, ("linear_cross_entropy",), partial(_check, form.fused_loss), note=note)
         for form in forms
         if isinstance(form.__dict__.get("fused_loss"), Head)
     )
@@ -94,7 +94,7 @@ def language_model(kin: Any = None, head: Head = CAUSAL) -> Callable[[type], typ
     """
 
     def decorate(cls: type) -> type:
-        original: Any = cls.__bases__[0]
+        original: Any = cls.__bases__[-1]
 
         @wraps(original.forward)  # Trainer reads the names of the arguments
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

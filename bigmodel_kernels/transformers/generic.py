@@ -32,6 +32,15 @@ class Form(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
 
+class NamedForm(Form):
+    """A form of a model's class, which goes by its name (see `stands_for`)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls.__bases__[-1], Form):
+            stands_for(cls.__bases__[-1])(cls)
+
+
 def stands_for(original: Any) -> Callable[[type], type]:
     """Gives a patched form of a model's class the name of that class, and what transformers records of it;
     pickle finds the form by its qualified name.

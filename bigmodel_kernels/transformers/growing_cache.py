@@ -14,7 +14,7 @@ copied or given other tensors holds one that is not the last view made here, and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +28,28 @@ _LEAST_ROOM, _SHARE = 64, 4
 class _Buffers:
     """What a layer's tensors are the beginnings of, and the views that it was given last."""
 
-    __slots__ = ("inference", "keys", "keys_view", "room", "values", "values_view")
+    __slots__ = ("inference", "keys", "keys_view", "kinds", "room", "values", "values_view")
 
     def __init__(self, keys: Tensor, values: Tensor, least: int) -> None:
         self.room = least + max(_LEAST_ROOM, least // _SHARE)
         self.inference = torch.is_inference_mode_enabled()
         self.keys, self.values = (_with_room(t, self.room) for t in (keys, values))
         self.keys_view, self.values_view = keys, values
+        self.kinds = tuple((*t.shape[:2], t.shape[3], t.dtype, t.device) for t in (keys, values))
+
+    def holds(self, layer: DynamicLayer, key: Kind, value: Kind) -> bool:
+        """Whether what the layer has are the views that it was given last, and these follow them in room."""
+        keys, values = layer.keys, layer.values
+        return (
+            self.keys_view is keys
+            and self.values_view is values
+            and _begins(keys, self.keys)
+            and _begins(values, self.values)
+            and keys.shape[2] + key.shape[2] <= self.room
+            and self.kinds == (key.type, value.type)
+            # a buffer of inference mode must not be changed outside it, nor is another one any use inside
+            and self.inference == torch.is_inference_mode_enabled()
+        )
 
 
 _buffers: weakref.WeakKeyDictionary[DynamicLayer, _Buffers] = weakref.WeakKeyDictionary()
@@ -64,6 +79,12 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def type(self) -> tuple[Any, ...]:
+        """All but the number of tokens."""
+        batch, heads, _, features = self.shape
+        return batch, heads, features, self.dtype, self.device
+
 
 def append(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor] | None:
     """All keys and values of a layer (B, heads, tokens, head_dim), with these, which the layer then holds; or
@@ -86,33 +107,34 @@ def room(cache: Any, index: int, key: Kind, value: Kind) -> Room | None:
     None, and nothing done, where `cache.update` has to do it: other caches and layers, the first tokens of a
     layer, where a gradient may be wanted, and in what is being compiled, whose graphs change no buffers.
     """
+    found = rooms(cache, [(index, key, value)])
+    return None if found is None else found[0]
+
+
+def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]]) -> list[Room] | None:
+    """`room` in several layers of a cache, or None if one has none."""
     if (
         type(cache) is not DynamicCache
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or getattr(cache, "offloading", False)
-        or index >= len(cache.layers)
     ):
         return None
-    layer = cache.layers[index]
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
-        return None
-    keys, values = layer.keys, layer.values
-    if keys is None or values is None or not (_takes(keys, key) and _takes(values, value)):
-        return None
-    length, new = keys.shape[2], key.shape[2]
-    buffers = _buffers.get(layer)
-    if (
-        buffers is None
-        or buffers.keys_view is not keys
-        or buffers.values_view is not values
-        or not (_begins(keys, buffers.keys) and _begins(values, buffers.values))
-        or length + new > buffers.room
-        # a buffer of inference mode must not be changed outside it, nor is another one any use inside
-        or buffers.inference != torch.is_inference_mode_enabled()
-    ):
-        buffers = _buffers[layer] = _Buffers(keys, values, length + new)
-    return Room(buffers.keys, buffers.values, length, layer, buffers)
+    layers, found = cache.layers, []
+    for index, key, value in wanted:
+        if index >= len(layers):
+            return None
+        layer = layers[index]
+        if type(layer) is not DynamicLayer or not layer.is_initialized:
+            return None
+        buffers = _buffers.get(layer)
+        if buffers is None or not buffers.holds(layer, key, value):
+            keys, values = layer.keys, layer.values
+            if keys is None or values is None or not (_takes(keys, key) and _takes(values, value)):
+                return None
+            buffers = _buffers[layer] = _Buffers(keys, values, keys.shape[2] + key.shape[2])
+        found.append(Room(buffers.keys, buffers.values, layer.keys.shape[2], layer, buffers))
+    return found
 
 
 def _takes(held: Tensor, new: Kind) -> bool:

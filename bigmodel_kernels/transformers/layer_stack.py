@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bigmodel_kernels.transformers import attention_interface, checks, whole_layer
 from bigmodel_kernels.transformers.blocks import LayerParts
 from bigmodel_kernels.transformers.families import Rule
-from bigmodel_kernels.transformers.generic import Form, stands_for
+from bigmodel_kernels.transformers.generic import Form, NamedForm
 
 
 class Stack:
@@ -124,7 +124,7 @@ class Where(NamedTuple):
         return whole_layer.Cached(cache, self.layer, self.kv_heads, mask, self.scale)
 
 
-class Model(Form):
+class Model(NamedForm):
     """A model whose forward runs a stack; goes before the class that it stands for, whose forward it keeps.
 
     Not in training mode, where a model may leave layers out.
@@ -132,10 +132,6 @@ class Model(Form):
 
     #: The attribute with the layers; the forward calls the first `config.num_hidden_layers` of them at least.
     at: ClassVar[str] = "layers"
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        stands_for(cls.__bases__[-1])(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()

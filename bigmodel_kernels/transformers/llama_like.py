@@ -22,13 +22,14 @@ quantised, and where a hook or a replaced module stands in the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from bigmodel_kernels.ops.registration import call
 from bigmodel_kernels.transformers import (
@@ -38,6 +39,7 @@ from bigmodel_kernels.transformers import (
     fused_loss,
     layer_stack,
     paged,
+    token_model,
     whole_layer,
 )
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward, GatedParts, LayerParts, Scale
@@ -251,6 +253,39 @@ class Layer(layer_stack.Layer):
         return all(checks.plain_dropout(modules[name]) for name in self.kin.dropouts)
 
 
+class Model(token_model.Model, layer_stack.Model):
+    """Of layers that have nothing which Llama's have not."""
+
+    norm_kind = "rms_norm"
+    output = BaseModelOutputWithPast
+
+    def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        layers: list[Any] = self.stacked()
+        return bool(layers) and attention_interface.own_window(layers[0].self_attn) is None
+
+    def table(self) -> Any:
+        return self.__dict__["_modules"].get("embed_tokens")
+
+    def read(self, layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+        return _read(layer, dtype)
+
+    def around(self, dtype: torch.dtype) -> tuple[list[whole_layer.Around], Any] | None:
+        table, norm = checks.parameters(self.table(), nn.Embedding, dtype), scale_of(self.norm, dtype)
+        return None if table is None or norm is None else ([table[0], norm.weight], norm.eps)
+
+    def enter(self, ids: Tensor, positions: Tensor, around: Sequence[Any]) -> tuple[Tensor, Any]:
+        none = (None,) * 6
+        states = torch.ops.bigmodel.cpu_embedding.default(ids, around[0], *none, 0.0)
+        return states, _half(self.rotary_emb(states, positions))
+
+    def leave(self, states: Tensor, around: Sequence[Any], told: Any) -> Tensor:
+        return torch.ops.bigmodel.cpu_rms_norm.default(states, around[1], told, None)  # type: ignore[no-any-return]
+
+
+class CausalLM(token_model.LanguageModel):
+    output = CausalLMOutputWithPast
+
+
 # ------------------------------------------------------------------------------------------------------------
 # arguments and weights, read at each call
 
@@ -264,21 +299,28 @@ def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
         return None
 
-    def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
-        if not checks.intact(layer, kin.forms[kin.layer]) or not layer._drops_plainly():
-            return None
-        parts, attention = _whole_parts(layer, dtype), layer.self_attn
-        if parts is None:
-            return None
-        return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling)
-
-    layers = layer_stack.layers_of(stack, x, "linear", read)
+    layers = layer_stack.layers_of(stack, x, "linear", _read)
     if layers is None:
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
-    angles = given.cos.shape[-1] // 2
-    turns = (given.cos[..., :angles], given.sin[..., :angles])
-    return whole_layer.token(x, layers, cached, "rms_norm", turns)
+    return whole_layer.token(x, layers, cached, "rms_norm", _half((given.cos, given.sin)))
+
+
+def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, every angle once."""
+    cos, sin = angles
+    count = cos.shape[-1] // 2
+    return cos[..., :count], sin[..., :count]
+
+
+def _read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
+    """A layer's parts, and where in a cache its keys are; None if it does not run as one of all layers."""
+    if not checks.intact(layer, layer.kin.forms[layer.kin.layer]) or not layer._drops_plainly():
+        return None
+    parts, attention = _whole_parts(layer, dtype), layer.self_attn
+    if parts is None:
+        return None
+    return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
@@ -423,9 +465,9 @@ def _check_layer(kin: Kin, module: Any) -> str | None:
 # what a family says
 
 
-def family(name: str, kin: Kin) -> Family:
-    """The family of these kin."""
-    forms, rules = kin.forms, []
+def family(name: str, kin: Kin, lm: type[CausalLM] | None = None) -> Family:
+    """The family of these kin; `lm` is the form of the language model for tokens of a generation."""
+    forms, rules = kin.forms, [] if lm is None else [token_model.rule(lm)]
     if kin.mlp is not None:
         fused = len(kin.gate_and_up) == 2
         rules.append(

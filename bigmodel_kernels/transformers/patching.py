@@ -224,6 +224,8 @@ def _plan_family(plan: _Plan, family: Family) -> None:
     covered: list[str] = []
     for name, module in model.named_modules():
         rule = places.get(id(module)) or _rule_for(module, family)
+        if _plan_loss(plan, family, rule, name, module):
+            rule = None
         if rule is not None:
             if checks.unsharded_class(module) not in patched_classes and type(module) is not rule.original:
                 why = checks.reason_for_class(module, rule.original)
@@ -235,12 +237,22 @@ def _plan_family(plan: _Plan, family: Family) -> None:
         elif type(module) in family.left:
             plan.rows.append(Row(name, type(module).__name__, report.LEFT, reason=family.left[type(module)]))
             covered.append(name)
-        for loss in family.losses:
-            if type(module) is loss.patched or (plan.fused_loss and type(module) is loss.original):
-                _plan_module(plan, family, loss, name, module)
     _rows_for_the_rest(plan, family, roots, covered)
     for _, root in roots:
         _plan_config(plan, family, root)
+
+
+def _plan_loss(
+    plan: _Plan, family: Family, rule: Rule | ChildRule | None, name: str, module: nn.Module
+) -> bool:
+    """Whether the module gets, or has, a form that does without logits, which is then one of `rule` too."""
+    for loss in family.losses:
+        without = {loss.original} if rule is None else {loss.original, rule.patched}
+        if type(module) is loss.patched or (plan.fused_loss and type(module) in without):
+            before = len(plan.changes)
+            _plan_module(plan, family, loss, name, module)
+            return type(module) is loss.patched or len(plan.changes) > before
+    return False
 
 
 def _places(model: nn.Module, family: Family) -> dict[int, ChildRule]:
@@ -265,7 +277,7 @@ def _rule_for(module: nn.Module, family: Family) -> Rule | None:
 
 
 def _plan_module(plan: _Plan, family: Family, rule: Rule | ChildRule, name: str, module: nn.Module) -> None:
-    already = type(module) is not rule.original
+    already = type(module) is rule.patched if rule in family.losses else type(module) is not rule.original
     why = None
     if not already:
         why = checks.reason_for_hooks(module) or checks.reason_for_parameters(module)

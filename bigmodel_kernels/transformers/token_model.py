@@ -7,14 +7,17 @@ Of one token of each sequence, whose keys and values go behind those of a growin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bigmodel_kernels.transformers import attention_interface, layer_stack, whole_layer, whole_model
+from bigmodel_kernels.ops.linear.native import empty, packed
+from bigmodel_kernels.ops.native_library import contiguous
+from bigmodel_kernels.transformers import attention_interface, checks, layer_stack, whole_layer, whole_model
 from bigmodel_kernels.transformers.blocks import LayerParts
+from bigmodel_kernels.transformers.families import Rule
+from bigmodel_kernels.transformers.generic import BigmodelLinear
 
 
 class Model(whole_model.Model):
@@ -24,9 +27,9 @@ class Model(whole_model.Model):
     norm_kind: ClassVar[str] = "layer_norm"
     output: ClassVar[Any]
 
-    def known(self) -> bool:
-        """Whether the config is one whose forward is as known."""
-        return True
+    def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether the config is one whose forward is as known; says what that would say of these arguments."""
+        raise NotImplementedError
 
     def table(self) -> Any:
         """The embedding of words."""
@@ -48,7 +51,11 @@ class Model(whole_model.Model):
         """The model's result of that of the last layer."""
         raise NotImplementedError
 
-    def at_once(
+    def at_once(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.states(*args, **kwargs)
+        return None if found is None else self.output(*found)
+
+    def states(
         self,
         input_ids: Any = None,
         *rest: Any,
@@ -56,19 +63,21 @@ class Model(whole_model.Model):
         position_ids: Any = None,
         use_cache: Any = None,
         **others: Any,
-    ) -> Any:
+    ) -> tuple[Tensor, Any] | None:
+        """The model's result (B, 1, hidden), and the cache."""
         cache = attention_interface.cache_of(others)
         if rest or cache is None or not whole_model.plain(self, input_ids, others) or input_ids.shape[1] != 1:
             return None
-        if not (self.config.use_cache if use_cache is None else use_cache) or not self.known():
+        if not (self.config.use_cache if use_cache is None else use_cache):
             return None
-        length, pad = cache.get_seq_length(), self.config.pad_token_id
-        if attention_mask is None:
-            if pad is not None:
-                return None  # the model's own forward may warn
-        elif not whole_model.tokens(attention_mask, (input_ids.shape[0], length + 1)):
+        length = cache.get_seq_length()
+        if attention_mask is not None and not whole_model.tokens(
+            attention_mask, (input_ids.shape[0], length + 1)
+        ):
             return None
-        elif bool(attention_mask.all()):
+        if not self.known(input_ids, attention_mask):
+            return None
+        if attention_mask is not None and bool(attention_mask.all()):
             attention_mask = None
         layers = self._layers()
         around = None if layers is None else layers.around()
@@ -84,9 +93,7 @@ class Model(whole_model.Model):
             return None  # the model's own forward says what is wrong with the ids
         cached = [each.within(cache, attention_mask) for each in where]
         out = whole_layer.token(states, layers, cached, self.norm_kind, angles)
-        if out is None:
-            return None
-        return self.output(self.leave(out, around, told), cache)
+        return None if out is None else (self.leave(out, around, told), cache)
 
     def _layers(self) -> whole_layer.Layers | None:
         """All layers, with where in a cache their keys are and what `leave` is told."""
@@ -105,4 +112,38 @@ class Model(whole_model.Model):
                 where.append(found[1])
             return (parts, (where, around[1]), around[0]) if parts else None
 
-        return whole_model.layers_of(self, roots, getattr(self.table(), "weight", None), self.layout, gather)
+        like = getattr(self.table(), "weight", None)
+        return whole_model.layers_of(self, roots, like, self.layout, "cpu_layers", gather)
+
+
+class LanguageModel(whole_model.Model):
+    """A model with the product of its vocabulary behind it; goes before the class that it stands for."""
+
+    #: The attribute with the model.
+    holds: ClassVar[str] = "model"
+    output: ClassVar[Any]
+
+    def at_once(self, *args: Any, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        modules = self.__dict__["_modules"]
+        model, head = modules.get(self.holds), modules.get("lm_head")
+        if not isinstance(model, Model) or labels is not None or type(logits_to_keep) is not int:
+            return None
+        if logits_to_keep < 0 or not checks.intact(self, type(self)) or not self.config.return_dict:
+            return None
+        like = getattr(model.table(), "weight", None)
+        held = checks.parameters(head, BigmodelLinear, getattr(like, "dtype", torch.float32))
+        if held is None or not held[0].is_cpu or empty(held[0]):
+            return None
+        found = model.states(*args, **kwargs)
+        if found is None:
+            return None
+        states, cache = found
+        logits = torch.ops.bigmodel.cpu_linear.default(
+            *(states, packed([held[0]], "linear"), contiguous(held[1]), "none", None, None, None, 0.0)
+        )
+        return self.output(logits=logits, cache=cache)
+
+
+def rule(form: type[LanguageModel]) -> Rule:
+    """Lets a token of a generation go past the forwards of model and language model."""
+    return Rule(form.__bases__[-1], form, (), lambda model: None, note="a token in four calls")

@@ -382,18 +382,21 @@ def token(
     half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
     caches.
     """
-    if x.dim() != 3 or x.shape[1] != 1 or not _takes_all(x, layers, "cpu_layers"):
+    if x.dim() != 3 or x.shape[1] != 1 or not takes_all(x, layers, "cpu_layers"):
         return None
     if len({each.layer for each in cached}) < len(cached):
         return None  # a layer that is called twice has two tokens more
-    batch, mask = x.shape[0], cached[0].mask
-    rooms = []
-    for each, head_dim in zip(cached, layers.head_dims, strict=True):
-        kind = growing_cache.Kind((batch, each.kv_heads, 1, head_dim), x.dtype, x.device)
-        room = growing_cache.room(each.cache, each.layer, kind, kind)
-        if room is None or each.mask is not mask:
-            return None
-        rooms.append(room)
+    batch, cache, mask = x.shape[0], cached[0].cache, cached[0].mask
+    if any(each.cache is not cache or each.mask is not mask for each in cached):
+        return None
+    kinds = [
+        growing_cache.Kind((batch, each.kv_heads, 1, head_dim), x.dtype, x.device)
+        for each, head_dim in zip(cached, layers.head_dims, strict=True)
+    ]
+    wanted = zip((each.layer for each in cached), kinds, kinds, strict=True)
+    rooms = growing_cache.rooms(cache, wanted)
+    if rooms is None:
+        return None
     length = rooms[0].length
     if any(room.length != length for room in rooms):
         return None
@@ -432,7 +435,7 @@ def encoded(
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
     (`blocks.Terms`). None for what it does not take.
     """
-    if not _takes_all(x, layers, "cpu_encoder"):
+    if not takes_all(x, layers, "cpu_encoder"):
         return None
     if len(set(layers.head_dims)) > 1 or len(layers.features) > 1 or x.dim() != (3 if lengths is None else 2):
         return None
@@ -445,7 +448,8 @@ def encoded(
     )
 
 
-def _takes_all(x: Tensor, layers: Layers, op: str) -> bool:
+def takes_all(x: Tensor, layers: Layers, op: str) -> bool:
+    """Whether one call of this operator may run all layers on x, as far as its shape does not say."""
     return (
         layers.takes
         and not _on_gpu(x)

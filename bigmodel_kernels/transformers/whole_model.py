@@ -1,11 +1,11 @@
 """What the forms of whole models share, that run past the model's own forward.
 
-On a short text, and for a token of a generation, a model's own forward, with defaults of its config, a mask and
-modules one in another, takes a tenth of the time: each weight goes through the caches, so that what Python
-needs for the next step has to come from memory again. A call that asks for the model's result alone goes past
-it, in three calls: to the first layer, all layers, and from the last one (`encoder_model`, `token_model`).
-Every other call takes it, and so does every call of a model whose modules are not as known; the results are
-the same bits.
+On a short text, and for a token of a generation, a model's own forward, with defaults of its config, a mask
+and modules one in another, takes a tenth of the time: each weight goes through the caches, so that what
+Python needs for the next step has to come from memory again. A call that asks for the model's result alone
+goes past it, in three calls: to the first layer, all layers, and from the last one (`encoder_model`,
+`token_model`). Every other call takes it, and so does every call of a model whose modules are not as known;
+the results are the same bits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from bigmodel_kernels.ops.registration import nobody_listens
 from bigmodel_kernels.transformers import attention_interface, checks, whole_layer
-from bigmodel_kernels.transformers.generic import Form
+from bigmodel_kernels.transformers.generic import NamedForm
 from bigmodel_kernels.transformers.snapshot import Snapshot
 
 #: What cannot change the result of a call that `plain` has looked at.
 _INDIFFERENT = frozenset(("return_dict", "use_cache", "cache", "past_key_values"))
 
 
-class Model(Form):
+class Model(NamedForm):
     """Goes before the class that it stands for, whose forward it keeps."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,10 +77,11 @@ def layers_of(
     roots: Sequence[nn.Module],
     like: Any,
     layout: str,
+    op: str,
     gather: Callable[[torch.dtype], whole_layer.Gathered | None],
 ) -> whole_layer.Layers | None:
     """All layers of a model, whose parameters are as `like`, and what is around them (see
-    `whole_layer.layers_of`), all of it in `roots`.
+    `whole_layer.layers_of`), all of it in `roots`; None if one call of `op` cannot run them.
     """
     if not isinstance(like, Tensor) or not like.is_cpu:
         return None
@@ -94,4 +95,5 @@ def layers_of(
             _strange[model] = Snapshot(roots)
         return found
 
-    return whole_layer.layers_of(model, roots, like, layout, gathered, around=True)
+    layers = whole_layer.layers_of(model, roots, like, layout, gathered, around=True)
+    return layers if layers is not None and whole_layer.takes_all(like, layers, op) else None

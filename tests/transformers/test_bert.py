@@ -401,7 +401,7 @@ def test_compile_with_inductor() -> None:
 def test_the_family_file_names_only_its_own_classes() -> None:
     for rule in family.FAMILY.rules:
         assert issubclass(rule.patched, rule.original)
-        assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there
+        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there
 
 
 def test_a_real_model_embeds_real_sentences() -> None:
@@ -429,7 +429,7 @@ def test_a_real_model_embeds_real_sentences() -> None:
 
     eager, reference = embed(eager_of(model)), embed(float64_of(model))
     with bk.patched(model) as report:
-        assert len(report.patched) == 2 + 3 * 6 + 1
+        assert len(report.patched) == 1 + 2 + 3 * 6 + 1
         ours = embed(model)
     assert_as_near(ours, eager, reference)
     similar = ours @ ours.T

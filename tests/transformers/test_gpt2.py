@@ -89,7 +89,7 @@ def test_every_head() -> None:
 def test_configs(changes: dict[str, Any]) -> None:
     model = build(GPT2LMHeadModel, gpt2_config(**changes))
     outputs = runs(model, input_ids=token_ids(), use_cache=False)
-    assert len(bk.explain(model).patched) == 2 * 3 + 3
+    assert len(bk.explain(model).patched) == 2 * 3 + 4
     assert_all_near(outputs)
 
 

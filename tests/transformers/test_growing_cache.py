@@ -192,12 +192,13 @@ def test_a_decoder_beside_an_encoder_grows_in_place(monkeypatch: pytest.MonkeyPa
 
 def _counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     grown: list[bool] = []
-    own = growing_cache.room
+    own = growing_cache.rooms
 
-    def room(*args: Any) -> Any:
-        result = own(*args)
-        grown.append(result is not None)
+    def rooms(cache: Any, wanted: Any) -> Any:
+        wanted = list(wanted)
+        result = own(cache, wanted)
+        grown.extend([result is not None] * len(wanted))
         return result
 
-    monkeypatch.setattr(growing_cache, "room", room)
+    monkeypatch.setattr(growing_cache, "rooms", rooms)
     return grown

@@ -60,7 +60,7 @@ class BigmodelBertForMaskedLM(hf.BertForMaskedLM):
 FAMILY = Family(
     name="bert",
     rules=(
-        encoder_model.rule(hf.BertModel, BigmodelBertModel),
+        encoder_model.rule(KIN, BigmodelBertModel),
         *bert_like.rules(KIN),
         bert_like.transform_rule(BigmodelBertPredictionHeadTransform),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.camembert import modeling_camembert as hf
 
-from bigmodel_kernels.transformers import bert_like
+from bigmodel_kernels.transformers import bert_like, encoder_model
 from bigmodel_kernels.transformers.bert_like import Kin
 
 KIN = Kin.of(hf, "Camembert")
@@ -38,6 +38,10 @@ class BigmodelCamembertPooler(bert_like.Pooler, hf.CamembertPooler, kin=KIN):
     pass
 
 
+class BigmodelCamembertModel(encoder_model.Model, hf.CamembertModel, kin=KIN):
+    pass
+
+
 class BigmodelCamembertLMHead(bert_like.LMHead, hf.CamembertLMHead, kin=KIN):
     pass
 
@@ -50,7 +54,7 @@ class BigmodelCamembertForMaskedLM(hf.CamembertForMaskedLM):
 FAMILY = bert_like.roberta_family(
     "camembert",
     KIN,
-    hf.CamembertModel,
+    encoder_model.rule(KIN, BigmodelCamembertModel),
     hf.CamembertLMHead,
     hf.CamembertForQuestionAnswering,
     BigmodelCamembertPaddedEncoder,

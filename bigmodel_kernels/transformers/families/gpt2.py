@@ -23,7 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.models.gpt2 import modeling_gpt2 as hf
 from transformers.pytorch_utils import Conv1D
 
@@ -113,7 +116,8 @@ class BigmodelGPT2Model(token_model.Model, layer_stack.Model, hf.GPT2Model):
     at, layout = "h", "conv1d"
     output = BaseModelOutputWithPastAndCrossAttentions
 
-    def known(self) -> bool:
+    def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
         return not self.config.add_cross_attention  # else it makes another cache
 
     def table(self) -> Any:
@@ -141,9 +145,13 @@ class BigmodelGPT2Model(token_model.Model, layer_stack.Model, hf.GPT2Model):
         return torch.ops.bigmodel.cpu_layer_norm.default(states, *around[2:], eps, None)  # type: ignore[no-any-return]
 
 
+class BigmodelGPT2LMHeadModel(token_model.LanguageModel, hf.GPT2LMHeadModel):
+    holds, output = "transformer", CausalLMOutputWithCrossAttentions
+
+
 @fused_loss.language_model()
-class BigmodelGPT2LMHeadModel(hf.GPT2LMHeadModel):
-    pass
+class BigmodelGPT2LMHeadModelWithoutLogits(token_model.LanguageModel, hf.GPT2LMHeadModel):
+    holds, output = "transformer", CausalLMOutputWithCrossAttentions
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -297,6 +305,7 @@ def _check_block(module: Any) -> str | None:
 FAMILY = Family(
     name="gpt2",
     rules=(
+        token_model.rule(BigmodelGPT2LMHeadModel),
         layer_stack.rule(hf.GPT2Model, BigmodelGPT2Model),
         Rule(
             hf.GPT2Block,
@@ -319,7 +328,7 @@ FAMILY = Family(
         ChildRule(hf.GPT2LMHeadModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.GPT2DoubleHeadsModel, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),
     ),
-    losses=fused_loss.rules(BigmodelGPT2LMHeadModel),
+    losses=fused_loss.rules(BigmodelGPT2LMHeadModelWithoutLogits),
     models=(hf.GPT2Model,),
     mask_path=(hf.GPT2Block, hf.GPT2Attention),
 )

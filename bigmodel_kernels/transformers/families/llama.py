@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.llama import modeling_llama as hf
 
-from bigmodel_kernels.transformers import layer_stack, llama_like
+from bigmodel_kernels.transformers import llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Llama")
@@ -26,13 +26,17 @@ class BigmodelLlamaDecoderLayer(llama_like.Layer, hf.LlamaDecoderLayer, kin=KIN)
     pass
 
 
-class BigmodelLlamaModel(layer_stack.Model, hf.LlamaModel, kin=KIN):
+class BigmodelLlamaModel(llama_like.Model, hf.LlamaModel, kin=KIN):
+    pass
+
+
+class BigmodelLlamaForCausalLM(llama_like.CausalLM, hf.LlamaForCausalLM):
     pass
 
 
 @llama_like.causal_lm(KIN)
-class BigmodelLlamaForCausalLM(hf.LlamaForCausalLM):
+class BigmodelLlamaForCausalLMWithoutLogits(llama_like.CausalLM, hf.LlamaForCausalLM):
     pass
 
 
-FAMILY = llama_like.family("llama", KIN)
+FAMILY = llama_like.family("llama", KIN, BigmodelLlamaForCausalLM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.mistral import modeling_mistral as hf
 
-from bigmodel_kernels.transformers import layer_stack, llama_like
+from bigmodel_kernels.transformers import llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Mistral")
@@ -26,13 +26,17 @@ class BigmodelMistralDecoderLayer(llama_like.Layer, hf.MistralDecoderLayer, kin=
     pass
 
 
-class BigmodelMistralModel(layer_stack.Model, hf.MistralModel, kin=KIN):
+class BigmodelMistralModel(llama_like.Model, hf.MistralModel, kin=KIN):
+    pass
+
+
+class BigmodelMistralForCausalLM(llama_like.CausalLM, hf.MistralForCausalLM):
     pass
 
 
 @llama_like.causal_lm(KIN)
-class BigmodelMistralForCausalLM(hf.MistralForCausalLM):
+class BigmodelMistralForCausalLMWithoutLogits(llama_like.CausalLM, hf.MistralForCausalLM):
     pass
 
 
-FAMILY = llama_like.family("mistral", KIN)
+FAMILY = llama_like.family("mistral", KIN, BigmodelMistralForCausalLM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.qwen2 import modeling_qwen2 as hf
 
-from bigmodel_kernels.transformers import layer_stack, llama_like
+from bigmodel_kernels.transformers import llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Qwen2")
@@ -26,13 +26,17 @@ class BigmodelQwen2DecoderLayer(llama_like.Layer, hf.Qwen2DecoderLayer, kin=KIN)
     pass
 
 
-class BigmodelQwen2Model(layer_stack.Model, hf.Qwen2Model, kin=KIN):
+class BigmodelQwen2Model(llama_like.Model, hf.Qwen2Model, kin=KIN):
+    pass
+
+
+class BigmodelQwen2ForCausalLM(llama_like.CausalLM, hf.Qwen2ForCausalLM):
     pass
 
 
 @llama_like.causal_lm(KIN)
-class BigmodelQwen2ForCausalLM(hf.Qwen2ForCausalLM):
+class BigmodelQwen2ForCausalLMWithoutLogits(llama_like.CausalLM, hf.Qwen2ForCausalLM):
     pass
 
 
-FAMILY = llama_like.family("qwen2", KIN)
+FAMILY = llama_like.family("qwen2", KIN, BigmodelQwen2ForCausalLM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.qwen3 import modeling_qwen3 as hf
 
-from bigmodel_kernels.transformers import layer_stack, llama_like
+from bigmodel_kernels.transformers import llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Qwen3", head_norms="heads")
@@ -26,13 +26,17 @@ class BigmodelQwen3DecoderLayer(llama_like.Layer, hf.Qwen3DecoderLayer, kin=KIN)
     pass
 
 
-class BigmodelQwen3Model(layer_stack.Model, hf.Qwen3Model, kin=KIN):
+class BigmodelQwen3Model(llama_like.Model, hf.Qwen3Model, kin=KIN):
+    pass
+
+
+class BigmodelQwen3ForCausalLM(llama_like.CausalLM, hf.Qwen3ForCausalLM):
     pass
 
 
 @llama_like.causal_lm(KIN)
-class BigmodelQwen3ForCausalLM(hf.Qwen3ForCausalLM):
+class BigmodelQwen3ForCausalLMWithoutLogits(llama_like.CausalLM, hf.Qwen3ForCausalLM):
     pass
 
 
-FAMILY = llama_like.family("qwen3", KIN)
+FAMILY = llama_like.family("qwen3", KIN, BigmodelQwen3ForCausalLM)

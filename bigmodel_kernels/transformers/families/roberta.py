@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.roberta import modeling_roberta as hf
 
-from bigmodel_kernels.transformers import bert_like
+from bigmodel_kernels.transformers import bert_like, encoder_model
 from bigmodel_kernels.transformers.bert_like import Kin
 
 KIN = Kin.of(hf, "Roberta")
@@ -38,6 +38,10 @@ class BigmodelRobertaPooler(bert_like.Pooler, hf.RobertaPooler, kin=KIN):
     pass
 
 
+class BigmodelRobertaModel(encoder_model.Model, hf.RobertaModel, kin=KIN):
+    pass
+
+
 class BigmodelRobertaLMHead(bert_like.LMHead, hf.RobertaLMHead, kin=KIN):
     pass
 
@@ -50,7 +54,7 @@ class BigmodelRobertaForMaskedLM(hf.RobertaForMaskedLM):
 FAMILY = bert_like.roberta_family(
     "roberta",
     KIN,
-    hf.RobertaModel,
+    encoder_model.rule(KIN, BigmodelRobertaModel),
     hf.RobertaLMHead,
     hf.RobertaForQuestionAnswering,
     BigmodelRobertaPaddedEncoder,

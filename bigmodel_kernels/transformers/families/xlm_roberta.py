@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta as hf
 
-from bigmodel_kernels.transformers import bert_like
+from bigmodel_kernels.transformers import bert_like, encoder_model
 from bigmodel_kernels.transformers.bert_like import Kin
 
 KIN = Kin.of(hf, "XLMRoberta")
@@ -38,6 +38,10 @@ class BigmodelXLMRobertaPooler(bert_like.Pooler, hf.XLMRobertaPooler, kin=KIN):
     pass
 
 
+class BigmodelXLMRobertaModel(encoder_model.Model, hf.XLMRobertaModel, kin=KIN):
+    pass
+
+
 class BigmodelXLMRobertaLMHead(bert_like.LMHead, hf.XLMRobertaLMHead, kin=KIN):
     pass
 
@@ -50,7 +54,7 @@ class BigmodelXLMRobertaForMaskedLM(hf.XLMRobertaForMaskedLM):
 FAMILY = bert_like.roberta_family(
     "xlm_roberta",
     KIN,
-    hf.XLMRobertaModel,
+    encoder_model.rule(KIN, BigmodelXLMRobertaModel),
     hf.XLMRobertaLMHead,
     hf.XLMRobertaForQuestionAnswering,
     BigmodelXLMRobertaPaddedEncoder,

@@ -1,6 +1,6 @@
 // A transformer layer as torch sees it on the CPU, in two calls: to query, key and value, and from them to the layer's result.
-// Between the two the caller turns heads, and keeps keys and values in its cache. A token of a generation, whose keys and values go behind
-// those of a cache with room for them, needs one call for all layers, and so do few rows in an encoder.
+// Between the two the caller turns heads, and keeps keys and values in its cache. Tokens of a generation, whose keys and values go behind
+// those of a cache with room for them, need one call for all layers, and so do few rows in an encoder.
 //
 // They are the ops of register_cpu.cpp and the kernel of attention one after the other, to the same bits. What they save is the
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
@@ -160,8 +160,8 @@ void run_products(LayerArgs& layer, const void* x, const void* context, void* y,
   kernels().feed_forward(runtime(), layer.ffn);
 }
 
-// A layer of a token, norms before its halves: its keys and values become the ones behind the first `length` of the buffers (batch, kv_heads,
-// room, head_dim), and what it attends to are all up to these.
+// A layer of tokens, norms before its halves: their keys and values become the ones behind the first `length` of the buffers (batch, kv_heads,
+// room, head_dim), and what each attends to are all up to its own.
 struct TokenLayer : LayerArgs {
   AttentionArgs attention;
   NormArgs norm, head_norms[2];  // where they have a weight
@@ -170,7 +170,7 @@ struct TokenLayer : LayerArgs {
   char* buffers[2];
 };
 
-// Memory of a token's results, of every layer the same.
+// Memory of the tokens' results, of every layer the same.
 struct TokenMemory {
   char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *out[2];
   float* logsumexp;
@@ -182,7 +182,7 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   AttentionArgs& attention = layer.attention;
   const Dtype dtype = attention.dtype = dtype_of(x, "x");
   const ScalarType scalar_type = x.scalar_type();
-  const int64_t batch = x.size(0), hidden = x.size(2);
+  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2);
   Tensor* buffers[2] = {&keys, &values};
   const char* names[2] = {"keys", "values"};
   int64_t* strides[2] = {attention.key_stride, attention.value_stride};
@@ -197,19 +197,19 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
     for (int d = 0; d < 3; d++) strides[i][d] = t.stride(d);
     layer.buffers[i] = static_cast<char*>(t.mutable_data_ptr());
   }
-  STD_TORCH_CHECK(length >= 0 && length < keys.size(2), "length: ", length, " must be 0 to ", keys.size(2) - 1, ", for there is room for ", keys.size(2));
+  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows, ", for there is room for ", keys.size(2));
   attention.batch = batch;
   attention.kv_heads = keys.size(1);
   attention.head_dim = keys.size(3);
-  attention.query_length = 1;
-  attention.key_length = length + 1;
+  attention.query_length = rows;
+  attention.key_length = length + rows;
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, "keys: head_dim ", attention.head_dim, " must be 1 to 256");
   const WeightArgs qkv = layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
   const int64_t kv = attention.kv_heads * attention.head_dim, queries = qkv.n - 2 * kv;
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {key_padding_mask, {}, {}, {}, {}, {}, {}, 1, attention.key_length, softmax_scale, false, -1, -1, 0.0, 0.0});
+  set_options(attention, {key_padding_mask, {}, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
   attention.key = layer.buffers[0];
   attention.value = layer.buffers[1];
   result_strides(attention, attention.out_stride);
@@ -223,25 +223,25 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
   if (cos) {
-    layer.rotary = {.dtype = dtype, .batch = batch, .rows = 1, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
+    layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
     set_angles(layer.rotary, *cos, *sin);
   }
-  set_products(layer, w, x, batch, queries, NormPosition::pre, norm_kind, activation);
+  set_products(layer, w, x, batch * rows, queries, NormPosition::pre, norm_kind, activation);
   return layer;
 }
 
-// From `x` to `out`, both (batch, hidden).
-void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void* out) {
-  const int64_t batch = layer.attention.batch, head_dim = layer.attention.head_dim;
+// From `x` to `out`, both (batch * rows, hidden).
+void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, void* out) {
+  const int64_t batch = layer.attention.batch, rows = layer.attention.query_length, head_dim = layer.attention.head_dim, all = batch * rows;
   const Dtype dtype = layer.attention.dtype;
   const int64_t element = dtype_size(dtype);
   if (layer.norm.weight)
-    kernels().layer_norm(runtime(), {dtype, batch, layer.qkv.weight.k, x, nullptr, layer.norm, memory.normed, {}});
+    kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, x, nullptr, layer.norm, memory.normed, {}});
   layer.qkv.x = layer.norm.weight ? memory.normed : x;
   layer.qkv.out = memory.qkv;
   kernels().linear(runtime(), layer.qkv);
 
-  const char* heads[3];        // of query, key and value: (batch, heads, head_dim), rows `row` elements apart
+  const char* heads[3];        // of query, key and value: (batch * rows, heads, head_dim), rows `row` elements apart
   int64_t row[3], first = 0;
   for (int i = 0; i < 3; first += layer.heads[i++] * head_dim) {
     heads[i] = memory.qkv + first * element;
@@ -250,17 +250,21 @@ void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void
   for (int i = 0; i < 2; i++) {
     if (!layer.head_norms[i].weight) continue;
     const int64_t width = layer.heads[i] * head_dim;
-    for (int64_t b = 0; b < batch; b++)
-      kernels().layer_norm(runtime(), {dtype, layer.heads[i], head_dim, heads[i] + b * row[i] * element, nullptr, layer.head_norms[i],
-                                       memory.head_normed[i] + b * width * element, {}});
+    const char* together = heads[i];
+    if (all > 1) {
+      for (int64_t r = 0; r < all; r++) memcpy(memory.rotated[i] + r * width * element, heads[i] + r * row[i] * element, size_t(width * element));
+      together = memory.rotated[i];
+    }
+    kernels().layer_norm(runtime(), {dtype, all * layer.heads[i], head_dim, together, nullptr, layer.head_norms[i], memory.head_normed[i], {}});
     heads[i] = memory.head_normed[i];
     row[i] = width;
   }
   if (layer.rotary.cosine) {
     for (int i = 0; i < 2; i++) {
       layer.rotary.x[i] = heads[i];
-      layer.rotary.stride[i][0] = layer.rotary.stride[i][2] = row[i];
+      layer.rotary.stride[i][0] = rows * row[i];
       layer.rotary.stride[i][1] = head_dim;
+      layer.rotary.stride[i][2] = row[i];
       layer.rotary.out[i] = memory.rotated[i];
       heads[i] = memory.rotated[i];
       row[i] = layer.heads[i] * head_dim;
@@ -269,16 +273,20 @@ void run_token(TokenLayer& layer, const TokenMemory& memory, const void* x, void
   }
   AttentionArgs& attention = layer.attention;
   const int64_t* strides[2] = {attention.key_stride, attention.value_stride};
+  const int64_t length = attention.key_length - rows;
   for (int i = 0; i < 2; i++)
     for (int64_t b = 0; b < batch; b++)
-      for (int64_t h = 0; h < attention.kv_heads; h++)
-        memcpy(layer.buffers[i] + (b * strides[i][0] + h * strides[i][1] + (attention.key_length - 1) * strides[i][2]) * element,
-               heads[i + 1] + (b * row[i + 1] + h * head_dim) * element, size_t(head_dim * element));
+      for (int64_t h = 0; h < attention.kv_heads; h++) {
+        char* const target = layer.buffers[i] + (b * strides[i][0] + h * strides[i][1] + length * strides[i][2]) * element;
+        const char* const source = heads[i + 1] + (b * rows * row[i + 1] + h * head_dim) * element;
+        for (int64_t r = 0; r < rows; r++) memcpy(target + r * strides[i][2] * element, source + r * row[i + 1] * element, size_t(head_dim * element));
+      }
   attention.query = heads[0];
-  attention.query_stride[0] = attention.query_stride[2] = row[0];
+  attention.query_stride[0] = rows * row[0];
   attention.query_stride[1] = head_dim;
+  attention.query_stride[2] = row[0];
   attention.out = memory.context;
-  set_logsumexp(attention, batch, memory.logsumexp);
+  set_logsumexp(attention, all, memory.logsumexp);
   kernels().attention(runtime(), attention);
 
   run_products(layer, x, memory.context, memory.y, out);
@@ -304,8 +312,8 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
   }
 }
 
-// All layers of such a token; `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, 1, angles) queries and keys are
-// turned (rotary embedding), after the norms of heads.
+// All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles)
+// queries and keys are turned (rotary embedding), after the norms of heads.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
                   OptionalTensor key_padding_mask, OptionalTensor cos, OptionalTensor sin, std::vector<double> softmax_scales, Text norm_kind, Text activation) {
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
@@ -313,8 +321,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   STD_TORCH_CHECK(softmax_scales.size() == count, "softmax_scales: ", softmax_scales.size(), " must be one for each of ", count, " layers");
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   check_cpu(x, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == 1 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, 1, hidden)");
-  const int64_t batch = rows_of(x, x.size(2)), hidden = x.size(2);
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
+  const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
   const NormKind kind = norm_kind_of(norm_kind);
   const Activation known = activation_of(activation);
   std::vector<TokenLayer> layers;
@@ -324,20 +332,32 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   });
   if (layers.empty()) return x;
   Tensor out = empty_rows_like(x, hidden);
-  if (batch == 0) return out;
+  if (rows == 0) return out;
 
-  int64_t widest = hidden;  // no result has more columns than x or the first projection
-  for (const TokenLayer& layer : layers) widest = std::max(widest, layer.qkv.weight.n);
-  const int64_t bytes = (batch * widest * int64_t(sizeof(float)) + 63) / 64 * 64;
-  const std::unique_ptr<char[]> block(new char[size_t(11 * bytes + 64)]);
-  char* next = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
-  const auto take = [&] { return std::exchange(next, next + bytes); };
-  const TokenMemory memory = {.normed = take(), .qkv = take(), .head_normed = {take(), take()}, .rotated = {take(), take()}, .context = take(),
-                              .y = take(), .out = {take(), take()}, .logsumexp = reinterpret_cast<float*>(take())};
+  // The most features that a layer has of each.
+  int64_t projected = 0, heads[2] = {}, logsumexp = 0;
+  for (const TokenLayer& layer : layers) {
+    projected = std::max(projected, layer.qkv.weight.n);
+    for (int i = 0; i < 2; i++) heads[i] = std::max(heads[i], layer.heads[i] * layer.attention.head_dim);
+    logsumexp = std::max(logsumexp, layer.heads[0]);
+  }
+  const int64_t element = dtype_size(dtype_of(x, "x"));
+  int64_t bytes = 0;
+  const auto reserve = [&](int64_t features, int64_t size) { return std::exchange(bytes, bytes + (rows * features * size + 63) / 64 * 64); };
+  const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element), context = reserve(heads[0], element), y = reserve(hidden, element);
+  const int64_t results[2] = {reserve(hidden, element), reserve(hidden, element)}, sums = reserve(logsumexp, sizeof(float));
+  int64_t of_heads[2][2];
+  for (int i = 0; i < 2; i++)
+    for (int64_t& at : of_heads[i]) at = reserve(heads[i], element);
+  const std::unique_ptr<char[]> block(new char[size_t(bytes + 64)]);
+  char* const start = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
+  const TokenMemory memory = {.normed = start + normed, .qkv = start + qkv, .head_normed = {start + of_heads[0][0], start + of_heads[1][0]},
+                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y,
+                              .out = {start + results[0], start + results[1]}, .logsumexp = reinterpret_cast<float*>(start + sums)};
   const void* from = x.const_data_ptr();
   for (size_t i = 0; i < count; i++) {
     void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
-    run_token(layers[i], memory, from, to);
+    run_tokens(layers[i], memory, from, to);
     from = to;
   }
   return out;

@@ -335,7 +335,7 @@ class Encoder(Form):
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
         result = None
-        if together is not None and seen.bias is None and x.shape[:-1].numel() <= whole_layer.MOST_ROWS:
+        if together is not None and seen.bias is None and whole_layer.few(x):
             if packing is None:
                 result = whole_layer.encoded(x, together, scale, seen.padding, None, 0)
             else:

@@ -73,9 +73,10 @@ class Model(whole_model.Model):
         tables and the norm of the embeddings and the pooler's projection.
         """
         modules = self.__dict__["_modules"]
-        embeddings, encoder, pooler = (modules.get(name) for name in ("embeddings", "encoder", "pooler"))
+        parts: list[Any] = [modules.get(name) for name in ("embeddings", "encoder", "pooler")]
+        embeddings, encoder, pooler = parts
         word = getattr(embeddings, "word_embeddings", None)
-        roots = [module for module in (embeddings, encoder, pooler) if module is not None]
+        roots = [module for module in parts if module is not None]
 
         def gather(dtype: torch.dtype) -> whole_layer.Gathered | None:
             kin = self.kin

@@ -40,6 +40,11 @@ class NamedForm(Form):
         if not issubclass(cls.__bases__[-1], Form):
             stands_for(cls.__bases__[-1])(cls)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Of the class that it stands for: what is loaded is not patched."""
+        return cls.__bases__[-1].from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+
 
 def stands_for(original: Any) -> Callable[[type], type]:
     """Gives a patched form of a model's class the name of that class, and what transformers records of it;

@@ -314,10 +314,10 @@ class Layer(layer_stack.Layer):
 
 
 def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
-    """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
+    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     first: Any = stack.layers[0]
     kin = first.kin
-    if x.dim() != 3 or x.shape[1] != 1 or given.packing is not None or given.alibi is not None:
+    if not whole_layer.few(x) or given.packing is not None or given.alibi is not None:
         return None
     if kin.rotary not in ("", "half") or kin.sine_first or kin.masks_itself is not None or kin.adds_residual:
         return None
@@ -329,13 +329,15 @@ def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         if parts is None:
             return None
         attention: Any = _attention_of(layer)
-        return parts, layer_stack.Where.of(getattr(attention, kin.index), parts, kin.scale(attention))
+        return parts, layer_stack.Where.of(
+            getattr(attention, kin.index), parts, kin.scale(attention), attention
+        )
 
     layers = layer_stack.layers_of(stack, x, "linear", read)
-    if layers is None:
+    if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
-    return whole_layer.token(x, layers, cached, "layer_norm", given.angles)
+    return whole_layer.tokens(x, layers, cached, "layer_norm", given.angles)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

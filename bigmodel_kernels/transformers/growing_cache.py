@@ -30,16 +30,25 @@ class _Buffers:
 
     __slots__ = ("inference", "keys", "keys_view", "kinds", "room", "values", "values_view")
 
-    def __init__(self, keys: Tensor, values: Tensor, least: int) -> None:
+    def __init__(self, key: Kind, value: Kind, least: int) -> None:
         self.room = least + max(_LEAST_ROOM, least // _SHARE)
         self.inference = torch.is_inference_mode_enabled()
-        self.keys, self.values = (_with_room(t, self.room) for t in (keys, values))
-        self.keys_view, self.values_view = keys, values
-        self.kinds = tuple((*t.shape[:2], t.shape[3], t.dtype, t.device) for t in (keys, values))
+        self.keys, self.values = (kind.empty(self.room) for kind in (key, value))
+        self.keys_view: Tensor | None = None
+        self.values_view: Tensor | None = None
+        self.kinds = (key.type, value.type)
 
-    def holds(self, layer: DynamicLayer, key: Kind, value: Kind) -> bool:
-        """Whether what the layer has are the views that it was given last, and these follow them in room."""
-        keys, values = layer.keys, layer.values
+    @staticmethod
+    def of(keys: Tensor, values: Tensor, least: int) -> _Buffers:
+        """That begin with what a layer holds."""
+        buffers = _Buffers(*(Kind(t.shape, t.dtype, t.device) for t in (keys, values)), least)
+        buffers.keys[:, :, : keys.shape[2]] = keys
+        buffers.values[:, :, : values.shape[2]] = values
+        buffers.keys_view, buffers.values_view = keys, values
+        return buffers
+
+    def holds(self, keys: Tensor, values: Tensor, key: Kind, value: Kind) -> bool:
+        """Whether what a layer has are the views that it was given last, with room for these behind them."""
         return (
             self.keys_view is keys
             and self.values_view is values
@@ -63,10 +72,17 @@ class Room(NamedTuple):
     length: int
     layer: DynamicLayer
     buffers: _Buffers
+    #: Where the layer goes, if the cache has not made it yet.
+    layers: list[Any] | None = None
 
     def written(self, new: int) -> tuple[Tensor, Tensor]:
         """All keys and values, with the `new` ones that are there now; the layer then holds them."""
         layer, buffers, end = self.layer, self.buffers, self.length + new
+        if not layer.is_initialized:
+            if self.layers is not None:
+                self.layers.append(layer)
+            layer.lazy_initialization(self.keys, self.values)
+            _buffers[layer] = buffers
         layer.keys = buffers.keys_view = self.keys.narrow(2, 0, end)
         layer.values = buffers.values_view = self.values.narrow(2, 0, end)
         return layer.keys, layer.values
@@ -84,6 +100,10 @@ class Kind(NamedTuple):
         """All but the number of tokens."""
         batch, heads, _, features = self.shape
         return batch, heads, features, self.dtype, self.device
+
+    def empty(self, room: int) -> Tensor:
+        batch, heads, _, features = self.shape
+        return torch.empty(batch, heads, room, features, dtype=self.dtype, device=self.device)
 
 
 def append(cache: Any, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor] | None:
@@ -111,8 +131,8 @@ def room(cache: Any, index: int, key: Kind, value: Kind) -> Room | None:
     return None if found is None else found[0]
 
 
-def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]]) -> list[Room] | None:
-    """`room` in several layers of a cache, or None if one has none."""
+def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = False) -> list[Room] | None:
+    """`room` in several layers of a cache, or None if one has none; if `first`, for first tokens too."""
     if (
         type(cache) is not DynamicCache
         or torch.is_grad_enabled()
@@ -120,20 +140,30 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]]) -> list[Room] | 
         or getattr(cache, "offloading", False)
     ):
         return None
-    layers, found = cache.layers, []
+    layers, found, made = cache.layers, [], 0
     for index, key, value in wanted:
-        if index >= len(layers):
+        if index < len(layers):
+            layer, home = layers[index], None
+        elif first and index == len(layers) + made and cache.layer_class_to_replicate is DynamicLayer:
+            layer, home, made = DynamicLayer(), layers, made + 1
+        else:
             return None
-        layer = layers[index]
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
+        if type(layer) is not DynamicLayer or not (first or layer.is_initialized):
             return None
-        buffers = _buffers.get(layer)
-        if buffers is None or not buffers.holds(layer, key, value):
+        if not layer.is_initialized:
+            buffers, length = _Buffers(key, value, key.shape[2]), 0
+        else:
             keys, values = layer.keys, layer.values
-            if keys is None or values is None or not (_takes(keys, key) and _takes(values, value)):
+            if keys is None or values is None:
                 return None
-            buffers = _buffers[layer] = _Buffers(keys, values, keys.shape[2] + key.shape[2])
-        found.append(Room(buffers.keys, buffers.values, layer.keys.shape[2], layer, buffers))
+            known, length = _buffers.get(layer), keys.shape[2]
+            if known is not None and known.holds(keys, values, key, value):
+                buffers = known
+            elif _takes(keys, key) and _takes(values, value):
+                buffers = _buffers[layer] = _Buffers.of(keys, values, length + key.shape[2])
+            else:
+                return None
+        found.append(Room(buffers.keys, buffers.values, length, layer, buffers, home))
     return found
 
 
@@ -153,10 +183,3 @@ def _takes(held: Tensor, new: Kind) -> bool:
 def _begins(view: Tensor, buffer: Tensor) -> bool:
     """Whether a view lies where it was made: `data` may have been assigned to it since."""
     return view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
-
-
-def _with_room(held: Tensor, room: int) -> Tensor:
-    batch, heads, length, features = held.shape
-    buffer = held.new_empty(batch, heads, room, features)
-    buffer[:, :, :length] = held
-    return buffer

@@ -1,4 +1,4 @@
-"""All layers of a model in one call, for a token of a generation.
+"""All layers of a model in one call, for a prompt that is not long and for a token of a generation.
 
 All weights of a layer go through the caches for each token, and what Python does for the next layer has to
 come from memory again: code and data, for each layer as if it were the first. So a model's first layer does
@@ -114,14 +114,25 @@ class Where(NamedTuple):
     layer: int
     kv_heads: int
     scale: float
+    causal: bool = True  # if a call does not say
 
     @staticmethod
-    def of(layer: int, parts: LayerParts, scale: float) -> Where:
+    def of(layer: int, parts: LayerParts, scale: float, attention: Any) -> Where:
         key: Any = parts.qkv[1]
-        return Where(layer, key.weight.shape[0] // parts.head_dim, scale)
+        causal = bool(getattr(attention, "is_causal", True))
+        return Where(layer, key.weight.shape[0] // parts.head_dim, scale, causal)
 
     def within(self, cache: Any, mask: Tensor | None) -> whole_layer.Cached:
         return whole_layer.Cached(cache, self.layer, self.kv_heads, mask, self.scale)
+
+
+def causal(x: Tensor, where: Sequence[Where], told: bool | None) -> bool:
+    """Whether no token of x (B, tokens, hidden) sees those behind it, as a call has `told` or else its layers
+    have it.
+    """
+    if x.shape[1] == 1:
+        return True
+    return all(each.causal for each in where) if told is None else told
 
 
 class Model(NamedForm):

@@ -291,19 +291,19 @@ class CausalLM(token_model.LanguageModel):
 
 
 def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
-    """The result of all layers for one token of each sequence, or None (see `whole_layer.token`)."""
+    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     first: Any = stack.layers[0]
     kin = first.kin
-    if x.shape[1] != 1 or given.cos.dtype not in (x.dtype, torch.float32):
+    if not whole_layer.few(x) or given.cos.dtype not in (x.dtype, torch.float32):
         return None
     if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
         return None
 
     layers = layer_stack.layers_of(stack, x, "linear", _read)
-    if layers is None:
+    if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
-    return whole_layer.token(x, layers, cached, "rms_norm", _half((given.cos, given.sin)))
+    return whole_layer.tokens(x, layers, cached, "rms_norm", _half((given.cos, given.sin)))
 
 
 def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -315,12 +315,13 @@ def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
     """A layer's parts, and where in a cache its keys are; None if it does not run as one of all layers."""
-    if not checks.intact(layer, layer.kin.forms[layer.kin.layer]) or not layer._drops_plainly():
+    kin = getattr(type(layer), "kin", None)
+    if kin is None or not is_form(layer, kin.layer) or not layer._drops_plainly():
         return None
     parts, attention = _whole_parts(layer, dtype), layer.self_attn
     if parts is None:
         return None
-    return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling)
+    return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

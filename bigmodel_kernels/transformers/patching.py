@@ -247,8 +247,10 @@ def _plan_loss(
 ) -> bool:
     """Whether the module gets, or has, a form that does without logits, which is then one of `rule` too."""
     for loss in family.losses:
-        without = {loss.original} if rule is None else {loss.original, rule.patched}
-        if type(module) is loss.patched or (plan.fused_loss and type(module) in without):
+        others = [loss.original]
+        if rule is not None and rule.original is loss.original:
+            others.append(rule.patched)
+        if type(module) is loss.patched or (plan.fused_loss and type(module) in others):
             before = len(plan.changes)
             _plan_module(plan, family, loss, name, module)
             return type(module) is loss.patched or len(plan.changes) > before

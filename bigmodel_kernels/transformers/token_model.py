@@ -28,7 +28,7 @@ class Model(whole_model.Model):
     output: ClassVar[Any]
 
     def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether the config is one whose forward is as known; says what that would say of these arguments."""
+        """Whether the config is one whose forward is as known. Warns of what that would warn of."""
         raise NotImplementedError
 
     def table(self) -> Any:
@@ -44,7 +44,7 @@ class Model(whole_model.Model):
         raise NotImplementedError
 
     def enter(self, ids: Tensor, positions: Tensor, around: Sequence[Any]) -> tuple[Tensor, Any]:
-        """What goes into the first layer (B, 1, hidden), and the angles of `whole_layer.token`."""
+        """What goes into the first layer (B, 1, hidden), and the angles of `whole_layer.tokens`."""
         raise NotImplementedError
 
     def leave(self, states: Tensor, around: Sequence[Any], told: Any) -> Tensor:
@@ -92,7 +92,7 @@ class Model(whole_model.Model):
         except RuntimeError:
             return None  # the model's own forward says what is wrong with the ids
         cached = [each.within(cache, attention_mask) for each in where]
-        out = whole_layer.token(states, layers, cached, self.norm_kind, angles)
+        out = whole_layer.tokens(states, layers, cached, self.norm_kind, angles)
         return None if out is None else (self.leave(out, around, told), cache)
 
     def _layers(self) -> whole_layer.Layers | None:

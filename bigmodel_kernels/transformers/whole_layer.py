@@ -369,39 +369,51 @@ def layers_of(
     return layers
 
 
-def token(
+#: In one call: with more Python is a small part, and a call that nobody can interrupt a long one.
+MOST_ROWS = 2048
+
+
+def few(x: Tensor) -> bool:
+    """Whether x (B, S, hidden), or packed rows, has no more than that."""
+    return x.shape[:-1].numel() <= MOST_ROWS
+
+
+def tokens(
     x: Tensor,
     layers: Layers,
     cached: Sequence[Cached],
     norm_kind: str = "layer_norm",
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
-    """The result of layers one behind the other, norms before their halves, for one token of each sequence.
+    """The result of layers one behind the other, norms before their halves, for the next tokens of sequences.
 
-    x is (B, 1, hidden); the caches then have its keys and values. `angles` are cosines and sines (1 or B, 1,
-    half of what is turned of a head) of a rotary embedding. None, and nothing done, for other calls and
-    caches.
+    x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
+    B, tokens, half of what is turned of a head) of a rotary embedding. None, and nothing done, for other
+    calls and caches.
     """
-    if x.dim() != 3 or x.shape[1] != 1 or not takes_all(x, layers, "cpu_layers"):
+    if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
         return None
     if len({each.layer for each in cached}) < len(cached):
-        return None  # a layer that is called twice has two tokens more
-    batch, cache, mask = x.shape[0], cached[0].cache, cached[0].mask
+        return None  # a layer that is called twice has more tokens
+    (batch, new), cache, mask = x.shape[:2], cached[0].cache, cached[0].mask
     if any(each.cache is not cache or each.mask is not mask for each in cached):
         return None
     kinds = [
-        growing_cache.Kind((batch, each.kv_heads, 1, head_dim), x.dtype, x.device)
+        growing_cache.Kind((batch, each.kv_heads, new, head_dim), x.dtype, x.device)
         for each, head_dim in zip(cached, layers.head_dims, strict=True)
     ]
     wanted = zip((each.layer for each in cached), kinds, kinds, strict=True)
-    rooms = growing_cache.rooms(cache, wanted)
+    rooms = growing_cache.rooms(cache, wanted, first=True)
     if rooms is None:
         return None
     length = rooms[0].length
     if any(room.length != length for room in rooms):
         return None
-    if mask is not None:
-        if mask.shape != (batch, length + 1):
+    if mask is None:
+        if length and new > 1:
+            return None  # each would see the first `new` keys alone
+    else:
+        if mask.shape != (batch, length + new):
             return None
         mask = mask.to(torch.bool).contiguous()
     parts = layers.tensors()
@@ -414,12 +426,8 @@ def token(
         *([each.scale for each in cached], norm_kind, layers.activation),
     )
     for room in rooms:
-        room.written(1)
+        room.written(new)
     return out  # type: ignore[no-any-return]
-
-
-#: Of `encoded`: with more Python is a small part, and a call that nobody can interrupt a long one.
-MOST_ROWS = 2048
 
 
 def encoded(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bigmodel_kernels import cli
 from bigmodel_kernels.models import checks, rule, table, tiny
-from bigmodel_kernels.transformers import blocks, families
+from bigmodel_kernels.transformers import blocks, families, whole_layer
 
 
 def test_every_family_has_a_tiny_model_and_no_other_has() -> None:
@@ -40,6 +40,7 @@ def test_a_wrong_kernel_is_found_by_every_check_that_measures(monkeypatch: pytes
     monkeypatch.setattr(blocks, "feed_forward", lambda *args, **options: right(*args, **options) * 1.001)
     run = blocks.pre_norm_layer
     monkeypatch.setattr(blocks, "pre_norm_layer", lambda *args: run(*args) * 1.001)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)  # one layer after the other
     row = table.run_family("gpt2", ["float32", "padding left", "gradients", "compile", "unpatch"])
     failed = {check for check, cell in row.cells.items() if cell.status == table.FAILED}
     assert failed == {"float32", "padding left", "gradients", "compile"}
@@ -49,6 +50,7 @@ def test_a_wrong_kernel_is_found_by_every_check_that_measures(monkeypatch: pytes
 def test_other_tokens_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     run = blocks.pre_norm_layer
     monkeypatch.setattr(blocks, "pre_norm_layer", lambda *args: -run(*args))
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)  # one layer after the other
     row = table.run_family("gpt2", ["greedy", "beams"])
     assert {cell.status for cell in row.cells.values()} == {table.FAILED}
     assert "eager [[" in row.cells["greedy"].detail

@@ -246,4 +246,4 @@ def test_a_family_names_only_its_own_classes(prefix: str) -> None:
         assert issubclass(rule.patched, rule.original)
     for rule in family.FAMILY.rules:
         assert check(rule.original) or rule.original.__name__ in OTHERS["DistilBert"]
-        assert getattr(family, rule.patched.__name__) is rule.patched  # pickle finds it there
+        assert getattr(family, rule.patched.__qualname__) is rule.patched  # pickle finds it there

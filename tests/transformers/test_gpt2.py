@@ -95,7 +95,7 @@ def test_configs(changes: dict[str, Any]) -> None:
 
 def test_all_blocks_run_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(whole_layer, "token", lambda *args: None)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
     run = blocks.pre_norm_layer
     monkeypatch.setattr(blocks, "pre_norm_layer", lambda x, *args: calls.append(x.shape[1]) or run(x, *args))
     model = build(GPT2LMHeadModel, gpt2_config())

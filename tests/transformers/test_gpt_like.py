@@ -273,7 +273,7 @@ def test_falcon_of_two_alibis_is_left_alone() -> None:
 def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_fused_layers(prefix)
     calls = []
-    monkeypatch.setattr(whole_layer, "token", lambda *args: None)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
     run = blocks.decoder_layer
     monkeypatch.setattr(blocks, "decoder_layer", lambda x, *args: calls.append(x.shape[1]) or run(x, *args))
     model = gpt_like(prefix)

@@ -1,4 +1,4 @@
-"""All layers of a token of a generation in one call: only where it may, and then nothing else changes."""
+"""All layers of a prompt or a token in one call: only where it may, and then nothing else changes."""
 
 from __future__ import annotations
 
@@ -74,15 +74,31 @@ def layers_of(model: Any) -> Any:
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call for a token was for."""
     seen: list[int] = []
-    run = whole_layer.token
+    run = whole_layer.tokens
 
-    def token(x: Any, layers: Any, *args: Any) -> Any:
+    def tokens(x: Any, layers: Any, *args: Any) -> Any:
         out = run(x, layers, *args)
-        if out is not None:
+        if out is not None and x.shape[1] == 1:
             seen.append(len(layers))
         return out
 
-    monkeypatch.setattr(whole_layer, "token", token)
+    monkeypatch.setattr(whole_layer, "tokens", tokens)
+    return seen
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each other call of all layers was for."""
+    seen: list[int] = []
+    run = whole_layer.tokens
+
+    def tokens(x: Any, layers: Any, *args: Any) -> Any:
+        out = run(x, layers, *args)
+        if out is not None and x.shape[1] > 1:
+            seen.append(x.shape[1])
+        return out
+
+    monkeypatch.setattr(whole_layer, "tokens", tokens)
     return seen
 
 
@@ -96,7 +112,7 @@ def continued(model: Any, cache: Any = None, **options: Any) -> Any:
 
 def separately(model: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     with monkeypatch.context() as patch:
-        patch.setattr(whole_layer, "token", lambda *args: None)
+        patch.setattr(whole_layer, "tokens", lambda *args: None)
         return continued(model, **options)
 
 
@@ -121,6 +137,106 @@ def test_the_cache_has_what_the_layers_would_have_put_there(
     for layer, expected in zip(one.layers, other.layers, strict=True):
         assert layer.keys.shape[2] == 10
         assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+def read(model: Any, cache: Any, lengths: Any, mask: Any = None, **options: Any) -> torch.Tensor:
+    """Logits of these many tokens, one call after the other."""
+    found, start = [], 0
+    with torch.inference_mode():
+        for length in lengths:
+            seen = None if mask is None else mask[:, : start + length]
+            ids = IDS[:, start : start + length]
+            found.append(model(ids, attention_mask=seen, cache=cache, **options).logits)
+            start += length
+    return torch.cat(found, dim=1)
+
+
+def assert_same_caches(one: Any, other: Any) -> None:
+    assert len(one.layers) == len(other.layers)
+    for layer, expected in zip(one.layers, other.layers, strict=True):
+        assert layer.get_seq_length() == expected.get_seq_length()
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("lengths", [[9], [2, 7, 1, 4]], ids=str)
+@pytest.mark.parametrize("made", ["by the config", "layer by layer"])
+def test_a_prompt_and_what_follows_it(
+    made: str,
+    lengths: list[int],
+    padded: bool,
+    dtype: torch.dtype,
+    model: Any,
+    prompts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model.to(dtype)
+    config = {"config": model.config} if made == "by the config" else {}
+    caches = DynamicCache(**config), DynamicCache(**config)
+    mask = left_padding() if padded else torch.ones_like(IDS)
+    ours = read(model, caches[0], lengths, mask)
+    assert prompts == [length for length in lengths if length > 1]
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours, read(model, caches[1], lengths, mask))
+    assert_same_caches(*caches)
+
+
+def test_a_prompt_that_no_mask_goes_with(
+    model: Any, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = DynamicCache(), DynamicCache()
+    ours = read(model, caches[0], [5, 3, 1])
+    assert prompts[0] == 5
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours, read(model, caches[1], [5, 3, 1]))
+    assert_same_caches(*caches)
+
+
+def test_a_long_prompt_goes_layer_by_layer(
+    model: Any, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_layer, "MOST_ROWS", 9 * len(IDS))
+    ours = read(model, DynamicCache(), [9]), read(model, DynamicCache(), [10])
+    assert prompts == [9]
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours[0], read(model, DynamicCache(), [9]))
+    assert torch.equal(ours[1], read(model, DynamicCache(), [10]))
+
+
+def test_texts_one_behind_the_other_in_a_prompt(
+    model: Any, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers sees them by their positions, and hides each from the next."""
+    positions = torch.arange(9).remainder(5)[None].expand(len(IDS), -1)
+    ours = read(model, DynamicCache(), [9], position_ids=positions)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours, read(model, DynamicCache(), [9], position_ids=positions))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt2"])
+def test_layers_that_look_ahead(kind: str, prompts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = KINDS[kind]()
+    bk.patch(model)
+    before = read(model, DynamicCache(), [9])
+    assert prompts == [9]
+    layers_of(model)[1].self_attn.is_causal = False
+    ours = read(model, DynamicCache(), [9])
+    assert prompts == [9] and not torch.equal(ours, before)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours, read(model, DynamicCache(), [9]))
+
+
+def test_what_cannot_be_one_call_leaves_the_cache_to_the_layers(
+    model: Any, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = DynamicCache(), DynamicCache()
+    monkeypatch.setattr(whole_layer.Layers, "tensors", lambda self: None)  # the last that can be in the way
+    ours = read(model, caches[0], [9, 1])
+    assert prompts == []
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert torch.equal(ours, read(model, caches[1], [9, 1]))
+    assert_same_caches(*caches)
 
 
 def _pre_hook(module: Any, args: Any) -> Any:

@@ -179,7 +179,7 @@ def test_configs(prefix: str, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("prefix", DECODERS)
 def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(whole_layer, "token", lambda *args: None)
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
     run = blocks.gated_layer
     monkeypatch.setattr(blocks, "gated_layer", lambda x, *args: calls.append(x.shape[1]) or run(x, *args))
     model = decoder(prefix)

@@ -117,7 +117,7 @@ class BigmodelGPT2Model(token_model.Model, layer_stack.Model, hf.GPT2Model):
     output = BaseModelOutputWithPastAndCrossAttentions
 
     def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)  # type: ignore[no-untyped-call]
         return not self.config.add_cross_attention  # else it makes another cache
 
     def table(self) -> Any:
@@ -247,15 +247,15 @@ def _read(block: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stac
 
 
 def _token(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor | None:
-    """The result of all blocks for one token of each sequence, or None (see `whole_layer.token`)."""
-    if x.shape[1] != 1 or checks.watched_globally():
+    """The result of all blocks for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
+    if not whole_layer.few(x) or checks.watched_globally():
         return None
 
     layers = layer_stack.layers_of(stack, x, "conv1d", _read)
     if layers is None:
         return None
     cache = _self_attention(cache)
-    return whole_layer.token(x, layers, [where.within(cache, mask) for where in layers.given])
+    return whole_layer.tokens(x, layers, [where.within(cache, mask) for where in layers.given])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@
 #endif
 
 #include "registration.h"
+#include "tasks.h"
 
 namespace bigmodel {
 
@@ -137,37 +138,18 @@ void cpu_set_isa(Text name) {
 
 // ---- runtime ----
 
-void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  if (runtime.threads == 1 || tasks <= 1) {
-    for (int64_t task = 0; task < tasks; task++) body(context, task);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(runtime.threads, tasks), 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
+constexpr auto on_torch_threads = [](int64_t threads, const auto& work) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin++) work(begin);
   });
+};
+
+void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  deal_tasks(runtime.threads, tasks, body, context, on_torch_threads);
 }
 
 void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  const int64_t threads = std::min<int64_t>(runtime.threads, tasks);
-  if (threads <= 1) return run_tasks(runtime, tasks, body, context);
-  struct alignas(64) Run {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  std::vector<Run> runs(static_cast<size_t>(threads));
-  for (int64_t t = 0; t < threads; t++) {
-    runs[size_t(t)].next = tasks * t / threads;
-    runs[size_t(t)].end = tasks * (t + 1) / threads;
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin++)
-      for (int64_t after = 0; after < threads; after++) {
-        Run& run = runs[size_t((begin + after) % threads)];
-        for (int64_t task; (task = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;) body(context, task);
-      }
-  });
+  deal_near(runtime.threads, tasks, body, context, on_torch_threads);
 }
 
 // Packed weights and large scratch blocks are read from end to end again and again, and a large result is memory that the system

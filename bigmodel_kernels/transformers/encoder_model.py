@@ -80,7 +80,8 @@ class Model(whole_model.Model):
 
         def gather(dtype: torch.dtype) -> whole_layer.Gathered | None:
             kin = self.kin
-            if not is_form(embeddings, kin.embeddings) or not isinstance(encoder, kin.forms[kin.encoder]):
+            form: Any = kin.forms[kin.encoder]
+            if not is_form(embeddings, kin.embeddings) or not isinstance(encoder, form):
                 return None
             held, behind, within = embeddings.held(), _pooler(pooler, kin, dtype), encoder.modules_of_all()
             if held is None or len(held) != 4 or behind is None or checks.dropout_p(embeddings.dropout):

@@ -41,7 +41,8 @@ class _Buffers:
     @staticmethod
     def of(keys: Tensor, values: Tensor, least: int) -> _Buffers:
         """That begin with what a layer holds."""
-        buffers = _Buffers(*(Kind(t.shape, t.dtype, t.device) for t in (keys, values)), least)
+        key, value = (Kind(t.shape, t.dtype, t.device) for t in (keys, values))
+        buffers = _Buffers(key, value, least)
         buffers.keys[:, :, : keys.shape[2]] = keys
         buffers.values[:, :, : values.shape[2]] = values
         buffers.keys_view, buffers.values_view = keys, values

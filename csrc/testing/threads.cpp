@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../tasks.h"
 
 namespace bigmodel {
 
@@ -24,15 +25,19 @@ namespace {
 
 const KernelTable& kernels = BIGMODEL_DRIVEN::table;
 
-void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task);
-  };
+constexpr auto on_own_threads = [](int64_t threads, const auto& work) {
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < runtime.threads && i < tasks; i++) others.emplace_back(work);
-  work();
+  for (int64_t i = 1; i < threads; i++) others.emplace_back([&work, i] { work(i); });
+  work(0);
   for (std::thread& other : others) other.join();
+};
+
+void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  deal_tasks(runtime.threads, tasks, body, context, on_own_threads);
+}
+
+void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  deal_near(runtime.threads, tasks, body, context, on_own_threads);
 }
 
 void* thread_scratch(int slot, size_t bytes) {
@@ -340,7 +345,7 @@ const std::pair<const char*, Kernel> all[] = {
 
 int main() {
   using namespace bigmodel;
-  const Runtime four = {4, run_tasks, thread_scratch};
+  const Runtime four = {4, run_tasks, run_near, thread_scratch};
   int failed = 0;
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const auto& [name, kernel] : all) {

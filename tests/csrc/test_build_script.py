@@ -150,3 +150,12 @@ def test_objects_hold_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         made.append((root / "a.o").read_bytes())
     assert made[0] == made[1]
     assert b"csrc/a.cpp" in made[0] and str(tmp_path).encode() not in made[0]
+
+
+@needs_compiler
+def test_the_program_of_the_thread_sanitizer_fits_the_kernels() -> None:
+    """It is linked under the sanitizer alone, so that nothing else would see it fall behind."""
+    source = ROOT / "csrc" / "testing" / "threads.cpp"
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-DBIGMODEL_DRIVEN=portable"]
+    done = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

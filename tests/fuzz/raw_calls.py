@@ -430,16 +430,17 @@ def head_norms(i: Inputs, head_dim: int) -> list[Any]:
 
 
 def layers(i: Inputs) -> dict[str, Any]:
-    """A token for each of a batch, through layers with room for it in their keys and values."""
+    """Tokens for each of a batch, through layers with room for them in their keys and values."""
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
-    count, length, room = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 7))
+    count, length, rows = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 1, 2, 7))
+    room = rows + i.among((0, 6))
     heads = kv_heads * i.among((1, 1, 2))
     features = (heads + 2 * kv_heads) * head_dim
-    mask = torch.rand(batch, length + 1, generator=i.generator) > 0.3
+    mask = torch.rand(batch, length + rows, generator=i.generator) > 0.3
     kind, turned = i.among(("layer_norm", "rms_norm")), head_dim > 1 and i.chance()
-    angles = torch.rand(i.among((1, batch)), 1, head_dim // 2, generator=i.generator)
+    angles = torch.rand(i.among((1, batch)), rows, head_dim // 2, generator=i.generator)
     return {
-        "x": i.tensor(batch, 1, hidden),
+        "x": i.tensor(batch, rows, hidden),
         "parts": [
             part
             for _ in range(count)

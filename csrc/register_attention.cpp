@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     dsinks = torch::stable::new_zeros(query, {forward.batch, forward.heads}, ScalarType::Float);
     args.dsinks = static_cast<float*>(mutable_elements(dsinks));
   }
-  if (forward.batch > 0 && (query.numel() > 0 || key.numel() > 0)) kernels().attention_backward(runtime(), args);
+  if (forward.batch > 0 && (query.numel() > 0 || key.numel() > 0)) together([&] { kernels().attention_backward(runtime(), args); });
   return {dq, dk, dv, dbias, dsinks};
 }
 

@@ -144,11 +144,17 @@ constexpr auto on_torch_threads = [](int64_t threads, const auto& work) {
   });
 };
 
+// Of a thread that has one, and how many they are.
+thread_local Team* current_team = nullptr;
+thread_local int64_t in_team = 0;
+
 void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (current_team) return deal_tasks(runtime.threads, tasks, body, context, *current_team);
   deal_tasks(runtime.threads, tasks, body, context, on_torch_threads);
 }
 
 void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (current_team) return deal_near(runtime.threads, tasks, body, context, *current_team);
   deal_near(runtime.threads, tasks, body, context, on_torch_threads);
 }
 
@@ -185,7 +191,20 @@ void* thread_scratch(int slot, size_t bytes) {
   return block.memory;
 }
 
-Runtime runtime() { return {int64_t(torch::stable::get_num_threads()), run_tasks, run_near, thread_scratch}; }
+void together(void (*body)(const void* of), const void* of) {
+  const int64_t threads = runtime().threads;
+  if (current_team || threads == 1) return body(of);
+  Team::with(threads, on_torch_threads, [&](Team& team) {
+    struct Leaves {
+      ~Leaves() { current_team = nullptr; }
+    } leaves;
+    current_team = &team;
+    in_team = threads;
+    body(of);
+  });
+}
+
+Runtime runtime() { return {current_team ? in_team : int64_t(torch::stable::get_num_threads()), run_tasks, run_near, thread_scratch}; }
 
 // ---- checks ----
 
@@ -428,7 +447,7 @@ Tensor cpu_feed_forward(Tensor x, Tensor packed_in, OptionalTensor b_in, Tensor 
                                 position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
                                 out.mutable_data_ptr(), gate ? &w_gate : nullptr, data_of(b_gate, "b_gate", dtype, in.n), dropout_of(dropout_seed, dropout_p),
                                 nullptr, nullptr, nullptr};
-  kernels().feed_forward(runtime(), args);
+  together([&] { kernels().feed_forward(runtime(), args); });
   return out;
 }
 

@@ -58,12 +58,16 @@ Tensor cpu_layer_end(Tensor x, Tensor query, Tensor key, Tensor value, OptionalT
                      OptionalTensor norm_weight, OptionalTensor norm_bias, double norm_eps, Text norm_kind) {
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: must have at least one dimension");
-  Tensor context = context_of(x, query, key, value, {key_padding_mask, attention_bias, lengths, lengths, {}, {}, sinks, longest, longest,
-                                                     softmax_scale, is_causal, window_left, window_right, softcap, 0.0});
-  Tensor y = cpu_linear(context, packed_context, b_context, "none", x, attention_norm_weight, attention_norm_bias, attention_norm_eps, {},
-                        norm_kind, 0.0);
-  return cpu_feed_forward(y, packed_in, b_in, packed_out, b_out, activation, y, norm_position, norm_weight, norm_bias, norm_eps, packed_gate,
-                          b_gate, {}, norm_kind, 0.0);
+  std::optional<Tensor> out;
+  together([&] {
+    Tensor context = context_of(x, query, key, value, {key_padding_mask, attention_bias, lengths, lengths, {}, {}, sinks, longest, longest,
+                                                       softmax_scale, is_causal, window_left, window_right, softcap, 0.0});
+    Tensor y = cpu_linear(context, packed_context, b_context, "none", x, attention_norm_weight, attention_norm_bias, attention_norm_eps, {},
+                          norm_kind, 0.0);
+    out = cpu_feed_forward(y, packed_in, b_in, packed_out, b_out, activation, y, norm_position, norm_weight, norm_bias, norm_eps, packed_gate,
+                           b_gate, {}, norm_kind, 0.0);
+  });
+  return *out;
 }
 
 // What is one layer's, packed where it is a weight.
@@ -354,12 +358,14 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   const TokenMemory memory = {.normed = start + normed, .qkv = start + qkv, .head_normed = {start + of_heads[0][0], start + of_heads[1][0]},
                               .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y,
                               .out = {start + results[0], start + results[1]}, .logsumexp = reinterpret_cast<float*>(start + sums)};
-  const void* from = x.const_data_ptr();
-  for (size_t i = 0; i < count; i++) {
-    void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
-    run_tokens(layers[i], memory, from, to);
-    from = to;
-  }
+  together([&] {
+    const void* from = x.const_data_ptr();
+    for (size_t i = 0; i < count; i++) {
+      void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
+      run_tokens(layers[i], memory, from, to);
+      from = to;
+    }
+  });
   return out;
 }
 
@@ -405,15 +411,22 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   Tensor context = empty_rows_like(x, heads * head_dim), y = empty_rows_like(x, hidden);
   const auto logsumexp = logsumexp_memory(attention, rows);
   result_strides(attention, attention.out_stride);
-  for (size_t i = 0; i < layers.size(); i++) {
-    LayerArgs& layer = layers[i];
-    layer.qkv.x = i ? out[(i - 1) % 2].const_data_ptr() : x.const_data_ptr();
-    layer.qkv.out = qkv->mutable_data_ptr();
-    kernels().linear(runtime(), layer.qkv);
-    attention.out = context.mutable_data_ptr();
-    kernels().attention(runtime(), attention);
-    run_products(layer, layer.qkv.x, context.const_data_ptr(), y.mutable_data_ptr(), out[i % 2].mutable_data_ptr());
-  }
+  void* const results[2] = {out[0].mutable_data_ptr(), out[1].mutable_data_ptr()};
+  void* const second = y.mutable_data_ptr();
+  void* const projected = qkv->mutable_data_ptr();
+  const void* from = x.const_data_ptr();
+  attention.out = context.mutable_data_ptr();
+  together([&] {
+    for (size_t i = 0; i < layers.size(); i++) {
+      LayerArgs& layer = layers[i];
+      layer.qkv.x = from;
+      layer.qkv.out = projected;
+      kernels().linear(runtime(), layer.qkv);
+      kernels().attention(runtime(), attention);
+      run_products(layer, from, attention.out, second, results[i % 2]);
+      from = results[i % 2];
+    }
+  });
   return out[(layers.size() - 1) % 2];
 }
 

@@ -201,7 +201,7 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
   args.weight_n = weight_n.data();
   args.weight_grad = weight_grad.data();
   args.bias_grad = bias_grad.data();
-  kernels().linear_backward(runtime(), args);
+  together([&] { kernels().linear_backward(runtime(), args); });
   return result.tensors;
 }
 
@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
                                 position, norm_args(norm_weight, norm_bias, norm_eps, dtype, position == NormPosition::pre ? in.k : n, norm_kind_of(norm_kind)),
                                 out.mutable_data_ptr(), gate, data_of(b_gate, "b_gate", dtype, inner), dropout_of(dropout_seed, dropout_p),
                                 data(preactivation), data(gate_preactivation), data(prenorm)};
-  if (rows > 0 && n > 0) kernels().feed_forward(runtime(), args);
+  if (rows > 0 && n > 0) together([&] { kernels().feed_forward(runtime(), args); });
   return {out, preactivation, gate_preactivation, prenorm};
 }
 
@@ -298,12 +298,12 @@ std::vector<Tensor> cpu_feed_forward_backward(
                                    pre ? NormPosition::pre : NormPosition::none, pre ? args.norm : NormArgs{}, made[2].mutable_data_ptr(),
                                    gate ? &gate->args : nullptr, bias_gate, args.dropout, made[0].mutable_data_ptr(),
                                    w_gate ? made[1].mutable_data_ptr() : nullptr, nullptr};
-    kernels().feed_forward(runtime(), again);
+    together([&] { kernels().feed_forward(runtime(), again); });
     if (!args.preactivation) args.preactivation = made[0].const_data_ptr();
     if (w_gate && !args.gate_preactivation) args.gate_preactivation = made[1].const_data_ptr();
     if (!args.prenorm) args.prenorm = made[2].const_data_ptr();
   }
-  kernels().feed_forward_backward(runtime(), args);
+  together([&] { kernels().feed_forward_backward(runtime(), args); });
   return result.tensors;
 }
 
@@ -449,7 +449,7 @@ struct CrossEntropyCall {
   }
 
   void run() const {
-    if (args.rows > 0) kernels().cross_entropy(runtime(), args);
+    if (args.rows > 0) together([&] { kernels().cross_entropy(runtime(), args); });
   }
 
   Tensor reduced(const Tensor& losses, const std::string& reduction) const {

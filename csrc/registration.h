@@ -26,6 +26,12 @@ inline constexpr size_t huge_page = size_t(2) << 20;
 
 const KernelTable& kernels();
 Runtime runtime();
+// body(), whose kernels have their threads from its begin to its end: for several kernels, and those that deal tasks several times.
+void together(void (*body)(const void* of), const void* of);
+template <class Body>
+void together(const Body& body) {
+  together([](const void* of) { (*static_cast<const Body*>(of))(); }, &body);
+}
 void prefer_huge_pages(void* memory, size_t bytes);
 
 Dtype dtype_of(const Tensor& tensor, const char* name);

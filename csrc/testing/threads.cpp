@@ -1,7 +1,7 @@
 // The CPU kernels on threads of this program's own, for ThreadSanitizer: torch's OpenMP pool synchronises in ways that it does not
 // see, so that under torch it would report every call.
 //
-// Each kernel runs on four threads, alone and from two callers at once. Every result must have the same bits (on another number of
+// Each kernel runs on four threads, alone and from two callers at once, on threads that are started for each deal of tasks and on a team's. Every result must have the same bits (on another number of
 // threads a sum over rows may be split in other places, and round otherwise). A race is reported by the sanitizer that this is built with (BIGMODEL_SANITIZE=thread, see csrc/sanitize.py).
 #include <atomic>
 #include <cstdio>
@@ -32,12 +32,25 @@ constexpr auto on_own_threads = [](int64_t threads, const auto& work) {
   for (std::thread& other : others) other.join();
 };
 
+thread_local Team* current_team = nullptr;
+
 void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (current_team) return deal_tasks(runtime.threads, tasks, body, context, *current_team);
   deal_tasks(runtime.threads, tasks, body, context, on_own_threads);
 }
 
 void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+  if (current_team) return deal_near(runtime.threads, tasks, body, context, *current_team);
   deal_near(runtime.threads, tasks, body, context, on_own_threads);
+}
+
+template <class Body>
+void in_team(int64_t threads, const Body& body) {
+  Team::with(threads, on_own_threads, [&](Team& team) {
+    current_team = &team;
+    body();
+    current_team = nullptr;
+  });
 }
 
 void* thread_scratch(int slot, size_t bytes) {
@@ -349,12 +362,13 @@ int main() {
   int failed = 0;
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const auto& [name, kernel] : all) {
-      Arrays expected(dtype, 0), one(dtype, 0), other(dtype, 0);
+      Arrays expected(dtype, 0), one(dtype, 0), other(dtype, 0), third(dtype, 0);
       kernel(four, expected);
-      std::thread caller([&, &run = kernel] { run(four, one); });
+      std::thread caller([&, &run = kernel] { in_team(four.threads, [&] { run(four, one); }); });
       kernel(four, other);
+      in_team(four.threads, [&, &run = kernel] { run(four, third); });
       caller.join();
-      const bool same = expected.same_as(one) && expected.same_as(other);
+      const bool same = expected.same_as(one) && expected.same_as(other) && expected.same_as(third);
       std::printf("%s %s: %s\n", name, dtype == Dtype::float32 ? "float32" : "bfloat16", same ? "the same bits" : "OTHER BITS");
       failed += !same;
     }

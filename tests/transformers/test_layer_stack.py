@@ -31,7 +31,7 @@ import bigmodel_kernels as bk
 from bigmodel_kernels import backends
 from bigmodel_kernels.models.tiny import build, gpt2_config, left_padding, token_ids
 from bigmodel_kernels.ops.native_library import unavailable
-from bigmodel_kernels.transformers import layer_stack, whole_layer
+from bigmodel_kernels.transformers import layer_stack, token_model, whole_layer
 
 pytestmark = pytest.mark.skipif(
     unavailable(torch.float32) is not None or backends.forced() not in (None, "native"),
@@ -60,6 +60,13 @@ def model(request: pytest.FixtureRequest) -> Any:
     model = KINDS[request.param]()
     bk.patch(model)
     return model
+
+
+@pytest.fixture(autouse=True, params=["past the model's forward", "by the model's forward"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a token comes to the layers."""
+    if request.param == "by the model's forward":
+        monkeypatch.setattr(token_model.Model, "states", lambda *args, **kwargs: None)
 
 
 def inner(model: Any) -> Any:

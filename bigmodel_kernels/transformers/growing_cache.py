@@ -143,6 +143,8 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
         return None
     layers, found, made = cache.layers, [], 0
     for index, key, value in wanted:
+        if len(key.shape) != 4 or len(value.shape) != 4:
+            return None
         if index < len(layers):
             layer, home = layers[index], None
         elif first and index == len(layers) + made and cache.layer_class_to_replicate is DynamicLayer:
@@ -170,7 +172,7 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
 
 def _takes(held: Tensor, new: Kind) -> bool:
     """Whether `torch.cat` of the two would give a tensor of the held one's type and place."""
-    if type(held) is not Tensor or held.dim() != 4 or len(new.shape) != 4:
+    if type(held) is not Tensor or held.dim() != 4:
         return False
     batch, heads, length, features = held.shape
     return (

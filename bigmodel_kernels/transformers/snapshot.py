@@ -46,6 +46,15 @@ class Snapshot:
 
     def parameters(self, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None] | None:
         """All parameters, if nothing has changed and they are what is asked for; else None."""
+        held = self.held()
+        if held is None or any(
+            t is not None and (t.dtype is not dtype or t.device != device) for t in held
+        ):
+            return None
+        return held
+
+    def held(self) -> Sequence[Tensor | None] | None:
+        """All parameters, of whatever dtype and device, if nothing has changed; else None."""
         if (
             any(self._empty)
             or not all(map(is_, map(type, self._modules), self._classes))
@@ -59,7 +68,7 @@ class Snapshot:
             if tensor is None:
                 if reference is not _nothing:  # one that has died gives None as well
                     return None
-            elif reference() is not tensor or tensor.dtype is not dtype or tensor.device != device:
+            elif reference() is not tensor:
                 return None
         return held
 

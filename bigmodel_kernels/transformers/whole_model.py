@@ -68,8 +68,22 @@ def tokens(mask: Any, shape: Sequence[int]) -> bool:
     return type(mask) is Tensor and mask.is_cpu and mask.shape == shape
 
 
-#: Models that were seen not to be as known, as they were.
-_strange: weakref.WeakKeyDictionary[nn.Module, Snapshot] = weakref.WeakKeyDictionary()
+class _Strange:
+    """A model that was seen not to be as known, as it was."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self._snapshot = Snapshot(roots)
+        self._dtypes = self._now()
+
+    def still(self) -> bool:
+        return self._dtypes is not None and self._now() == self._dtypes
+
+    def _now(self) -> list[Any] | None:
+        held = self._snapshot.held()
+        return None if held is None else [None if t is None else (t.dtype, t.device) for t in held]
+
+
+_strange: weakref.WeakKeyDictionary[nn.Module, _Strange] = weakref.WeakKeyDictionary()
 
 
 def layers_of(
@@ -86,14 +100,10 @@ def layers_of(
     if not isinstance(like, Tensor) or not like.is_cpu:
         return None
     strange = _strange.get(model)
-    if strange is not None and strange.parameters(like.dtype, like.device) is not None:
+    if strange is not None and strange.still():
         return None
-
-    def gathered() -> whole_layer.Gathered | None:
-        found = gather(like.dtype)
-        if found is None:
-            _strange[model] = Snapshot(roots)
-        return found
-
-    layers = whole_layer.layers_of(model, roots, like, layout, gathered, around=True)
-    return layers if layers is not None and whole_layer.takes_all(like, layers, op) else None
+    layers = whole_layer.layers_of(model, roots, like, layout, lambda: gather(like.dtype), around=True)
+    if layers is None or not layers.takes:
+        _strange[model] = _Strange(roots)
+        return None
+    return layers if whole_layer.takes_all(like, layers, op) else None

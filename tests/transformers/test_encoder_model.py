@@ -304,3 +304,35 @@ def test_copies_and_names(model: Any, calls: list[bool], tmp_path: Any) -> None:
     assert calls == [True, True]
     bk.unpatch(model)
     assert type(model).__module__.startswith("transformers.models.")
+
+
+def test_a_model_that_is_not_as_known_is_looked_at_once(
+    calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call would gather in vain takes as long as a short text."""
+    model, looked = patched(BertModel), 0
+    gather = encoder_model._pooler
+
+    def counted(*args: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return gather(*args)
+
+    monkeypatch.setattr(encoder_model, "_pooler", counted)
+    plain = model.encoder.layer[0].output.dense
+    model.encoder.layer[0].output.dense = type("Other", (torch.nn.Linear,), {})(72, 48)
+    for _ in range(3):
+        result(model, IDS)
+    assert calls == [False] * 3 and looked == 1
+    model.encoder.layer[0].output.dense = plain
+    for _ in range(3):
+        result(model, IDS)
+    assert calls[3:] == [True] * 3 and looked == 2
+    model.pooler.dense.double()  # the very same parameters, of another type
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            model(IDS)
+    assert not any(calls[6:]) and looked == 3
+    model.pooler.dense.float()
+    result(model, IDS)
+    assert calls[-1]

@@ -47,9 +47,7 @@ class Snapshot:
     def parameters(self, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None] | None:
         """All parameters, if nothing has changed and they are what is asked for; else None."""
         held = self.held()
-        if held is None or any(
-            t is not None and (t.dtype is not dtype or t.device != device) for t in held
-        ):
+        if held is None or any(t is not None and (t.dtype is not dtype or t.device != device) for t in held):
             return None
         return held
 

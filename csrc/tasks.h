@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -57,11 +58,17 @@ class Team {
   template <class Start, class Body>
   static void with(int64_t threads, const Start& start, const Body& body) {
     Team team;
+    std::exception_ptr problem;  // what `start` goes through may not pass it on as it is
     start(threads, [&](int64_t thread) {
       if (thread > 0) return team.help(thread);
-      const AtEnd over([&] { team.over_.store(true, std::memory_order_release); });
-      body(team);
+      try {
+        body(team);
+      } catch (...) {
+        problem = std::current_exception();
+      }
+      team.over_.store(true, std::memory_order_release);
     });
+    if (problem) std::rethrow_exception(problem);
   }
   // How a deal begins, see above.
   template <class Work>

@@ -295,11 +295,18 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("what", BAD)
-def test_bad_arguments_of_the_raw_op(what: str) -> None:
+def test_bad_arguments_of_the_raw_op(what: str, threads: int) -> None:
+    """The error says so wherever it comes from: within a parallel region torch would lose its words."""
     names, changes = BAD[what]
-    with pytest.raises(RuntimeError, match=names):
-        torch.ops.bigmodel.cpu_layer_end(*arguments(**changes))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(RuntimeError, match=names):
+            torch.ops.bigmodel.cpu_layer_end(*arguments(**changes))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bad_arguments_of_the_other_raw_op() -> None:

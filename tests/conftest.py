@@ -22,9 +22,13 @@ if library := os.environ.get("BIGMODEL_TEST_LIBRARY"):  # see csrc/sanitize.py
 torch.manual_seed(0)  # for what test files make when they are imported
 
 
+#: Of torch and of our kernels. One, since test processes run side by side; another number runs on demand.
+THREADS = int(os.environ.get("BIGMODEL_TEST_THREADS", "1"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 

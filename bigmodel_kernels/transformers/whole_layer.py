@@ -307,7 +307,7 @@ class _Known:
         if not self.complete:
             return
         self._layers = copy.copy(layers)
-        self._layers.groups, self._layers.parts = [], []
+        self._layers.groups, self._layers.parts, self._layers._tensors = [], [], None
         self._groups = [[places[id(weight)] for weight in group] for group in layers.groups]
         self._parts = [_Place(places[id(p)]) if isinstance(p, Tensor) else p for p in layers.parts]
 

@@ -12,9 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_single_threaded() -> Iterator[None]:
+def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("BIGMODEL_TEST_THREADS", "1")))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

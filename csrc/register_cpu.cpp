@@ -144,19 +144,7 @@ constexpr auto on_torch_threads = [](int64_t threads, const auto& work) {
   });
 };
 
-// Of a thread that has one, and how many they are.
-thread_local Team* current_team = nullptr;
-thread_local int64_t in_team = 0;
-
-void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  if (current_team) return deal_tasks(runtime.threads, tasks, body, context, *current_team);
-  deal_tasks(runtime.threads, tasks, body, context, on_torch_threads);
-}
-
-void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  if (current_team) return deal_near(runtime.threads, tasks, body, context, *current_team);
-  deal_near(runtime.threads, tasks, body, context, on_torch_threads);
-}
+using TorchThreads = Threads<on_torch_threads>;
 
 // Packed weights and large scratch blocks are read from end to end again and again, and a large result is memory that the system
 // has just given: with 2 MB pages there are 512 times fewer walks and faults. Advice only, before the first touch.
@@ -191,20 +179,13 @@ void* thread_scratch(int slot, size_t bytes) {
   return block.memory;
 }
 
-void together(void (*body)(const void* of), const void* of) {
-  const int64_t threads = runtime().threads;
-  if (current_team || threads == 1) return body(of);
-  Team::with(threads, on_torch_threads, [&](Team& team) {
-    struct Leaves {
-      ~Leaves() { current_team = nullptr; }
-    } leaves;
-    current_team = &team;
-    in_team = threads;
-    body(of);
-  });
+Runtime runtime() {
+  return {TorchThreads::team ? TorchThreads::size : int64_t(torch::stable::get_num_threads()), TorchThreads::run, TorchThreads::run_near, thread_scratch};
 }
 
-Runtime runtime() { return {current_team ? in_team : int64_t(torch::stable::get_num_threads()), run_tasks, run_near, thread_scratch}; }
+void together(void (*body)(const void* of), const void* of) {
+  TorchThreads::together(runtime().threads, [&] { body(of); });
+}
 
 // ---- checks ----
 

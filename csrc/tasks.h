@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "kernels.h"
+
 namespace bigmodel {
 
 // Runtime::run: in order, to whichever thread is free.
@@ -124,6 +126,35 @@ class Team {
   alignas(64) std::atomic<uint32_t> round_{0};  // odd while a deal is open
   alignas(64) std::atomic<int32_t> at_work_{0};
   alignas(64) std::atomic<bool> over_{false};
+};
+
+// The functions of a Runtime whose threads `start` starts, where the calling thread has no team.
+template <const auto& start>
+struct Threads {
+  static void run(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    if (team) return deal_tasks(runtime.threads, tasks, body, context, *team);
+    deal_tasks(runtime.threads, tasks, body, context, start);
+  }
+  static void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    if (team) return deal_near(runtime.threads, tasks, body, context, *team);
+    deal_near(runtime.threads, tasks, body, context, start);
+  }
+  // body() with a team of so many; within another's it has that one.
+  template <class Body>
+  static void together(int64_t threads, const Body& body) {
+    if (team || threads == 1) return body();
+    Team::with(threads, start, [&](Team& own) {
+      struct Leaves {
+        ~Leaves() { team = nullptr; }
+      } leaves;
+      team = &own;
+      size = threads;
+      body();
+    });
+  }
+  // Of the calling thread, if it has one, and how many they are.
+  static inline thread_local Team* team = nullptr;
+  static inline thread_local int64_t size = 0;
 };
 
 }  // namespace bigmodel

@@ -37,7 +37,7 @@ class Model(whole_model.Model):
         ):
             return None
         if attention_mask is not None and not (
-            whole_model.tokens(attention_mask, input_ids.shape) and bool(attention_mask.all())
+            whole_model.masks_tokens(attention_mask, input_ids.shape) and bool(attention_mask.all())
         ):
             return None
         layers = self._layers()

@@ -86,16 +86,25 @@ def layers_of(
     """All layers as `read` says of each, where they attend to as `given`; None if it has nothing of one."""
 
     def gather() -> tuple[list[LayerParts], list[Where]] | None:
-        dtype, parts, where = checks.dtype_of(x), [], []
-        for layer in stack.layers:
-            found = read(layer, dtype)
-            if found is None:
-                return None
-            parts.append(found[0])
-            where.append(found[1])
-        return parts, where
+        return read_all(stack.layers, checks.dtype_of(x), read)
 
     return whole_layer.layers_of(stack.model, stack.layers, x, layout, gather)
+
+
+def read_all(
+    layers: Sequence[nn.Module],
+    dtype: torch.dtype | None,
+    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Where] | None],
+) -> tuple[list[LayerParts], list[Where]] | None:
+    """What `read` says of each of some layers; None if it has nothing of one."""
+    parts, where = [], []
+    for layer in layers:
+        found = read(layer, dtype)
+        if found is None:
+            return None
+        parts.append(found[0])
+        where.append(found[1])
+    return parts, where
 
 
 @contextmanager

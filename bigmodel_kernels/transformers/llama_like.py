@@ -222,7 +222,7 @@ class Layer(layer_stack.Layer):
         if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)
         if given is not None and given.told is None and given.cache is not None:
-            out = layer_stack.result(self, kwargs, partial(_token, hidden_states, given))
+            out = layer_stack.result(self, kwargs, partial(_tokens, hidden_states, given))
             if out is not None:
                 return out
         if given is None or attention_interface.wants_attentions(kwargs) or not self._drops_plainly():
@@ -290,7 +290,7 @@ class CausalLM(token_model.LanguageModel):
 # arguments and weights, read at each call
 
 
-def _token(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
+def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     first: Any = stack.layers[0]
     kin = first.kin

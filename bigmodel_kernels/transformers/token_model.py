@@ -71,7 +71,7 @@ class Model(whole_model.Model):
         if not (self.config.use_cache if use_cache is None else use_cache):
             return None
         length = cache.get_seq_length()
-        if attention_mask is not None and not whole_model.tokens(
+        if attention_mask is not None and not whole_model.masks_tokens(
             attention_mask, (input_ids.shape[0], length + 1)
         ):
             return None
@@ -100,17 +100,11 @@ class Model(whole_model.Model):
         roots = [module for module in self.__dict__["_modules"].values() if module is not None]
 
         def gather(dtype: torch.dtype) -> whole_layer.Gathered | None:
-            around = self.around(dtype)
-            if around is None:
+            around, layers = self.around(dtype), self.stacked()
+            found = layer_stack.read_all(layers, dtype, self.read) if layers else None
+            if around is None or found is None:
                 return None
-            parts, where = [], []
-            for layer in self.stacked():
-                found = self.read(layer, dtype)
-                if found is None:
-                    return None
-                parts.append(found[0])
-                where.append(found[1])
-            return (parts, (where, around[1]), around[0]) if parts else None
+            return found[0], (found[1], around[1]), around[0]
 
         like = getattr(self.table(), "weight", None)
         return whole_model.layers_of(self, roots, like, self.layout, "cpu_layers", gather)

@@ -63,7 +63,7 @@ def plain(model: nn.Module, input_ids: Any, others: dict[str, Any]) -> bool:
     )
 
 
-def tokens(mask: Any, shape: Sequence[int]) -> bool:
+def masks_tokens(mask: Any, shape: Sequence[int]) -> bool:
     """Whether `mask` is a plain one of tokens, one for each of this shape."""
     return type(mask) is Tensor and mask.is_cpu and mask.shape == shape
 

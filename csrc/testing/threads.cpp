@@ -32,26 +32,7 @@ constexpr auto on_own_threads = [](int64_t threads, const auto& work) {
   for (std::thread& other : others) other.join();
 };
 
-thread_local Team* current_team = nullptr;
-
-void run_tasks(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  if (current_team) return deal_tasks(runtime.threads, tasks, body, context, *current_team);
-  deal_tasks(runtime.threads, tasks, body, context, on_own_threads);
-}
-
-void run_near(const Runtime& runtime, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  if (current_team) return deal_near(runtime.threads, tasks, body, context, *current_team);
-  deal_near(runtime.threads, tasks, body, context, on_own_threads);
-}
-
-template <class Body>
-void in_team(int64_t threads, const Body& body) {
-  Team::with(threads, on_own_threads, [&](Team& team) {
-    current_team = &team;
-    body();
-    current_team = nullptr;
-  });
-}
+using OwnThreads = Threads<on_own_threads>;
 
 void* thread_scratch(int slot, size_t bytes) {
   struct Block {
@@ -358,15 +339,15 @@ const std::pair<const char*, Kernel> all[] = {
 
 int main() {
   using namespace bigmodel;
-  const Runtime four = {4, run_tasks, run_near, thread_scratch};
+  const Runtime four = {4, OwnThreads::run, OwnThreads::run_near, thread_scratch};
   int failed = 0;
   for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16})
     for (const auto& [name, kernel] : all) {
       Arrays expected(dtype, 0), one(dtype, 0), other(dtype, 0), third(dtype, 0);
       kernel(four, expected);
-      std::thread caller([&, &run = kernel] { in_team(four.threads, [&] { run(four, one); }); });
+      std::thread caller([&, &run = kernel] { OwnThreads::together(four.threads, [&] { run(four, one); }); });
       kernel(four, other);
-      in_team(four.threads, [&, &run = kernel] { run(four, third); });
+      OwnThreads::together(four.threads, [&, &run = kernel] { run(four, third); });
       caller.join();
       const bool same = expected.same_as(one) && expected.same_as(other) && expected.same_as(third);
       std::printf("%s %s: %s\n", name, dtype == Dtype::float32 ? "float32" : "bfloat16", same ? "the same bits" : "OTHER BITS");

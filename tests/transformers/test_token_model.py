@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_layer_stack import IDS, KINDS
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_whole_layer import Counting
 from transformers import DynamicCache, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -203,11 +203,6 @@ def test_who_watches_a_part_sees_it_run(
     # The language model's own forward may be around a model that goes past its own.
     assert not any(tokens) or name in ("a hook on the head", "another head", "a hook on the language model")
     assert before is None or not torch.equal(ours, before)
-
-
-class Counting(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 LISTENERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

@@ -94,7 +94,7 @@ class BigmodelGPT2Block(layer_stack.Layer, hf.GPT2Block):
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
         if plain and told is None and cache is not None:
-            out = layer_stack.result(self, kwargs, partial(_token, hidden_states, cache, mask))
+            out = layer_stack.result(self, kwargs, partial(_tokens, hidden_states, cache, mask))
             if out is not None:
                 return out
         if plain and told is None:  # in continuous batching its own code calls the patched parts
@@ -246,7 +246,7 @@ def _read(block: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stac
     return parts, layer_stack.Where(attention.layer_idx, attention.num_heads, attention.scaling)
 
 
-def _token(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor | None:
+def _tokens(x: Tensor, cache: Any, mask: Any, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all blocks for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     if not whole_layer.few(x) or checks.watched_globally():
         return None

@@ -1,6 +1,7 @@
 // A transformer layer as torch sees it on the CPU, in two calls: to query, key and value, and from them to the layer's result.
 // Between the two the caller turns heads, and keeps keys and values in its cache. Tokens of a generation, whose keys and values go behind
-// those of a cache with room for them, need one call for all layers, and so do few rows in an encoder.
+// those of a cache with room for them, need one call for all layers, those of a decoder that attends to an encoder too, and so do few rows
+// in an encoder.
 //
 // They are the ops of register_cpu.cpp and the kernel of attention one after the other, to the same bits. What they save is the
 // Python and the dispatching between these, which for a single token costs more than the arithmetic.
@@ -152,85 +153,158 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
   }
 }
 
-// y = x + context W + b, and the feed-forward on y.
-void run_products(LayerArgs& layer, const void* x, const void* context, void* y, void* out) {
-  layer.context.x = context;
-  layer.context.residual = x;
-  layer.context.out = y;
-  kernels().linear(runtime(), layer.context);
+// y = x + context W + b
+void run_context(LinearArgs& product, const void* x, const void* context, void* y) {
+  product.x = context;
+  product.residual = x;
+  product.out = y;
+  kernels().linear(runtime(), product);
+}
+
+void run_feed_forward(LayerArgs& layer, const void* y, void* out) {
   layer.ffn.x = layer.ffn.residual = y;
   layer.ffn.w_gate = layer.gate.packed ? &layer.gate : nullptr;
   layer.ffn.out = out;
   kernels().feed_forward(runtime(), layer.ffn);
 }
 
-// A layer of tokens, norms before its halves: their keys and values become the ones behind the first `length` of the buffers (batch, kv_heads,
-// room, head_dim), and what each attends to are all up to its own.
+// The attention of a decoder's layer on what the encoder has made, whose keys and values are there: y = x + attention(x Wq + b) W + b, norm
+// before or behind it. Its parts are in this order.
+struct CrossedParts {
+  const OptionalTensor &norm_weight, &norm_bias;
+  const Tensor& query;
+  const OptionalTensor& b_query;
+  const Tensor& context;
+  const OptionalTensor& b_context;
+  static constexpr size_t count = 6;
+  double norm_eps, softmax_scale;
+  const Tensor &keys, &values;  // (batch, kv_heads, keys, head_dim)
+  const OptionalTensor& key_padding_mask;
+};
+struct Crossed {
+  NormArgs norm;                // where it has a weight, and is before it
+  LinearArgs query, context;
+  AttentionArgs attention;
+};
+
+// A layer of tokens: their keys and values become the ones behind the first `length` of the buffers (batch, kv_heads, room, head_dim), and
+// what each attends to are all up to its own, and then what an encoder has made if it is `crossed`.
 struct TokenLayer : LayerArgs {
   AttentionArgs attention;
   NormArgs norm, head_norms[2];  // where they have a weight
   int64_t heads[3];              // of query, key and value
   RotaryArgs rotary;             // where it has cosines
   char* buffers[2];
+  std::optional<Crossed> crossed;
 };
 
 // Memory of the tokens' results, of every layer the same.
 struct TokenMemory {
-  char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *out[2];
+  char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *crossed_query, *crossed_y, *out[2];
   float* logsumexp;
 };
 
-TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, const OptionalTensor& key_padding_mask,
-                       const OptionalTensor& cos, const OptionalTensor& sin, double softmax_scale, NormKind norm_kind, Activation activation) {
-  TokenLayer layer = {};
-  AttentionArgs& attention = layer.attention;
-  const Dtype dtype = attention.dtype = dtype_of(x, "x");
-  const ScalarType scalar_type = x.scalar_type();
-  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2);
-  Tensor* buffers[2] = {&keys, &values};
-  const char* names[2] = {"keys", "values"};
+// What is the same for all layers of tokens.
+struct TokenCall {
+  int64_t length;
+  const OptionalTensor &key_padding_mask, &attention_bias, &cos, &sin;
+  NormKind norm_kind;
+  NormPosition position;
+  Activation activation;
+};
+
+// Keys and values (batch, kv_heads, room, head_dim) of so many sequences, all but how many of them are read.
+void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values, const char* const names[2], int64_t batch, ScalarType scalar_type) {
+  const Tensor* both[2] = {&keys, &values};
   int64_t* strides[2] = {attention.key_stride, attention.value_stride};
   for (int i = 0; i < 2; i++) {
-    Tensor& t = *buffers[i];
+    const Tensor& t = *both[i];
     check_cpu(t, names[i]);
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch, names[i], ": shape ", shape_of(t), " must be (", batch, ", kv_heads, room, head_dim)");
-    STD_TORCH_CHECK(shape_of(t) == shape_of(keys), names[i], ": shape ", shape_of(t), " must be that of keys, ", shape_of(keys));
+    STD_TORCH_CHECK(shape_of(t) == shape_of(keys), names[i], ": shape ", shape_of(t), " must be that of ", names[0], ", ", shape_of(keys));
     STD_TORCH_CHECK(t.scalar_type() == scalar_type, names[i], ": dtype differs from x's");
     STD_TORCH_CHECK(t.size(3) == 1 || t.stride(3) == 1, names[i], ": last dimension must be contiguous");
     check_aligned(t, names[i]);
     for (int d = 0; d < 3; d++) strides[i][d] = t.stride(d);
-    layer.buffers[i] = static_cast<char*>(t.mutable_data_ptr());
   }
-  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows, ", for there is room for ", keys.size(2));
+  attention.key = keys.const_data_ptr();
+  attention.value = values.const_data_ptr();
   attention.batch = batch;
   attention.kv_heads = keys.size(1);
   attention.head_dim = keys.size(3);
+  STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, names[0], ": head_dim ", attention.head_dim, " must be 1 to 256");
+}
+
+Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& call) {
+  Crossed crossed = {};
+  AttentionArgs& attention = crossed.attention;
+  const Dtype dtype = attention.dtype = dtype_of(x, "x");
+  const ScalarType scalar_type = x.scalar_type();
+  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2);
+  const char* const names[2] = {"crossed_keys", "crossed_values"};
+  set_keys(attention, w.keys, w.values, names, batch, scalar_type);
+  attention.query_length = rows;
+  attention.key_length = w.keys.size(2);
+  crossed.query = {.dtype = dtype, .rows = batch * rows, .weight = weight_args(w.query, "the query's weight", dtype, hidden), .activation = Activation::none};
+  const int64_t queries = crossed.query.weight.n, kv = attention.kv_heads * attention.head_dim;
+  STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "crossed: the ", queries, " out_features of the query's weight must be heads for ",
+                  attention.kv_heads, " kv heads of ", attention.head_dim, " in crossed_keys");
+  attention.heads = queries / attention.head_dim;
+  crossed.query.bias = data_of(w.b_query, "bias", scalar_type, queries);
+  set_options(attention, {w.key_padding_mask, {}, {}, {}, {}, {}, {}, rows, attention.key_length, w.softmax_scale, false, -1, -1, 0.0, 0.0});
+  attention.query_stride[0] = rows * queries;
+  attention.query_stride[1] = attention.head_dim;
+  attention.query_stride[2] = queries;
+  result_strides(attention, attention.out_stride);
+  crossed.context = {.dtype = dtype, .rows = batch * rows, .weight = weight_args(w.context, "the attention's output", dtype, queries),
+                     .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
+  STD_TORCH_CHECK(crossed.context.weight.n == hidden, "crossed: out_features ", crossed.context.weight.n, " must be x's ", hidden);
+  const bool has = has_norm(w.norm_weight, w.norm_bias);
+  const NormArgs norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, call.norm_kind, 0.0, "norm_");
+  if (call.position == NormPosition::post) {
+    crossed.context.has_norm = has;
+    crossed.context.norm = norm;
+  } else {
+    crossed.norm = norm;
+  }
+  return crossed;
+}
+
+TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, double softmax_scale, const TokenCall& call) {
+  TokenLayer layer = {};
+  AttentionArgs& attention = layer.attention;
+  const Dtype dtype = attention.dtype = dtype_of(x, "x");
+  const ScalarType scalar_type = x.scalar_type();
+  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2), length = call.length;
+  const char* const names[2] = {"keys", "values"};
+  set_keys(attention, keys, values, names, batch, scalar_type);
+  layer.buffers[0] = static_cast<char*>(keys.mutable_data_ptr());
+  layer.buffers[1] = static_cast<char*>(values.mutable_data_ptr());
+  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows, ", for there is room for ", keys.size(2));
   attention.query_length = rows;
   attention.key_length = length + rows;
-  STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, "keys: head_dim ", attention.head_dim, " must be 1 to 256");
   const WeightArgs qkv = layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
   const int64_t kv = attention.kv_heads * attention.head_dim, queries = qkv.n - 2 * kv;
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {key_padding_mask, {}, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
-  attention.key = layer.buffers[0];
-  attention.value = layer.buffers[1];
+  set_options(attention, {call.key_padding_mask, call.attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
   result_strides(attention, attention.out_stride);
 
   has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
-  layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
+  if (call.position == NormPosition::pre)
+    layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, call.norm_kind, 0.0, "norm_");
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
   const char* head_names[2] = {"q_norm_", "k_norm_"};
   for (int i = 0; i < 2; i++)
     layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, head_names[i]);
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
-  if (cos) {
+  if (call.cos) {
     layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
-    set_angles(layer.rotary, *cos, *sin);
+    set_angles(layer.rotary, *call.cos, *call.sin);
   }
-  set_products(layer, w, x, batch * rows, queries, NormPosition::pre, norm_kind, activation);
+  set_products(layer, w, x, batch * rows, queries, call.position, call.norm_kind, call.activation);
   return layer;
 }
 
@@ -293,7 +367,23 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, voi
   set_logsumexp(attention, all, memory.logsumexp);
   kernels().attention(runtime(), attention);
 
-  run_products(layer, x, memory.context, memory.y, out);
+  run_context(layer.context, x, memory.context, memory.y);
+  const void* y = memory.y;
+  if (layer.crossed) {
+    Crossed& crossed = *layer.crossed;
+    if (crossed.norm.weight)
+      kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, y, nullptr, crossed.norm, memory.normed, {}});
+    crossed.query.x = crossed.norm.weight ? memory.normed : y;
+    crossed.query.out = memory.crossed_query;
+    kernels().linear(runtime(), crossed.query);
+    crossed.attention.query = memory.crossed_query;
+    crossed.attention.out = memory.context;
+    set_logsumexp(crossed.attention, all, memory.logsumexp);
+    kernels().attention(runtime(), crossed.attention);
+    run_context(crossed.context, y, memory.context, memory.crossed_y);
+    y = memory.crossed_y;
+  }
+  run_feed_forward(layer, y, out);
 }
 
 // How many layers `epsilons` are for, the three of each.
@@ -317,38 +407,55 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
 }
 
 // All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles)
-// queries and keys are turned (rotary embedding), after the norms of heads.
+// queries and keys are turned (rotary embedding), after the norms of heads. Where layers are crossed, `crossed` are CrossedParts' tensors layer
+// by layer, with the epsilons of their norms, `states` the keys and values that each attends to, and their scales are behind the others.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, OptionalTensor cos, OptionalTensor sin, std::vector<double> softmax_scales, Text norm_kind, Text activation) {
+                  OptionalTensor key_padding_mask, OptionalTensor attention_bias, OptionalTensor cos, OptionalTensor sin, std::vector<OptionalTensor> crossed,
+                  std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
+                  Text norm_kind, Text norm_position, Text activation) {
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
-  const size_t count = layers_of(epsilons);
-  STD_TORCH_CHECK(softmax_scales.size() == count, "softmax_scales: ", softmax_scales.size(), " must be one for each of ", count, " layers");
+  const size_t count = layers_of(epsilons), crosses = crossed_epsilons.size();
+  STD_TORCH_CHECK(crosses == 0 || crosses == count, "crossed_epsilons: ", crosses, " must be none, or one for each of ", count, " layers");
+  STD_TORCH_CHECK(crossed.size() == crosses * CrossedParts::count, "crossed: ", crossed.size(), " tensors must be ", CrossedParts::count, " for each of ", crosses,
+                  " layers that crossed_epsilons are for");
+  STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses, " layers that crossed_epsilons are for");
+  STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count, " layers, ", count + crosses);
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
-  const NormKind kind = norm_kind_of(norm_kind);
-  const Activation known = activation_of(activation);
+  const NormPosition position = position_of(norm_position);
+  STD_TORCH_CHECK(position != NormPosition::none, "norm_position: ", norm_position, " must be pre or post");
+  const TokenCall call = {length, key_padding_mask, attention_bias, cos, sin, norm_kind_of(norm_kind), position, activation_of(activation)};
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], length, key_padding_mask, cos, sin, softmax_scales[i], kind, known));
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], call));
+    if (!crosses) return;
+    const OptionalTensor* p = &crossed[i * CrossedParts::count];
+    for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
+    layers.back().crossed = crossed_layer(x, {p[0], p[1], *p[2], p[3], *p[4], p[5], crossed_epsilons[i], softmax_scales[count + i], states[2 * i], states[2 * i + 1],
+                                              states_padding_mask}, call);
   });
   if (layers.empty()) return x;
   Tensor out = empty_rows_like(x, hidden);
   if (rows == 0) return out;
 
   // The most features that a layer has of each.
-  int64_t projected = 0, heads[2] = {}, logsumexp = 0;
+  int64_t projected = 0, heads[2] = {}, logsumexp = 0, queries = 0;
   for (const TokenLayer& layer : layers) {
     projected = std::max(projected, layer.qkv.weight.n);
     for (int i = 0; i < 2; i++) heads[i] = std::max(heads[i], layer.heads[i] * layer.attention.head_dim);
     logsumexp = std::max(logsumexp, layer.heads[0]);
+    if (!layer.crossed) continue;
+    queries = std::max(queries, layer.crossed->query.weight.n);
+    logsumexp = std::max(logsumexp, layer.crossed->attention.heads);
   }
   const int64_t element = dtype_size(dtype_of(x, "x"));
   int64_t bytes = 0;
   const auto reserve = [&](int64_t features, int64_t size) { return std::exchange(bytes, bytes + (rows * features * size + 63) / 64 * 64); };
-  const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element), context = reserve(heads[0], element), y = reserve(hidden, element);
+  const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element), context = reserve(std::max(heads[0], queries), element), y = reserve(hidden, element);
+  const int64_t crossed_query = reserve(queries, element), crossed_y = reserve(crosses ? hidden : 0, element);
   const int64_t results[2] = {reserve(hidden, element), reserve(hidden, element)}, sums = reserve(logsumexp, sizeof(float));
   int64_t of_heads[2][2];
   for (int i = 0; i < 2; i++)
@@ -356,7 +463,7 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   const std::unique_ptr<char[]> block(new char[size_t(bytes + 64)]);
   char* const start = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
   const TokenMemory memory = {.normed = start + normed, .qkv = start + qkv, .head_normed = {start + of_heads[0][0], start + of_heads[1][0]},
-                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y,
+                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y, .crossed_query = start + crossed_query, .crossed_y = start + crossed_y,
                               .out = {start + results[0], start + results[1]}, .logsumexp = reinterpret_cast<float*>(start + sums)};
   together([&] {
     const void* from = x.const_data_ptr();
@@ -423,7 +530,8 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       layer.qkv.out = projected;
       kernels().linear(runtime(), layer.qkv);
       kernels().attention(runtime(), attention);
-      run_products(layer, from, attention.out, second, results[i % 2]);
+      run_context(layer.context, from, attention.out, second);
+      run_feed_forward(layer, second, results[i % 2]);
       from = results[i % 2];
     }
   });
@@ -440,8 +548,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_context, Tensor? attention_norm_weight, Tensor? attention_norm_bias, float attention_norm_eps, Tensor packed_in, "
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
-  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, "
-        "Tensor? cos, Tensor? sin, float[] softmax_scales, str norm_kind, str activation) -> Tensor");
+  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor? attention_bias, "
+        "Tensor? cos, Tensor? sin, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, Tensor? states_padding_mask, float[] softmax_scales, "
+        "str norm_kind, str norm_position, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
         "float softmax_scale, str activation) -> Tensor");
 }

@@ -24,16 +24,25 @@ that has no place for the encoder's keys, and where a hook or a replaced module 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from bigmodel_kernels.transformers import attention_interface, blocks, checks, fused_loss, packed_encoder
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    layer_stack,
+    packed_encoder,
+    whole_layer,
+)
+from bigmodel_kernels.transformers.blocks import Affine, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
@@ -199,6 +208,9 @@ class Layer(Form):
         drops = [checks.probability(self, name) for name in ("dropout", "activation_dropout")]
         if halves is None or None in drops:
             return packed_encoder.own_code(super().forward, hidden_states, args, kwargs)
+        done = self._with_all(x, named, halves)
+        if done is not None:
+            return done
         order, dtype, modules = self.kin.order, checks.dtype_of(hidden_states), self.__dict__["_modules"]
         p, hidden_p = (p or 0.0 for p in drops)
         for name, given in halves:
@@ -247,8 +259,29 @@ class Layer(Form):
         y: Tensor = w_out(torch.dropout(hidden, hidden_p, True) if hidden_p else hidden)
         return torch.dropout(y, p, True) if p else y
 
+    def _with_all(self, x: Tensor, named: dict[str, Any], halves: list[tuple[str, Given]]) -> Tensor | None:
+        """The result of all layers of the stack, if this one may do their work."""
+        return None
+
     def _closed(self, x: Tensor) -> Tensor:
         return x
+
+
+class DecoderLayer(layer_stack.Layer, Layer):
+    """The same, and the first of a decoder, for a token of a generation, does the work of all."""
+
+    def _with_all(self, x: Tensor, named: dict[str, Any], halves: list[tuple[str, Given]]) -> Tensor | None:
+        given = [each for _, each in halves]
+        if given[0].cache is None:
+            return None
+        return layer_stack.result(self, named, partial(_tokens, x, given))
+
+
+class Decoder(layer_stack.Model):
+    """Runs a stack of them; goes before the class that it stands for."""
+
+    def stacked(self) -> list[nn.Module]:
+        return list(self.layers.__dict__["_modules"].values())
 
 
 class EncoderLayer(Layer):
@@ -286,6 +319,160 @@ class Given(NamedTuple):
     dropout_p: float
     position_bias: Tensor | None
     packing: blocks.Packing | None = None
+
+
+class CrossedParts(NamedTuple):
+    """Of the attention of a layer on the encoder's states: its parts, and where in a cache their keys are."""
+
+    norm: Affine
+    eps: float
+    query: Affine
+    out: Affine
+    layer: int
+    scale: float
+
+    @staticmethod
+    def of(attention: Any, norm: blocks.Part, eps: float, dtype: torch.dtype | None) -> CrossedParts | None:
+        """None if one call cannot read them, or the attention drops."""
+        query = blocks.part(attention.__dict__["_modules"][attention.qkv[0]], nn.Linear, dtype)
+        out, p = attention.projection(dtype), checks.probability(attention, "dropout")
+        if any(isinstance(part, nn.Module) for part in (norm, query, out)) or p != 0:
+            return None
+        return CrossedParts(norm, eps, query, out, attention.layer_idx, float(attention.scaling))
+
+
+    def around(self) -> tuple[whole_layer.Around, ...]:
+        """The tensors, in the order of `whole_layer.Crossed`."""
+        return (*self.norm, [self.query.weight], self.query.bias, [self.out.weight], self.out.bias)
+
+
+#: What a layer's reader says of it: its parts, and beside them where in a cache its keys are and the attention
+#: on the encoder's states, if it is wanted.
+Read = tuple[LayerParts, tuple[layer_stack.Where, CrossedParts | None]]
+
+
+def tokens(
+    x: Tensor,
+    stack: layer_stack.Stack,
+    given: Sequence[Given],
+    read: Callable[[Any, torch.dtype | None], Read | None],
+    order: str,
+    norm_kind: str = "layer_norm",
+    bias: Callable[[], Tensor | None] = lambda: None,
+) -> Tensor | None:
+    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`).
+
+    `given` is what the first layer's attentions are: that on the tokens, and if there is one that on the
+    encoder's states, whose keys must be in the cache.
+    """
+    own, crossed = given[0], given[1] if len(given) > 1 else None
+    if not whole_layer.few(x) or own.packing is not None:
+        return None
+    if crossed is not None and (type(crossed.cache) is not DynamicCache or not crossed.updated):
+        return None
+
+    def gather() -> Any:
+        found = layer_stack.read_all(stack.layers, checks.dtype_of(x), read)
+        if found is None or crossed is None:
+            return found
+        parts, places = found
+        return parts, places, [item for _, w in places for item in w.around()]
+
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, crossed is not None)
+    if layers is None:
+        return None
+    where = [each for each, _ in layers.given]
+    if not layer_stack.causal(x, where, own.is_causal):
+        return None
+    seen = None
+    if crossed is not None:
+        seen = _crossed(x, layers, crossed)
+        if seen is None:
+            return None
+    cached = [each.within(own.cache, own.mask) for each in where]
+    return whole_layer.tokens(x, layers, cached, norm_kind, None, order, bias(), seen)
+
+
+def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer.Crossed | None:
+    """What all layers attend to of the encoder's; None if the cache does not have it."""
+    parts, where = layers.around(), [w for _, w in layers.given]
+    held, states, mask = given.cache.layers, [], given.mask
+    if mask is not None and mask.dim() == 4 and mask.dtype is torch.bool and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0].expand(x.shape[0], -1)
+    if parts is None or (mask is not None and mask.dim() != 2):
+        return None
+    for w in where:
+        if not given.updated.get(w.layer) or w.layer >= len(held):  # type: ignore[union-attr]
+            return None
+        for t in (held[w.layer].keys, held[w.layer].values):
+            if type(t) is not Tensor or t.dtype is not x.dtype or t.device != x.device or t.stride(-1) != 1:
+                return None
+            states.append(t)
+    return whole_layer.Crossed(parts, [w.eps for w in where], states, mask, [w.scale for w in where])
+
+
+def _tokens(x: Tensor, given: Sequence[Given], stack: layer_stack.Stack) -> Tensor | None:
+    """`tokens` of layers after BART."""
+    first: Any = stack.layers[0]
+    return tokens(x, stack, given, partial(_read, first.kin, len(given) > 1), first.kin.order)
+
+
+def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> Read | None:
+    if not checks.intact(layer, kin.forms[kin.decoder_layer]):
+        return None
+    modules, p = layer.__dict__["_modules"], checks.probability(layer, "dropout")
+    hidden_p = checks.probability(layer, "activation_dropout")
+    attention, crossed = modules["self_attn"], None
+    if p != 0 or hidden_p != 0 or not is_form(attention, kin.attention):
+        return None
+
+    def norm(name: str) -> tuple[blocks.Part, float]:
+        return blocks.part(modules[name], nn.LayerNorm, dtype), blocks.eps_of(modules[name])
+
+    parts = layer_parts(
+        attention,
+        *norm("self_attn_layer_norm"),
+        blocks.feed_forward_of(layer, *_FEED_FORWARD, dtype),
+        *norm("final_layer_norm"),
+        dtype,
+    )
+    if crosses and is_form(modules["encoder_attn"], kin.attention):
+        crossed = CrossedParts.of(modules["encoder_attn"], *norm("encoder_attn_layer_norm"), dtype)
+    if parts is None or (crosses and crossed is None):
+        return None
+    return parts, (layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention), crossed)
+
+
+def layer_parts(
+    attention: Any,
+    norm: blocks.Part,
+    eps: float,
+    ffn: blocks.FeedForward | None,
+    ffn_norm: blocks.Part,
+    ffn_eps: float,
+    dtype: torch.dtype | None,
+) -> LayerParts | None:
+    """Those of a decoder's layer that drops nothing; None if one call cannot read its attention or has no
+    feed-forward.
+    """
+    projections, p = attention.__dict__["_modules"], checks.probability(attention, "dropout")
+    qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in attention.qkv)
+    if ffn is None or p is None or any(isinstance(part, nn.Module) for part in qkv):
+        return None
+    return LayerParts(
+        qkv=qkv,
+        head_dim=getattr(attention, attention.size),
+        attention_out=attention.projection(dtype),
+        attention_norm=norm,
+        attention_eps=eps,
+        attention_p=p,
+        context_p=0.0,
+        ffn=ffn,
+        ffn_norm=ffn_norm,
+        ffn_eps=ffn_eps,
+        ffn_p=0.0,
+        unfused=attention.forward,  # never called, for there is a feed-forward
+    )
 
 
 def _context(attention: Any, given: Given, x: Tensor) -> Tensor:
@@ -368,6 +555,7 @@ def family(name: str, kin: Kin) -> Family:
                 for layer in (kin.encoder_layer, kin.decoder_layer)
             ),
             attention_rule(kin),
+            *([layer_stack.rule(kin.decoder, kin.forms[kin.decoder])] if kin.decoder in kin.forms else []),
         ),
         children=(
             *(

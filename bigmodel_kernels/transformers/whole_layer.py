@@ -62,6 +62,20 @@ class HeldOnGpu(NamedTuple):
     training: bool  # gradients are wanted
 
 
+class Crossed(NamedTuple):
+    """What tokens attend to in a second attention of each layer, keys and values that are there, but for what
+    the mask (B, keys) hides.
+
+    For each layer six `parts`, weights packed: the norm's weight and bias, the query's, and the output's.
+    """
+
+    parts: Sequence[Tensor | None]
+    epsilons: list[float]
+    states: list[Tensor]  # keys and values of each layer, (B, kv_heads, keys, head_dim)
+    mask: Tensor | None
+    scales: list[float]
+
+
 class Cached(NamedTuple):
     """What a token attends to: its layer's in a cache and itself, but for what the mask (B, keys) hides."""
 
@@ -378,18 +392,25 @@ def few(x: Tensor) -> bool:
     return x.shape[:-1].numel() <= MOST_ROWS
 
 
+_NOTHING = Crossed([], [], [], None, [])
+
+
 def tokens(
     x: Tensor,
     layers: Layers,
     cached: Sequence[Cached],
     norm_kind: str = "layer_norm",
     angles: tuple[Tensor, Tensor] | None = None,
+    position: str = "pre",
+    bias: Tensor | None = None,
+    crossed: Crossed | None = None,
 ) -> Tensor | None:
-    """The result of layers one behind the other, norms before their halves, for the next tokens of sequences.
+    """The result of layers one behind the other for the next tokens of sequences.
 
     x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
-    B, tokens, half of what is turned of a head) of a rotary embedding. None, and nothing done, for other
-    calls and caches.
+    B, tokens, half of what is turned of a head) of a rotary embedding, `position` is where the norms of the
+    halves are, "pre" or "post", and `bias` (1 or B, 1 or heads, tokens, all keys) is added to the logits of
+    every layer. None, and nothing done, for other calls and caches.
     """
     if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
         return None
@@ -416,14 +437,21 @@ def tokens(
         if mask.shape != (batch, length + new):
             return None
         mask = mask.to(torch.bool).contiguous()
+    crossed = _NOTHING if crossed is None else crossed
+    hides = crossed.mask
+    if hides is not None:
+        if hides.shape != (batch, crossed.states[0].shape[2]):
+            return None
+        hides = hides.to(torch.bool).contiguous()
     parts = layers.tensors()
     if parts is None:
         return None
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), parts, layers.epsilons),
         *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
-        *(mask, *(map(contiguous, angles) if angles else (None, None))),
-        *([each.scale for each in cached], norm_kind, layers.activation),
+        *(mask, contiguous(bias), *(map(contiguous, angles) if angles else (None, None))),
+        *(crossed.parts, crossed.epsilons, crossed.states, hides),
+        *([*(each.scale for each in cached), *crossed.scales], norm_kind, position, layers.activation),
     )
     for room in rooms:
         room.written(new)

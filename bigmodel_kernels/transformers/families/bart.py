@@ -22,7 +22,11 @@ class BigmodelBartEncoderLayer(seq2seq_like.EncoderLayer, hf.BartEncoderLayer, k
     pass
 
 
-class BigmodelBartDecoderLayer(seq2seq_like.Layer, hf.BartDecoderLayer, kin=KIN):
+class BigmodelBartDecoderLayer(seq2seq_like.DecoderLayer, hf.BartDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelBartDecoder(seq2seq_like.Decoder, hf.BartDecoder, kin=KIN):
     pass
 
 

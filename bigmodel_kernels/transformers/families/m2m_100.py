@@ -22,7 +22,11 @@ class BigmodelM2M100EncoderLayer(seq2seq_like.EncoderLayer, hf.M2M100EncoderLaye
     pass
 
 
-class BigmodelM2M100DecoderLayer(seq2seq_like.Layer, hf.M2M100DecoderLayer, kin=KIN):
+class BigmodelM2M100DecoderLayer(seq2seq_like.DecoderLayer, hf.M2M100DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelM2M100Decoder(seq2seq_like.Decoder, hf.M2M100Decoder, kin=KIN):
     pass
 
 

@@ -22,7 +22,11 @@ class BigmodelMarianEncoderLayer(seq2seq_like.EncoderLayer, hf.MarianEncoderLaye
     pass
 
 
-class BigmodelMarianDecoderLayer(seq2seq_like.Layer, hf.MarianDecoderLayer, kin=KIN):
+class BigmodelMarianDecoderLayer(seq2seq_like.DecoderLayer, hf.MarianDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelMarianDecoder(seq2seq_like.Decoder, hf.MarianDecoder, kin=KIN):
     pass
 
 

@@ -22,7 +22,11 @@ class BigmodelMBartEncoderLayer(seq2seq_like.EncoderLayer, hf.MBartEncoderLayer,
     pass
 
 
-class BigmodelMBartDecoderLayer(seq2seq_like.Layer, hf.MBartDecoderLayer, kin=KIN):
+class BigmodelMBartDecoderLayer(seq2seq_like.DecoderLayer, hf.MBartDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelMBartDecoder(seq2seq_like.Decoder, hf.MBartDecoder, kin=KIN):
     pass
 
 

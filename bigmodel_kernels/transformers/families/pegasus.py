@@ -22,7 +22,11 @@ class BigmodelPegasusEncoderLayer(seq2seq_like.EncoderLayer, hf.PegasusEncoderLa
     pass
 
 
-class BigmodelPegasusDecoderLayer(seq2seq_like.Layer, hf.PegasusDecoderLayer, kin=KIN):
+class BigmodelPegasusDecoderLayer(seq2seq_like.DecoderLayer, hf.PegasusDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelPegasusDecoder(seq2seq_like.Decoder, hf.PegasusDecoder, kin=KIN):
     pass
 
 

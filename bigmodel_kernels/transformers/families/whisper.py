@@ -18,7 +18,11 @@ class BigmodelWhisperEncoderLayer(seq2seq_like.EncoderLayer, hf.WhisperEncoderLa
     pass
 
 
-class BigmodelWhisperDecoderLayer(seq2seq_like.Layer, hf.WhisperDecoderLayer, kin=KIN):
+class BigmodelWhisperDecoderLayer(seq2seq_like.DecoderLayer, hf.WhisperDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelWhisperDecoder(seq2seq_like.Decoder, hf.WhisperDecoder, kin=KIN):
     pass
 
 

@@ -106,21 +106,22 @@ struct LayerArgs {
   FeedForwardArgs ffn;
 };
 
-// The n elements of the first projection's bias, in `memory` if they are those of several.
+// The n elements of the first projection's bias, in `memory` if they are those of several. The key may have none.
 const void* bias_of(const OptionalTensor* parts, ScalarType scalar_type, int64_t n, std::unique_ptr<char[]>& memory) {
   if (!parts[1] && !parts[2]) return data_of(parts[0], "bias", scalar_type, n);
-  int64_t elements = 0;
-  for (int i = 0; i < 3; i++) {
-    STD_TORCH_CHECK(parts[i].has_value(), "parts: query, key and value must all have a bias, or one together");
-    elements += parts[i]->numel();
-  }
-  STD_TORCH_CHECK(elements == n, "parts: the ", elements, " elements of query's, key's and value's bias must be the ", n, " out_features of the first projection");
+  STD_TORCH_CHECK(parts[0] && parts[2], "parts: query and value must both have a bias, or one with the key");
+  const int64_t others = parts[0]->numel() + parts[2]->numel(), key = parts[1] ? parts[1]->numel() : n - others;
+  STD_TORCH_CHECK(key >= 0 && others + key == n, "parts: the ", others + (parts[1] ? key : 0),
+                  " elements of query's, key's and value's bias must be the ", n, " out_features of the first projection");
   const int64_t element = dtype_size(dtype_of(*parts[0], "bias"));
   memory = std::make_unique<char[]>(size_t(n * element));
   char* next = memory.get();
   for (int i = 0; i < 3; i++) {
-    const int64_t bytes = parts[i]->numel() * element;
-    if (bytes) memcpy(std::exchange(next, next + bytes), data_of(parts[i], "bias", scalar_type, parts[i]->numel()), size_t(bytes));
+    const int64_t elements = parts[i] ? parts[i]->numel() : key;
+    char* const here = std::exchange(next, next + elements * element);
+    if (elements == 0) continue;
+    if (parts[i]) memcpy(here, data_of(parts[i], "bias", scalar_type, elements), size_t(elements * element));
+    else memset(here, 0, size_t(elements * element));
   }
   return memory.get();
 }

@@ -379,7 +379,7 @@ def tokens(
         return parts, places, [item for _, w in places for item in w.around()]
 
     layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, crossed is not None)
-    if layers is None:
+    if layers is None or not layers.takes:
         return None
     where = [each for each, _ in layers.given]
     if not layer_stack.causal(x, where, own.is_causal):

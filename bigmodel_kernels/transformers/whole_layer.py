@@ -116,22 +116,31 @@ def _drops(w: LayerParts) -> bool:
     return bool(w.attention_p or w.context_p or w.ffn_p)
 
 
-def _readable(w: LayerParts) -> bool:
+def _readable(w: LayerParts, lacking: tuple[tuple[bool, ...], ...] = ()) -> bool:
     """Whether the parts are all tensors, with nothing to drop in the hidden layer, and all of query, key and
-    value have a bias or none of them.
+    value have a bias or none of them, or those have none that `lacking` says.
     """
     if w.ffn is None or w.ffn.hidden_p:
         return False
     if any(isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)):
         return False
+    lacks = tuple(bias is None for bias in _biases_of(w))
+    return len(set(lacks)) == 1 or lacks in lacking
+
+
+#: The key without a bias, as in Whisper.
+_NO_KEY_BIAS = ((False, True, False),)
+
+
+def _biases_of(w: LayerParts) -> list[Tensor | None]:
+    """Of query, key and value."""
     qkv: tuple[Any, ...] = w.qkv
-    return len({part.bias is None for part in qkv}) == 1
+    return [part.bias for part in qkv]
 
 
 def _biases(w: LayerParts) -> list[Tensor]:
-    """Of query, key and value."""
-    qkv: tuple[Any, ...] = w.qkv
-    return [part.bias for part in qkv if part.bias is not None]
+    """Those that there are."""
+    return [bias for bias in _biases_of(w) if bias is not None]
 
 
 def _groups(w: LayerParts) -> list[list[Tensor]]:
@@ -259,9 +268,11 @@ class Layers:
     ) -> None:
         self.given, self.layout, self.behind = given, layout, len(around)
         self.head_dims = [w.head_dim for w in parts]
-        self.features = {_features(w) for w in parts if layout == "linear" and _readable(w)}
+        self.features = {_features(w) for w in parts if layout == "linear" and _readable(w, _NO_KEY_BIAS)}
         self.activation = "" if parts[0].ffn is None else parts[0].ffn.activation
-        self.takes = all(_readable(w) and not _drops(w) and _activation(w) == self.activation for w in parts)
+        self.takes = all(
+            _readable(w, _NO_KEY_BIAS) and not _drops(w) and _activation(w) == self.activation for w in parts
+        )
         self.epsilons = [eps for w in parts for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
         self.groups: list[list[Tensor]] = []
         self.parts: list[Any] = []  # a packed weight's is its group
@@ -281,7 +292,7 @@ class Layers:
         first = len(self.groups)
         self.groups += _groups(w)
         qkv, context, w_in, w_out, *gate = range(first, len(self.groups))
-        self.parts += (*_affine(w.attention_norm), qkv, *[*_biases(w), None, None, None][:3])
+        self.parts += (*_affine(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
         self.parts += (context, _affine(w.attention_out)[1], *_affine(w.ffn_norm))
         self.parts += (w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
         self.parts += (*gate, ffn.w_gate.bias) if gate else (None, None)

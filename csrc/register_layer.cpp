@@ -208,7 +208,7 @@ struct TokenMemory {
 // What is the same for all layers of tokens.
 struct TokenCall {
   int64_t length;
-  const OptionalTensor &key_padding_mask, &attention_bias, &cos, &sin;
+  const OptionalTensor &key_padding_mask, &cos, &sin;
   NormKind norm_kind;
   NormPosition position;
   Activation activation;
@@ -271,7 +271,8 @@ Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& c
   return crossed;
 }
 
-TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, double softmax_scale, const TokenCall& call) {
+TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, double softmax_scale, const OptionalTensor& attention_bias,
+                       const TokenCall& call) {
   TokenLayer layer = {};
   AttentionArgs& attention = layer.attention;
   const Dtype dtype = attention.dtype = dtype_of(x, "x");
@@ -289,7 +290,7 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {call.key_padding_mask, call.attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
+  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
   result_strides(attention, attention.out_stride);
 
   has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
@@ -408,10 +409,10 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
 }
 
 // All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles)
-// queries and keys are turned (rotary embedding), after the norms of heads. Where layers are crossed, `crossed` are CrossedParts' tensors layer
+// queries and keys are turned (rotary embedding), after the norms of heads. A bias of the logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer
 // by layer, with the epsilons of their norms, `states` the keys and values that each attends to, and their scales are behind the others.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, OptionalTensor attention_bias, OptionalTensor cos, OptionalTensor sin, std::vector<OptionalTensor> crossed,
+                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, OptionalTensor cos, OptionalTensor sin, std::vector<OptionalTensor> crossed,
                   std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
                   Text norm_kind, Text norm_position, Text activation) {
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
@@ -421,17 +422,20 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses, " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count, " layers, ", count + crosses);
+  const size_t biases = attention_biases.size();
+  STD_TORCH_CHECK(biases <= 1 || biases == count, "attention_biases: ", biases, " must be none, one, or one for each of ", count, " layers");
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
   const NormPosition position = position_of(norm_position);
   STD_TORCH_CHECK(position != NormPosition::none, "norm_position: ", norm_position, " must be pre or post");
-  const TokenCall call = {length, key_padding_mask, attention_bias, cos, sin, norm_kind_of(norm_kind), position, activation_of(activation)};
+  const TokenCall call = {length, key_padding_mask, cos, sin, norm_kind_of(norm_kind), position, activation_of(activation)};
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], call));
+    const OptionalTensor bias = biases == 0 ? OptionalTensor() : attention_biases[biases == 1 ? 0 : i];
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias, call));
     if (!crosses) return;
     const OptionalTensor* p = &crossed[i * CrossedParts::count];
     for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
@@ -549,7 +553,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_context, Tensor? attention_norm_weight, Tensor? attention_norm_bias, float attention_norm_eps, Tensor packed_in, "
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
-  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor? attention_bias, "
+  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor[] attention_biases, "
         "Tensor? cos, Tensor? sin, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, Tensor? states_padding_mask, float[] softmax_scales, "
         "str norm_kind, str norm_position, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "

@@ -358,12 +358,12 @@ def tokens(
     read: Callable[[Any, torch.dtype | None], Read | None],
     order: str,
     norm_kind: str = "layer_norm",
-    bias: Callable[[], Tensor | None] = lambda: None,
+    biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`).
 
     `given` is what the first layer's attentions are: that on the tokens, and if there is one that on the
-    encoder's states, whose keys must be in the cache.
+    encoder's states, whose keys must be in the cache. `biases` makes those of `whole_layer.tokens`.
     """
     own, crossed = given[0], given[1] if len(given) > 1 else None
     if not whole_layer.few(x) or own.packing is not None:
@@ -390,7 +390,7 @@ def tokens(
         if seen is None:
             return None
     cached = [each.within(own.cache, own.mask) for each in where]
-    return whole_layer.tokens(x, layers, cached, norm_kind, None, order, bias(), seen)
+    return whole_layer.tokens(x, layers, cached, norm_kind, None, order, biases(), seen)
 
 
 def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer.Crossed | None:

@@ -20,16 +20,25 @@ as it is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels.transformers import blocks, checks, fused_loss, llama_like, seq2seq_like
-from bigmodel_kernels.transformers.blocks import FeedForward
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    blocks,
+    checks,
+    fused_loss,
+    layer_stack,
+    llama_like,
+    seq2seq_like,
+)
+from bigmodel_kernels.transformers.blocks import Affine, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, is_form
 from bigmodel_kernels.transformers.seq2seq_like import Given
@@ -86,6 +95,31 @@ class Attention(seq2seq_like.Attention):
             ).contiguous()
         context, weights = self._attend(query, key, value, given, bias)
         return (context, bias, weights) if self.shares_bias else (context, weights)
+
+
+    def bias_of_token(self, keys: int) -> Tensor:
+        """`compute_bias` for one query, the last of so many keys, (1, H, 1, keys).
+
+        It depends on the distance alone: a row of more keys ends with that of fewer.
+        """
+        table = self.relative_attention_bias.weight
+        known = _rows.get(self)
+        if known is None or known.row.shape[3] < keys or not torch.equal(known.table, table):
+            room = max(keys + keys // 4, 64)
+            row = self.compute_bias(1, room, device=table.device, past_seen_tokens=room - 1)
+            known = _rows[self] = _Row(table.detach().clone(), row.detach().contiguous())
+        room = known.row.shape[3]
+        return known.row.narrow(3, room - keys, keys).contiguous()
+
+
+class _Row(NamedTuple):
+    """The bias of one query, and the table that it was made of."""
+
+    table: Tensor
+    row: Tensor
+
+
+_rows: weakref.WeakKeyDictionary[nn.Module, _Row] = weakref.WeakKeyDictionary()
 
 
 class SelfAttention(Form):
@@ -164,6 +198,107 @@ class GatedDense(Dense):
     w_gate = "wi_0"
 
 
+class Block(layer_stack.Layer):
+    """Its modules as they are; the first of a decoder, for a token of a generation, does the work of all."""
+
+    #: Arguments after the states, in their order.
+    names: ClassVar[tuple[str, ...]] = (
+        *("attention_mask", "position_bias", "encoder_hidden_states", "encoder_attention_mask"),
+        "encoder_decoder_position_bias",
+    )
+    #: Whether it returns the biases beside the states.
+    gives_biases: ClassVar[bool] = True
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = None
+        if attention_interface.cache_of(kwargs) is not None and len(args) <= len(self.names):
+            named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            out = layer_stack.result(self, named, partial(_tokens, hidden_states, named))
+        return super().forward(hidden_states, *args, **kwargs) if out is None else self.gives(out)
+
+    def gives(self, out: Tensor) -> Any:
+        return (out, None, None) if self.gives_biases else out
+
+
+class Stack(layer_stack.Model):
+    """Runs a stack of them where it is a decoder; goes before the class that it stands for."""
+
+    at = "block"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_decoder:
+            return super(layer_stack.Model, self).__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def stacked(self) -> list[nn.Module]:
+        return list(self.block.__dict__["_modules"].values())
+
+
+def _tokens(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> Tensor | None:
+    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
+    first: Any = stack.layers[0]
+    kin, parts = first.kin, list(first.layer)
+    if x.dtype is torch.float16 or named.get("position_bias") is not None:
+        return None  # its own code clamps the first
+    calls = [(parts[0], None, named.get("attention_mask"))]
+    if (states := named.get("encoder_hidden_states")) is not None:
+        calls.append((parts[1], states, named.get("encoder_attention_mask")))
+    given = []
+    for part, states, mask in calls:
+        attention = part.__dict__["_modules"].get(getattr(part, "inner", None))
+        if not is_form(attention, kin.attention):
+            return None
+        found = attention.given(x, {**named, attention.states: states, attention.mask: mask})
+        if found is None:
+            return None
+        given.append(found)
+    if x.shape[1] != 1 or given[0].cache is None:
+        return None
+
+    def biases() -> list[Tensor]:
+        found = []
+        for layer in stack.layers:
+            part: Any = layer
+            attention = part.layer[0].SelfAttention
+            if attention.has_relative_attention_bias:
+                found.append(attention.bias_of_token(given[0].cache.get_seq_length(attention.layer_idx) + 1))
+        return found
+
+    read = partial(_read, kin, len(given) > 1)
+    return seq2seq_like.tokens(x, stack, given, read, "pre", "rms_norm", biases)
+
+
+def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> seq2seq_like.Read | None:
+    forms = kin.forms
+    own, *between, last = layer.layer
+    if not (
+        checks.intact(layer, forms[kin.block])
+        and is_form(own, kin.self_attention)
+        and is_form(last, kin.feed_forward)
+        and len(between) >= crosses
+        and all(is_form(part, kin.cross_attention) for part in between)
+        and all(checks.probability(part, "dropout") == 0 for part in (own, *between, last))
+    ):
+        return None
+    attention, dense = own.SelfAttention, last.DenseReluDense
+    scales = [llama_like.scale_of(part.layer_norm, dtype) for part in (own, last, *between)]
+    if (
+        None in scales
+        or not is_form(attention, kin.attention)
+        or not (is_form(dense, kin.dense) or is_form(dense, kin.gated_dense))
+    ):
+        return None
+    (norm, eps), (ffn_norm, ffn_eps), *rest = ((Affine(s.weight, None), s.eps) for s in scales if s is not None)
+    parts = seq2seq_like.layer_parts(attention, norm, eps, dense.ffn(dtype), ffn_norm, ffn_eps, dtype)
+    crossed = None
+    if crosses and is_form(between[0].EncDecAttention, kin.attention):
+        crossed = seq2seq_like.CrossedParts.of(between[0].EncDecAttention, *rest[0], dtype)
+    if parts is None or (crosses and crossed is None):
+        return None
+    where = layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention)
+    return parts, (where, crossed)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # what can be patched
 
@@ -214,6 +349,8 @@ def family(name: str, kin: Kin) -> Family:
                 for dense in (kin.dense, kin.gated_dense)
             ),
             Rule(kin.norm, forms[kin.norm], ("rms_norm",), llama_like.check_norm),
+            Rule(kin.block, forms[kin.block], (), lambda block: None, "the first of a decoder runs all"),
+            layer_stack.rule(kin.stack, forms[kin.stack]),
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
         losses=fused_loss.rules(*forms.values()),

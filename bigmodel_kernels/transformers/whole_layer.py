@@ -413,15 +413,15 @@ def tokens(
     norm_kind: str = "layer_norm",
     angles: tuple[Tensor, Tensor] | None = None,
     position: str = "pre",
-    bias: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
     crossed: Crossed | None = None,
 ) -> Tensor | None:
     """The result of layers one behind the other for the next tokens of sequences.
 
     x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
     B, tokens, half of what is turned of a head) of a rotary embedding, `position` is where the norms of the
-    halves are, "pre" or "post", and `bias` (1 or B, 1 or heads, tokens, all keys) is added to the logits of
-    every layer. None, and nothing done, for other calls and caches.
+    halves are, "pre" or "post", and of `biases` (1 or B, 1 or heads, tokens, all keys) one is added to the
+    logits of every layer, or one for each to its own. None, and nothing done, for other calls and caches.
     """
     if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
         return None
@@ -460,7 +460,7 @@ def tokens(
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), parts, layers.epsilons),
         *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
-        *(mask, contiguous(bias), *(map(contiguous, angles) if angles else (None, None))),
+        *(mask, list(biases), *(map(contiguous, angles) if angles else (None, None))),
         *(crossed.parts, crossed.epsilons, crossed.states, hides),
         *([*(each.scale for each in cached), *crossed.scales], norm_kind, position, layers.activation),
     )

@@ -38,6 +38,14 @@ class BigmodelMT5LayerFF(t5_like.LayerFF, hf.MT5LayerFF, kin=KIN):
     pass
 
 
+class BigmodelMT5Block(t5_like.Block, hf.MT5Block, kin=KIN):
+    pass
+
+
+class BigmodelMT5Stack(t5_like.Stack, hf.MT5Stack, kin=KIN):
+    pass
+
+
 @t5_like.language_model(KIN)
 class BigmodelMT5ForConditionalGeneration(hf.MT5ForConditionalGeneration):
     pass

@@ -38,6 +38,14 @@ class BigmodelT5LayerFF(t5_like.LayerFF, hf.T5LayerFF, kin=KIN):
     pass
 
 
+class BigmodelT5Block(t5_like.Block, hf.T5Block, kin=KIN):
+    pass
+
+
+class BigmodelT5Stack(t5_like.Stack, hf.T5Stack, kin=KIN):
+    pass
+
+
 @t5_like.language_model(KIN)
 class BigmodelT5ForConditionalGeneration(hf.T5ForConditionalGeneration):
     pass

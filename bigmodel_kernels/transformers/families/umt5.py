@@ -40,6 +40,15 @@ class BigmodelUMT5LayerFF(t5_like.LayerFF, hf.UMT5LayerFF, kin=KIN):
     pass
 
 
+class BigmodelUMT5Block(t5_like.Block, hf.UMT5Block, kin=KIN):
+    names = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+    gives_biases = False
+
+
+class BigmodelUMT5Stack(t5_like.Stack, hf.UMT5Stack, kin=KIN):
+    pass
+
+
 @t5_like.language_model(KIN)
 class BigmodelUMT5ForConditionalGeneration(hf.UMT5ForConditionalGeneration):
     pass

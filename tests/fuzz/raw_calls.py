@@ -429,8 +429,16 @@ def head_norms(i: Inputs, head_dim: int) -> list[Any]:
     return [i.tensor(head_dim), i.tensor(head_dim)] if i.chance() else [None, None]
 
 
+def crossed_parts(i: Inputs, hidden: int, queries: int, kind: str) -> list[Any]:
+    """Those of the attention of one layer on what an encoder has made."""
+    query, out = Packed([i.weight(hidden, queries)]), Packed([i.weight(queries, hidden)])
+    return [*i.norm(hidden, kind=kind).values(), query, i.maybe(queries), out, i.maybe(hidden)]
+
+
 def layers(i: Inputs) -> dict[str, Any]:
-    """Tokens for each of a batch, through layers with room for them in their keys and values."""
+    """Tokens for each of a batch, through layers with room for them in their keys and values, of a decoder alone
+    or of one that attends to an encoder.
+    """
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
     count, length, rows = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 1, 2, 7))
     room = rows + i.among((0, 6))
@@ -439,6 +447,11 @@ def layers(i: Inputs) -> dict[str, Any]:
     mask = torch.rand(batch, length + rows, generator=i.generator) > 0.3
     kind, turned = i.among(("layer_norm", "rms_norm")), head_dim > 1 and i.chance()
     angles = torch.rand(i.among((1, batch)), rows, head_dim // 2, generator=i.generator)
+    crosses, position, keys = i.chance(), i.among(("pre", "post")), i.among((1, 5, 33))
+    crossing = count if crosses else 0
+    state = (batch, i.among((kv_heads, 1)), keys, head_dim)
+    hides = torch.rand(batch, keys, generator=i.generator) > 0.3
+    bias = (i.among((1, batch)), i.among((1, heads)), rows, length + rows)
     return {
         "x": i.tensor(batch, rows, hidden),
         "parts": [
@@ -453,10 +466,18 @@ def layers(i: Inputs) -> dict[str, Any]:
         "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
         "length": length,
         "key_padding_mask": mask if i.chance() else None,
+        "attention_biases": [i.tensor(*bias) for _ in range(i.among((0, 0, 1, count)))],
         "cos": angles.cos() if turned else None,
         "sin": angles.sin() if turned else None,
-        "softmax_scales": [head_dim**-0.5] * count,
+        "crossed": [
+            part for _ in range(crossing) for part in crossed_parts(i, hidden, heads * head_dim, kind)
+        ],
+        "crossed_epsilons": [1e-5] * crossing,
+        "states": [i.tensor(*state) for _ in range(2 * crossing)],
+        "states_padding_mask": hides if crosses and i.chance() else None,
+        "softmax_scales": [head_dim**-0.5] * (count + crossing),
         "norm_kind": kind,
+        "norm_position": position,
         "activation": i.among(ACTIVATIONS),
     }
 

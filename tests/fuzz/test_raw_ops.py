@@ -42,7 +42,10 @@ _LAYER = (
 )
 INNER = {
     "cpu_layer_end": ("bias", "cu_seqlens_q", "cu_seqlens_k", "packed", "residual"),
-    "cpu_layers": (*_LAYER, "keys", "values", "q_norm_weight", "k_norm_weight"),
+    "cpu_layers": (
+        *(*_LAYER, "keys", "values", "q_norm_weight", "k_norm_weight"),
+        *("crossed_keys", "crossed_values", "key_padding_mask", "attention_bias"),
+    ),
     "cpu_encoder": (*_LAYER, "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"),
 }
 WRITTEN = {"cpu_layers": ("buffers",)}

@@ -236,6 +236,21 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, names[0], ": head_dim ", attention.head_dim, " must be 1 to 256");
 }
 
+// Where the norms of a layer's halves are.
+NormPosition halves_position_of(const Text& name) {
+  const NormPosition position = position_of(name);
+  STD_TORCH_CHECK(position != NormPosition::none, "norm_position: '", name, "' is not one of pre, post");
+  return position;
+}
+
+// Biases of the logits are none, one for all layers, or one for each.
+void check_biases(const std::vector<Tensor>& biases, size_t layers) {
+  STD_TORCH_CHECK(biases.size() <= 1 || biases.size() == layers, "attention_biases: ", biases.size(), " must be none, one, or one for each of ", layers, " layers");
+}
+OptionalTensor bias_for(const std::vector<Tensor>& biases, size_t layer) {
+  return biases.empty() ? OptionalTensor() : biases[biases.size() == 1 ? 0 : layer];
+}
+
 Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& call) {
   Crossed crossed = {};
   AttentionArgs& attention = crossed.attention;
@@ -422,20 +437,16 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses, " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count, " layers, ", count + crosses);
-  const size_t biases = attention_biases.size();
-  STD_TORCH_CHECK(biases <= 1 || biases == count, "attention_biases: ", biases, " must be none, one, or one for each of ", count, " layers");
+  check_biases(attention_biases, count);
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
-  const NormPosition position = position_of(norm_position);
-  STD_TORCH_CHECK(position != NormPosition::none, "norm_position: ", norm_position, " must be pre or post");
-  const TokenCall call = {length, key_padding_mask, cos, sin, norm_kind_of(norm_kind), position, activation_of(activation)};
+  const TokenCall call = {length, key_padding_mask, cos, sin, norm_kind_of(norm_kind), halves_position_of(norm_position), activation_of(activation)};
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    const OptionalTensor bias = biases == 0 ? OptionalTensor() : attention_biases[biases == 1 ? 0 : i];
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias, call));
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), call));
     if (!crosses) return;
     const OptionalTensor* p = &crossed[i * CrossedParts::count];
     for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
@@ -481,22 +492,31 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   return out;
 }
 
-// All layers of an encoder, norms behind their halves, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden).
+struct EncoderLayer : LayerArgs {
+  NormArgs norm;                // where it has a weight
+  AttentionArgs attention;
+};
+
+// All layers of an encoder, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden). A bias of the logits is one for all
+// layers or one for each.
 Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, int64_t head_dim, OptionalTensor lengths, int64_t longest,
-                   OptionalTensor key_padding_mask, double softmax_scale, Text activation) {
+                   OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, double softmax_scale, Text norm_kind, Text norm_position, Text activation) {
   check_cpu(x, "x");
   const int64_t rank = lengths ? 2 : 3;
   STD_TORCH_CHECK(x.dim() == rank && x.size(rank - 1) > 0, "x: shape ", shape_of(x), " must have ", rank, " dimensions, the last not empty");
   const int64_t hidden = x.size(rank - 1), rows = rows_of(x, hidden);
   const Dtype dtype = dtype_of(x, "x");
   const Activation known = activation_of(activation);
-  std::vector<LayerArgs> layers;
+  const NormKind kind = norm_kind_of(norm_kind);
+  const NormPosition position = halves_position_of(norm_position);
+  check_biases(attention_biases, layers_of(epsilons));
+  std::vector<EncoderLayer> layers;
   std::optional<Tensor> qkv;    // of every layer, as the heads are
+  std::vector<Tensor> each;     // of them
   int64_t heads = 0;
-  AttentionArgs attention = {};
-  each_layer(parts, epsilons, [&](const LayerParts& w, size_t) {
+  each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
     STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "parts: an encoder's heads have no norms");
-    LayerArgs layer = {};
+    EncoderLayer layer = {};
     layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
     const int64_t features = layer.qkv.weight.n;
     if (!qkv) {
@@ -510,30 +530,40 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
         Tensor t = torch::stable::view(torch::stable::narrow(*qkv, rank - 1, i * heads * head_dim, heads * head_dim), shape);
         return lengths ? t : torch::stable::transpose(t, 1, 2);
       };
-      attention = attention_args(part(0), part(1), part(2), {key_padding_mask, {}, lengths, lengths, {}, {}, {}, longest, longest, softmax_scale, false,
-                                                             -1, -1, 0.0, 0.0});
+      for (int64_t i = 0; i < 3; i++) each.push_back(part(i));
     }
     STD_TORCH_CHECK(features == 3 * heads * head_dim, "parts: all layers must have ", heads, " heads of ", head_dim, ", not ", features, " out_features");
-    set_products(layer, w, x, rows, heads * head_dim, NormPosition::post, NormKind::layer_norm, known);
+    if (i > 0 && attention_biases.size() <= 1) layer.attention = layers[0].attention;
+    else
+      layer.attention = attention_args(each[0], each[1], each[2], {key_padding_mask, bias_for(attention_biases, i), lengths, lengths, {}, {}, {}, longest, longest,
+                                                                   softmax_scale, false, -1, -1, 0.0, 0.0});
+    has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
+    if (position == NormPosition::pre)
+      layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, x.scalar_type(), hidden, kind, 0.0, "norm_");
+    set_products(layer, w, x, rows, heads * head_dim, position, kind, known);
     layers.push_back(std::move(layer));
   });
   if (layers.empty()) return x;
   Tensor out[2] = {empty_rows_like(x, hidden), empty_rows_like(x, hidden)};
   if (rows == 0) return out[0];
   Tensor context = empty_rows_like(x, heads * head_dim), y = empty_rows_like(x, hidden);
-  const auto logsumexp = logsumexp_memory(attention, rows);
-  result_strides(attention, attention.out_stride);
+  const auto logsumexp = logsumexp_memory(layers[0].attention, rows);
   void* const results[2] = {out[0].mutable_data_ptr(), out[1].mutable_data_ptr()};
   void* const second = y.mutable_data_ptr();
   void* const projected = qkv->mutable_data_ptr();
+  void* const normed = second;  // before it holds anything else
   const void* from = x.const_data_ptr();
-  attention.out = context.mutable_data_ptr();
   together([&] {
     for (size_t i = 0; i < layers.size(); i++) {
-      LayerArgs& layer = layers[i];
-      layer.qkv.x = from;
+      EncoderLayer& layer = layers[i];
+      AttentionArgs& attention = layer.attention;
+      if (layer.norm.weight) kernels().layer_norm(runtime(), {dtype, rows, hidden, from, nullptr, layer.norm, normed, {}});
+      layer.qkv.x = layer.norm.weight ? normed : from;
       layer.qkv.out = projected;
       kernels().linear(runtime(), layer.qkv);
+      set_logsumexp(attention, rows, logsumexp.get());
+      result_strides(attention, attention.out_stride);
+      attention.out = context.mutable_data_ptr();
       kernels().attention(runtime(), attention);
       run_context(layer.context, from, attention.out, second);
       run_feed_forward(layer, second, results[i % 2]);
@@ -557,7 +587,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? cos, Tensor? sin, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, Tensor? states_padding_mask, float[] softmax_scales, "
         "str norm_kind, str norm_position, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
-        "float softmax_scale, str activation) -> Tensor");
+        "Tensor[] attention_biases, float softmax_scale, str norm_kind, str norm_position, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {

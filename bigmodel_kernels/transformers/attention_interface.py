@@ -622,12 +622,19 @@ def says_padding(mask: Any) -> bool:
     return isinstance(mask, Tensor) and (mask.dim() == 2 or hasattr(mask, _PADDING))
 
 
+def hides_keys(mask: Any) -> bool:
+    """Whether a mask says which keys are hidden from all queries, and nothing else: bool (B or 1, 1, 1, S)."""
+    return (
+        isinstance(mask, Tensor)
+        and mask.dim() == 4
+        and mask.shape[1:3] == (1, 1)
+        and mask.dtype == torch.bool
+    )
+
+
 def packable(mask: Any) -> bool:
     """Whether a mask says nothing but padding and a window to both sides."""
-    return isinstance(mask, Tensor) and (
-        (mask.dim() == 3 and mask.shape[1] == 2)
-        or (mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.dtype == torch.bool)
-    )
+    return hides_keys(mask) or (isinstance(mask, Tensor) and mask.dim() == 3 and mask.shape[1] == 2)
 
 
 def packed_attention(

@@ -186,11 +186,16 @@ class Layer(Form):
         return out
 
 
-def rule(original: type[nn.Module], form: type[Model]) -> Rule:
-    """Lets the first layer do the work of all."""
+def rule(
+    original: type[nn.Module],
+    form: type[Model],
+    check: Callable[[Any], str | None] = lambda model: None,
+    note: str = "its layers in one call for a token",
+) -> Rule:
+    """Lets the first layer do the work of all, where `check` does not say why not."""
 
-    def check(model: Any) -> str | None:
+    def check_all(model: Any) -> str | None:
         kind = type(getattr(model, form.at))
-        return None if kind is nn.ModuleList else f"its layers are in a {kind.__name__}"
+        return check(model) if kind is nn.ModuleList else f"its layers are in a {kind.__name__}"
 
-    return Rule(original, form, (), check, note="its layers in one call for a token")
+    return Rule(original, form, (), check_all, note=note)

@@ -40,6 +40,8 @@ class Encoder(Form):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if issubclass(cls.__bases__[-1], Form):
+            return
         original: Any = next(base for base in cls.__mro__ if not issubclass(base, Form))
 
         @functools.wraps(original.forward)

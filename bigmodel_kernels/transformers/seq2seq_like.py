@@ -277,15 +277,26 @@ class DecoderLayer(layer_stack.Layer, Layer):
         return layer_stack.result(self, named, partial(_tokens, x, given))
 
 
-class Decoder(layer_stack.Model):
-    """Runs a stack of them; goes before the class that it stands for."""
+class Stack(layer_stack.Model):
+    """Runs a stack of layers; goes before the class that it stands for."""
 
     def stacked(self) -> list[nn.Module]:
         return list(self.layers.__dict__["_modules"].values())
 
 
-class EncoderLayer(Layer):
+class Encoder(Stack, packed_encoder.Encoder):
+    """Without padding."""
+
+
+class EncoderLayer(layer_stack.Layer, Layer):
+    """The same, and the first of an encoder, on few tokens, does the work of all."""
+
     names = ("attention_mask",)
+
+    def _with_all(self, x: Tensor, named: dict[str, Any], halves: list[tuple[str, Given]]) -> Tensor | None:
+        if x.dtype is torch.float16:
+            return None  # each layer clamps
+        return layer_stack.result(self, named, partial(_rows, x, halves[0][1]))
 
     def _closed(self, x: Tensor) -> Tensor:
         """Half precision is kept from overflowing, as by the model's own code."""
@@ -393,11 +404,41 @@ def tokens(
     return whole_layer.tokens(x, layers, cached, norm_kind, None, order, biases(), seen)
 
 
+def encoded(
+    x: Tensor,
+    stack: layer_stack.Stack,
+    given: Given,
+    read: Callable[[Any, torch.dtype | None], Read | None],
+    order: str,
+    norm_kind: str = "layer_norm",
+    biases: Callable[[], Sequence[Tensor]] = lambda: (),
+) -> Tensor | None:
+    """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
+    padding, packing = given.mask, given.packing
+    if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
+        return None
+    if padding is not None:
+        if not attention_interface.hides_keys(padding):
+            return None
+        padding = None if packing is not None else padding[:, 0, 0].expand(x.shape[0], -1)
+        if padding is not None and padding.shape != x.shape[:2]:
+            return None
+    layers = layer_stack.layers_of(stack, x, "linear", read)
+    if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
+        return None
+    scale = layers.given[0][0].scale
+    if packing is None:
+        return whole_layer.encoded(x, layers, scale, padding, None, 0, norm_kind, order, biases())
+    lengths = (packing.cu_seqlens, packing.longest)
+    out = whole_layer.encoded(x[0], layers, scale, None, *lengths, norm_kind, order)
+    return None if out is None else out[None]
+
+
 def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer.Crossed | None:
     """What all layers attend to of the encoder's; None if the cache does not have it."""
     parts, where = layers.around(), [w for _, w in layers.given]
     held, states, mask = given.cache.layers, [], given.mask
-    if mask is not None and mask.dim() == 4 and mask.dtype is torch.bool and mask.shape[1:3] == (1, 1):
+    if attention_interface.hides_keys(mask):
         mask = mask[:, 0, 0].expand(x.shape[0], -1)
     if parts is None or (mask is not None and mask.dim() != 2):
         return None
@@ -414,11 +455,21 @@ def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer
 def _tokens(x: Tensor, given: Sequence[Given], stack: layer_stack.Stack) -> Tensor | None:
     """`tokens` of layers after BART."""
     first: Any = stack.layers[0]
-    return tokens(x, stack, given, partial(_read, first.kin, len(given) > 1), first.kin.order)
+    read = partial(_read, first.kin, first.kin.decoder_layer, len(given) > 1)
+    return tokens(x, stack, given, read, first.kin.order)
 
 
-def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> Read | None:
-    if not checks.intact(layer, kin.forms[kin.decoder_layer]):
+def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
+    """`encoded` by layers after BART."""
+    first: Any = stack.layers[0]
+    read = partial(_read, first.kin, first.kin.encoder_layer, False)
+    return encoded(x, stack, given, read, first.kin.order)
+
+
+def _read(
+    kin: Kin, cls: type[nn.Module], crosses: bool, layer: Any, dtype: torch.dtype | None
+) -> Read | None:
+    if not checks.intact(layer, kin.forms[cls]):
         return None
     modules, p = layer.__dict__["_modules"], checks.probability(layer, "dropout")
     hidden_p = checks.probability(layer, "activation_dropout")
@@ -531,10 +582,19 @@ def attention_rule(kin: Any) -> Rule:
     )
 
 
+def _stack_rule(kin: Kin, model: type[nn.Module], layer: type[nn.Module]) -> Rule:
+    def check(stack: Any) -> str | None:
+        so = "each runs alone"
+        return packed_encoder.reason_for_layers(stack, layer, kin.forms[layer], partial(_check_layer, kin), so)
+
+    return layer_stack.rule(model, kin.forms[model], check)
+
+
 def family(name: str, kin: Kin) -> Family:
     """The family of these kin."""
     models = (kin.encoder, kin.decoder)
-    packs = kin.encoder in kin.forms
+    packs = issubclass(kin.forms[kin.encoder], packed_encoder.Encoder)
+    stacks = [(kin.decoder, kin.decoder_layer), *([] if packs else [(kin.encoder, kin.encoder_layer)])]
     return Family(
         name=name,
         rules=(
@@ -555,7 +615,7 @@ def family(name: str, kin: Kin) -> Family:
                 for layer in (kin.encoder_layer, kin.decoder_layer)
             ),
             attention_rule(kin),
-            *([layer_stack.rule(kin.decoder, kin.forms[kin.decoder])] if kin.decoder in kin.forms else []),
+            *(_stack_rule(kin, *each) for each in stacks),
         ),
         children=(
             *(

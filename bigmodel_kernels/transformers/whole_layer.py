@@ -476,11 +476,14 @@ def encoded(
     padding: Tensor | None,
     lengths: Tensor | None,
     longest: int,
+    norm_kind: str = "layer_norm",
+    position: str = "post",
+    biases: Sequence[Tensor] = (),
 ) -> Tensor | None:
-    """The result of layers one behind the other, norms behind their halves, on rows of an encoder.
+    """The result of layers one behind the other on rows of an encoder.
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
-    (`blocks.Terms`). None for what it does not take.
+    (`blocks.Terms`). `position` and `biases` are as for `tokens`. None for what it does not take.
     """
     if not takes_all(x, layers, "cpu_encoder"):
         return None
@@ -491,7 +494,7 @@ def encoded(
         return None
     return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
         *(x.contiguous(), parts, layers.epsilons, layers.head_dims[0], contiguous(lengths), longest),
-        *(contiguous(padding), scale, layers.activation),
+        *(contiguous(padding), list(biases), scale, norm_kind, position, layers.activation),
     )
 
 

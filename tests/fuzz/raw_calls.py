@@ -490,13 +490,15 @@ def encoder(i: Inputs) -> dict[str, Any]:
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     mask = torch.rand(batch, length, generator=i.generator) > 0.3
     rows = (int(ends[-1]),) if packed else (batch, length)
+    kind, bias = i.among(("layer_norm", "rms_norm")), (i.among((1, batch)), i.among((1, heads)), length, length)
+    biases = 0 if packed else i.among((0, 0, 1, count))
     return {
         "x": i.tensor(*rows, hidden),
         "parts": [
             part
             for _ in range(count)
             for part in (
-                *layer_parts(i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, True, "layer_norm"),
+                *layer_parts(i, hidden, i.size(), heads * head_dim, 3 * heads * head_dim, None, kind),
                 *(None, None),
             )
         ],
@@ -505,7 +507,10 @@ def encoder(i: Inputs) -> dict[str, Any]:
         "lengths": ends if packed else None,
         "longest": length,
         "key_padding_mask": mask if not packed and i.chance() else None,
+        "attention_biases": [i.tensor(*bias) for _ in range(biases)],
         "softmax_scale": head_dim**-0.5,
+        "norm_kind": kind,
+        "norm_position": i.among(("pre", "post")),
         "activation": i.among(ACTIVATIONS),
     }
 

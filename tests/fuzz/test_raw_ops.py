@@ -46,7 +46,7 @@ INNER = {
         *(*_LAYER, "keys", "values", "q_norm_weight", "k_norm_weight"),
         *("crossed_keys", "crossed_values", "key_padding_mask", "attention_bias"),
     ),
-    "cpu_encoder": (*_LAYER, "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k"),
+    "cpu_encoder": (*_LAYER, "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "attention_bias"),
 }
 WRITTEN = {"cpu_layers": ("buffers",)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.bart import modeling_bart as hf
 
-from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
+from bigmodel_kernels.transformers import seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Bart", order="post", norms=("layernorm_embedding",))
@@ -14,7 +14,7 @@ class BigmodelBartAttention(seq2seq_like.Attention, hf.BartAttention, kin=KIN):
     pass
 
 
-class BigmodelBartEncoder(packed_encoder.Encoder, hf.BartEncoder, kin=KIN):
+class BigmodelBartEncoder(seq2seq_like.Encoder, hf.BartEncoder, kin=KIN):
     pass
 
 
@@ -26,7 +26,7 @@ class BigmodelBartDecoderLayer(seq2seq_like.DecoderLayer, hf.BartDecoderLayer, k
     pass
 
 
-class BigmodelBartDecoder(seq2seq_like.Decoder, hf.BartDecoder, kin=KIN):
+class BigmodelBartDecoder(seq2seq_like.Stack, hf.BartDecoder, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.m2m_100 import modeling_m2m_100 as hf
 
-from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
+from bigmodel_kernels.transformers import seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "M2M100", order="pre", heads=("ForConditionalGeneration",), norms=("layer_norm",))
@@ -14,7 +14,7 @@ class BigmodelM2M100Attention(seq2seq_like.Attention, hf.M2M100Attention, kin=KI
     pass
 
 
-class BigmodelM2M100Encoder(packed_encoder.Encoder, hf.M2M100Encoder, kin=KIN):
+class BigmodelM2M100Encoder(seq2seq_like.Encoder, hf.M2M100Encoder, kin=KIN):
     pass
 
 
@@ -26,7 +26,7 @@ class BigmodelM2M100DecoderLayer(seq2seq_like.DecoderLayer, hf.M2M100DecoderLaye
     pass
 
 
-class BigmodelM2M100Decoder(seq2seq_like.Decoder, hf.M2M100Decoder, kin=KIN):
+class BigmodelM2M100Decoder(seq2seq_like.Stack, hf.M2M100Decoder, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.marian import modeling_marian as hf
 
-from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
+from bigmodel_kernels.transformers import seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Marian", order="post", heads=("MTModel", "ForCausalLM"))
@@ -14,7 +14,7 @@ class BigmodelMarianAttention(seq2seq_like.Attention, hf.MarianAttention, kin=KI
     pass
 
 
-class BigmodelMarianEncoder(packed_encoder.Encoder, hf.MarianEncoder, kin=KIN):
+class BigmodelMarianEncoder(seq2seq_like.Encoder, hf.MarianEncoder, kin=KIN):
     pass
 
 
@@ -26,7 +26,7 @@ class BigmodelMarianDecoderLayer(seq2seq_like.DecoderLayer, hf.MarianDecoderLaye
     pass
 
 
-class BigmodelMarianDecoder(seq2seq_like.Decoder, hf.MarianDecoder, kin=KIN):
+class BigmodelMarianDecoder(seq2seq_like.Stack, hf.MarianDecoder, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.mbart import modeling_mbart as hf
 
-from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
+from bigmodel_kernels.transformers import seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "MBart", order="pre", norms=("layernorm_embedding", "layer_norm"))
@@ -14,7 +14,7 @@ class BigmodelMBartAttention(seq2seq_like.Attention, hf.MBartAttention, kin=KIN)
     pass
 
 
-class BigmodelMBartEncoder(packed_encoder.Encoder, hf.MBartEncoder, kin=KIN):
+class BigmodelMBartEncoder(seq2seq_like.Encoder, hf.MBartEncoder, kin=KIN):
     pass
 
 
@@ -26,7 +26,7 @@ class BigmodelMBartDecoderLayer(seq2seq_like.DecoderLayer, hf.MBartDecoderLayer,
     pass
 
 
-class BigmodelMBartDecoder(seq2seq_like.Decoder, hf.MBartDecoder, kin=KIN):
+class BigmodelMBartDecoder(seq2seq_like.Stack, hf.MBartDecoder, kin=KIN):
     pass
 
 

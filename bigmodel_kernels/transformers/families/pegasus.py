@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.pegasus import modeling_pegasus as hf
 
-from bigmodel_kernels.transformers import packed_encoder, seq2seq_like
+from bigmodel_kernels.transformers import seq2seq_like
 from bigmodel_kernels.transformers.seq2seq_like import Kin
 
 KIN = Kin.of(hf, "Pegasus", order="pre", norms=("layer_norm",))
@@ -14,7 +14,7 @@ class BigmodelPegasusAttention(seq2seq_like.Attention, hf.PegasusAttention, kin=
     pass
 
 
-class BigmodelPegasusEncoder(packed_encoder.Encoder, hf.PegasusEncoder, kin=KIN):
+class BigmodelPegasusEncoder(seq2seq_like.Encoder, hf.PegasusEncoder, kin=KIN):
     pass
 
 
@@ -26,7 +26,7 @@ class BigmodelPegasusDecoderLayer(seq2seq_like.DecoderLayer, hf.PegasusDecoderLa
     pass
 
 
-class BigmodelPegasusDecoder(seq2seq_like.Decoder, hf.PegasusDecoder, kin=KIN):
+class BigmodelPegasusDecoder(seq2seq_like.Stack, hf.PegasusDecoder, kin=KIN):
     pass
 
 

@@ -18,11 +18,15 @@ class BigmodelWhisperEncoderLayer(seq2seq_like.EncoderLayer, hf.WhisperEncoderLa
     pass
 
 
+class BigmodelWhisperEncoder(seq2seq_like.Stack, hf.WhisperEncoder, kin=KIN):
+    pass
+
+
 class BigmodelWhisperDecoderLayer(seq2seq_like.DecoderLayer, hf.WhisperDecoderLayer, kin=KIN):
     pass
 
 
-class BigmodelWhisperDecoder(seq2seq_like.Decoder, hf.WhisperDecoder, kin=KIN):
+class BigmodelWhisperDecoder(seq2seq_like.Stack, hf.WhisperDecoder, kin=KIN):
     pass
 
 

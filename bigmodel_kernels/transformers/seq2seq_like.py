@@ -582,12 +582,15 @@ def attention_rule(kin: Any) -> Rule:
     )
 
 
+STACK_NOTE = "its layers in one call, for a token and on few rows of an encoder"
+
+
 def _stack_rule(kin: Kin, model: type[nn.Module], layer: type[nn.Module]) -> Rule:
     def check(stack: Any) -> str | None:
         so = "each runs alone"
         return packed_encoder.reason_for_layers(stack, layer, kin.forms[layer], partial(_check_layer, kin), so)
 
-    return layer_stack.rule(model, kin.forms[model], check)
+    return layer_stack.rule(model, kin.forms[model], check, STACK_NOTE)
 
 
 def family(name: str, kin: Kin) -> Family:

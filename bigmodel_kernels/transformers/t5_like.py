@@ -36,7 +36,9 @@ from bigmodel_kernels.transformers import (
     fused_loss,
     layer_stack,
     llama_like,
+    packed_encoder,
     seq2seq_like,
+    whole_layer,
 )
 from bigmodel_kernels.transformers.blocks import Affine, FeedForward
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
@@ -110,6 +112,12 @@ class Attention(seq2seq_like.Attention):
             known = _rows[self] = _Row(table.detach().clone(), row.detach().contiguous())
         room = known.row.shape[3]
         return known.row.narrow(3, room - keys, keys).contiguous()
+
+
+    def bias_of_rows(self, rows: int) -> Tensor:
+        """`compute_bias` for so many queries and keys, (1, H, rows, rows)."""
+        bias: Tensor = self.compute_bias(rows, rows, device=self.relative_attention_bias.weight.device)
+        return bias.contiguous()
 
 
 class _Row(NamedTuple):
@@ -199,7 +207,9 @@ class GatedDense(Dense):
 
 
 class Block(layer_stack.Layer):
-    """Its modules as they are; the first of a decoder, for a token of a generation, does the work of all."""
+    """Its modules as they are; the first, on few tokens of an encoder and for a token of a generation, does the
+    work of all.
+    """
 
     #: Arguments after the states, in their order.
     names: ClassVar[tuple[str, ...]] = (
@@ -211,9 +221,9 @@ class Block(layer_stack.Layer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = None
-        if attention_interface.cache_of(kwargs) is not None and len(args) <= len(self.names):
+        if len(args) <= len(self.names):
             named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            out = layer_stack.result(self, named, partial(_tokens, hidden_states, named))
+            out = layer_stack.result(self, named, partial(_all_layers, hidden_states, named))
         return super().forward(hidden_states, *args, **kwargs) if out is None else self.gives(out)
 
     def gives(self, out: Tensor) -> Any:
@@ -221,27 +231,22 @@ class Block(layer_stack.Layer):
 
 
 class Stack(layer_stack.Model):
-    """Runs a stack of them where it is a decoder; goes before the class that it stands for."""
+    """Runs a stack of them; goes before the class that it stands for."""
 
     at = "block"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_decoder:
-            return super(layer_stack.Model, self).__call__(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
 
     def stacked(self) -> list[nn.Module]:
         return list(self.block.__dict__["_modules"].values())
 
 
-def _tokens(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> Tensor | None:
-    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
+def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> Tensor | None:
+    """The result of all layers, or None (see `whole_layer.tokens` and `whole_layer.encoded`)."""
     first: Any = stack.layers[0]
     kin, parts = first.kin, list(first.layer)
-    if x.dtype is torch.float16 or named.get("position_bias") is not None:
-        return None  # its own code clamps the first
+    if x.dtype is torch.float16 or named.get("position_bias") is not None or not whole_layer.few(x):
+        return None  # half precision its own code clamps
     calls = [(parts[0], None, named.get("attention_mask"))]
-    if (states := named.get("encoder_hidden_states")) is not None:
+    if (states := named.get("encoder_hidden_states")) is not None and first.is_decoder:
         calls.append((parts[1], states, named.get("encoder_attention_mask")))
     given = []
     for part, states, mask in calls:
@@ -252,20 +257,25 @@ def _tokens(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> Tenso
         if found is None:
             return None
         given.append(found)
-    if x.shape[1] != 1 or given[0].cache is None:
-        return None
-
-    def biases() -> list[Tensor]:
-        found = []
-        for layer in stack.layers:
-            part: Any = layer
-            attention = part.layer[0].SelfAttention
-            if attention.has_relative_attention_bias:
-                found.append(attention.bias_of_token(given[0].cache.get_seq_length(attention.layer_idx) + 1))
-        return found
-
     read = partial(_read, kin, len(given) > 1)
+    if not first.is_decoder:
+        biases = partial(_biases, stack, lambda attention: attention.bias_of_rows(x.shape[1]))
+        return seq2seq_like.encoded(x, stack, given[0], read, "pre", "rms_norm", biases)
+    cache = given[0].cache
+    if x.shape[1] != 1 or cache is None:
+        return None
+    biases = partial(
+        _biases,
+        stack,
+        lambda attention: attention.bias_of_token(cache.get_seq_length(attention.layer_idx) + 1),
+    )
     return seq2seq_like.tokens(x, stack, given, read, "pre", "rms_norm", biases)
+
+
+def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tensor]:
+    """Those that the attentions of all layers have, one or one for each."""
+    attentions = [layer.layer[0].SelfAttention for layer in stack.layers]
+    return [of(attention) for attention in attentions if attention.has_relative_attention_bias]
 
 
 def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> seq2seq_like.Read | None:
@@ -321,6 +331,32 @@ def _check_feed_forward(module: Any) -> str | None:
     return checks.reason_for_parts(module, {"dropout": nn.Dropout})
 
 
+def _check_block(kin: Kin, block: Any) -> str | None:
+    *attentions, last = block.layer
+    for part, cls in zip(attentions, (kin.self_attention, kin.cross_attention), strict=False):
+        form: Any = kin.forms[cls]
+        check = partial(_check_attention_layer, kin, form.inner)
+        why = checks.inside(part, f"layer.{attentions.index(part)}", cls, form, check)
+        if why is not None:
+            return why
+    name, ffn = f"layer.{len(attentions)}", kin.forms[kin.feed_forward]
+    why = checks.inside(last, name, kin.feed_forward, ffn, _check_feed_forward)
+    if why is not None:
+        return why
+    dense = last.DenseReluDense
+    gated = isinstance(dense, kin.gated_dense)
+    cls = kin.gated_dense if gated else kin.dense
+    patched: Any = kin.forms[cls]
+    check = partial(_check_dense, patched.projections())
+    return checks.inside(dense, f"{name}.DenseReluDense", cls, patched, check)
+
+
+def _check_stack(kin: Kin, stack: Any) -> str | None:
+    return packed_encoder.reason_for_layers(
+        stack, kin.block, kin.forms[kin.block], partial(_check_block, kin), "each runs alone"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # what a family says
 
@@ -349,8 +385,8 @@ def family(name: str, kin: Kin) -> Family:
                 for dense in (kin.dense, kin.gated_dense)
             ),
             Rule(kin.norm, forms[kin.norm], ("rms_norm",), llama_like.check_norm),
-            Rule(kin.block, forms[kin.block], (), lambda block: None, "the first of a decoder runs all"),
-            layer_stack.rule(kin.stack, forms[kin.stack]),
+            Rule(kin.block, forms[kin.block], (), partial(_check_block, kin), "the first runs all where it may"),
+            layer_stack.rule(kin.stack, forms[kin.stack], partial(_check_stack, kin), seq2seq_like.STACK_NOTE),
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
         losses=fused_loss.rules(*forms.values()),

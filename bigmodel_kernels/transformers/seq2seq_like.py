@@ -351,7 +351,6 @@ class CrossedParts(NamedTuple):
             return None
         return CrossedParts(norm, eps, query, out, attention.layer_idx, float(attention.scaling))
 
-
     def around(self) -> tuple[whole_layer.Around, ...]:
         """The tensors, in the order of `whole_layer.Crossed`."""
         return (*self.norm, [self.query.weight], self.query.bias, [self.out.weight], self.out.bias)
@@ -588,7 +587,9 @@ STACK_NOTE = "its layers in one call, for a token and on few rows of an encoder"
 def _stack_rule(kin: Kin, model: type[nn.Module], layer: type[nn.Module]) -> Rule:
     def check(stack: Any) -> str | None:
         so = "each runs alone"
-        return packed_encoder.reason_for_layers(stack, layer, kin.forms[layer], partial(_check_layer, kin), so)
+        return packed_encoder.reason_for_layers(
+            stack, layer, kin.forms[layer], partial(_check_layer, kin), so
+        )
 
     return layer_stack.rule(model, kin.forms[model], check, STACK_NOTE)
 

@@ -98,7 +98,6 @@ class Attention(seq2seq_like.Attention):
         context, weights = self._attend(query, key, value, given, bias)
         return (context, bias, weights) if self.shares_bias else (context, weights)
 
-
     def bias_of_token(self, keys: int) -> Tensor:
         """`compute_bias` for one query, the last of so many keys, (1, H, 1, keys).
 
@@ -112,7 +111,6 @@ class Attention(seq2seq_like.Attention):
             known = _rows[self] = _Row(table.detach().clone(), row.detach().contiguous())
         room = known.row.shape[3]
         return known.row.narrow(3, room - keys, keys).contiguous()
-
 
     def bias_of_rows(self, rows: int) -> Tensor:
         """`compute_bias` for so many queries and keys, (1, H, rows, rows)."""
@@ -298,7 +296,9 @@ def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> seq
         or not (is_form(dense, kin.dense) or is_form(dense, kin.gated_dense))
     ):
         return None
-    (norm, eps), (ffn_norm, ffn_eps), *rest = ((Affine(s.weight, None), s.eps) for s in scales if s is not None)
+    (norm, eps), (ffn_norm, ffn_eps), *rest = (
+        (Affine(s.weight, None), s.eps) for s in scales if s is not None
+    )
     parts = seq2seq_like.layer_parts(attention, norm, eps, dense.ffn(dtype), ffn_norm, ffn_eps, dtype)
     crossed = None
     if crosses and is_form(between[0].EncDecAttention, kin.attention):
@@ -385,8 +385,12 @@ def family(name: str, kin: Kin) -> Family:
                 for dense in (kin.dense, kin.gated_dense)
             ),
             Rule(kin.norm, forms[kin.norm], ("rms_norm",), llama_like.check_norm),
-            Rule(kin.block, forms[kin.block], (), partial(_check_block, kin), "the first runs all where it may"),
-            layer_stack.rule(kin.stack, forms[kin.stack], partial(_check_stack, kin), seq2seq_like.STACK_NOTE),
+            Rule(
+                kin.block, forms[kin.block], (), partial(_check_block, kin), "the first runs all where it may"
+            ),
+            layer_stack.rule(
+                kin.stack, forms[kin.stack], partial(_check_stack, kin), seq2seq_like.STACK_NOTE
+            ),
         ),
         children=(ChildRule(kin.causal_lm, "lm_head", nn.Linear, BigmodelLinear, ("linear",)),),
         losses=fused_loss.rules(*forms.values()),

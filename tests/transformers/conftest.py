@@ -19,3 +19,10 @@ def _seeded() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is of all layers."""
+    for name in ("tokens", "encoded"):
+        monkeypatch.setattr(f"bigmodel_kernels.transformers.whole_layer.{name}", lambda *args: None)

@@ -11,7 +11,7 @@ import torch
 import bigmodel_kernels as bk
 from bigmodel_kernels.models.rule import assert_as_near, eager_of, float64_of
 from bigmodel_kernels.models.tiny import encoder, left_padding, right_padding, seq2seq, token_ids
-from bigmodel_kernels.transformers import attention_interface
+from bigmodel_kernels.transformers import attention_interface, whole_layer
 
 #: With norms behind, with norms before and one at the end, and with windows and rotary embedding.
 KINDS = ["Bart", "MBart", "ModernBert"]
@@ -27,13 +27,20 @@ def model_of(prefix: str, **changes: Any) -> Any:
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each attention without padding has been given."""
     found: list[int] = []
-    run = attention_interface.packed_attention
+    run, run_all = attention_interface.packed_attention, whole_layer.encoded
 
     def counted(query: torch.Tensor, *args: Any) -> torch.Tensor:
         found.append(query.shape[2])
         return run(query, *args)
 
+    def counted_all(x: Any, layers: Any, scale: Any, padding: Any, cu_seqlens: Any, *args: Any) -> Any:
+        out = run_all(x, layers, scale, padding, cu_seqlens, *args)
+        if out is not None and cu_seqlens is not None:
+            found.extend([len(x)] * len(layers))
+        return out
+
     monkeypatch.setattr(attention_interface, "packed_attention", counted)
+    monkeypatch.setattr(whole_layer, "encoded", counted_all)
     return found
 
 

@@ -51,7 +51,7 @@ from bigmodel_kernels.models.tiny import (
     seq2seq,
     token_ids,
 )
-from bigmodel_kernels.transformers import blocks, whole_layer
+from bigmodel_kernels.transformers import blocks
 
 T5_LIKE = ("T5", "MT5", "UMT5")
 BART_LIKE = tuple(prefix for prefix in SEQ2SEQ if prefix not in T5_LIKE)
@@ -158,6 +158,7 @@ def test_heads(prefix: str, head: str, labels: dict[str, tuple[int, ...]]) -> No
     assert_all_near(outputs)
 
 
+@pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("prefix", SEQ2SEQ)
 def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of decoding has 3 halves in each of 2 layers, and the encoder runs once."""
@@ -167,7 +168,6 @@ def test_all_layers_run_fused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(
             blocks, half, lambda x, *a, run=run, half=half: calls.append((half, x.shape[1])) or run(x, *a)
         )
-    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
     model = seq2seq(prefix)
     report = bk.patch(model)
     assert {row.module for row in report.left_alone} <= KEPT
@@ -421,6 +421,7 @@ def test_a_family_names_only_its_own_classes(prefix: str) -> None:
     check_names_of_family(prefix, "m2m_100" if prefix == "M2M100" else prefix.lower())
 
 
+@pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("prefix", SEQ2SEQ)
 def test_masks_are_small(prefix: str) -> None:
     """Two dimensions for a causal mask, one row for that of the encoder's keys."""

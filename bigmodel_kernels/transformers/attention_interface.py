@@ -623,7 +623,7 @@ def says_padding(mask: Any) -> bool:
 
 
 def hides_keys(mask: Any) -> bool:
-    """Whether a mask says which keys are hidden from all queries, and nothing else: bool (B or 1, 1, 1, S)."""
+    """Whether a mask says no more than which keys are hidden from all queries: bool (B or 1, 1, 1, S)."""
     return (
         isinstance(mask, Tensor)
         and mask.dim() == 4

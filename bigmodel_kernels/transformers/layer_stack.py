@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from bigmodel_kernels.transformers import attention_interface, checks, whole_lay
 from bigmodel_kernels.transformers.blocks import LayerParts
 from bigmodel_kernels.transformers.families import Rule
 from bigmodel_kernels.transformers.generic import Form, NamedForm
+
+#: What is told of a layer beside its parts.
+Told = TypeVar("Told")
 
 
 class Stack:
@@ -81,11 +84,11 @@ def layers_of(
     stack: Stack,
     x: Tensor,
     layout: str,
-    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Where] | None],
+    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Told] | None],
 ) -> whole_layer.Layers | None:
-    """All layers as `read` says of each, where they attend to as `given`; None if it has nothing of one."""
+    """All layers as `read` says of each, what it tells beside as `given`; None if it has nothing of one."""
 
-    def gather() -> tuple[list[LayerParts], list[Where]] | None:
+    def gather() -> tuple[list[LayerParts], list[Told]] | None:
         return read_all(stack.layers, checks.dtype_of(x), read)
 
     return whole_layer.layers_of(stack.model, stack.layers, x, layout, gather)
@@ -94,17 +97,17 @@ def layers_of(
 def read_all(
     layers: Sequence[nn.Module],
     dtype: torch.dtype | None,
-    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Where] | None],
-) -> tuple[list[LayerParts], list[Where]] | None:
+    read: Callable[[Any, torch.dtype | None], tuple[LayerParts, Told] | None],
+) -> tuple[list[LayerParts], list[Told]] | None:
     """What `read` says of each of some layers; None if it has nothing of one."""
-    parts, where = [], []
+    parts, told = [], []
     for layer in layers:
         found = read(layer, dtype)
         if found is None:
             return None
         parts.append(found[0])
-        where.append(found[1])
-    return parts, where
+        told.append(found[1])
+    return parts, told
 
 
 @contextmanager

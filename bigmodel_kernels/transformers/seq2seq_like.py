@@ -346,8 +346,10 @@ class CrossedParts(NamedTuple):
     def of(attention: Any, norm: blocks.Part, eps: float, dtype: torch.dtype | None) -> CrossedParts | None:
         """None if one call cannot read them, or the attention drops."""
         query = blocks.part(attention.__dict__["_modules"][attention.qkv[0]], nn.Linear, dtype)
-        out, p = attention.projection(dtype), checks.probability(attention, "dropout")
-        if any(isinstance(part, nn.Module) for part in (norm, query, out)) or p != 0:
+        out = attention.projection(dtype)
+        if not (isinstance(norm, Affine) and isinstance(query, Affine) and isinstance(out, Affine)):
+            return None
+        if checks.probability(attention, "dropout") != 0:
             return None
         return CrossedParts(norm, eps, query, out, attention.layer_idx, float(attention.scaling))
 
@@ -356,8 +358,8 @@ class CrossedParts(NamedTuple):
         return (*self.norm, [self.query.weight], self.query.bias, [self.out.weight], self.out.bias)
 
 
-#: What a layer's reader says of it: its parts, and beside them where in a cache its keys are and the attention
-#: on the encoder's states, if it is wanted.
+#: What a layer's reader says of it: its parts, where in a cache its keys are, and the attention on the
+#: encoder's states, if it is wanted.
 Read = tuple[LayerParts, tuple[layer_stack.Where, CrossedParts | None]]
 
 
@@ -385,8 +387,8 @@ def tokens(
         found = layer_stack.read_all(stack.layers, checks.dtype_of(x), read)
         if found is None or crossed is None:
             return found
-        parts, places = found
-        return parts, places, [item for _, w in places for item in w.around()]
+        around = [item for _, w in found[1] if w is not None for item in w.around()]
+        return *found, around
 
     layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, crossed is not None)
     if layers is None or not layers.takes:
@@ -413,13 +415,14 @@ def encoded(
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
-    padding, packing = given.mask, given.packing
+    padding: Any = given.mask
+    packing = given.packing
     if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
         return None
     if padding is not None:
         if not attention_interface.hides_keys(padding):
             return None
-        padding = None if packing is not None else padding[:, 0, 0].expand(x.shape[0], -1)
+        padding = padding[:, 0, 0].expand(x.shape[0], -1) if packing is None else None
         if padding is not None and padding.shape != x.shape[:2]:
             return None
     layers = layer_stack.layers_of(stack, x, "linear", read)

@@ -21,7 +21,7 @@ as it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels.transformers import (
-    attention_interface,
     blocks,
     checks,
     fused_loss,
@@ -205,8 +204,8 @@ class GatedDense(Dense):
 
 
 class Block(layer_stack.Layer):
-    """Its modules as they are; the first, on few tokens of an encoder and for a token of a generation, does the
-    work of all.
+    """Its modules as they are; the first does the work of all, for a token of a generation and on few of an
+    encoder.
     """
 
     #: Arguments after the states, in their order.
@@ -272,7 +271,8 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
 
 def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tensor]:
     """Those that the attentions of all layers have, one or one for each."""
-    attentions = [layer.layer[0].SelfAttention for layer in stack.layers]
+    layers: Sequence[Any] = stack.layers
+    attentions = [layer.layer[0].SelfAttention for layer in layers]
     return [of(attention) for attention in attentions if attention.has_relative_attention_bias]
 
 

@@ -436,8 +436,8 @@ def crossed_parts(i: Inputs, hidden: int, queries: int, kind: str) -> list[Any]:
 
 
 def layers(i: Inputs) -> dict[str, Any]:
-    """Tokens for each of a batch, through layers with room for them in their keys and values, of a decoder alone
-    or of one that attends to an encoder.
+    """Tokens for each of a batch, through layers with room for them in their keys and values. A decoder may
+    attend to an encoder.
     """
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
     count, length, rows = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 1, 2, 7))

@@ -1,4 +1,4 @@
-"""All layers of a decoder that attends to an encoder in one call: only where it may, and then nothing changes."""
+"""All layers of a decoder behind an encoder in one call: only where it may, and then nothing else changes."""
 
 from __future__ import annotations
 
@@ -187,9 +187,9 @@ WATCHED: dict[str, Callable[[Any], Any]] = {
     "a hook on an attention": lambda layers: _part(
         layers[1], "EncDecAttention", "encoder_attn"
     ).register_forward_hook(lambda *a: (a[2][0] * 2, *a[2][1:])),
-    "a hook on a norm": lambda layers: list(
+    "a hook on a norm": lambda layers: [
         part for name, part in layers[1].named_modules() if name.endswith("layer_norm")
-    )[1].register_forward_hook(lambda *a: a[2] * 2),
+    ][1].register_forward_hook(lambda *a: a[2] * 2),
     "a replaced projection": lambda layers: _replace_a_projection(layers[1]),
 }
 

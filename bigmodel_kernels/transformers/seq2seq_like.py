@@ -415,16 +415,17 @@ def encoded(
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
-    padding: Any = given.mask
+    padding = given.mask
     packing = given.packing
     if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
         return None
     if padding is not None:
         if not attention_interface.hides_keys(padding):
             return None
-        padding = padding[:, 0, 0].expand(x.shape[0], -1) if packing is None else None
-        if padding is not None and padding.shape != x.shape[:2]:
+        hidden: Tensor = padding[:, 0, 0].expand(x.shape[0], -1)
+        if packing is None and hidden.shape != x.shape[:2]:
             return None
+        padding = hidden if packing is None else None
     layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
         return None
@@ -440,7 +441,7 @@ def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer
     """What all layers attend to of the encoder's; None if the cache does not have it."""
     parts, where = layers.around(), [w for _, w in layers.given]
     held, states, mask = given.cache.layers, [], given.mask
-    if attention_interface.hides_keys(mask):
+    if mask is not None and attention_interface.hides_keys(mask):
         mask = mask[:, 0, 0].expand(x.shape[0], -1)
     if parts is None or (mask is not None and mask.dim() != 2):
         return None

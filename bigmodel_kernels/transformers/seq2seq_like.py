@@ -422,10 +422,9 @@ def encoded(
     if padding is not None:
         if not attention_interface.hides_keys(padding):
             return None
-        hidden: Tensor = padding[:, 0, 0].expand(x.shape[0], -1)
-        if packing is None and hidden.shape != x.shape[:2]:
+        padding = _keys_seen(padding, x) if packing is None else None
+        if packing is None and (padding is None or padding.shape != x.shape[:2]):
             return None
-        padding = hidden if packing is None else None
     layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
         return None
@@ -437,13 +436,22 @@ def encoded(
     return None if out is None else out[None]
 
 
+def _keys_seen(mask: Tensor, x: Tensor) -> Tensor | None:
+    """Of a mask that says no more, which keys each sequence of x sees, bool (B, S)."""
+    if not attention_interface.hides_keys(mask) or mask.shape[0] not in (1, x.shape[0]):
+        return None
+    return mask[:, 0, 0].expand(x.shape[0], -1)
+
+
 def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer.Crossed | None:
     """What all layers attend to of the encoder's; None if the cache does not have it."""
     parts, where = layers.around(), [w for _, w in layers.given]
     held, states, mask = given.cache.layers, [], given.mask
-    if mask is not None and attention_interface.hides_keys(mask):
-        mask = mask[:, 0, 0].expand(x.shape[0], -1)
-    if parts is None or (mask is not None and mask.dim() != 2):
+    if mask is not None and mask.dim() != 2:
+        mask = _keys_seen(mask, x)
+        if mask is None:
+            return None
+    if parts is None:
         return None
     for w in where:
         if not given.updated.get(w.layer) or w.layer >= len(held):  # type: ignore[union-attr]

@@ -415,15 +415,15 @@ def encoded(
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
-    padding = given.mask
-    packing = given.packing
+    padding, packing = given.mask, given.packing
     if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
         return None
-    if padding is not None:
+    if packing is not None:
         if not attention_interface.hides_keys(padding):
-            return None
-        padding = _keys_seen(padding, x) if packing is None else None
-        if packing is None and (padding is None or padding.shape != x.shape[:2]):
+            return None  # a window
+    elif padding is not None:
+        padding = _keys_seen(padding, x)
+        if padding is None or padding.shape != x.shape[:2]:
             return None
     layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:

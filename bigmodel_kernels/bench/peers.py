@@ -92,6 +92,11 @@ def generators(model: nn.Module, dtype: str, new: int) -> dict[str, Callable[[],
     }
 
 
+def translators(model: nn.Module, dtype: str, new: int) -> dict[str, Callable[[], Bind]]:
+    """Marian, T5, BART: input_ids to the decoder's first token and `new` more, the likeliest each time."""
+    return {"ctranslate2": lambda: _ctranslate2_translator(model, dtype, new)}
+
+
 def attentions(heads: int, head_dim: int, is_causal: bool, dtype: str) -> dict[str, Callable[[], Bind]]:
     """Attention alone: query, key and value (B, H, S, D) to the output."""
     return {
@@ -555,6 +560,15 @@ def _ctranslate2(dtype: str) -> Any:
     return runtime
 
 
+#: What its converters ask a config for, and transformers has one of by now.
+_NOT_SAID = {
+    "position_embedding_type": "absolute",
+    "normalize_before": False,
+    "normalize_embedding": True,
+    "add_final_layer_norm": False,
+}
+
+
 def _ctranslate2_model(kind: str, model: Any, dtype: str) -> Any:
     """Saves the model with a tokenizer whose token number i is "t<i>", and converts that folder, as
     CTranslate2 takes no model from memory.
@@ -566,11 +580,18 @@ def _ctranslate2_model(kind: str, model: Any, dtype: str) -> Any:
     from transformers.utils import logging as talk
 
     twin = _twin(model, "sdpa")
-    twin.config.position_embedding_type = "absolute"  # transformers has no other by now, and does not say so
-    words = models.WordLevel({f"t{i}": i for i in range(twin.config.vocab_size)}, unk_token="t0")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), unk_token="t0", bos_token="t0", eos_token="t0"
-    )
+    config = twin.config
+    for name, value in _NOT_SAID.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    names = [f"t{i}" for i in range(config.vocab_size)]
+    special = {"unk_token": "t0", "bos_token": "t0", "eos_token": "t0"}
+    if config.is_encoder_decoder:
+        names[config.pad_token_id] = "<pad>"  # which the converter of Marian looks for
+        special |= {"bos_token": "<pad>", "pad_token": "<pad>", "eos_token": names[config.eos_token_id]}
+        special["unk_token"] = names[-2]
+    words = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=special["unk_token"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special)
     bar = talk.is_progress_bar_enabled()
     talk.disable_progress_bar()
     try:
@@ -643,6 +664,31 @@ def _ctranslate2_generator(model: Any, dtype: str, new: int) -> Bind:
             return torch.cat([ids, torch.tensor([text.sequences_ids[0] for text in found])], dim=1)
 
         return generate
+
+    return bind
+
+
+def _ctranslate2_translator(model: Any, dtype: str, new: int) -> Bind:
+    translator = _ctranslate2_model("Translator", model, dtype)
+    first = model.config.decoder_start_token_id
+
+    def bind(ids: Tensor) -> Call:
+        texts = [[f"t{i}" for i in row] for row in ids.tolist()]
+
+        def translate() -> Tensor:
+            found = translator.translate_batch(
+                texts,
+                beam_size=1,
+                sampling_topk=1,
+                min_decoding_length=new,
+                max_decoding_length=new,
+            )
+            return torch.tensor([[first, *map(_number, text.hypotheses[0])] for text in found])
+
+        return translate
+
+    def _number(token: str) -> int:
+        return model.config.pad_token_id if token == "<pad>" else int(token[1:])  # type: ignore[no-any-return]
 
     return bind
 

@@ -24,6 +24,7 @@ NAMES = (
     "bert",
     "gpt2",
     "training",
+    "translation",
 )
 
 

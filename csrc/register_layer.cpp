@@ -101,6 +101,7 @@ WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int6
 // come between two layers' weights nothing is left in the caches.
 struct LayerArgs {
   std::unique_ptr<char[]> b_qkv;  // where there is one of each
+  NormArgs norm;                  // before the first projection, where it has a weight
   LinearArgs qkv, context;
   WeightArgs gate;
   FeedForwardArgs ffn;
@@ -126,10 +127,25 @@ const void* bias_of(const OptionalTensor* parts, ScalarType scalar_type, int64_t
   return memory.get();
 }
 
-// The products on `rows` rows of x, after qkv.weight is known; `queries` are the features of all heads. Norms are before ("pre") or behind
-// ("post") the halves of the layer.
-void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_t rows, int64_t queries, NormPosition position, NormKind norm_kind,
-                  Activation activation) {
+// Norms are before ("pre") or behind ("post") the halves of a layer, or the halves stand side by side, with one norm before both or two.
+enum class Order { pre, post, parallel };
+Order order_of(const Text& name) {
+  if (name == "pre") return Order::pre;
+  if (name == "parallel") return Order::parallel;
+  STD_TORCH_CHECK(name == "post", "order: '", name, "' is not one of pre, post, parallel");
+  return Order::post;
+}
+
+// What is the same for all layers of a call.
+struct Kind {
+  Order order;
+  NormKind norm;
+  double norm_offset;           // added to the norms' weights
+  Activation activation;
+};
+
+// The products on `rows` rows of x, after qkv.weight is known; `queries` are the features of all heads.
+void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_t rows, int64_t queries, const Kind& kind) {
   const Dtype dtype = dtype_of(x, "x");
   const ScalarType scalar_type = x.scalar_type();
   const int64_t hidden = x.size(x.dim() - 1);
@@ -137,16 +153,22 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
                .activation = Activation::none};
   layer.context = {.dtype = dtype, .rows = rows, .weight = weight_args(w.context, "the attention's output", dtype, queries),
                    .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
-  if (position == NormPosition::post) {
-    layer.context.has_norm = has_norm(w.attention_norm_weight, w.attention_norm_bias);
-    layer.context.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_");
+  const bool normed = has_norm(w.attention_norm_weight, w.attention_norm_bias);
+  const NormArgs norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, kind.norm, kind.norm_offset, "norm_");
+  if (kind.order == Order::post) {
+    layer.context.has_norm = normed;
+    layer.context.norm = norm;
+  } else {
+    layer.norm = norm;
   }
   const WeightArgs in = weight_args(w.in, "the feed-forward's first weight", dtype, hidden);
   const WeightArgs out = weight_args(w.out, "the feed-forward's last weight", dtype, in.n);
   STD_TORCH_CHECK(layer.context.weight.n == hidden && out.n == hidden, "parts: out_features ", layer.context.weight.n, " and ", out.n, " must be x's ", hidden);
+  const bool own = has_norm(w.norm_weight, w.norm_bias);
+  const NormPosition position = kind.order == Order::post ? NormPosition::post : own || kind.order == Order::pre ? NormPosition::pre : NormPosition::none;
   layer.ffn = {.dtype = dtype, .rows = rows, .w_in = in, .bias_in = data_of(w.b_in, "b_in", scalar_type, in.n), .w_out = out,
-               .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = activation, .norm_position = position,
-               .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, norm_kind, 0.0, "norm_"),
+               .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = kind.activation, .norm_position = position,
+               .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, kind.norm, kind.norm_offset, "norm_"),
                .bias_gate = data_of(w.b_gate, "b_gate", scalar_type, in.n)};
   if (w.gate) {
     layer.gate = weight_args(*w.gate, "the feed-forward's gate", dtype, hidden);
@@ -162,8 +184,10 @@ void run_context(LinearArgs& product, const void* x, const void* context, void* 
   kernels().linear(runtime(), product);
 }
 
-void run_feed_forward(LayerArgs& layer, const void* y, void* out) {
-  layer.ffn.x = layer.ffn.residual = y;
+// From x, or of halves side by side, to the sum with y.
+void run_feed_forward(LayerArgs& layer, const void* x, const void* y, void* out) {
+  layer.ffn.x = x;
+  layer.ffn.residual = y;
   layer.ffn.w_gate = layer.gate.packed ? &layer.gate : nullptr;
   layer.ffn.out = out;
   kernels().feed_forward(runtime(), layer.ffn);
@@ -192,8 +216,9 @@ struct Crossed {
 // what each attends to are all up to its own, and then what an encoder has made if it is `crossed`.
 struct TokenLayer : LayerArgs {
   AttentionArgs attention;
-  NormArgs norm, head_norms[2];  // where they have a weight
+  NormArgs head_norms[2];        // where they have a weight
   int64_t heads[3];              // of query, key and value
+  int64_t at[3], step[3];        // the first head's elements in the projection, and how far the next ones are
   RotaryArgs rotary;             // where it has cosines
   char* buffers[2];
   std::optional<Crossed> crossed;
@@ -208,10 +233,10 @@ struct TokenMemory {
 // What is the same for all layers of tokens.
 struct TokenCall {
   int64_t length;
-  const OptionalTensor &key_padding_mask, &cos, &sin;
-  NormKind norm_kind;
-  NormPosition position;
-  Activation activation;
+  const OptionalTensor& key_padding_mask;
+  bool interleaved;             // of a rotary embedding: pairs side by side
+  bool head_by_head;            // in the projection: of each key the queries that share it, the key and the value
+  Kind kind;
 };
 
 // Keys and values (batch, kv_heads, room, head_dim) of so many sequences, all but how many of them are read.
@@ -234,13 +259,6 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
   attention.kv_heads = keys.size(1);
   attention.head_dim = keys.size(3);
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, names[0], ": head_dim ", attention.head_dim, " must be 1 to 256");
-}
-
-// Where the norms of a layer's halves are.
-NormPosition halves_position_of(const Text& name) {
-  const NormPosition position = position_of(name);
-  STD_TORCH_CHECK(position != NormPosition::none, "norm_position: '", name, "' is not one of pre, post");
-  return position;
 }
 
 // Biases of the logits are none, one for all layers, or one for each.
@@ -276,8 +294,8 @@ Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& c
                      .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
   STD_TORCH_CHECK(crossed.context.weight.n == hidden, "crossed: out_features ", crossed.context.weight.n, " must be x's ", hidden);
   const bool has = has_norm(w.norm_weight, w.norm_bias);
-  const NormArgs norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, call.norm_kind, 0.0, "norm_");
-  if (call.position == NormPosition::post) {
+  const NormArgs norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, call.kind.norm, call.kind.norm_offset, "norm_");
+  if (call.kind.order == Order::post) {
     crossed.context.has_norm = has;
     crossed.context.norm = norm;
   } else {
@@ -287,7 +305,7 @@ Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& c
 }
 
 TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, double softmax_scale, const OptionalTensor& attention_bias,
-                       const TokenCall& call) {
+                       const OptionalTensor& cos, const OptionalTensor& sin, const TokenCall& call) {
   TokenLayer layer = {};
   AttentionArgs& attention = layer.attention;
   const Dtype dtype = attention.dtype = dtype_of(x, "x");
@@ -308,39 +326,46 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
   result_strides(attention, attention.out_stride);
 
-  has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
-  if (call.position == NormPosition::pre)
-    layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, call.norm_kind, 0.0, "norm_");
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
   const char* head_names[2] = {"q_norm_", "k_norm_"};
   for (int i = 0; i < 2; i++)
-    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, 0.0, head_names[i]);
+    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, call.kind.norm_offset, head_names[i]);
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
-  if (call.cos) {
-    layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = attention.head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = false};
-    set_angles(layer.rotary, *call.cos, *call.sin);
+  const int64_t shared = attention.heads / attention.kv_heads, head_dim = attention.head_dim;
+  if (call.head_by_head) {
+    STD_TORCH_CHECK(shared == 1 || attention.kv_heads == 1, "head_by_head: ", attention.heads, " heads that share ", attention.kv_heads, " keys have no even distance");
+    STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "head_by_head: such heads have no norms");
   }
-  set_products(layer, w, x, batch * rows, queries, call.position, call.norm_kind, call.activation);
+  for (int i = 0; i < 3; i++) {
+    layer.at[i] = i == 0 ? 0 : call.head_by_head ? (shared + i - 1) * head_dim : queries + (i - 1) * kv;
+    layer.step[i] = call.head_by_head && shared == 1 ? 3 * head_dim : head_dim;
+  }
+  if (cos) {
+    layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = call.interleaved};
+    set_angles(layer.rotary, *cos, *sin);
+  }
+  set_products(layer, w, x, batch * rows, queries, call.kind);
   return layer;
 }
 
 // From `x` to `out`, both (batch * rows, hidden).
-void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, void* out) {
+void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, const void* x, void* out) {
   const int64_t batch = layer.attention.batch, rows = layer.attention.query_length, head_dim = layer.attention.head_dim, all = batch * rows;
   const Dtype dtype = layer.attention.dtype;
   const int64_t element = dtype_size(dtype);
   if (layer.norm.weight)
     kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, x, nullptr, layer.norm, memory.normed, {}});
-  layer.qkv.x = layer.norm.weight ? memory.normed : x;
+  const void* const normed = layer.qkv.x = layer.norm.weight ? memory.normed : x;
   layer.qkv.out = memory.qkv;
   kernels().linear(runtime(), layer.qkv);
 
-  const char* heads[3];        // of query, key and value: (batch * rows, heads, head_dim), rows `row` elements apart
-  int64_t row[3], first = 0;
-  for (int i = 0; i < 3; first += layer.heads[i++] * head_dim) {
-    heads[i] = memory.qkv + first * element;
+  const char* heads[3];        // of query, key and value: (batch * rows, heads, head_dim), rows and heads so many elements apart
+  int64_t row[3], step[3];
+  for (int i = 0; i < 3; i++) {
+    heads[i] = memory.qkv + layer.at[i] * element;
     row[i] = layer.qkv.weight.n;
+    step[i] = layer.step[i];
   }
   for (int i = 0; i < 2; i++) {
     if (!layer.head_norms[i].weight) continue;
@@ -358,11 +383,12 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, voi
     for (int i = 0; i < 2; i++) {
       layer.rotary.x[i] = heads[i];
       layer.rotary.stride[i][0] = rows * row[i];
-      layer.rotary.stride[i][1] = head_dim;
+      layer.rotary.stride[i][1] = step[i];
       layer.rotary.stride[i][2] = row[i];
       layer.rotary.out[i] = memory.rotated[i];
       heads[i] = memory.rotated[i];
       row[i] = layer.heads[i] * head_dim;
+      step[i] = head_dim;
     }
     kernels().rotary(runtime(), layer.rotary);
   }
@@ -373,12 +399,12 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, voi
     for (int64_t b = 0; b < batch; b++)
       for (int64_t h = 0; h < attention.kv_heads; h++) {
         char* const target = layer.buffers[i] + (b * strides[i][0] + h * strides[i][1] + length * strides[i][2]) * element;
-        const char* const source = heads[i + 1] + (b * rows * row[i + 1] + h * head_dim) * element;
+        const char* const source = heads[i + 1] + (b * rows * row[i + 1] + h * step[i + 1]) * element;
         for (int64_t r = 0; r < rows; r++) memcpy(target + r * strides[i][2] * element, source + r * row[i + 1] * element, size_t(head_dim * element));
       }
   attention.query = heads[0];
   attention.query_stride[0] = rows * row[0];
-  attention.query_stride[1] = head_dim;
+  attention.query_stride[1] = step[0];
   attention.query_stride[2] = row[0];
   attention.out = memory.context;
   set_logsumexp(attention, all, memory.logsumexp);
@@ -400,7 +426,8 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, const void* x, voi
     run_context(crossed.context, y, memory.context, memory.crossed_y);
     y = memory.crossed_y;
   }
-  run_feed_forward(layer, y, out);
+  if (parallel) run_feed_forward(layer, layer.ffn.norm_position == NormPosition::pre ? x : normed, y, out);
+  else run_feed_forward(layer, y, y, out);
 }
 
 // How many layers `epsilons` are for, the three of each.
@@ -423,14 +450,14 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
   }
 }
 
-// All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles)
-// queries and keys are turned (rotary embedding), after the norms of heads. A bias of the logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer
+// All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles),
+// one for all layers or one or none for each, queries and keys are turned (rotary embedding), after the norms of heads. A bias of the logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer
 // by layer, with the epsilons of their norms, `states` the keys and values that each attends to, and their scales are behind the others.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, OptionalTensor cos, OptionalTensor sin, std::vector<OptionalTensor> crossed,
+                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos, std::vector<OptionalTensor> sin, bool interleaved,
+                  bool head_by_head, std::vector<OptionalTensor> crossed,
                   std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
-                  Text norm_kind, Text norm_position, Text activation) {
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "sin: must be given with cos");
+                  Text norm_kind, double norm_offset, Text order, Text activation) {
   const size_t count = layers_of(epsilons), crosses = crossed_epsilons.size();
   STD_TORCH_CHECK(crosses == 0 || crosses == count, "crossed_epsilons: ", crosses, " must be none, or one for each of ", count, " layers");
   STD_TORCH_CHECK(crossed.size() == crosses * CrossedParts::count, "crossed: ", crossed.size(), " tensors must be ", CrossedParts::count, " for each of ", crosses,
@@ -438,15 +465,22 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses, " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count, " layers, ", count + crosses);
   check_biases(attention_biases, count);
+  STD_TORCH_CHECK(cos.size() <= 1 || cos.size() == count, "cos: ", cos.size(), " must be none, one, or one for each of ", count, " layers");
+  STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
+  for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
-  const TokenCall call = {length, key_padding_mask, cos, sin, norm_kind_of(norm_kind), halves_position_of(norm_position), activation_of(activation)};
+  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation)}};
+  STD_TORCH_CHECK(!crosses || call.kind.order != Order::parallel, "order: crossed layers are not parallel");
+  const OptionalTensor none;
+  const auto of_layer = [&](const std::vector<OptionalTensor>& all, size_t i) -> const OptionalTensor& { return all.empty() ? none : all[all.size() == 1 ? 0 : i]; };
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), call));
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), of_layer(cos, i),
+                                 of_layer(sin, i), call));
     if (!crosses) return;
     const OptionalTensor* p = &crossed[i * CrossedParts::count];
     for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
@@ -485,7 +519,7 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
     const void* from = x.const_data_ptr();
     for (size_t i = 0; i < count; i++) {
       void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
-      run_tokens(layers[i], memory, from, to);
+      run_tokens(layers[i], memory, call.kind.order == Order::parallel, from, to);
       from = to;
     }
   });
@@ -493,22 +527,20 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
 }
 
 struct EncoderLayer : LayerArgs {
-  NormArgs norm;                // where it has a weight
   AttentionArgs attention;
 };
 
 // All layers of an encoder, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden). A bias of the logits is one for all
 // layers or one for each.
 Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, int64_t head_dim, OptionalTensor lengths, int64_t longest,
-                   OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, double softmax_scale, Text norm_kind, Text norm_position, Text activation) {
+                   OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, double softmax_scale, Text norm_kind, Text order, Text activation) {
   check_cpu(x, "x");
   const int64_t rank = lengths ? 2 : 3;
   STD_TORCH_CHECK(x.dim() == rank && x.size(rank - 1) > 0, "x: shape ", shape_of(x), " must have ", rank, " dimensions, the last not empty");
   const int64_t hidden = x.size(rank - 1), rows = rows_of(x, hidden);
   const Dtype dtype = dtype_of(x, "x");
-  const Activation known = activation_of(activation);
-  const NormKind kind = norm_kind_of(norm_kind);
-  const NormPosition position = halves_position_of(norm_position);
+  const Kind kind = {order_of(order), norm_kind_of(norm_kind), 0.0, activation_of(activation)};
+  STD_TORCH_CHECK(kind.order != Order::parallel, "order: an encoder's layers are not parallel");
   check_biases(attention_biases, layers_of(epsilons));
   std::vector<EncoderLayer> layers;
   std::optional<Tensor> qkv;    // of every layer, as the heads are
@@ -537,10 +569,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
     else
       layer.attention = attention_args(each[0], each[1], each[2], {key_padding_mask, bias_for(attention_biases, i), lengths, lengths, {}, {}, {}, longest, longest,
                                                                    softmax_scale, false, -1, -1, 0.0, 0.0});
-    has_norm(w.attention_norm_weight, w.attention_norm_bias);  // a bias is not alone
-    if (position == NormPosition::pre)
-      layer.norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, x.scalar_type(), hidden, kind, 0.0, "norm_");
-    set_products(layer, w, x, rows, heads * head_dim, position, kind, known);
+    set_products(layer, w, x, rows, heads * head_dim, kind);
     layers.push_back(std::move(layer));
   });
   if (layers.empty()) return x;
@@ -566,7 +595,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       attention.out = context.mutable_data_ptr();
       kernels().attention(runtime(), attention);
       run_context(layer.context, from, attention.out, second);
-      run_feed_forward(layer, second, results[i % 2]);
+      run_feed_forward(layer, second, second, results[i % 2]);
       from = results[i % 2];
     }
   });
@@ -584,10 +613,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
   m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor[] attention_biases, "
-        "Tensor? cos, Tensor? sin, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, Tensor? states_padding_mask, float[] softmax_scales, "
-        "str norm_kind, str norm_position, str activation) -> Tensor");
+        "Tensor?[] cos, Tensor?[] sin, bool interleaved, bool head_by_head, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, "
+        "Tensor? states_padding_mask, float[] softmax_scales, str norm_kind, float norm_offset, str order, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
-        "Tensor[] attention_biases, float softmax_scale, str norm_kind, str norm_position, str activation) -> Tensor");
+        "Tensor[] attention_biases, float softmax_scale, str norm_kind, str order, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {

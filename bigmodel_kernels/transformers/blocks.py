@@ -133,7 +133,8 @@ class LayerParts(NamedTuple):
     `attention_p`, `context_p` and `ffn_p` are the dropout of the probabilities, of the attention's output and
     of the feed-forward's; 0 outside training. `unfused` is the feed-forward by the layer's own modules, for a
     `ffn` of None: post-norm with residual and norm, pre-norm from the normalised input without them.
-    `head_norms` are weights of RMSNorms of queries and of keys, head by head.
+    `head_norms` are weights of RMSNorms of queries and of keys, head by head. `ffn_norm` is None where the norm
+    of attention serves both halves.
     """
 
     qkv: tuple[Part, ...]
@@ -144,7 +145,7 @@ class LayerParts(NamedTuple):
     attention_p: float
     context_p: float
     ffn: FeedForward | None
-    ffn_norm: Part
+    ffn_norm: Part | None
     ffn_eps: float
     ffn_p: float
     unfused: Callable[[Tensor], Tensor]

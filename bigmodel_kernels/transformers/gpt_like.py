@@ -316,41 +316,50 @@ class Layer(layer_stack.Layer):
 def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     first: Any = stack.layers[0]
-    kin = first.kin
+    kin, order = first.kin, first.kin.order(first)
     if not whole_layer.few(x) or given.packing is not None or given.alibi is not None:
         return None
-    if kin.rotary not in ("", "half") or kin.sine_first or kin.masks_itself is not None or kin.adds_residual:
+    if kin.masks_itself is not None or kin.adds_residual:
         return None
     if given.angles is not None and given.angles[0].dtype not in (x.dtype, torch.float32):
         return None
 
     def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
         parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
-        if parts is None:
+        if parts is None or kin.order(layer) != order:
             return None
         attention: Any = _attention_of(layer)
-        return parts, layer_stack.Where.of(
-            getattr(attention, kin.index), parts, kin.scale(attention), attention
+        queries = kin.queries(attention)
+        where = layer_stack.Where.of(
+            getattr(attention, kin.index), parts, kin.scale(attention), attention, queries
         )
+        uneven = len(kin.qkv) == 1 and queries > 1 and where.kv_heads > 1
+        return None if uneven else (parts, where)
 
     layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
-    return whole_layer.tokens(x, layers, cached, "layer_norm", given.angles)
+    how = whole_layer.How(
+        order=order, interleaved=kin.rotary == "interleaved", head_by_head=len(kin.qkv) == 1
+    )
+    return whole_layer.tokens(x, layers, cached, how, given.angles)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
-    """All of a layer with norms before its halves, whose three projections lie apart."""
+    """All of a layer whose three projections lie apart, or in one head by head."""
     kin, attention = layer.kin, _attention_of(layer)
-    if attention is None or kin.order(layer) != "pre" or len(kin.qkv) != 3 or kin.linear is not nn.Linear:
+    if attention is None or kin.order(layer) not in ("pre", "post", "parallel"):
         return None
-    window = attention_interface.own_window(attention)
+    if len(kin.qkv) == 1 and kin.split is not head_by_head:
+        return None
     w, p = layer._parts(attention, dtype), checks.probability(attention, kin.attention_dropout_of(attention))
-    if w is None or p is None or w.ffn_norm is None or window is not None or kin.repeats(attention) != 1:
+    if w is None or p is None or kin.repeats(attention) != 1:
+        return None
+    if w.ffn_norm is None and w.order != "parallel":
         return None
     projections = attention.__dict__["_modules"]
-    qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
+    qkv = tuple(blocks.part(projections[name], kin.linear, dtype) for name in kin.qkv)
     if any(isinstance(part, nn.Module) for part in qkv):
         return None
     return LayerParts(

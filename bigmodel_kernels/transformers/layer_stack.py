@@ -127,15 +127,27 @@ class Where(NamedTuple):
     kv_heads: int
     scale: float
     causal: bool = True  # if a call does not say
+    window: int | None = None
+    turned: bool = True  # by a rotary embedding, if there is one
 
     @staticmethod
-    def of(layer: int, parts: LayerParts, scale: float, attention: Any) -> Where:
-        key: Any = parts.qkv[1]
-        causal = bool(getattr(attention, "is_causal", True))
-        return Where(layer, key.weight.shape[0] // parts.head_dim, scale, causal)
+    def of(layer: int, parts: LayerParts, scale: float, attention: Any, queries: int | None = None) -> Where:
+        """`queries` share a key where one projection has all three."""
+        qkv: tuple[Any, ...] = parts.qkv
+        heads = qkv[-1].weight.shape[0] // parts.head_dim
+        return Where(
+            layer,
+            heads if len(qkv) == 3 or queries is None else heads // (queries + 2),
+            scale,
+            bool(getattr(attention, "is_causal", True)),
+            attention_interface.own_window(attention),
+            getattr(attention, "use_rope", True),  # SmolLM3 has layers without
+        )
 
     def within(self, cache: Any, mask: Tensor | None) -> whole_layer.Cached:
-        return whole_layer.Cached(cache, self.layer, self.kv_heads, mask, self.scale)
+        return whole_layer.Cached(
+            cache, self.layer, self.kv_heads, mask, self.scale, self.window, self.turned
+        )
 
 
 def causal(x: Tensor, where: Sequence[Where], told: bool | None) -> bool:

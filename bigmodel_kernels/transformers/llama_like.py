@@ -256,12 +256,11 @@ class Layer(layer_stack.Layer):
 class Model(token_model.Model, layer_stack.Model):
     """Of layers that have nothing which Llama's have not."""
 
-    norm_kind = "rms_norm"
+    how = whole_layer.How("rms_norm")
     output = BaseModelOutputWithPast
 
     def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        layers: list[Any] = self.stacked()
-        return bool(layers) and attention_interface.own_window(layers[0].self_attn) is None
+        return bool(self.stacked())
 
     def table(self) -> Any:
         return self.__dict__["_modules"].get("embed_tokens")
@@ -296,14 +295,15 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     kin = first.kin
     if not whole_layer.few(x) or given.cos.dtype not in (x.dtype, torch.float32):
         return None
-    if kin.norms != Norms() or kin.offset or kin.softcap or kin.sinks or kin.once:
+    if kin.norms != Norms() or kin.softcap or kin.sinks or kin.once:
         return None
 
     layers = layer_stack.layers_of(stack, x, "linear", _read)
     if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
-    return whole_layer.tokens(x, layers, cached, "rms_norm", _half((given.cos, given.sin)))
+    how = whole_layer.How("rms_norm", kin.offset)
+    return whole_layer.tokens(x, layers, cached, how, _half((given.cos, given.sin)))
 
 
 def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -333,8 +333,6 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
     if (
         not is_form(attention, kin.attention)
         or len(kin.qkv) != 3
-        or not getattr(attention, "use_rope", True)
-        or attention_interface.own_window(attention) is not None
         or w.multiplier != 1
         or first is None
         or second is None

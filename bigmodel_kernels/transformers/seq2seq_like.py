@@ -368,8 +368,7 @@ def tokens(
     stack: layer_stack.Stack,
     given: Sequence[Given],
     read: Callable[[Any, torch.dtype | None], Read | None],
-    order: str,
-    norm_kind: str = "layer_norm",
+    how: whole_layer.How,
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`).
@@ -402,7 +401,7 @@ def tokens(
         if seen is None:
             return None
     cached = [each.within(own.cache, own.mask) for each in where]
-    return whole_layer.tokens(x, layers, cached, norm_kind, None, order, biases(), seen)
+    return whole_layer.tokens(x, layers, cached, how, None, biases(), seen)
 
 
 def encoded(
@@ -410,8 +409,7 @@ def encoded(
     stack: layer_stack.Stack,
     given: Given,
     read: Callable[[Any, torch.dtype | None], Read | None],
-    order: str,
-    norm_kind: str = "layer_norm",
+    how: whole_layer.How,
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
     """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
@@ -430,9 +428,9 @@ def encoded(
         return None
     scale = layers.given[0][0].scale
     if packing is None:
-        return whole_layer.encoded(x, layers, scale, padding, None, 0, norm_kind, order, biases())
+        return whole_layer.encoded(x, layers, scale, padding, None, 0, how, biases())
     lengths = (packing.cu_seqlens, packing.longest)
-    out = whole_layer.encoded(x[0], layers, scale, None, *lengths, norm_kind, order)
+    out = whole_layer.encoded(x[0], layers, scale, None, *lengths, how)
     return None if out is None else out[None]
 
 
@@ -467,14 +465,14 @@ def _tokens(x: Tensor, given: Sequence[Given], stack: layer_stack.Stack) -> Tens
     """`tokens` of layers after BART."""
     first: Any = stack.layers[0]
     read = partial(_read, first.kin, first.kin.decoder_layer, len(given) > 1)
-    return tokens(x, stack, given, read, first.kin.order)
+    return tokens(x, stack, given, read, whole_layer.How(order=first.kin.order))
 
 
 def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """`encoded` by layers after BART."""
     first: Any = stack.layers[0]
     read = partial(_read, first.kin, first.kin.encoder_layer, False)
-    return encoded(x, stack, given, read, first.kin.order)
+    return encoded(x, stack, given, read, whole_layer.How(order=first.kin.order))
 
 
 def _read(

@@ -236,6 +236,9 @@ class Stack(layer_stack.Model):
         return list(self.block.__dict__["_modules"].values())
 
 
+_HOW = whole_layer.How("rms_norm")
+
+
 def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers, or None (see `whole_layer.tokens` and `whole_layer.encoded`)."""
     first: Any = stack.layers[0]
@@ -257,7 +260,7 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
     read = partial(_read, kin, len(given) > 1)
     if not first.is_decoder:
         biases = partial(_biases, stack, lambda attention: attention.bias_of_rows(x.shape[1]))
-        return seq2seq_like.encoded(x, stack, given[0], read, "pre", "rms_norm", biases)
+        return seq2seq_like.encoded(x, stack, given[0], read, _HOW, biases)
     cache = given[0].cache
     if x.shape[1] != 1 or cache is None:
         return None
@@ -266,7 +269,7 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
         stack,
         lambda attention: attention.bias_of_token(cache.get_seq_length(attention.layer_idx) + 1),
     )
-    return seq2seq_like.tokens(x, stack, given, read, "pre", "rms_norm", biases)
+    return seq2seq_like.tokens(x, stack, given, read, _HOW, biases)
 
 
 def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tensor]:

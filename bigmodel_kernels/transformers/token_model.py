@@ -24,7 +24,7 @@ class Model(whole_model.Model):
     """Goes before `layer_stack.Model`; what a family says of its model is in the methods."""
 
     layout: ClassVar[str] = "linear"
-    norm_kind: ClassVar[str] = "layer_norm"
+    how: ClassVar[whole_layer.How] = whole_layer.How()
     output: ClassVar[Any]
 
     def known(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
@@ -92,7 +92,7 @@ class Model(whole_model.Model):
         except RuntimeError:
             return None  # the model's own forward says what is wrong with the ids
         cached = [each.within(cache, attention_mask) for each in where]
-        out = whole_layer.tokens(states, layers, cached, self.norm_kind, angles)
+        out = whole_layer.tokens(states, layers, cached, self.how, angles)
         return None if out is None else (self.leave(out, around, told), cache)
 
     def _layers(self) -> whole_layer.Layers | None:

@@ -84,6 +84,21 @@ class Cached(NamedTuple):
     kv_heads: int
     mask: Tensor | None
     scale: float
+    window: int | None = None  # it does not see more keys than that
+    turned: bool = True  # by the angles of a rotary embedding, if there are any
+
+
+class How(NamedTuple):
+    """What all layers of a call have that GPT-2's have not."""
+
+    norm_kind: str = "layer_norm"
+    norm_offset: float = 0.0  # added to the norms' weights
+    #: Norms are before ("pre") or behind ("post") the halves, or these are side by side ("parallel"), behind one
+    #: norm or two.
+    order: str = "pre"
+    interleaved: bool = False  # of a rotary embedding: pairs side by side
+    #: One projection has of each key in turn the queries that share it, the key and the value.
+    head_by_head: bool = False
 
 
 def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
@@ -293,7 +308,8 @@ class Layers:
         self.groups += _groups(w)
         qkv, context, w_in, w_out, *gate = range(first, len(self.groups))
         self.parts += (*_affine(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
-        self.parts += (context, _affine(w.attention_out)[1], *_affine(w.ffn_norm))
+        self.parts += (context, _affine(w.attention_out)[1])
+        self.parts += (None, None) if w.ffn_norm is None else _affine(w.ffn_norm)
         self.parts += (w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
         self.parts += (*gate, ffn.w_gate.bias) if gate else (None, None)
         self.parts += w.head_norms
@@ -410,18 +426,17 @@ def tokens(
     x: Tensor,
     layers: Layers,
     cached: Sequence[Cached],
-    norm_kind: str = "layer_norm",
+    how: How = How(),  # noqa: B008  (immutable)
     angles: tuple[Tensor, Tensor] | None = None,
-    position: str = "pre",
     biases: Sequence[Tensor] = (),
     crossed: Crossed | None = None,
 ) -> Tensor | None:
     """The result of layers one behind the other for the next tokens of sequences.
 
     x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
-    B, tokens, half of what is turned of a head) of a rotary embedding, `position` is where the norms of the
-    halves are, "pre" or "post", and of `biases` (1 or B, 1 or heads, tokens, all keys) one is added to the
-    logits of every layer, or one for each to its own. None, and nothing done, for other calls and caches.
+    B, tokens, half of what is turned of a head) of a rotary embedding, and of `biases` (1 or B, 1 or heads,
+    tokens, all keys) one is added to the logits of every layer, or one for each to its own. None, and nothing
+    done, for other calls and caches.
     """
     if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
         return None
@@ -441,6 +456,8 @@ def tokens(
     length = rooms[0].length
     if any(room.length != length for room in rooms):
         return None
+    if any(each.window is not None and length + new >= each.window for each in cached):
+        return None
     if mask is None:
         if length and new > 1:
             return None  # each would see the first `new` keys alone
@@ -457,16 +474,32 @@ def tokens(
     parts = layers.tensors()
     if parts is None:
         return None
+    cos, sin = _turns(angles, cached)
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), parts, layers.epsilons),
         *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
-        *(mask, list(biases), *(map(contiguous, angles) if angles else (None, None))),
+        *(mask, list(biases), cos, sin, how.interleaved, how.head_by_head),
         *(crossed.parts, crossed.epsilons, crossed.states, hides),
-        *([*(each.scale for each in cached), *crossed.scales], norm_kind, position, layers.activation),
+        *([*(each.scale for each in cached), *crossed.scales], how.norm_kind, how.norm_offset, how.order),
+        layers.activation,
     )
     for room in rooms:
         room.written(new)
     return out  # type: ignore[no-any-return]
+
+
+def _turns(
+    angles: tuple[Tensor, Tensor] | None, cached: Sequence[Cached]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Cosines and sines, of all layers or of each."""
+    if angles is None:
+        return [], []
+    cos, sin = map(contiguous, angles)
+    if all(each.turned for each in cached):
+        return [cos], [sin]
+    return [cos if each.turned else None for each in cached], [
+        sin if each.turned else None for each in cached
+    ]
 
 
 def encoded(
@@ -476,14 +509,13 @@ def encoded(
     padding: Tensor | None,
     lengths: Tensor | None,
     longest: int,
-    norm_kind: str = "layer_norm",
-    position: str = "post",
+    how: How = How(order="post"),  # noqa: B008  (immutable)
     biases: Sequence[Tensor] = (),
 ) -> Tensor | None:
     """The result of layers one behind the other on rows of an encoder.
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
-    (`blocks.Terms`). `position` and `biases` are as for `tokens`. None for what it does not take.
+    (`blocks.Terms`). `biases` are as for `tokens`. None for what it does not take.
     """
     if not takes_all(x, layers, "cpu_encoder"):
         return None
@@ -494,7 +526,7 @@ def encoded(
         return None
     return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
         *(x.contiguous(), parts, layers.epsilons, layers.head_dims[0], contiguous(lengths), longest),
-        *(contiguous(padding), list(biases), scale, norm_kind, position, layers.activation),
+        *(contiguous(padding), list(biases), scale, how.norm_kind, how.order, layers.activation),
     )
 
 

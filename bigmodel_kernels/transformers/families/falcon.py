@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.models.falcon import modeling_falcon as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Given, Kin
 
 
@@ -104,6 +104,10 @@ class BigmodelFalconMLP(gpt_like.MLP, hf.FalconMLP, kin=KIN):
 
 class BigmodelFalconDecoderLayer(gpt_like.Layer, hf.FalconDecoderLayer, kin=KIN):
     pass
+
+
+class BigmodelFalconModel(layer_stack.Model, hf.FalconModel, kin=KIN):
+    at = "h"
 
 
 @gpt_like.causal_lm(KIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.gemma import modeling_gemma as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Gemma", offset=1.0, keeps_dtype=True)
@@ -23,6 +23,10 @@ class BigmodelGemmaMLP(llama_like.MLP, hf.GemmaMLP, kin=KIN):
 
 
 class BigmodelGemmaDecoderLayer(llama_like.Layer, hf.GemmaDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelGemmaModel(layer_stack.Model, hf.GemmaModel, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.gpt_neox import modeling_gpt_neox as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -37,6 +37,10 @@ class BigmodelGPTNeoXMLP(gpt_like.MLP, hf.GPTNeoXMLP, kin=KIN):
 
 
 class BigmodelGPTNeoXLayer(gpt_like.Layer, hf.GPTNeoXLayer, kin=KIN):
+    pass
+
+
+class BigmodelGPTNeoXModel(layer_stack.Model, hf.GPTNeoXModel, kin=KIN):
     pass
 
 

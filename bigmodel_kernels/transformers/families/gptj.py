@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.gptj import modeling_gptj as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -37,6 +37,10 @@ class BigmodelGPTJMLP(gpt_like.MLP, hf.GPTJMLP, kin=KIN):
 
 class BigmodelGPTJBlock(gpt_like.Layer, hf.GPTJBlock, kin=KIN):
     pass
+
+
+class BigmodelGPTJModel(layer_stack.Model, hf.GPTJModel, kin=KIN):
+    at = "h"
 
 
 @gpt_like.causal_lm(KIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.phi import modeling_phi as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -35,6 +35,10 @@ class BigmodelPhiMLP(gpt_like.MLP, hf.PhiMLP, kin=KIN):
 
 
 class BigmodelPhiDecoderLayer(gpt_like.Layer, hf.PhiDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelPhiModel(layer_stack.Model, hf.PhiModel, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.smollm3 import modeling_smollm3 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "SmolLM3")
@@ -23,6 +23,10 @@ class BigmodelSmolLM3MLP(llama_like.MLP, hf.SmolLM3MLP, kin=KIN):
 
 
 class BigmodelSmolLM3DecoderLayer(llama_like.Layer, hf.SmolLM3DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelSmolLM3Model(layer_stack.Model, hf.SmolLM3Model, kin=KIN):
     pass
 
 

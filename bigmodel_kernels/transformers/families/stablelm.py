@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from transformers.models.stablelm import modeling_stablelm as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -40,6 +40,10 @@ class BigmodelStableLmMLP(gpt_like.MLP, hf.StableLmMLP, kin=KIN):
 
 
 class BigmodelStableLmDecoderLayer(gpt_like.Layer, hf.StableLmDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelStableLmModel(layer_stack.Model, hf.StableLmModel, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.starcoder2 import modeling_starcoder2 as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -34,6 +34,10 @@ class BigmodelStarcoder2MLP(gpt_like.MLP, hf.Starcoder2MLP, kin=KIN):
 
 
 class BigmodelStarcoder2DecoderLayer(gpt_like.Layer, hf.Starcoder2DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelStarcoder2Model(layer_stack.Model, hf.Starcoder2Model, kin=KIN):
     pass
 
 

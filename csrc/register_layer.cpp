@@ -101,7 +101,7 @@ WeightArgs weight_args(const Tensor& packed, const char* what, Dtype dtype, int6
 // come between two layers' weights nothing is left in the caches.
 struct LayerArgs {
   std::unique_ptr<char[]> b_qkv;  // where there is one of each
-  NormArgs norm;                  // before the first projection, where it has a weight
+  NormArgs norm, ffn_norm;        // before the first projection, and one of its own before the feed-forward, where they have a weight
   LinearArgs qkv, context;
   WeightArgs gate;
   FeedForwardArgs ffn;
@@ -170,6 +170,10 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
                .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = kind.activation, .norm_position = position,
                .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, kind.norm, kind.norm_offset, "norm_"),
                .bias_gate = data_of(w.b_gate, "b_gate", scalar_type, in.n)};
+  if (kind.norm_offset != 0.0 && position == NormPosition::pre) {  // the feed-forward knows of none
+    layer.ffn_norm = layer.ffn.norm;
+    layer.ffn.norm_position = NormPosition::none;
+  }
   if (w.gate) {
     layer.gate = weight_args(*w.gate, "the feed-forward's gate", dtype, hidden);
     STD_TORCH_CHECK(layer.gate.n == in.n, "parts: the gate's out_features ", layer.gate.n, " must be ", in.n);
@@ -426,8 +430,12 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, con
     run_context(crossed.context, y, memory.context, memory.crossed_y);
     y = memory.crossed_y;
   }
-  if (parallel) run_feed_forward(layer, layer.ffn.norm_position == NormPosition::pre ? x : normed, y, out);
-  else run_feed_forward(layer, y, y, out);
+  const void* states = parallel ? layer.ffn.norm_position == NormPosition::pre ? x : normed : y;
+  if (layer.ffn_norm.weight) {
+    kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, states, nullptr, layer.ffn_norm, memory.normed, {}});
+    states = memory.normed;
+  }
+  run_feed_forward(layer, states, y, out);
 }
 
 // How many layers `epsilons` are for, the three of each.

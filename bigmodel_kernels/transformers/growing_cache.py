@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 #: Room for so many tokens more, or for a share of those that are there.
 _LEAST_ROOM, _SHARE = 64, 4
@@ -84,6 +84,8 @@ class Room(NamedTuple):
                 self.layers.append(layer)
             layer.lazy_initialization(self.keys, self.values)
             _buffers[layer] = buffers
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.cumulative_length = end
         layer.keys = buffers.keys_view = self.keys.narrow(2, 0, end)
         layer.values = buffers.values_view = self.values.narrow(2, 0, end)
         return layer.keys, layer.values
@@ -151,7 +153,7 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
             layer, home, made = DynamicLayer(), layers, made + 1
         else:
             return None
-        if type(layer) is not DynamicLayer or not (first or layer.is_initialized):
+        if not _grows(layer, key.shape[2]) or not (first or layer.is_initialized):
             return None
         if not layer.is_initialized:
             buffers, length = _Buffers(key, value, key.shape[2]), 0
@@ -168,6 +170,18 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
                 return None
         found.append(Room(buffers.keys, buffers.values, length, layer, buffers, home))
     return found
+
+
+def _grows(layer: Any, new: int) -> bool:
+    """Whether the layer would keep all that it holds, and so many tokens more."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        length = layer.keys.shape[2] if layer.is_initialized else 0
+        return (
+            not getattr(layer, "record_past", False)  # before transformers 5.20 there is none
+            and layer.cumulative_length == length
+            and length + new < layer.sliding_window
+        )
+    return type(layer) is DynamicLayer
 
 
 def _takes(held: Tensor, new: Kind) -> bool:

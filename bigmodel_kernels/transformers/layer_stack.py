@@ -170,7 +170,7 @@ class Model(NamedForm):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if graph or self.training or "forward" in self.__dict__:
+        if graph or self.training or "forward" in self.__dict__ or _wants_states(self, kwargs):
             return super().__call__(*args, **kwargs)
         with running(self, self.stacked()):
             return super().__call__(*args, **kwargs)
@@ -179,6 +179,12 @@ class Model(NamedForm):
         """The layers that its forward calls."""
         layers = getattr(self, self.at).__dict__["_modules"].values()
         return list(layers)[: self.config.num_hidden_layers]
+
+
+def _wants_states(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the states between layers are asked for: some models collect them without a hook."""
+    wanted = kwargs.get("output_hidden_states")
+    return bool(model.config.output_hidden_states if wanted is None else wanted)
 
 
 class Layer(Form):

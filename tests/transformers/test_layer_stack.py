@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
-from bigmodel_kernels.models.tiny import build, gpt2_config, left_padding, token_ids
+from bigmodel_kernels.models.tiny import build, decoder, gpt2_config, gpt_like, left_padding, token_ids
 from bigmodel_kernels.ops.native_library import unavailable
 from bigmodel_kernels.transformers import layer_stack, token_model, whole_layer
 
@@ -52,7 +52,20 @@ KINDS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: build(Qwen3ForCausalLM, Qwen3Config(**SIZE, **HEADS, head_dim=8)),
     "opt": lambda: build(OPTForCausalLM, OPTConfig(**OPT)),
     "mistral": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=None)),
+    "mistral, a window": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=40)),
+    "gemma": lambda: decoder("Gemma"),
+    "smollm3": lambda: decoder("SmolLM3"),
+    "gpt_neox": lambda: gpt_like("GPTNeoX"),
+    "gpt_neox, one behind the other": lambda: gpt_like("GPTNeoX", use_parallel_residual=False),
+    "gptj": lambda: gpt_like("GPTJ"),
+    "phi": lambda: gpt_like("Phi"),
+    "starcoder2": lambda: gpt_like("Starcoder2", sliding_window=None),
+    "stablelm": lambda: gpt_like("StableLm"),
+    "stablelm, side by side": lambda: gpt_like("StableLm", use_parallel_residual=True),
+    "falcon-7b": lambda: gpt_like("Falcon", new_decoder_architecture=False, multi_query=True),
 }
+#: A family's plain form is tested in every way, the others where it counts.
+PLAIN = ("gpt2", "llama", "qwen2", "qwen3", "opt", "mistral")
 
 
 @pytest.fixture(params=KINDS)
@@ -224,7 +237,7 @@ def test_layers_that_look_ahead(kind: str, prompts: list[int], monkeypatch: pyte
     bk.patch(model)
     before = read(model, DynamicCache(), [9])
     assert prompts == [9]
-    layers_of(model)[1].self_attn.is_causal = False
+    attention_of(layers_of(model)[1]).is_causal = False
     ours = read(model, DynamicCache(), [9])
     assert prompts == [9] and not torch.equal(ours, before)
     monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
@@ -248,13 +261,18 @@ def _pre_hook(module: Any, args: Any) -> Any:
 
 
 def _feed_forward(layer: Any) -> Any:
-    names = ("mlp.c_fc", "mlp.up_proj", "fc1")
-    return next(module for name, module in layer.named_modules() if name in names)
+    names = ("c_fc", "up_proj", "fc1", "fc_in", "dense_h_to_4h")
+    return next(module for name, module in layer.named_modules() if name.split(".")[-1] in names)
+
+
+def attention_of(layer: Any) -> Any:
+    names = ("attn", "self_attn", "attention", "self_attention")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def _replace_a_projection(layer: Any) -> None:
-    attention = layer.attn if hasattr(layer, "attn") else layer.self_attn
-    name = next(name for name in ("c_proj", "o_proj", "out_proj") if hasattr(attention, name))
+    attention = attention_of(layer)
+    name = next(name for name in ("c_proj", "o_proj", "out_proj", "dense") if hasattr(attention, name))
     out, features = getattr(attention, name).weight.shape
     setattr(attention, name, type("Other", (torch.nn.Linear,), {})(features, out))
 
@@ -264,7 +282,13 @@ WATCHED: dict[str, Callable[[Any], Any]] = {
     "a hook behind a layer": lambda layers: layers[1].register_forward_hook(lambda *a: a[2] * 2),
     "a hook within": lambda layers: _feed_forward(layers[1]).register_forward_hook(lambda *a: a[2] * 2),
     "a replaced projection": lambda layers: _replace_a_projection(layers[1]),
-    "a forward of its own": lambda layers: setattr(layers[1], "forward", lambda x, *a, **kw: 2 * x),
+    "a forward of its own": lambda layers: setattr(
+        layers[1],
+        "forward",
+        lambda x, *a, **kw: (
+            (2 * x, None) if type(layers[1]).__name__.endswith("FalconDecoderLayer") else 2 * x
+        ),
+    ),
     "a layer that is not ours": lambda layers: setattr(
         layers[1], "__class__", next(c for c in type(layers[1]).__mro__ if c.__module__.startswith("transf"))
     ),

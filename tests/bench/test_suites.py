@@ -25,6 +25,7 @@ NAMES = (
     "gpt2",
     "training",
     "translation",
+    "decoders",
 )
 
 

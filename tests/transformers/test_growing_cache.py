@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+)
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.transformers import growing_cache
@@ -54,6 +61,26 @@ def test_tokens_are_written_behind_those_that_are_there() -> None:
         assert pair.add(count)
         assert pair.ours.layers[0].keys.data_ptr() == begin
     assert pair.ours.get_seq_length() == pair.own.get_seq_length() == 32
+
+
+@pytest.mark.parametrize("first", [2, 7, 12])
+def test_layers_with_a_window_grow_as_long_as_they_keep_all(first: int) -> None:
+    config = MistralConfig(num_hidden_layers=1, sliding_window=10)
+    ours, own = DynamicCache(config=config), DynamicCache(config=config)
+    grown = []
+    for count in (first, 1, 1, 3, 1, 1, 1):
+        key, value = tokens(count)
+        found = growing_cache.append(ours, key, value, 0)
+        grown.append(found is not None)
+        got = found or ours.update(key, value, 0)
+        for a, b in zip(got, own.update(key, value, 0), strict=True):
+            assert torch.equal(a, b)
+        for name in ("keys", "values"):
+            assert torch.equal(getattr(ours.layers[0], name), getattr(own.layers[0], name))
+        assert ours.get_seq_length() == own.get_seq_length()
+        assert ours.get_mask_sizes(1, 0) == own.get_mask_sizes(1, 0)
+    length = first + torch.tensor((0, 1, 2, 5, 6, 7, 8))
+    assert grown == [False, *(length[1:] < 10).tolist()]  # first tokens are the cache's own work
 
 
 def test_a_full_buffer_makes_room_for_a_share_more() -> None:

@@ -304,7 +304,7 @@ WATCHED: dict[str, Callable[[Any], Any]] = {
 def test_who_watches_a_block_sees_it_run(
     name: str, model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "a layer in training with dropout" and not hasattr(inner(model), "h"):
+    if name == "a layer in training with dropout" and type(inner(model)).__name__ != "GPT2Model":
         pytest.skip("it has no dropouts of its own")
     WATCHED[name](layers_of(model))
     torch.manual_seed(0)

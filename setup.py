@@ -46,6 +46,7 @@ KERNELS = [
     "norm/cpu",
     "philox/cpu",
     "rotary/cpu",
+    "add/cpu",
 ]
 # But sets that extend avx512 have what multiplies by what they have more, and what calls that; they take the
 # rest from it.

@@ -230,6 +230,14 @@ struct RotaryArgs {        // of queries and of keys
   void* out[2];            // (batch, rows, heads, head_dim)
 };
 
+struct AddArgs {           // out = x + factor * y
+  Dtype dtype;
+  int64_t n;
+  const void *x, *y;
+  float factor;
+  void* out;
+};
+
 struct CrossEntropyArgs {
   Dtype dtype;
   int64_t rows, k, classes;
@@ -317,6 +325,7 @@ struct KernelTable {
   void (*embedding)(const Runtime&, const EmbeddingArgs&);
   void (*embedding_backward)(const Runtime&, const EmbeddingBackwardArgs&);
   void (*rotary)(const Runtime&, const RotaryArgs&);
+  void (*add)(const Runtime&, const AddArgs&);
   void (*cross_entropy)(const Runtime&, const CrossEntropyArgs&);
   void (*attention)(const Runtime&, const AttentionArgs&);
   void (*attention_backward)(const Runtime&, const AttentionBackwardArgs&);

@@ -103,6 +103,7 @@ struct LayerArgs {
   std::unique_ptr<char[]> b_qkv;  // where there is one of each
   NormArgs norm, ffn_norm;        // before the first projection, and one of its own before the feed-forward, where they have a weight
   LinearArgs qkv, context;
+  NormArgs outer[2];              // of what attention and feed-forward add, where they have a weight
   WeightArgs gate;
   FeedForwardArgs ffn;
 };
@@ -142,6 +143,7 @@ struct Kind {
   NormKind norm;
   double norm_offset;           // added to the norms' weights
   Activation activation;
+  double factor = 1.0;          // of what is added to the stream
 };
 
 // The products on `rows` rows of x, after qkv.weight is known; `queries` are the features of all heads.
@@ -165,7 +167,7 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
   const WeightArgs out = weight_args(w.out, "the feed-forward's last weight", dtype, in.n);
   STD_TORCH_CHECK(layer.context.weight.n == hidden && out.n == hidden, "parts: out_features ", layer.context.weight.n, " and ", out.n, " must be x's ", hidden);
   const bool own = has_norm(w.norm_weight, w.norm_bias);
-  const NormPosition position = kind.order == Order::post ? NormPosition::post : own || kind.order == Order::pre ? NormPosition::pre : NormPosition::none;
+  const NormPosition position = kind.order == Order::post ? NormPosition::post : own ? NormPosition::pre : NormPosition::none;
   layer.ffn = {.dtype = dtype, .rows = rows, .w_in = in, .bias_in = data_of(w.b_in, "b_in", scalar_type, in.n), .w_out = out,
                .bias_out = data_of(w.b_out, "b_out", scalar_type, hidden), .activation = kind.activation, .norm_position = position,
                .norm = norm_args(w.norm_weight, w.norm_bias, w.norm_eps, scalar_type, hidden, kind.norm, kind.norm_offset, "norm_"),
@@ -186,6 +188,12 @@ void run_context(LinearArgs& product, const void* x, const void* context, void* 
   product.residual = x;
   product.out = y;
   kernels().linear(runtime(), product);
+}
+
+// x + factor * norm(y), of rows.
+void run_sum(const Kind& kind, Dtype dtype, int64_t rows, int64_t hidden, const NormArgs& norm, const void* x, const void* y, void* normed, void* out) {
+  if (norm.weight) kernels().layer_norm(runtime(), {dtype, rows, hidden, y, nullptr, norm, normed, {}});
+  kernels().add(runtime(), {dtype, rows * hidden, x, norm.weight ? normed : y, float(kind.factor), out});
 }
 
 // From x, or of halves side by side, to the sum with y.
@@ -220,7 +228,8 @@ struct Crossed {
 // what each attends to are all up to its own, and then what an encoder has made if it is `crossed`.
 struct TokenLayer : LayerArgs {
   AttentionArgs attention;
-  NormArgs head_norms[2];        // where they have a weight
+  NormArgs head_norms[2];        // where they have a weight, of so many features: a head's, or all of them
+  int64_t normed[2];
   int64_t heads[3];              // of query, key and value
   int64_t at[3], step[3];        // the first head's elements in the projection, and how far the next ones are
   RotaryArgs rotary;             // where it has cosines
@@ -230,7 +239,7 @@ struct TokenLayer : LayerArgs {
 
 // Memory of the tokens' results, of every layer the same.
 struct TokenMemory {
-  char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *crossed_query, *crossed_y, *out[2];
+  char *normed, *qkv, *head_normed[2], *rotated[2], *context, *y, *half, *crossed_query, *crossed_y, *out[2];
   float* logsumexp;
 };
 
@@ -240,6 +249,7 @@ struct TokenCall {
   const OptionalTensor& key_padding_mask;
   bool interleaved;             // of a rotary embedding: pairs side by side
   bool head_by_head;            // in the projection: of each key the queries that share it, the key and the value
+  double softcap;
   Kind kind;
 };
 
@@ -327,15 +337,19 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, 0.0, 0.0});
+  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, call.softcap, 0.0});
   result_strides(attention, attention.out_stride);
 
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
   const char* head_names[2] = {"q_norm_", "k_norm_"};
-  for (int i = 0; i < 2; i++)
-    layer.head_norms[i] = norm_args(*head_norms[i], {}, w.head_norm_eps, scalar_type, attention.head_dim, NormKind::rms_norm, call.kind.norm_offset, head_names[i]);
   layer.heads[0] = attention.heads;
   layer.heads[1] = layer.heads[2] = attention.kv_heads;
+  for (int i = 0; i < 2; i++) {
+    const OptionalTensor& weight = *head_norms[i];
+    const int64_t all = layer.heads[i] * attention.head_dim;
+    layer.normed[i] = weight && weight->numel() == all ? all : attention.head_dim;
+    layer.head_norms[i] = norm_args(weight, {}, w.head_norm_eps, scalar_type, layer.normed[i], NormKind::rms_norm, call.kind.norm_offset, head_names[i]);
+  }
   const int64_t shared = attention.heads / attention.kv_heads, head_dim = attention.head_dim;
   if (call.head_by_head) {
     STD_TORCH_CHECK(shared == 1 || attention.kv_heads == 1, "head_by_head: ", attention.heads, " heads that share ", attention.kv_heads, " keys have no even distance");
@@ -354,7 +368,8 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
 }
 
 // From `x` to `out`, both (batch * rows, hidden).
-void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, const void* x, void* out) {
+void run_tokens(TokenLayer& layer, const TokenMemory& memory, const Kind& kind, const void* x, void* out) {
+  const bool parallel = kind.order == Order::parallel;
   const int64_t batch = layer.attention.batch, rows = layer.attention.query_length, head_dim = layer.attention.head_dim, all = batch * rows;
   const Dtype dtype = layer.attention.dtype;
   const int64_t element = dtype_size(dtype);
@@ -379,7 +394,7 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, con
       for (int64_t r = 0; r < all; r++) memcpy(memory.rotated[i] + r * width * element, heads[i] + r * row[i] * element, size_t(width * element));
       together = memory.rotated[i];
     }
-    kernels().layer_norm(runtime(), {dtype, all * layer.heads[i], head_dim, together, nullptr, layer.head_norms[i], memory.head_normed[i], {}});
+    kernels().layer_norm(runtime(), {dtype, all * width / layer.normed[i], layer.normed[i], together, nullptr, layer.head_norms[i], memory.head_normed[i], {}});
     heads[i] = memory.head_normed[i];
     row[i] = width;
   }
@@ -414,12 +429,16 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, con
   set_logsumexp(attention, all, memory.logsumexp);
   kernels().attention(runtime(), attention);
 
-  run_context(layer.context, x, memory.context, memory.y);
+  // What the halves add may have a norm or a factor before it is added.
+  const int64_t hidden = layer.qkv.weight.k;
+  const bool summed = layer.outer[0].weight || layer.outer[1].weight || kind.factor != 1.0;
+  run_context(layer.context, summed ? nullptr : x, memory.context, summed ? memory.half : memory.y);
+  if (summed) run_sum(kind, dtype, all, hidden, layer.outer[0], x, memory.half, memory.normed, memory.y);
   const void* y = memory.y;
   if (layer.crossed) {
     Crossed& crossed = *layer.crossed;
     if (crossed.norm.weight)
-      kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, y, nullptr, crossed.norm, memory.normed, {}});
+      kernels().layer_norm(runtime(), {dtype, all, hidden, y, nullptr, crossed.norm, memory.normed, {}});
     crossed.query.x = crossed.norm.weight ? memory.normed : y;
     crossed.query.out = memory.crossed_query;
     kernels().linear(runtime(), crossed.query);
@@ -432,10 +451,11 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, bool parallel, con
   }
   const void* states = parallel ? layer.ffn.norm_position == NormPosition::pre ? x : normed : y;
   if (layer.ffn_norm.weight) {
-    kernels().layer_norm(runtime(), {dtype, all, layer.qkv.weight.k, states, nullptr, layer.ffn_norm, memory.normed, {}});
+    kernels().layer_norm(runtime(), {dtype, all, hidden, states, nullptr, layer.ffn_norm, memory.normed, {}});
     states = memory.normed;
   }
-  run_feed_forward(layer, states, y, out);
+  run_feed_forward(layer, states, summed ? nullptr : y, summed ? memory.half : out);
+  if (summed) run_sum(kind, dtype, all, hidden, layer.outer[1], y, memory.half, memory.normed, out);
 }
 
 // How many layers `epsilons` are for, the three of each.
@@ -465,7 +485,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos, std::vector<OptionalTensor> sin, bool interleaved,
                   bool head_by_head, std::vector<OptionalTensor> crossed,
                   std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
-                  Text norm_kind, double norm_offset, Text order, Text activation) {
+                  double softcap, std::vector<OptionalTensor> outer, std::vector<double> outer_epsilons, double factor, Text norm_kind, double norm_offset,
+                  Text order, Text activation) {
   const size_t count = layers_of(epsilons), crosses = crossed_epsilons.size();
   STD_TORCH_CHECK(crosses == 0 || crosses == count, "crossed_epsilons: ", crosses, " must be none, or one for each of ", count, " layers");
   STD_TORCH_CHECK(crossed.size() == crosses * CrossedParts::count, "crossed: ", crossed.size(), " tensors must be ", CrossedParts::count, " for each of ", crosses,
@@ -480,8 +501,11 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
-  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation)}};
+  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, softcap, {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation), factor}};
   STD_TORCH_CHECK(!crosses || call.kind.order != Order::parallel, "order: crossed layers are not parallel");
+  STD_TORCH_CHECK(outer.size() == outer_epsilons.size() && (outer.empty() || outer.size() == 2 * count), "outer: ", outer.size(), " tensors and outer_epsilons, ",
+                  outer_epsilons.size(), ", must be none, or two for each of ", count, " layers");
+  STD_TORCH_CHECK((outer.empty() && factor == 1.0) || (!crosses && call.kind.order == Order::pre), "outer: norms of what is added, and a factor, are for order pre, uncrossed");
   const OptionalTensor none;
   const auto of_layer = [&](const std::vector<OptionalTensor>& all, size_t i) -> const OptionalTensor& { return all.empty() ? none : all[all.size() == 1 ? 0 : i]; };
   std::vector<TokenLayer> layers;
@@ -489,6 +513,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
     layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), of_layer(cos, i),
                                  of_layer(sin, i), call));
+    for (size_t half = 0; half < 2 && !outer.empty(); half++)
+      layers.back().outer[half] = norm_args(outer[2 * i + half], {}, outer_epsilons[2 * i + half], x.scalar_type(), hidden, call.kind.norm, norm_offset, "outer: norm_");
     if (!crosses) return;
     const OptionalTensor* p = &crossed[i * CrossedParts::count];
     for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
@@ -513,7 +539,7 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   int64_t bytes = 0;
   const auto reserve = [&](int64_t features, int64_t size) { return std::exchange(bytes, bytes + (rows * features * size + 63) / 64 * 64); };
   const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element), context = reserve(std::max(heads[0], queries), element), y = reserve(hidden, element);
-  const int64_t crossed_query = reserve(queries, element), crossed_y = reserve(crosses ? hidden : 0, element);
+  const int64_t half = reserve(hidden, element), crossed_query = reserve(queries, element), crossed_y = reserve(crosses ? hidden : 0, element);
   const int64_t results[2] = {reserve(hidden, element), reserve(hidden, element)}, sums = reserve(logsumexp, sizeof(float));
   int64_t of_heads[2][2];
   for (int i = 0; i < 2; i++)
@@ -521,13 +547,13 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   const std::unique_ptr<char[]> block(new char[size_t(bytes + 64)]);
   char* const start = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
   const TokenMemory memory = {.normed = start + normed, .qkv = start + qkv, .head_normed = {start + of_heads[0][0], start + of_heads[1][0]},
-                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y, .crossed_query = start + crossed_query, .crossed_y = start + crossed_y,
+                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y, .half = start + half, .crossed_query = start + crossed_query, .crossed_y = start + crossed_y,
                               .out = {start + results[0], start + results[1]}, .logsumexp = reinterpret_cast<float*>(start + sums)};
   together([&] {
     const void* from = x.const_data_ptr();
     for (size_t i = 0; i < count; i++) {
       void* const to = i + 1 < count ? memory.out[i % 2] : out.mutable_data_ptr();
-      run_tokens(layers[i], memory, call.kind.order == Order::parallel, from, to);
+      run_tokens(layers[i], memory, call.kind, from, to);
       from = to;
     }
   });
@@ -622,7 +648,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
   m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor[] attention_biases, "
         "Tensor?[] cos, Tensor?[] sin, bool interleaved, bool head_by_head, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, "
-        "Tensor? states_padding_mask, float[] softmax_scales, str norm_kind, float norm_offset, str order, str activation) -> Tensor");
+        "Tensor? states_padding_mask, float[] softmax_scales, float softcap, Tensor?[] outer, float[] outer_epsilons, float factor, str norm_kind, float norm_offset, str order, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
         "Tensor[] attention_biases, float softmax_scale, str norm_kind, str order, str activation) -> Tensor");
 }

@@ -33,6 +33,7 @@ void norm_backward(const Runtime&, const NormBackwardArgs&);
 void embedding(const Runtime&, const EmbeddingArgs&);
 void embedding_backward(const Runtime&, const EmbeddingBackwardArgs&);
 void rotary(const Runtime&, const RotaryArgs&);
+void add(const Runtime&, const AddArgs&);
 void attention_maps(const Runtime&, const AttentionMapsArgs&);
 void philox_block(const PhiloxArgs&);
 
@@ -48,7 +49,7 @@ namespace unit = bigmodel::BIGMODEL_UNIT;
 extern const KernelTable table;
 const KernelTable table = {BIGMODEL_NAME(BIGMODEL_ISA), panel, BIGMODEL_BF16_DOT != 0, pack, linear, feed_forward, unit::linear_backward,
                            unit::feed_forward_backward, rest::layer_norm, rest::norm_backward, rest::embedding, rest::embedding_backward,
-                           rest::rotary, unit::cross_entropy, unit::attention, unit::attention_backward, rest::attention_maps,
+                           rest::rotary, rest::add, unit::cross_entropy, unit::attention, unit::attention_backward, rest::attention_maps,
                            rest::philox_block};
 
 }  // namespace bigmodel::BIGMODEL_ISA

@@ -133,14 +133,14 @@ class LayerParts(NamedTuple):
     `attention_p`, `context_p` and `ffn_p` are the dropout of the probabilities, of the attention's output and
     of the feed-forward's; 0 outside training. `unfused` is the feed-forward by the layer's own modules, for a
     `ffn` of None: post-norm with residual and norm, pre-norm from the normalised input without them.
-    `head_norms` are weights of RMSNorms of queries and of keys, head by head. `ffn_norm` is None where the norm
-    of attention serves both halves.
+    `head_norms` are weights of RMSNorms of queries and of keys, head by head or of all features. Norms are
+    None where there is none, `ffn_norm` also where that of attention serves both halves.
     """
 
     qkv: tuple[Part, ...]
     head_dim: int
     attention_out: Part
-    attention_norm: Part
+    attention_norm: Part | None
     attention_eps: float
     attention_p: float
     context_p: float

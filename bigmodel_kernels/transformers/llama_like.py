@@ -295,15 +295,48 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     kin = first.kin
     if not whole_layer.few(x) or given.cos.dtype not in (x.dtype, torch.float32):
         return None
-    if kin.norms != Norms() or kin.softcap or kin.sinks or kin.once:
+    if kin.sinks or kin.once:
         return None
+    how = _how(first)
 
-    layers = layer_stack.layers_of(stack, x, "linear", _read)
-    if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
+    def gather() -> Any:
+        found = layer_stack.read_all(stack.layers, checks.dtype_of(x), _read)
+        if found is None or any(_how(layer) != how for layer in stack.layers):
+            return None
+        outer = [scale for layer in stack.layers for scale in _outer(layer, checks.dtype_of(x))]
+        if None in outer:
+            return None
+        return found[0], (found[1], [scale.eps for scale in outer]), [scale.weight for scale in outer]
+
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, around=True)
+    if layers is None or not layers.takes:
         return None
-    cached = [where.within(given.cache, given.mask) for where in layers.given]
-    how = whole_layer.How("rms_norm", kin.offset)
-    return whole_layer.tokens(x, layers, cached, how, _half((given.cos, given.sin)))
+    where, epsilons = layers.given
+    weights = layers.around()
+    if weights is None or not layer_stack.causal(x, where, given.is_causal):
+        return None
+    cached = [each.within(given.cache, given.mask) for each in where]
+    outer = whole_layer.Outer(weights, epsilons)
+    angles = _half((given.cos, given.sin))
+    return whole_layer.tokens(x, layers, cached, how, angles, (), None, outer)
+
+
+def _how(layer: Any) -> whole_layer.How:
+    """What a layer has that Llama's have not."""
+    attention, kin = layer.self_attn, layer.kin
+    return whole_layer.How(
+        norm_kind="rms_norm",
+        norm_offset=kin.offset,
+        softcap=(attention.attn_logit_softcapping or 0.0) if kin.softcap else 0.0,
+        factor=getattr(layer, "residual_multiplier", 1.0),
+    )
+
+
+def _outer(layer: Any, dtype: torch.dtype | None) -> list[Any]:
+    """The norms behind attention and feed-forward, if it has them; None for one that is not as known."""
+    modules, norms = layer.__dict__["_modules"], layer.kin.norms
+    names = (norms.attention_outer, norms.ffn_outer)
+    return [scale_of(modules[name], dtype) for name in names if name is not None]
 
 
 def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -325,25 +358,20 @@ def _read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stac
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
-    """All of a layer that has nothing which Llama's has not."""
+    """All of a layer, norms behind its halves aside."""
     kin, attention, w = layer.kin, layer.self_attn, layer._parts(dtype)
-    first, second = (
-        scale_of(layer.__dict__["_modules"][name], dtype) for name in (kin.norms.attention, kin.norms.ffn)
-    )
-    if (
-        not is_form(attention, kin.attention)
-        or len(kin.qkv) != 3
-        or w.multiplier != 1
-        or first is None
-        or second is None
-    ):
+    names = [name for name in (kin.norms.attention, kin.norms.ffn) if name is not None]
+    scales = [scale_of(layer.__dict__["_modules"][name], dtype) for name in names]
+    if not is_form(attention, kin.attention) or len(kin.qkv) != 3 or None in scales:
         return None
+    norms: list[Any] = [(Affine(scale.weight, None), scale.eps) for scale in scales if scale is not None]
+    (norm, eps), (ffn_norm, ffn_eps) = norms or [(None, 0.0)] * 2
     projections = attention.__dict__["_modules"]
     qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in kin.qkv)
     heads = [
         scale_of(attention.__dict__["_modules"][f"{name}_norm"], dtype) for name in "qk" if kin.head_norms
     ]
-    if any(isinstance(part, nn.Module) for part in qkv) or None in heads or kin.head_norms == "features":
+    if any(isinstance(part, nn.Module) for part in qkv) or None in heads:
         return None
     head_norms: Any = tuple(heads) or (Scale(None, 0.0, 0.0),) * 2  # type: ignore[arg-type]
     if head_norms[0].eps != head_norms[1].eps:
@@ -352,13 +380,13 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         qkv=qkv,
         head_dim=attention.head_dim,
         attention_out=w.attention_out,
-        attention_norm=Affine(first.weight, None),
-        attention_eps=first.eps,
+        attention_norm=norm,
+        attention_eps=eps,
         attention_p=attention.attention_dropout if attention.training else 0.0,
         context_p=w.attention_p,
         ffn=w.ffn,
-        ffn_norm=Affine(second.weight, None),
-        ffn_eps=second.eps,
+        ffn_norm=ffn_norm,
+        ffn_eps=ffn_eps,
         ffn_p=w.ffn_p,
         unfused=w.unfused,
         head_norms=(head_norms[0].weight, head_norms[1].weight),

@@ -93,12 +93,21 @@ class How(NamedTuple):
 
     norm_kind: str = "layer_norm"
     norm_offset: float = 0.0  # added to the norms' weights
-    #: Norms are before ("pre") or behind ("post") the halves, or these are side by side ("parallel"), behind one
-    #: norm or two.
+    #: Norms are before ("pre") or behind ("post") the halves, or these are side by side ("parallel"), behind
+    #: one norm or two.
     order: str = "pre"
     interleaved: bool = False  # of a rotary embedding: pairs side by side
     #: One projection has of each key in turn the queries that share it, the key and the value.
     head_by_head: bool = False
+    softcap: float = 0.0
+    factor: float = 1.0  # of what attention and feed-forward add
+
+
+class Outer(NamedTuple):
+    """Norms of what attention and feed-forward add, two for each layer."""
+
+    weights: Sequence[Tensor | None]
+    epsilons: list[float]
 
 
 def held(x: Tensor, w: LayerParts, layout: str) -> Held | HeldOnGpu | None:
@@ -307,9 +316,9 @@ class Layers:
         first = len(self.groups)
         self.groups += _groups(w)
         qkv, context, w_in, w_out, *gate = range(first, len(self.groups))
-        self.parts += (*_affine(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
+        self.parts += (*_no_norm_or(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
         self.parts += (context, _affine(w.attention_out)[1])
-        self.parts += (None, None) if w.ffn_norm is None else _affine(w.ffn_norm)
+        self.parts += _no_norm_or(w.ffn_norm)
         self.parts += (w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
         self.parts += (*gate, ffn.w_gate.bias) if gate else (None, None)
         self.parts += w.head_norms
@@ -430,6 +439,7 @@ def tokens(
     angles: tuple[Tensor, Tensor] | None = None,
     biases: Sequence[Tensor] = (),
     crossed: Crossed | None = None,
+    outer: Outer = Outer((), []),  # noqa: B008  (immutable)
 ) -> Tensor | None:
     """The result of layers one behind the other for the next tokens of sequences.
 
@@ -480,8 +490,9 @@ def tokens(
         *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
         *(mask, list(biases), cos, sin, how.interleaved, how.head_by_head),
         *(crossed.parts, crossed.epsilons, crossed.states, hides),
-        *([*(each.scale for each in cached), *crossed.scales], how.norm_kind, how.norm_offset, how.order),
-        layers.activation,
+        *([*(each.scale for each in cached), *crossed.scales], how.softcap),
+        *(list(outer.weights), outer.epsilons, how.factor),
+        *(how.norm_kind, how.norm_offset, how.order, layers.activation),
     )
     for room in rooms:
         room.written(new)
@@ -564,6 +575,10 @@ def _by_torch(
 
 def _on_gpu(x: Tensor) -> bool:
     return not x.is_cpu
+
+
+def _no_norm_or(part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if part is None else _affine(part)
 
 
 def _affine(part: Part) -> tuple[Tensor, Tensor | None]:

@@ -425,8 +425,12 @@ def layer_parts(
     return parts if gated else [*parts, None, None]
 
 
-def head_norms(i: Inputs, head_dim: int) -> list[Any]:
-    return [i.tensor(head_dim), i.tensor(head_dim)] if i.chance() else [None, None]
+def head_norms(i: Inputs, head_dim: int, heads: tuple[int, int]) -> list[Any]:
+    """Of each head, or of all of queries and all of keys."""
+    if i.chance():
+        return [None, None]
+    whole = i.chance()
+    return [i.tensor(head_dim * count if whole else head_dim) for count in heads]
 
 
 def crossed_parts(i: Inputs, hidden: int, queries: int, kind: str) -> list[Any]:
@@ -436,8 +440,8 @@ def crossed_parts(i: Inputs, hidden: int, queries: int, kind: str) -> list[Any]:
 
 
 def layers(i: Inputs) -> dict[str, Any]:
-    """Tokens for each of a batch, through layers with room for them in their keys and values. A decoder may
-    attend to an encoder.
+    """Tokens for each of a batch, through layers with room for them in their keys and values, in every order.
+    A decoder may attend to an encoder.
     """
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
     count, length, rows = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 1, 2, 7))
@@ -447,7 +451,11 @@ def layers(i: Inputs) -> dict[str, Any]:
     mask = torch.rand(batch, length + rows, generator=i.generator) > 0.3
     kind, turned = i.among(("layer_norm", "rms_norm")), head_dim > 1 and i.chance()
     angles = torch.rand(i.among((1, batch)), rows, head_dim // 2, generator=i.generator)
-    crosses, position, keys = i.chance(), i.among(("pre", "post")), i.among((1, 5, 33))
+    turns = i.among((1, count)) if turned else 0
+    order, keys = i.among(("pre", "post", "parallel")), i.among((1, 5, 33))
+    crosses, joined = order != "parallel" and i.chance(), (heads == kv_heads or kv_heads == 1) and i.chance()
+    summed = order == "pre" and not crosses
+    outer = [i.tensor(hidden) for _ in range(2 * count)] if summed and i.chance() else []
     crossing = count if crosses else 0
     state = (batch, i.among((kv_heads, 1)), keys, head_dim)
     hides = torch.rand(batch, keys, generator=i.generator) > 0.3
@@ -459,7 +467,7 @@ def layers(i: Inputs) -> dict[str, Any]:
             for _ in range(count)
             for part in (
                 *layer_parts(i, hidden, i.size(), heads * head_dim, features, None, kind),
-                *head_norms(i, head_dim),
+                *([None, None] if joined else head_norms(i, head_dim, (heads, kv_heads))),
             )
         ],
         "epsilons": [1e-5] * (3 * count),
@@ -467,8 +475,10 @@ def layers(i: Inputs) -> dict[str, Any]:
         "length": length,
         "key_padding_mask": mask if i.chance() else None,
         "attention_biases": [i.tensor(*bias) for _ in range(i.among((0, 0, 1, count)))],
-        "cos": angles.cos() if turned else None,
-        "sin": angles.sin() if turned else None,
+        "cos": [angles.cos()] * turns,
+        "sin": [angles.sin()] * turns,
+        "interleaved": i.chance(),
+        "head_by_head": joined,
         "crossed": [
             part for _ in range(crossing) for part in crossed_parts(i, hidden, heads * head_dim, kind)
         ],
@@ -476,8 +486,13 @@ def layers(i: Inputs) -> dict[str, Any]:
         "states": [i.tensor(*state) for _ in range(2 * crossing)],
         "states_padding_mask": hides if crosses and i.chance() else None,
         "softmax_scales": [head_dim**-0.5] * (count + crossing),
+        "softcap": i.among((0.0, 0.0, 3.0)),
+        "outer": outer,
+        "outer_epsilons": [1e-5] * len(outer),
+        "factor": i.among((1.0, 0.5)) if summed else 1.0,
         "norm_kind": kind,
-        "norm_position": position,
+        "norm_offset": i.among((0.0, 1.0)),
+        "order": order,
         "activation": i.among(ACTIVATIONS),
     }
 
@@ -513,7 +528,7 @@ def encoder(i: Inputs) -> dict[str, Any]:
         "attention_biases": [i.tensor(*bias) for _ in range(biases)],
         "softmax_scale": head_dim**-0.5,
         "norm_kind": kind,
-        "norm_position": i.among(("pre", "post")),
+        "order": i.among(("pre", "post")),
         "activation": i.among(ACTIVATIONS),
     }
 

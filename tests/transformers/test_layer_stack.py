@@ -54,6 +54,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=None)),
     "mistral, a window": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=40)),
     "gemma": lambda: decoder("Gemma"),
+    "gemma2": lambda: decoder("Gemma2", sliding_window=40),
+    "olmo2": lambda: decoder("Olmo2"),
+    "granite": lambda: decoder("Granite", hidden_size=64),
     "smollm3": lambda: decoder("SmolLM3"),
     "gpt_neox": lambda: gpt_like("GPTNeoX"),
     "gpt_neox, one behind the other": lambda: gpt_like("GPTNeoX", use_parallel_residual=False),
@@ -64,22 +67,20 @@ KINDS: dict[str, Callable[[], Any]] = {
     "stablelm, side by side": lambda: gpt_like("StableLm", use_parallel_residual=True),
     "falcon-7b": lambda: gpt_like("Falcon", new_decoder_architecture=False, multi_query=True),
 }
-#: A family's plain form is tested in every way, the others where it counts.
-PLAIN = ("gpt2", "llama", "qwen2", "qwen3", "opt", "mistral")
+#: Of those that pass by the model's own forward for a token.
+PAST = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "mistral, a window")
+WAYS = [*((kind, "by its forward") for kind in KINDS), *((kind, "past its forward") for kind in PAST)]
 
 
-@pytest.fixture(params=KINDS)
-def model(request: pytest.FixtureRequest) -> Any:
-    model = KINDS[request.param]()
+@pytest.fixture(params=WAYS, ids=", ".join)
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Patched; a token comes to its layers in one of two ways."""
+    kind, way = request.param
+    if way == "by its forward":
+        monkeypatch.setattr(token_model.Model, "states", lambda *args, **kwargs: None)
+    model = KINDS[kind]()
     bk.patch(model)
     return model
-
-
-@pytest.fixture(autouse=True, params=["past the model's forward", "by the model's forward"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a token comes to the layers."""
-    if request.param == "by the model's forward":
-        monkeypatch.setattr(token_model.Model, "states", lambda *args, **kwargs: None)
 
 
 def inner(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.gemma2 import modeling_gemma2 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Gemma2", offset=1.0, keeps_dtype=True, norms=llama_like.BOTH, softcap=True)
@@ -23,6 +23,10 @@ class BigmodelGemma2MLP(llama_like.MLP, hf.Gemma2MLP, kin=KIN):
 
 
 class BigmodelGemma2DecoderLayer(llama_like.Layer, hf.Gemma2DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelGemma2Model(layer_stack.Model, hf.Gemma2Model, kin=KIN):
     pass
 
 

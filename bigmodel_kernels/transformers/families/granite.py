@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.granite import modeling_granite as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Granite")
@@ -23,6 +23,10 @@ class BigmodelGraniteMLP(llama_like.MLP, hf.GraniteMLP, kin=KIN):
 
 
 class BigmodelGraniteDecoderLayer(llama_like.Layer, hf.GraniteDecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelGraniteModel(layer_stack.Model, hf.GraniteModel, kin=KIN):
     pass
 
 

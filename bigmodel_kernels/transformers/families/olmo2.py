@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.olmo2 import modeling_olmo2 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Olmo2", keeps_dtype=True, norms=llama_like.OUTER, head_norms="features")
@@ -23,6 +23,10 @@ class BigmodelOlmo2MLP(llama_like.MLP, hf.Olmo2MLP, kin=KIN):
 
 
 class BigmodelOlmo2DecoderLayer(llama_like.Layer, hf.Olmo2DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelOlmo2Model(layer_stack.Model, hf.Olmo2Model, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.olmo3 import modeling_olmo3 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(hf, "Olmo3", keeps_dtype=True, norms=llama_like.OUTER, head_norms="features")
@@ -23,6 +23,10 @@ class BigmodelOlmo3MLP(llama_like.MLP, hf.Olmo3MLP, kin=KIN):
 
 
 class BigmodelOlmo3DecoderLayer(llama_like.Layer, hf.Olmo3DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelOlmo3Model(layer_stack.Model, hf.Olmo3Model, kin=KIN):
     pass
 
 

@@ -317,9 +317,7 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`)."""
     first: Any = stack.layers[0]
     kin, order = first.kin, first.kin.order(first)
-    if not whole_layer.few(x) or given.packing is not None or given.alibi is not None:
-        return None
-    if kin.masks_itself is not None or kin.adds_residual:
+    if not whole_layer.few(x) or given.packing is not None:
         return None
     if given.angles is not None and given.angles[0].dtype not in (x.dtype, torch.float32):
         return None
@@ -333,6 +331,8 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         where = layer_stack.Where.of(
             getattr(attention, kin.index), parts, kin.scale(attention), attention, queries
         )
+        if kin.masks_itself is not None:
+            where = where._replace(window=kin.masks_itself(attention))
         uneven = len(kin.qkv) == 1 and queries > 1 and where.kv_heads > 1
         return None if uneven else (parts, where)
 
@@ -343,7 +343,10 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     how = whole_layer.How(
         order=order, interleaved=kin.rotary == "interleaved", head_by_head=len(kin.qkv) == 1
     )
-    return whole_layer.tokens(x, layers, cached, how, given.angles)
+    attention: Any = _attention_of(first)
+    alibi = attention._alibi(x.new_empty(len(x), layers.given[0].kv_heads * kin.queries(attention), 0), given)
+    biases = [] if alibi is None else [alibi.contiguous()]
+    return whole_layer.tokens(x, layers, cached, how, given.angles, biases)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

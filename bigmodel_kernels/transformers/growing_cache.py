@@ -143,7 +143,8 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
         or getattr(cache, "offloading", False)
     ):
         return None
-    layers, found, made = cache.layers, [], 0
+    layers: list[Any] = cache.layers
+    found, made = [], 0
     for index, key, value in wanted:
         if len(key.shape) != 4 or len(value.shape) != 4:
             return None
@@ -175,7 +176,7 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
 def _grows(layer: Any, new: int) -> bool:
     """Whether the layer would keep all that it holds, and so many tokens more."""
     if type(layer) is DynamicSlidingWindowLayer:
-        length = layer.keys.shape[2] if layer.is_initialized else 0
+        length = 0 if layer.keys is None else layer.keys.shape[2]
         return (
             not getattr(layer, "record_past", False)  # before transformers 5.20 there is none
             and layer.cumulative_length == length

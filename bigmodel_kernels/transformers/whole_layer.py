@@ -316,9 +316,9 @@ class Layers:
         first = len(self.groups)
         self.groups += _groups(w)
         qkv, context, w_in, w_out, *gate = range(first, len(self.groups))
-        self.parts += (*_no_norm_or(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
+        self.parts += (*_affine_or_none(w.attention_norm), qkv, *[*_biases_of(w), None, None][:3])
         self.parts += (context, _affine(w.attention_out)[1])
-        self.parts += _no_norm_or(w.ffn_norm)
+        self.parts += _affine_or_none(w.ffn_norm)
         self.parts += (w_in, ffn.w_in.bias, w_out, ffn.w_out.bias)
         self.parts += (*gate, ffn.w_gate.bias) if gate else (None, None)
         self.parts += w.head_norms
@@ -577,10 +577,10 @@ def _on_gpu(x: Tensor) -> bool:
     return not x.is_cpu
 
 
-def _no_norm_or(part: Part | None) -> tuple[Tensor | None, Tensor | None]:
+def _affine_or_none(part: Part | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if part is None else _affine(part)
 
 
-def _affine(part: Part) -> tuple[Tensor, Tensor | None]:
-    assert not isinstance(part, nn.Module)  # as `held` has seen
+def _affine(part: Part | None) -> tuple[Tensor, Tensor | None]:
+    assert part is not None and not isinstance(part, nn.Module)  # as `held` has seen
     return part

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.bloom import modeling_bloom as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 
@@ -54,6 +54,10 @@ class BigmodelBloomMLP(gpt_like.MLP, hf.BloomMLP, kin=KIN):
 
 class BigmodelBloomBlock(gpt_like.Layer, hf.BloomBlock, kin=KIN):
     pass
+
+
+class BigmodelBloomModel(layer_stack.Model, hf.BloomModel, kin=KIN):
+    at = "h"
 
 
 @gpt_like.causal_lm(KIN)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.models.gpt_neo import modeling_gpt_neo as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 
@@ -49,6 +49,10 @@ class BigmodelGPTNeoMLP(gpt_like.MLP, hf.GPTNeoMLP, kin=KIN):
 
 class BigmodelGPTNeoBlock(gpt_like.Layer, hf.GPTNeoBlock, kin=KIN):
     pass
+
+
+class BigmodelGPTNeoModel(layer_stack.Model, hf.GPTNeoModel, kin=KIN):
+    at = "h"
 
 
 @gpt_like.causal_lm(KIN)

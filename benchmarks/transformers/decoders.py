@@ -1,5 +1,6 @@
-"""A token of a generation by every family of decoders that `patch` knows, beside transformers' sdpa: twelve
-layers of 768 features with random weights, one text.
+"""A token of a generation by every family of decoders that `patch` knows, beside transformers with the
+attention that it takes by itself (sdpa, or eager where a family has no other): twelve layers of 768 features
+with random weights, one text.
 
 Here a model is called for next to nothing to compute, so that what counts is how many calls a token takes,
 next to reading the weights.
@@ -66,7 +67,7 @@ def build(case: Case, setting: Setting) -> Prepared:
     )
     model_class = getattr(transformers, f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}")
     with torch.device(setting.device):
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=getattr(torch, case.dtype))
+        model = model_class._from_config(config, dtype=getattr(torch, case.dtype))
     model.eval()
     ours = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     bk.patch(ours)
@@ -95,8 +96,8 @@ def build(case: Case, setting: Setting) -> Prepared:
         read -= sizes["vocabulary"] * sizes["hidden"]
     stages = [Stage(2 * read * prompt, read * model.dtype.itemsize)]
     stages += [Stage(2 * read, read * model.dtype.itemsize)] * (new - 1)
-    contenders = [Contender("sdpa", runs(model)), Contender("bigmodel", runs(ours))]
-    return Prepared(contenders, "sdpa", stages, comparable=compared, items=new)
+    contenders = [Contender("transformers", runs(model)), Contender("bigmodel", runs(ours))]
+    return Prepared(contenders, "transformers", stages, comparable=compared, items=new)
 
 
 SIZES = {"hidden": 768, "layers": 12, "heads": 12, "inner": 3072, "vocabulary": 8000, "prompt": 16, "new": 32}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -125,6 +126,46 @@ def feed_forward_of(
         return None
     first, last, *gate = (Affine(*tensors) for tensors in held if tensors is not None)
     return FeedForward(first, last, kind, checks.recomputes(module), gate[0] if gate else None, hidden_p)
+
+
+def feed_forward_of_joined(
+    module: nn.Module, joined: str, w_out: str, activation: str, dtype: torch.dtype | None
+) -> FeedForward | None:
+    """That of a gated feed-forward one of whose weights holds gate and up, for inference on the CPU; None for
+    one that one call may not read.
+    """
+    if dtype is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    modules = module.__dict__["_modules"]
+    both, last = (checks.parameters(modules[name], nn.Linear, dtype) for name in (joined, w_out))
+    kind = checks.activation(modules.get(activation))
+    if both is None or last is None or kind is None or both[1] is not None:
+        return None
+    if not both[0].is_cpu or type(both[0]) is not nn.Parameter:
+        return None
+    gate, up = _halves_of(both[0])
+    return FeedForward(Affine(up, None), Affine(*last), kind, w_gate=Affine(gate, None))
+
+
+class _Halves(NamedTuple):
+    """Of a weight that lay there: its first and its last rows."""
+
+    place: tuple[Any, ...]
+    first: Tensor
+    last: Tensor
+
+
+_halves = WeakTensorKeyDictionary()
+
+
+def _halves_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same tensors each time, as long as the weight lies where it lies, so that what is packed is found."""
+    place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+    known: _Halves | None = _halves.get(weight)
+    if known is None or known.place != place:
+        # Not of the parameter itself, which would keep it alive.
+        known = _halves[weight] = _Halves(place, *weight.detach().chunk(2))
+    return known.first, known.last
 
 
 class LayerParts(NamedTuple):

@@ -191,17 +191,19 @@ class Attention(Form):
 
 
 class MLP(Form):
-    """The gated feed-forward in one call, or in two products where one weight holds gate and up."""
+    """The gated feed-forward in one call, or, but for inference on the CPU, in two products where one weight
+    holds gate and up.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if checks.watched_globally():
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         dtype, modules = checks.dtype_of(hidden_states), self.__dict__["_modules"]
-        if len(self.kin.gate_and_up) == 1:
+        ffn = self.ffn(dtype)
+        if ffn is None and len(self.kin.gate_and_up) == 1:
             both = blocks.part(modules[self.kin.gate_and_up[0]], nn.Linear, dtype)
             down = blocks.part(modules["down_proj"], nn.Linear, dtype)
             return blocks.gated_of_one(hidden_states, both, getattr(self, self.kin.activation), down)
-        ffn = self.ffn(dtype)
         if ffn is None:
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         return blocks.feed_forward(hidden_states, ffn, "linear", None)
@@ -209,7 +211,8 @@ class MLP(Form):
     def ffn(self, dtype: torch.dtype | None) -> FeedForward | None:
         """Its weights, if one call may read them all."""
         if len(self.kin.gate_and_up) == 1:
-            return None
+            joined, activation = self.kin.gate_and_up[0], self.kin.activation
+            return blocks.feed_forward_of_joined(self, joined, "down_proj", activation, dtype)
         gate, up = self.kin.gate_and_up
         return blocks.feed_forward_of(self, up, "down_proj", self.kin.activation, dtype, gate)
 
@@ -354,7 +357,8 @@ def _read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stac
     parts, attention = _whole_parts(layer, dtype), layer.self_attn
     if parts is None:
         return None
-    return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention)
+    queries = attention.num_key_value_groups
+    return parts, layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention, queries)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
@@ -362,7 +366,7 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
     kin, attention, w = layer.kin, layer.self_attn, layer._parts(dtype)
     names = [name for name in (kin.norms.attention, kin.norms.ffn) if name is not None]
     scales = [scale_of(layer.__dict__["_modules"][name], dtype) for name in names]
-    if not is_form(attention, kin.attention) or len(kin.qkv) != 3 or None in scales:
+    if not is_form(attention, kin.attention) or None in scales:
         return None
     norms: list[Any] = [(Affine(scale.weight, None), scale.eps) for scale in scales if scale is not None]
     (norm, eps), (ffn_norm, ffn_eps) = norms or [(None, 0.0)] * 2

@@ -56,7 +56,9 @@ KINDS: dict[str, Callable[[], Any]] = {
     "gemma": lambda: decoder("Gemma"),
     "gemma2": lambda: decoder("Gemma2", sliding_window=40),
     "olmo2": lambda: decoder("Olmo2"),
+    "olmo3": lambda: decoder("Olmo3", sliding_window=40),
     "granite": lambda: decoder("Granite", hidden_size=64),
+    "phi3": lambda: decoder("Phi3", sliding_window=40),
     "smollm3": lambda: decoder("SmolLM3"),
     "gpt_neox": lambda: gpt_like("GPTNeoX"),
     "gpt_neox, one behind the other": lambda: gpt_like("GPTNeoX", use_parallel_residual=False),
@@ -264,7 +266,7 @@ def _pre_hook(module: Any, args: Any) -> Any:
 
 
 def _feed_forward(layer: Any) -> Any:
-    names = ("c_fc", "up_proj", "fc1", "fc_in", "dense_h_to_4h")
+    names = ("c_fc", "up_proj", "gate_up_proj", "fc1", "fc_in", "dense_h_to_4h")
     return next(module for name, module in layer.named_modules() if name.split(".")[-1] in names)
 
 

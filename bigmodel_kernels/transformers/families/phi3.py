@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.phi3 import modeling_phi3 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(
@@ -30,6 +30,10 @@ class BigmodelPhi3MLP(llama_like.MLP, hf.Phi3MLP, kin=KIN):
 
 
 class BigmodelPhi3DecoderLayer(llama_like.Layer, hf.Phi3DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelPhi3Model(layer_stack.Model, hf.Phi3Model, kin=KIN):
     pass
 
 

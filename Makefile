@@ -82,7 +82,7 @@ bench: $(VENV)/.demo bigmodel_kernels/.built
 
 # BERT, GPT-2 and attention against every way to run them on this CPU: transformers' own, torch.compile, and other runtimes.
 bench-cpu: $(VENV)/.bench bigmodel_kernels/.built
-	$(BIN)/bigmodel-kernels bench bert gpt2 attention --peers --compile --save
+	$(BIN)/bigmodel-kernels bench bert gpt2 translation attention --peers --compile --save
 
 # Every family, patched and not, with small random models.
 models: $(VENV)/.demo bigmodel_kernels/.built

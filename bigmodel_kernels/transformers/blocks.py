@@ -159,7 +159,7 @@ _halves = WeakTensorKeyDictionary()
 
 
 def _halves_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same tensors each time, as long as the weight lies where it lies, so that what is packed is found."""
+    """The same tensors each time, while the weight lies where it lies, so that what is packed is found."""
     place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
     known: _Halves | None = _halves.get(weight)
     if known is None or known.place != place:

@@ -300,7 +300,7 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         return None
     if kin.sinks or kin.once:
         return None
-    how = _how(first)
+    how, behind = _how(first), kin.norms.attention_outer is not None
 
     def gather() -> Any:
         found = layer_stack.read_all(stack.layers, checks.dtype_of(x), _read)
@@ -309,13 +309,14 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         outer = [scale for layer in stack.layers for scale in _outer(layer, checks.dtype_of(x))]
         if None in outer:
             return None
-        return found[0], (found[1], [scale.eps for scale in outer]), [scale.weight for scale in outer]
+        gathered = found[0], (found[1], [scale.eps for scale in outer])
+        return (*gathered, [scale.weight for scale in outer]) if behind else gathered
 
-    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, around=True)
+    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, around=behind)
     if layers is None or not layers.takes:
         return None
     where, epsilons = layers.given
-    weights = layers.around()
+    weights = layers.around() if behind else ()
     if weights is None or not layer_stack.causal(x, where, given.is_causal):
         return None
     cached = [each.within(given.cache, given.mask) for each in where]

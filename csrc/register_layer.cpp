@@ -156,7 +156,8 @@ void set_products(LayerArgs& layer, const LayerParts& w, const Tensor& x, int64_
   layer.context = {.dtype = dtype, .rows = rows, .weight = weight_args(w.context, "the attention's output", dtype, queries),
                    .bias = data_of(w.b_context, "bias", scalar_type, hidden), .activation = Activation::none};
   const bool normed = has_norm(w.attention_norm_weight, w.attention_norm_bias);
-  const NormArgs norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, kind.norm, kind.norm_offset, "norm_");
+  const NormArgs norm = norm_args(w.attention_norm_weight, w.attention_norm_bias, w.attention_norm_eps, scalar_type, hidden, kind.norm,
+                                  kind.norm_offset, "norm_");
   if (kind.order == Order::post) {
     layer.context.has_norm = normed;
     layer.context.norm = norm;
@@ -191,7 +192,8 @@ void run_context(LinearArgs& product, const void* x, const void* context, void* 
 }
 
 // x + factor * norm(y), of rows.
-void run_sum(const Kind& kind, Dtype dtype, int64_t rows, int64_t hidden, const NormArgs& norm, const void* x, const void* y, void* normed, void* out) {
+void run_sum(const Kind& kind, Dtype dtype, int64_t rows, int64_t hidden, const NormArgs& norm, const void* x, const void* y, void* normed,
+             void* out) {
   if (norm.weight) kernels().layer_norm(runtime(), {dtype, rows, hidden, y, nullptr, norm, normed, {}});
   kernels().add(runtime(), {dtype, rows * hidden, x, norm.weight ? normed : y, float(kind.factor), out});
 }
@@ -277,7 +279,8 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
 
 // Biases of the logits are none, one for all layers, or one for each.
 void check_biases(const std::vector<Tensor>& biases, size_t layers) {
-  STD_TORCH_CHECK(biases.size() <= 1 || biases.size() == layers, "attention_biases: ", biases.size(), " must be none, one, or one for each of ", layers, " layers");
+  STD_TORCH_CHECK(biases.size() <= 1 || biases.size() == layers, "attention_biases: ", biases.size(), " must be none, one, or one for each of ",
+                  layers, " layers");
 }
 OptionalTensor bias_for(const std::vector<Tensor>& biases, size_t layer) {
   return biases.empty() ? OptionalTensor() : biases[biases.size() == 1 ? 0 : layer];
@@ -293,10 +296,11 @@ Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& c
   set_keys(attention, w.keys, w.values, names, batch, scalar_type);
   attention.query_length = rows;
   attention.key_length = w.keys.size(2);
-  crossed.query = {.dtype = dtype, .rows = batch * rows, .weight = weight_args(w.query, "the query's weight", dtype, hidden), .activation = Activation::none};
+  crossed.query = {.dtype = dtype, .rows = batch * rows, .weight = weight_args(w.query, "the query's weight", dtype, hidden),
+                   .activation = Activation::none};
   const int64_t queries = crossed.query.weight.n, kv = attention.kv_heads * attention.head_dim;
-  STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "crossed: the ", queries, " out_features of the query's weight must be heads for ",
-                  attention.kv_heads, " kv heads of ", attention.head_dim, " in crossed_keys");
+  STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "crossed: the ", queries,
+                  " out_features of the query's weight must be heads for ", attention.kv_heads, " kv heads of ", attention.head_dim, " in crossed_keys");
   attention.heads = queries / attention.head_dim;
   crossed.query.bias = data_of(w.b_query, "bias", scalar_type, queries);
   set_options(attention, {w.key_padding_mask, {}, {}, {}, {}, {}, {}, rows, attention.key_length, w.softmax_scale, false, -1, -1, 0.0, 0.0});
@@ -329,7 +333,8 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   set_keys(attention, keys, values, names, batch, scalar_type);
   layer.buffers[0] = static_cast<char*>(keys.mutable_data_ptr());
   layer.buffers[1] = static_cast<char*>(values.mutable_data_ptr());
-  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows, ", for there is room for ", keys.size(2));
+  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows,
+                  ", for there is room for ", keys.size(2));
   attention.query_length = rows;
   attention.key_length = length + rows;
   const WeightArgs qkv = layer.qkv.weight = weight_args(w.qkv, "the first projection", dtype, hidden);
@@ -337,7 +342,8 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1, call.softcap, 0.0});
+  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1,
+                          call.softcap, 0.0});
   result_strides(attention, attention.out_stride);
 
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
@@ -348,11 +354,13 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
     const OptionalTensor& weight = *head_norms[i];
     const int64_t all = layer.heads[i] * attention.head_dim;
     layer.normed[i] = weight && weight->numel() == all ? all : attention.head_dim;
-    layer.head_norms[i] = norm_args(weight, {}, w.head_norm_eps, scalar_type, layer.normed[i], NormKind::rms_norm, call.kind.norm_offset, head_names[i]);
+    layer.head_norms[i] = norm_args(weight, {}, w.head_norm_eps, scalar_type, layer.normed[i], NormKind::rms_norm, call.kind.norm_offset,
+                                    head_names[i]);
   }
   const int64_t shared = attention.heads / attention.kv_heads, head_dim = attention.head_dim;
   if (call.head_by_head) {
-    STD_TORCH_CHECK(shared == 1 || attention.kv_heads == 1, "head_by_head: ", attention.heads, " heads that share ", attention.kv_heads, " keys have no even distance");
+    STD_TORCH_CHECK(shared == 1 || attention.kv_heads == 1, "head_by_head: ", attention.heads, " heads that share ", attention.kv_heads,
+                    " keys have no even distance");
     STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "head_by_head: such heads have no norms");
   }
   for (int i = 0; i < 3; i++) {
@@ -360,7 +368,8 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
     layer.step[i] = call.head_by_head && shared == 1 ? 3 * head_dim : head_dim;
   }
   if (cos) {
-    layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = head_dim, .heads = {attention.heads, attention.kv_heads}, .interleaved = call.interleaved};
+    layer.rotary = {.dtype = dtype, .batch = batch, .rows = rows, .head_dim = head_dim, .heads = {attention.heads, attention.kv_heads},
+                    .interleaved = call.interleaved};
     set_angles(layer.rotary, *cos, *sin);
   }
   set_products(layer, w, x, batch * rows, queries, call.kind);
@@ -394,7 +403,8 @@ void run_tokens(TokenLayer& layer, const TokenMemory& memory, const Kind& kind, 
       for (int64_t r = 0; r < all; r++) memcpy(memory.rotated[i] + r * width * element, heads[i] + r * row[i] * element, size_t(width * element));
       together = memory.rotated[i];
     }
-    kernels().layer_norm(runtime(), {dtype, all * width / layer.normed[i], layer.normed[i], together, nullptr, layer.head_norms[i], memory.head_normed[i], {}});
+    kernels().layer_norm(runtime(), {dtype, all * width / layer.normed[i], layer.normed[i], together, nullptr, layer.head_norms[i],
+                                     memory.head_normed[i], {}});
     heads[i] = memory.head_normed[i];
     row[i] = width;
   }
@@ -478,12 +488,14 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
   }
 }
 
-// All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows, angles),
-// one for all layers or one or none for each, queries and keys are turned (rotary embedding), after the norms of heads. A bias of the logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer
-// by layer, with the epsilons of their norms, `states` the keys and values that each attends to, and their scales are behind the others.
+// All layers of such tokens, x (batch, rows, hidden); `buffers` are the keys and values of each. With `cos` and `sin` (1 or batch, rows,
+// angles), one for all layers or one or none for each, queries and keys are turned (rotary embedding), after the norms of heads. A bias of the
+// logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer by layer, with the epsilons of
+// their norms, `states` the keys and values that each attends to, and their scales are behind the others. `outer` are norms of what attention
+// and feed-forward add, two for each layer.
 Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos, std::vector<OptionalTensor> sin, bool interleaved,
-                  bool head_by_head, std::vector<OptionalTensor> crossed,
+                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos,
+                  std::vector<OptionalTensor> sin, bool interleaved, bool head_by_head, std::vector<OptionalTensor> crossed,
                   std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
                   double softcap, std::vector<OptionalTensor> outer, std::vector<double> outer_epsilons, double factor, Text norm_kind, double norm_offset,
                   Text order, Text activation) {
@@ -491,8 +503,10 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   STD_TORCH_CHECK(crosses == 0 || crosses == count, "crossed_epsilons: ", crosses, " must be none, or one for each of ", count, " layers");
   STD_TORCH_CHECK(crossed.size() == crosses * CrossedParts::count, "crossed: ", crossed.size(), " tensors must be ", CrossedParts::count, " for each of ", crosses,
                   " layers that crossed_epsilons are for");
-  STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses, " layers that crossed_epsilons are for");
-  STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count, " layers, ", count + crosses);
+  STD_TORCH_CHECK(states.size() == 2 * crosses, "states: ", states.size(), " tensors must be two for each of ", crosses,
+                  " layers that crossed_epsilons are for");
+  STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count,
+                  " layers, ", count + crosses);
   check_biases(attention_biases, count);
   STD_TORCH_CHECK(cos.size() <= 1 || cos.size() == count, "cos: ", cos.size(), " must be none, one, or one for each of ", count, " layers");
   STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
@@ -501,25 +515,31 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
-  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, softcap, {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation), factor}};
-  STD_TORCH_CHECK(!crosses || call.kind.order != Order::parallel, "order: crossed layers are not parallel");
-  STD_TORCH_CHECK(outer.size() == outer_epsilons.size() && (outer.empty() || outer.size() == 2 * count), "outer: ", outer.size(), " tensors and outer_epsilons, ",
-                  outer_epsilons.size(), ", must be none, or two for each of ", count, " layers");
-  STD_TORCH_CHECK((outer.empty() && factor == 1.0) || (!crosses && call.kind.order == Order::pre), "outer: norms of what is added, and a factor, are for order pre, uncrossed");
+  const Kind kind = {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation), factor};
+  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, softcap, kind};
+  STD_TORCH_CHECK(!crosses || kind.order != Order::parallel, "order: crossed layers are not parallel");
+  STD_TORCH_CHECK(outer.size() == outer_epsilons.size() && (outer.empty() || outer.size() == 2 * count), "outer: ", outer.size(),
+                  " tensors and outer_epsilons, ", outer_epsilons.size(), ", must be none, or two for each of ", count, " layers");
+  STD_TORCH_CHECK((outer.empty() && factor == 1.0) || (!crosses && kind.order == Order::pre),
+                  "outer: norms of what is added, and a factor, are for order pre, uncrossed");
   const OptionalTensor none;
-  const auto of_layer = [&](const std::vector<OptionalTensor>& all, size_t i) -> const OptionalTensor& { return all.empty() ? none : all[all.size() == 1 ? 0 : i]; };
+  const auto of_layer = [&](const std::vector<OptionalTensor>& all, size_t i) -> const OptionalTensor& {
+    return all.empty() ? none : all[all.size() == 1 ? 0 : i];
+  };
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
     layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), of_layer(cos, i),
                                  of_layer(sin, i), call));
     for (size_t half = 0; half < 2 && !outer.empty(); half++)
-      layers.back().outer[half] = norm_args(outer[2 * i + half], {}, outer_epsilons[2 * i + half], x.scalar_type(), hidden, call.kind.norm, norm_offset, "outer: norm_");
+      layers.back().outer[half] =
+          norm_args(outer[2 * i + half], {}, outer_epsilons[2 * i + half], x.scalar_type(), hidden, kind.norm, norm_offset, "outer: norm_");
     if (!crosses) return;
     const OptionalTensor* p = &crossed[i * CrossedParts::count];
     for (int weight : {2, 4}) STD_TORCH_CHECK(p[weight].has_value(), "crossed: the packed weight ", weight, " of layer ", i, " is None");
-    layers.back().crossed = crossed_layer(x, {p[0], p[1], *p[2], p[3], *p[4], p[5], crossed_epsilons[i], softmax_scales[count + i], states[2 * i], states[2 * i + 1],
-                                              states_padding_mask}, call);
+    const CrossedParts attention = {p[0], p[1], *p[2], p[3], *p[4], p[5], crossed_epsilons[i], softmax_scales[count + i],
+                                    states[2 * i], states[2 * i + 1], states_padding_mask};
+    layers.back().crossed = crossed_layer(x, attention, call);
   });
   if (layers.empty()) return x;
   Tensor out = empty_rows_like(x, hidden);
@@ -538,7 +558,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   const int64_t element = dtype_size(dtype_of(x, "x"));
   int64_t bytes = 0;
   const auto reserve = [&](int64_t features, int64_t size) { return std::exchange(bytes, bytes + (rows * features * size + 63) / 64 * 64); };
-  const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element), context = reserve(std::max(heads[0], queries), element), y = reserve(hidden, element);
+  const int64_t normed = reserve(hidden, element), qkv = reserve(projected, element);
+  const int64_t context = reserve(std::max(heads[0], queries), element), y = reserve(hidden, element);
   const int64_t half = reserve(hidden, element), crossed_query = reserve(queries, element), crossed_y = reserve(crosses ? hidden : 0, element);
   const int64_t results[2] = {reserve(hidden, element), reserve(hidden, element)}, sums = reserve(logsumexp, sizeof(float));
   int64_t of_heads[2][2];
@@ -547,7 +568,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   const std::unique_ptr<char[]> block(new char[size_t(bytes + 64)]);
   char* const start = block.get() + (64 - reinterpret_cast<uintptr_t>(block.get()) % 64) % 64;
   const TokenMemory memory = {.normed = start + normed, .qkv = start + qkv, .head_normed = {start + of_heads[0][0], start + of_heads[1][0]},
-                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y, .half = start + half, .crossed_query = start + crossed_query, .crossed_y = start + crossed_y,
+                              .rotated = {start + of_heads[0][1], start + of_heads[1][1]}, .context = start + context, .y = start + y,
+                              .half = start + half, .crossed_query = start + crossed_query, .crossed_y = start + crossed_y,
                               .out = {start + results[0], start + results[1]}, .logsumexp = reinterpret_cast<float*>(start + sums)};
   together([&] {
     const void* from = x.const_data_ptr();
@@ -648,7 +670,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
   m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor[] attention_biases, "
         "Tensor?[] cos, Tensor?[] sin, bool interleaved, bool head_by_head, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, "
-        "Tensor? states_padding_mask, float[] softmax_scales, float softcap, Tensor?[] outer, float[] outer_epsilons, float factor, str norm_kind, float norm_offset, str order, str activation) -> Tensor");
+        "Tensor? states_padding_mask, float[] softmax_scales, float softcap, Tensor?[] outer, float[] outer_epsilons, float factor, "
+        "str norm_kind, float norm_offset, str order, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
         "Tensor[] attention_biases, float softmax_scale, str norm_kind, str order, str activation) -> Tensor");
 }

@@ -346,7 +346,8 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     attention: Any = _attention_of(first)
     alibi = attention._alibi(x.new_empty(len(x), layers.given[0].kv_heads * kin.queries(attention), 0), given)
     biases = [] if alibi is None else [alibi.contiguous()]
-    return whole_layer.tokens(x, layers, cached, how, given.angles, biases)
+    angles = [] if given.angles is None else [given.angles]
+    return whole_layer.tokens(x, layers, cached, how, angles, biases)
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

@@ -88,6 +88,8 @@ class Kin:
     sinks: bool = False
     #: cos and sin hold every angle once, not twice.
     once: bool = False
+    #: Whether the angles are those of the layer's type.
+    angles_by_type: bool = False
     # The feed-forward, dense or of experts, or in some layers this and in others that; the first projections
     # of a dense one, two or one that stands for both.
     mlp: type[nn.Module] | None = None
@@ -321,8 +323,26 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         return None
     cached = [each.within(given.cache, given.mask) for each in where]
     outer = whole_layer.Outer(weights, epsilons)
-    angles = _half((given.cos, given.sin))
-    return whole_layer.tokens(x, layers, cached, how, angles, (), None, outer)
+    angles = _angles(x, given, stack)
+    return None if angles is None else whole_layer.tokens(x, layers, cached, how, angles, (), None, outer)
+
+
+def _angles(x: Tensor, given: Given, stack: layer_stack.Stack) -> list[tuple[Tensor, Tensor]] | None:
+    """Those of all layers, or of each; None if some of them cannot be known from the first layer's."""
+    first: Any = stack.layers[0]
+    model: Any = stack.model
+    own = _half((given.cos, given.sin))
+    if not first.kin.angles_by_type:
+        return [own]
+    rotary = model.__dict__["_modules"].get("rotary_emb")
+    if given.positions is None or not checks.intact(rotary, type(rotary)):
+        return None
+    types = model.config.layer_types[: len(stack.layers)]
+    found = {types[0]: own}
+    for kind in types:
+        if kind not in found:
+            found[kind] = _half(rotary(x, given.positions, kind))
+    return [found[kind] for kind in types]
 
 
 def _how(layer: Any) -> whole_layer.How:
@@ -409,6 +429,7 @@ class Given(NamedTuple):
     is_causal: bool | None
     output_attentions: bool
     told: dict[str, Any] | None
+    positions: Tensor | None = None
 
 
 def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
@@ -429,7 +450,8 @@ def _given(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Giv
         return None
     wanted = bool(kwargs.get("output_attentions"))
     cos, sin = positions
-    return Given(cos, sin, mask, cache, kwargs.get("is_causal"), wanted, told)
+    causal, places = kwargs.get("is_causal"), kwargs.get("position_ids")
+    return Given(cos, sin, mask, cache, causal, wanted, told, places)
 
 
 def scale_of(norm: Any, dtype: torch.dtype | None) -> Scale | None:

@@ -401,7 +401,7 @@ def tokens(
         if seen is None:
             return None
     cached = [each.within(own.cache, own.mask) for each in where]
-    return whole_layer.tokens(x, layers, cached, how, None, biases(), seen)
+    return whole_layer.tokens(x, layers, cached, how, (), biases(), seen)
 
 
 def encoded(

@@ -92,7 +92,7 @@ class Model(whole_model.Model):
         except RuntimeError:
             return None  # the model's own forward says what is wrong with the ids
         cached = [each.within(cache, attention_mask) for each in where]
-        out = whole_layer.tokens(states, layers, cached, self.how, angles)
+        out = whole_layer.tokens(states, layers, cached, self.how, [] if angles is None else [angles])
         return None if out is None else (self.leave(out, around, told), cache)
 
     def _layers(self) -> whole_layer.Layers | None:

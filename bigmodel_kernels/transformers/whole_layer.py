@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     #: What is around layers: a tensor, or weights side by side.
     Around = Tensor | list[Tensor] | None
+    #: Cosines and sines.
+    Angles = tuple[Tensor, Tensor]
     #: The parts of all layers, what is `given` beside them, and where it is wanted what is around them.
     Gathered = tuple[Sequence[LayerParts], Any] | tuple[Sequence[LayerParts], Any, Sequence[Around]]
 
@@ -436,7 +438,7 @@ def tokens(
     layers: Layers,
     cached: Sequence[Cached],
     how: How = How(),  # noqa: B008  (immutable)
-    angles: tuple[Tensor, Tensor] | None = None,
+    angles: Sequence[Angles] = (),
     biases: Sequence[Tensor] = (),
     crossed: Crossed | None = None,
     outer: Outer = Outer((), []),  # noqa: B008  (immutable)
@@ -444,8 +446,8 @@ def tokens(
     """The result of layers one behind the other for the next tokens of sequences.
 
     x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
-    B, tokens, half of what is turned of a head) of a rotary embedding, and of `biases` (1 or B, 1 or heads,
-    tokens, all keys) one is added to the logits of every layer, or one for each to its own. None, and nothing
+    B, tokens, half of what is turned of a head) of a rotary embedding, and `biases` (1 or B, 1 or heads,
+    tokens, all keys) are added to the logits: none, one for all layers, or one for each. None, and nothing
     done, for other calls and caches.
     """
     if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
@@ -500,17 +502,15 @@ def tokens(
 
 
 def _turns(
-    angles: tuple[Tensor, Tensor] | None, cached: Sequence[Cached]
+    angles: Sequence[Angles], cached: Sequence[Cached]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Cosines and sines, of all layers or of each."""
-    if angles is None:
-        return [], []
-    cos, sin = map(contiguous, angles)
-    if all(each.turned for each in cached):
-        return [cos], [sin]
-    return [cos if each.turned else None for each in cached], [
-        sin if each.turned else None for each in cached
-    ]
+    pairs = [(contiguous(cos), contiguous(sin)) for cos, sin in angles]
+    if len(pairs) == 1 and not all(each.turned for each in cached):
+        pairs = pairs * len(cached)
+    if len(pairs) > 1:
+        pairs = [pair if each.turned else (None, None) for pair, each in zip(pairs, cached, strict=True)]
+    return [cos for cos, _ in pairs], [sin for _, sin in pairs]
 
 
 def encoded(

@@ -55,6 +55,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "mistral, a window": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=40)),
     "gemma": lambda: decoder("Gemma"),
     "gemma2": lambda: decoder("Gemma2", sliding_window=40),
+    "gemma3": lambda: decoder("Gemma3", sliding_window=40),
     "olmo2": lambda: decoder("Olmo2"),
     "olmo3": lambda: decoder("Olmo3", sliding_window=40),
     "granite": lambda: decoder("Granite", hidden_size=64),

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from transformers.models.gemma3 import modeling_gemma3 as hf
 
-from bigmodel_kernels.transformers import llama_like
+from bigmodel_kernels.transformers import layer_stack, llama_like
 from bigmodel_kernels.transformers.llama_like import Kin
 
 KIN = Kin.of(
-    hf, "Gemma3", model="TextModel", offset=1.0, keeps_dtype=True, norms=llama_like.BOTH, head_norms="heads"
+    hf,
+    "Gemma3",
+    model="TextModel",
+    offset=1.0,
+    keeps_dtype=True,
+    norms=llama_like.BOTH,
+    head_norms="heads",
+    angles_by_type=True,
 )
 
 
@@ -28,6 +35,10 @@ class BigmodelGemma3MLP(llama_like.MLP, hf.Gemma3MLP, kin=KIN):
 
 
 class BigmodelGemma3DecoderLayer(llama_like.Layer, hf.Gemma3DecoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelGemma3TextModel(layer_stack.Model, hf.Gemma3TextModel, kin=KIN):
     pass
 
 

@@ -406,8 +406,8 @@ def test_copies_do_the_same(copied: Callable[[Any], Any], model: Any, together: 
 
 
 EDITS: dict[str, Callable[[torch.Tensor], Any]] = {
-    "in place": lambda weight: weight.mul_(2),
-    "through data": lambda weight: weight.data.mul_(2),
+    "in place": lambda weight: weight.mul_(0.5 + torch.rand_like(weight)),
+    "through data": lambda weight: weight.data.mul_(0.5 + torch.rand_like(weight)),
 }
 
 

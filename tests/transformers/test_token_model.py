@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layer_stack import IDS, KINDS
+from test_layer_stack import IDS, KINDS, PAST
 from test_whole_layer import Counting
 from transformers import DynamicCache, GPT2LMHeadModel
 from transformers.utils import logging
@@ -36,7 +36,7 @@ def patched(kind: str) -> Any:
     return model
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind != "opt"])
+@pytest.fixture(params=PAST)
 def model(request: pytest.FixtureRequest) -> Any:
     return patched(request.param)
 

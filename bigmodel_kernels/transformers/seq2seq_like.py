@@ -31,18 +31,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 
 from bigmodel_kernels.transformers import (
     attention_interface,
     blocks,
     checks,
+    crossed_layers,
     fused_loss,
     layer_stack,
     packed_encoder,
     whole_layer,
 )
-from bigmodel_kernels.transformers.blocks import Affine, LayerParts
 from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear, Form, is_form
 
@@ -332,152 +332,23 @@ class Given(NamedTuple):
     packing: blocks.Packing | None = None
 
 
-class CrossedParts(NamedTuple):
-    """Of the attention of a layer on the encoder's states: its parts, and where in a cache their keys are."""
-
-    norm: Affine
-    eps: float
-    query: Affine
-    out: Affine
-    layer: int
-    scale: float
-
-    @staticmethod
-    def of(attention: Any, norm: blocks.Part, eps: float, dtype: torch.dtype | None) -> CrossedParts | None:
-        """None if one call cannot read them, or the attention drops."""
-        query = blocks.part(attention.__dict__["_modules"][attention.qkv[0]], nn.Linear, dtype)
-        out = attention.projection(dtype)
-        if not (isinstance(norm, Affine) and isinstance(query, Affine) and isinstance(out, Affine)):
-            return None
-        if checks.probability(attention, "dropout") != 0:
-            return None
-        return CrossedParts(norm, eps, query, out, attention.layer_idx, float(attention.scaling))
-
-    def around(self) -> tuple[whole_layer.Around, ...]:
-        """The tensors, in the order of `whole_layer.Crossed`."""
-        return (*self.norm, [self.query.weight], self.query.bias, [self.out.weight], self.out.bias)
-
-
-#: What a layer's reader says of it: its parts, where in a cache its keys are, and the attention on the
-#: encoder's states, if it is wanted.
-Read = tuple[LayerParts, tuple[layer_stack.Where, CrossedParts | None]]
-
-
-def tokens(
-    x: Tensor,
-    stack: layer_stack.Stack,
-    given: Sequence[Given],
-    read: Callable[[Any, torch.dtype | None], Read | None],
-    how: whole_layer.How,
-    biases: Callable[[], Sequence[Tensor]] = lambda: (),
-) -> Tensor | None:
-    """The result of all layers for the next tokens of sequences, or None (see `whole_layer.tokens`).
-
-    `given` is what the first layer's attentions are: that on the tokens, and if there is one that on the
-    encoder's states, whose keys must be in the cache. `biases` makes those of `whole_layer.tokens`.
-    """
-    own, crossed = given[0], given[1] if len(given) > 1 else None
-    if not whole_layer.few(x) or own.packing is not None:
-        return None
-    if crossed is not None and (type(crossed.cache) is not DynamicCache or not crossed.updated):
-        return None
-
-    def gather() -> Any:
-        found = layer_stack.read_all(stack.layers, checks.dtype_of(x), read)
-        if found is None or crossed is None:
-            return found
-        around = [item for _, w in found[1] if w is not None for item in w.around()]
-        return *found, around
-
-    layers = whole_layer.layers_of(stack.model, stack.layers, x, "linear", gather, crossed is not None)
-    if layers is None or not layers.takes:
-        return None
-    where = [each for each, _ in layers.given]
-    if not layer_stack.causal(x, where, own.is_causal):
-        return None
-    seen = None
-    if crossed is not None:
-        seen = _crossed(x, layers, crossed)
-        if seen is None:
-            return None
-    cached = [each.within(own.cache, own.mask) for each in where]
-    return whole_layer.tokens(x, layers, cached, how, (), biases(), seen)
-
-
-def encoded(
-    x: Tensor,
-    stack: layer_stack.Stack,
-    given: Given,
-    read: Callable[[Any, torch.dtype | None], Read | None],
-    how: whole_layer.How,
-    biases: Callable[[], Sequence[Tensor]] = lambda: (),
-) -> Tensor | None:
-    """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
-    padding, packing = given.mask, given.packing
-    if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
-        return None
-    if packing is not None:
-        if not attention_interface.hides_keys(padding):
-            return None  # a window
-    elif padding is not None:
-        padding = _keys_seen(padding, x)
-        if padding is None or padding.shape != x.shape[:2]:
-            return None
-    layers = layer_stack.layers_of(stack, x, "linear", read)
-    if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
-        return None
-    scale = layers.given[0][0].scale
-    if packing is None:
-        return whole_layer.encoded(x, layers, scale, padding, None, 0, how, biases())
-    lengths = (packing.cu_seqlens, packing.longest)
-    out = whole_layer.encoded(x[0], layers, scale, None, *lengths, how)
-    return None if out is None else out[None]
-
-
-def _keys_seen(mask: Tensor, x: Tensor) -> Tensor | None:
-    """Of a mask that says no more, which keys each sequence of x sees, bool (B, S)."""
-    if not attention_interface.hides_keys(mask) or mask.shape[0] not in (1, x.shape[0]):
-        return None
-    return mask[:, 0, 0].expand(x.shape[0], -1)
-
-
-def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer.Crossed | None:
-    """What all layers attend to of the encoder's; None if the cache does not have it."""
-    parts, where = layers.around(), [w for _, w in layers.given]
-    held, states, mask = given.cache.layers, [], given.mask
-    if mask is not None and mask.dim() != 2:
-        mask = _keys_seen(mask, x)
-        if mask is None:
-            return None
-    if parts is None:
-        return None
-    for w in where:
-        if not given.updated.get(w.layer) or w.layer >= len(held):  # type: ignore[union-attr]
-            return None
-        for t in (held[w.layer].keys, held[w.layer].values):
-            if type(t) is not Tensor or t.dtype is not x.dtype or t.device != x.device or t.stride(-1) != 1:
-                return None
-            states.append(t)
-    return whole_layer.Crossed(parts, [w.eps for w in where], states, mask, [w.scale for w in where])
-
-
 def _tokens(x: Tensor, given: Sequence[Given], stack: layer_stack.Stack) -> Tensor | None:
-    """`tokens` of layers after BART."""
+    """`crossed_layers.tokens` of layers after BART."""
     first: Any = stack.layers[0]
     read = partial(_read, first.kin, first.kin.decoder_layer, len(given) > 1)
-    return tokens(x, stack, given, read, whole_layer.How(order=first.kin.order))
+    return crossed_layers.tokens(x, stack, given, read, whole_layer.How(order=first.kin.order))
 
 
 def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
-    """`encoded` by layers after BART."""
+    """`crossed_layers.encoded` by layers after BART."""
     first: Any = stack.layers[0]
     read = partial(_read, first.kin, first.kin.encoder_layer, False)
-    return encoded(x, stack, given, read, whole_layer.How(order=first.kin.order))
+    return crossed_layers.encoded(x, stack, given, read, whole_layer.How(order=first.kin.order))
 
 
 def _read(
     kin: Kin, cls: type[nn.Module], crosses: bool, layer: Any, dtype: torch.dtype | None
-) -> Read | None:
+) -> crossed_layers.Read | None:
     if not checks.intact(layer, kin.forms[cls]):
         return None
     modules, p = layer.__dict__["_modules"], checks.probability(layer, "dropout")
@@ -489,7 +360,7 @@ def _read(
     def norm(name: str) -> tuple[blocks.Part, float]:
         return blocks.part(modules[name], nn.LayerNorm, dtype), blocks.eps_of(modules[name])
 
-    parts = layer_parts(
+    parts = crossed_layers.layer_parts(
         attention,
         *norm("self_attn_layer_norm"),
         blocks.feed_forward_of(layer, *_FEED_FORWARD, dtype),
@@ -497,42 +368,12 @@ def _read(
         dtype,
     )
     if crosses and is_form(modules["encoder_attn"], kin.attention):
-        crossed = CrossedParts.of(modules["encoder_attn"], *norm("encoder_attn_layer_norm"), dtype)
+        crossed = crossed_layers.CrossedParts.of(
+            modules["encoder_attn"], *norm("encoder_attn_layer_norm"), dtype
+        )
     if parts is None or (crosses and crossed is None):
         return None
     return parts, (layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention), crossed)
-
-
-def layer_parts(
-    attention: Any,
-    norm: blocks.Part,
-    eps: float,
-    ffn: blocks.FeedForward | None,
-    ffn_norm: blocks.Part,
-    ffn_eps: float,
-    dtype: torch.dtype | None,
-) -> LayerParts | None:
-    """Those of a decoder's layer that drops nothing; None if one call cannot read its attention or has no
-    feed-forward.
-    """
-    projections, p = attention.__dict__["_modules"], checks.probability(attention, "dropout")
-    qkv = tuple(blocks.part(projections[name], nn.Linear, dtype) for name in attention.qkv)
-    if ffn is None or p is None or any(isinstance(part, nn.Module) for part in qkv):
-        return None
-    return LayerParts(
-        qkv=qkv,
-        head_dim=getattr(attention, attention.size),
-        attention_out=attention.projection(dtype),
-        attention_norm=norm,
-        attention_eps=eps,
-        attention_p=p,
-        context_p=0.0,
-        ffn=ffn,
-        ffn_norm=ffn_norm,
-        ffn_eps=ffn_eps,
-        ffn_p=0.0,
-        unfused=attention.forward,  # never called, for there is a feed-forward
-    )
 
 
 def _context(attention: Any, given: Given, x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from bigmodel_kernels.transformers import (
     blocks,
     checks,
+    crossed_layers,
     fused_loss,
     layer_stack,
     llama_like,
@@ -260,7 +261,7 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
     read = partial(_read, kin, len(given) > 1)
     if not first.is_decoder:
         biases = partial(_biases, stack, lambda attention: attention.bias_of_rows(x.shape[1]))
-        return seq2seq_like.encoded(x, stack, given[0], read, _HOW, biases)
+        return crossed_layers.encoded(x, stack, given[0], read, _HOW, biases)
     cache = given[0].cache
     if x.shape[1] != 1 or cache is None:
         return None
@@ -269,7 +270,7 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
         stack,
         lambda attention: attention.bias_of_token(cache.get_seq_length(attention.layer_idx) + 1),
     )
-    return seq2seq_like.tokens(x, stack, given, read, _HOW, biases)
+    return crossed_layers.tokens(x, stack, given, read, _HOW, biases)
 
 
 def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tensor]:
@@ -279,7 +280,7 @@ def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tenso
     return [of(attention) for attention in attentions if attention.has_relative_attention_bias]
 
 
-def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> seq2seq_like.Read | None:
+def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> crossed_layers.Read | None:
     forms = kin.forms
     own, *between, last = layer.layer
     if not (
@@ -302,10 +303,10 @@ def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> seq
     (norm, eps), (ffn_norm, ffn_eps), *rest = (
         (Affine(s.weight, None), s.eps) for s in scales if s is not None
     )
-    parts = seq2seq_like.layer_parts(attention, norm, eps, dense.ffn(dtype), ffn_norm, ffn_eps, dtype)
+    parts = crossed_layers.layer_parts(attention, norm, eps, dense.ffn(dtype), ffn_norm, ffn_eps, dtype)
     crossed = None
     if crosses and is_form(between[0].EncDecAttention, kin.attention):
-        crossed = seq2seq_like.CrossedParts.of(between[0].EncDecAttention, *rest[0], dtype)
+        crossed = crossed_layers.CrossedParts.of(between[0].EncDecAttention, *rest[0], dtype)
     if parts is None or (crosses and crossed is None):
         return None
     where = layer_stack.Where.of(attention.layer_idx, parts, attention.scaling, attention)

@@ -49,12 +49,15 @@ class BigmodelModernBertAttention(gpt_like.Attention, hf.ModernBertAttention, ki
 
 
 class BigmodelModernBertMLP(gpt_like.MLP, hf.ModernBertMLP, kin=KIN):
-    """Two products."""
+    """Two products; one call for inference on the CPU."""
 
     def forward(self, hidden_states: Any) -> Tensor:  # type: ignore[override]
         if checks.watched_globally():
             return hf.ModernBertMLP.forward(self, hidden_states)  # type: ignore[no-any-return]
         dtype = checks.dtype_of(hidden_states)
+        ffn = blocks.feed_forward_of_joined(self, "Wi", "Wo", "act", dtype)
+        if ffn is not None and checks.probability(self, "drop") == 0:
+            return blocks.feed_forward(hidden_states, ffn, "linear", None)
         both, down = (blocks.part(part, nn.Linear, dtype) for part in (self.Wi, self.Wo))
         return blocks.gated_of_one(hidden_states, both, self.act, down, self.drop)
 

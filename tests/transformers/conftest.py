@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,26 @@ def _seeded() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Any, Any], None]], None]:
+    """Tells a function what each call of all layers by one of `whole_layer` was for: states and layers."""
+
+    def watch(name: str, note: Callable[[Any, Any], None]) -> None:
+        from bigmodel_kernels.transformers import whole_layer
+
+        run = getattr(whole_layer, name)
+
+        def noted(x: Any, layers: Any, *args: Any) -> Any:
+            out = run(x, layers, *args)
+            if out is not None:
+                note(x, layers)
+            return out
+
+        monkeypatch.setattr(whole_layer, name, noted)
+
+    return watch
 
 
 @pytest.fixture

@@ -37,18 +37,10 @@ def encoder(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def together(watch: Any) -> list[int]:
     """How many layers each call of all of them was for."""
     seen: list[int] = []
-    run = whole_layer.encoded
-
-    def encoded(x: Any, layers: Any, *args: Any) -> Any:
-        out = run(x, layers, *args)
-        if out is not None:
-            seen.append(len(layers))
-        return out
-
-    monkeypatch.setattr(whole_layer, "encoded", encoded)
+    watch("encoded", lambda x, layers: seen.append(len(layers)))
     return seen
 
 

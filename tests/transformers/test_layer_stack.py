@@ -96,32 +96,19 @@ def layers_of(model: Any) -> Any:
     return inner(model).h if hasattr(inner(model), "h") else inner(model).layers
 
 
-def _watched(monkeypatch: pytest.MonkeyPatch, note: Callable[[torch.Tensor, Any], None]) -> None:
-    """Tells `note` what each call of all layers in one was for."""
-    run = whole_layer.tokens
-
-    def tokens(x: Any, layers: Any, *args: Any) -> Any:
-        out = run(x, layers, *args)
-        if out is not None:
-            note(x, layers)
-        return out
-
-    monkeypatch.setattr(whole_layer, "tokens", tokens)
-
-
 @pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def together(watch: Any) -> list[int]:
     """How many layers each call for a token was for."""
     seen: list[int] = []
-    _watched(monkeypatch, lambda x, layers: seen.append(len(layers)) if x.shape[1] == 1 else None)
+    watch("tokens", lambda x, layers: seen.append(len(layers)) if x.shape[1] == 1 else None)
     return seen
 
 
 @pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def prompts(watch: Any) -> list[int]:
     """How many tokens each other call of all layers was for."""
     seen: list[int] = []
-    _watched(monkeypatch, lambda x, layers: seen.append(x.shape[1]) if x.shape[1] > 1 else None)
+    watch("tokens", lambda x, layers: seen.append(x.shape[1]) if x.shape[1] > 1 else None)
     return seen
 
 

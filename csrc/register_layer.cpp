@@ -277,13 +277,14 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, names[0], ": head_dim ", attention.head_dim, " must be 1 to 256");
 }
 
-// Biases of the logits are none, one for all layers, or one for each.
-void check_biases(const std::vector<Tensor>& biases, size_t layers) {
-  STD_TORCH_CHECK(biases.size() <= 1 || biases.size() == layers, "attention_biases: ", biases.size(), " must be none, one, or one for each of ",
-                  layers, " layers");
+// Of what there is none, one for all layers, or one for each: how many there are, and that of a layer.
+template <class T>
+void check_each(const std::vector<T>& all, const char* name, size_t layers) {
+  STD_TORCH_CHECK(all.size() <= 1 || all.size() == layers, name, ": ", all.size(), " must be none, one, or one for each of ", layers, " layers");
 }
-OptionalTensor bias_for(const std::vector<Tensor>& biases, size_t layer) {
-  return biases.empty() ? OptionalTensor() : biases[biases.size() == 1 ? 0 : layer];
+template <class T>
+OptionalTensor of_layer(const std::vector<T>& all, size_t layer) {
+  return all.empty() ? OptionalTensor() : OptionalTensor(all[all.size() == 1 ? 0 : layer]);
 }
 
 Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& call) {
@@ -507,8 +508,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count,
                   " layers, ", count + crosses);
-  check_biases(attention_biases, count);
-  STD_TORCH_CHECK(cos.size() <= 1 || cos.size() == count, "cos: ", cos.size(), " must be none, one, or one for each of ", count, " layers");
+  check_each(attention_biases, "attention_biases", count);
+  check_each(cos, "cos", count);
   STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
   for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
@@ -522,14 +523,10 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " tensors and outer_epsilons, ", outer_epsilons.size(), ", must be none, or two for each of ", count, " layers");
   STD_TORCH_CHECK((outer.empty() && factor == 1.0) || (!crosses && kind.order == Order::pre),
                   "outer: norms of what is added, and a factor, are for order pre, uncrossed");
-  const OptionalTensor none;
-  const auto of_layer = [&](const std::vector<OptionalTensor>& all, size_t i) -> const OptionalTensor& {
-    return all.empty() ? none : all[all.size() == 1 ? 0 : i];
-  };
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], bias_for(attention_biases, i), of_layer(cos, i),
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], of_layer(attention_biases, i), of_layer(cos, i),
                                  of_layer(sin, i), call));
     for (size_t half = 0; half < 2 && !outer.empty(); half++)
       layers.back().outer[half] =
@@ -597,7 +594,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   const Dtype dtype = dtype_of(x, "x");
   const Kind kind = {order_of(order), norm_kind_of(norm_kind), 0.0, activation_of(activation)};
   STD_TORCH_CHECK(kind.order != Order::parallel, "order: an encoder's layers are not parallel");
-  check_biases(attention_biases, layers_of(epsilons));
+  check_each(attention_biases, "attention_biases", layers_of(epsilons));
   std::vector<EncoderLayer> layers;
   std::optional<Tensor> qkv;    // of every layer, as the heads are
   std::vector<Tensor> each;     // of them
@@ -621,10 +618,8 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       for (int64_t i = 0; i < 3; i++) each.push_back(part(i));
     }
     STD_TORCH_CHECK(features == 3 * heads * head_dim, "parts: all layers must have ", heads, " heads of ", head_dim, ", not ", features, " out_features");
-    if (i > 0 && attention_biases.size() <= 1) layer.attention = layers[0].attention;
-    else
-      layer.attention = attention_args(each[0], each[1], each[2], {key_padding_mask, bias_for(attention_biases, i), lengths, lengths, {}, {}, {}, longest, longest,
-                                                                   softmax_scale, false, -1, -1, 0.0, 0.0});
+    layer.attention = attention_args(each[0], each[1], each[2], {key_padding_mask, of_layer(attention_biases, i), lengths, lengths, {}, {}, {},
+                                                                 longest, longest, softmax_scale, false, -1, -1, 0.0, 0.0});
     set_products(layer, w, x, rows, heads * head_dim, kind);
     layers.push_back(std::move(layer));
   });
@@ -633,6 +628,11 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   if (rows == 0) return out[0];
   Tensor context = empty_rows_like(x, heads * head_dim), y = empty_rows_like(x, hidden);
   const auto logsumexp = logsumexp_memory(layers[0].attention, rows);
+  for (EncoderLayer& layer : layers) {
+    set_logsumexp(layer.attention, rows, logsumexp.get());
+    result_strides(layer.attention, layer.attention.out_stride);
+    layer.attention.out = context.mutable_data_ptr();
+  }
   void* const results[2] = {out[0].mutable_data_ptr(), out[1].mutable_data_ptr()};
   void* const second = y.mutable_data_ptr();
   void* const projected = qkv->mutable_data_ptr();
@@ -641,16 +641,12 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   together([&] {
     for (size_t i = 0; i < layers.size(); i++) {
       EncoderLayer& layer = layers[i];
-      AttentionArgs& attention = layer.attention;
       if (layer.norm.weight) kernels().layer_norm(runtime(), {dtype, rows, hidden, from, nullptr, layer.norm, normed, {}});
       layer.qkv.x = layer.norm.weight ? normed : from;
       layer.qkv.out = projected;
       kernels().linear(runtime(), layer.qkv);
-      set_logsumexp(attention, rows, logsumexp.get());
-      result_strides(attention, attention.out_stride);
-      attention.out = context.mutable_data_ptr();
-      kernels().attention(runtime(), attention);
-      run_context(layer.context, from, attention.out, second);
+      kernels().attention(runtime(), layer.attention);
+      run_context(layer.context, from, layer.attention.out, second);
       run_feed_forward(layer, second, second, results[i % 2]);
       from = results[i % 2];
     }

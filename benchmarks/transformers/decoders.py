@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, texts
 
 #: Sizes by the names that most configs have; Llama's kind has keys for groups of queries and a gate.
 _NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -74,24 +74,16 @@ def build(case: Case, setting: Setting) -> Prepared:
     ids = torch.randint(2, sizes["vocabulary"], (1, prompt), device=setting.device)
 
     def runs(twin: Any) -> Any:
-        return lambda: twin.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        return lambda: texts.greedy(twin, ids, new)
 
     def compared(result: Any) -> Any:
         if case.dtype == "float32":
             return result
-        logits = model(result[:, :-1]).logits[:, prompt - 1 :].float()
-        return logits.gather(-1, result[:, prompt:, None]).squeeze(-1) / logits.amax(-1)
+        logits = model(result[:, :-1]).logits[:, prompt - 1 :]
+        return texts.beside_the_largest(logits, result[:, prompt:])
 
-    read = sum(
-        p.numel() for p in model.parameters() if p.dim() == 2
-    )  # a table that is not tied is read as a head
+    read = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    # Of a table next to a head of its own a token reads one row; one that is tied is read as the head.
     if not config.tie_word_embeddings:
         read -= sizes["vocabulary"] * sizes["hidden"]
     stages = [Stage(2 * read * prompt, read * model.dtype.itemsize)]

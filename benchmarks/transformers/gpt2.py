@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers, texts
 
 
 def build(case: Case, setting: Setting) -> Prepared:
@@ -39,21 +39,13 @@ def build(case: Case, setting: Setting) -> Prepared:
     def runs(twin: Any, **options: Any) -> Any:
         if not new:
             return lambda: twin(ids).logits
-        return lambda: twin.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            **options,
-        )
+        return lambda: texts.greedy(twin, ids, new, **options)
 
     def compared(result: Any) -> Any:
         if not new or case.dtype == "float32":
             return result
-        logits = model(result[:, :-1]).logits[:, prompt - 1 :].float()
-        return logits.gather(-1, result[:, prompt:, None]).squeeze(-1) / logits.amax(-1)
+        logits = model(result[:, :-1]).logits[:, prompt - 1 :]
+        return texts.beside_the_largest(logits, result[:, prompt:])
 
     contenders = [Contender("sdpa", runs(model)), Contender("bigmodel", runs(ours))]
     if setting.compile:

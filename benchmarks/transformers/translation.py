@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import bigmodel_kernels as bk
-from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers
+from bigmodel_kernels.bench import Case, Contender, Prepared, Setting, Stage, Suite, peers, texts
 
 #: Config and language model.
 MODELS: dict[str, tuple[str, str]] = {
@@ -81,10 +81,10 @@ def build(case: Case, setting: Setting) -> Prepared:
     def compared(result: Any) -> Any:
         if case.dtype == "float32":
             return result
-        logits = model(**inputs, decoder_input_ids=result[:, :-1]).logits.float()
+        logits = model(**inputs, decoder_input_ids=result[:, :-1]).logits
         # The end of a text, which is not to come yet, may be the likeliest.
         logits[..., config.eos_token_id] = float("-inf")
-        return logits.gather(-1, result[:, 1:, None]).squeeze(-1) / logits.amax(-1)
+        return texts.beside_the_largest(logits, result[:, 1:])
 
     contenders = [Contender("sdpa", runs(model)), Contender("bigmodel", runs(ours))]
     if setting.peers:

@@ -3,6 +3,7 @@ verdict whether the run is to be trusted.
 
     timing.py    times several contenders of one case, in turn
     peers.py     other runtimes as contenders
+    texts.py     texts that contenders generate
     memory.py    peak memory of a call
     machine.py   what the machine is, what it can do at best, and whether it was quiet
     suite.py     cases, what they build, and how a list of suites becomes a document

@@ -613,6 +613,11 @@ def _ctranslate2_model(kind: str, model: Any, dtype: str) -> Any:
             talk.enable_progress_bar()
 
 
+def _words(ids: Tensor) -> list[list[str]]:
+    """Tokens by their names in such a tokenizer."""
+    return [[f"t{i}" for i in row] for row in ids.tolist()]
+
+
 def _ctranslate2_encoder(model: Any, dtype: str) -> Bind:
     encoder = _ctranslate2_model("Encoder", model, dtype)
 
@@ -649,7 +654,7 @@ def _ctranslate2_generator(model: Any, dtype: str, new: int) -> Bind:
     generator = _ctranslate2_model("Generator", model, dtype)
 
     def bind(ids: Tensor) -> Call:
-        texts = [[f"t{i}" for i in row] for row in ids.tolist()]
+        texts = _words(ids)
 
         def generate() -> Tensor:
             found = generator.generate_batch(
@@ -673,7 +678,7 @@ def _ctranslate2_translator(model: Any, dtype: str, new: int) -> Bind:
     first = model.config.decoder_start_token_id
 
     def bind(ids: Tensor) -> Call:
-        texts = [[f"t{i}" for i in row] for row in ids.tolist()]
+        texts = _words(ids)
 
         def translate() -> Tensor:
             found = translator.translate_batch(

@@ -278,10 +278,10 @@ class DecoderLayer(layer_stack.Layer, Layer):
 
 
 class Stack(layer_stack.Model):
-    """Runs a stack of layers; goes before the class that it stands for."""
+    """Runs a stack of all its layers; goes before the class that it stands for."""
 
     def stacked(self) -> list[nn.Module]:
-        return list(self.layers.__dict__["_modules"].values())
+        return list(getattr(self, self.at).__dict__["_modules"].values())
 
 
 class Encoder(Stack, packed_encoder.Encoder):

@@ -228,13 +228,8 @@ class Block(layer_stack.Layer):
         return (out, None, None) if self.gives_biases else out
 
 
-class Stack(layer_stack.Model):
-    """Runs a stack of them; goes before the class that it stands for."""
-
+class Stack(seq2seq_like.Stack):
     at = "block"
-
-    def stacked(self) -> list[nn.Module]:
-        return list(self.block.__dict__["_modules"].values())
 
 
 _HOW = whole_layer.How("rms_norm")
@@ -337,10 +332,11 @@ def _check_feed_forward(module: Any) -> str | None:
 
 def _check_block(kin: Kin, block: Any) -> str | None:
     *attentions, last = block.layer
-    for part, cls in zip(attentions, (kin.self_attention, kin.cross_attention), strict=False):
+    kinds = (kin.self_attention, kin.cross_attention)
+    for at, (part, cls) in enumerate(zip(attentions, kinds, strict=False)):
         form: Any = kin.forms[cls]
         check = partial(_check_attention_layer, kin, form.inner)
-        why = checks.inside(part, f"layer.{attentions.index(part)}", cls, form, check)
+        why = checks.inside(part, f"layer.{at}", cls, form, check)
         if why is not None:
             return why
     name, ffn = f"layer.{len(attentions)}", kin.forms[kin.feed_forward]

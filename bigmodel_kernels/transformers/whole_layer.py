@@ -142,20 +142,16 @@ def _drops(w: LayerParts) -> bool:
     return bool(w.attention_p or w.context_p or w.ffn_p)
 
 
-def _readable(w: LayerParts, lacking: tuple[tuple[bool, ...], ...] = ()) -> bool:
+def _readable(w: LayerParts, keys_may_lack: bool = False) -> bool:
     """Whether the parts are all tensors, with nothing to drop in the hidden layer, and all of query, key and
-    value have a bias or none of them, or those have none that `lacking` says.
+    value have a bias or none of them, or, if it may be so, all but the key (Whisper).
     """
     if w.ffn is None or w.ffn.hidden_p:
         return False
     if any(isinstance(part, nn.Module) for part in (*w.qkv, w.attention_out, w.attention_norm, w.ffn_norm)):
         return False
-    lacks = tuple(bias is None for bias in _biases_of(w))
-    return len(set(lacks)) == 1 or lacks in lacking
-
-
-#: The key without a bias, as in Whisper.
-_NO_KEY_BIAS = ((False, True, False),)
+    lacks = [bias is None for bias in _biases_of(w)]
+    return len(set(lacks)) == 1 or (keys_may_lack and lacks == [False, True, False])
 
 
 def _biases_of(w: LayerParts) -> list[Tensor | None]:
@@ -294,10 +290,11 @@ class Layers:
     ) -> None:
         self.given, self.layout, self.behind = given, layout, len(around)
         self.head_dims = [w.head_dim for w in parts]
-        self.features = {_features(w) for w in parts if layout == "linear" and _readable(w, _NO_KEY_BIAS)}
+        readable = [w for w in parts if _readable(w, keys_may_lack=True)]
+        self.features = {_features(w) for w in readable if layout == "linear"}
         self.activation = "" if parts[0].ffn is None else parts[0].ffn.activation
-        self.takes = all(
-            _readable(w, _NO_KEY_BIAS) and not _drops(w) and _activation(w) == self.activation for w in parts
+        self.takes = len(readable) == len(parts) and all(
+            not _drops(w) and _activation(w) == self.activation for w in parts
         )
         self.epsilons = [eps for w in parts for eps in (w.attention_eps, w.ffn_eps, w.head_eps)]
         self.groups: list[list[Tensor]] = []

@@ -31,7 +31,7 @@ from bigmodel_kernels.bench import (
 from bigmodel_kernels.bench.timing import LeftOut, Timing, measure
 
 transformers = pytest.importorskip("transformers")
-from bigmodel_kernels.bench import peers  # noqa: E402
+from bigmodel_kernels.bench import peers, texts  # noqa: E402
 
 PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
@@ -67,17 +67,6 @@ def ragged(batch: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = torch.linspace(longest, 2, batch).long()
     mask = (torch.arange(longest)[None] < lengths[:, None]).long()
     return torch.randint(0, 300, (batch, longest)) * mask, mask
-
-
-def greedy_text(model: Any, ids: torch.Tensor, new: int) -> torch.Tensor:
-    return model.generate(  # type: ignore[no-any-return]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
 
 
 def built(maker: Callable[[], Any]) -> Any:
@@ -231,7 +220,7 @@ def test_steps_with_keys_and_values_give_the_text_of_transformers() -> None:
 
     with torch.no_grad():
         text = peers._greedy(step, ids, new)
-    assert torch.equal(text, greedy_text(model, ids, new))
+    assert torch.equal(text, texts.greedy(model, ids, new))
     assert len(set(text[0, 7:].tolist())) > 4  # or the comparison says little
 
 
@@ -390,7 +379,7 @@ def test_a_generator_gives_the_text_of_transformers(name: str) -> None:
     bind = built(peers.generators(model, "float32", new)[name])
     for shape in ((3, 7), (1, 5), (3, 7)):
         ids = torch.randint(0, 300, shape)
-        expected = greedy_text(model, ids, new)
+        expected = texts.greedy(model, ids, new)
         assert len(set(expected[0, shape[1] :].tolist())) > 4
         generate = bind(ids)
         assert torch.equal(generate(), expected)

@@ -505,10 +505,8 @@ def encoder(i: Inputs) -> dict[str, Any]:
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     mask = torch.rand(batch, length, generator=i.generator) > 0.3
     rows = (int(ends[-1]),) if packed else (batch, length)
-    kind, bias = (
-        i.among(("layer_norm", "rms_norm")),
-        (i.among((1, batch)), i.among((1, heads)), length, length),
-    )
+    kind = i.among(("layer_norm", "rms_norm"))
+    bias = (i.among((1, batch)), i.among((1, heads)), length, length)
     biases = 0 if packed else i.among((0, 0, 1, count))
     return {
         "x": i.tensor(*rows, hidden),

@@ -61,7 +61,8 @@ def encoded(model: Any, padding: Callable[[], torch.Tensor] | None = None) -> di
     given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
     with torch.no_grad():
         states = model.get_encoder()(**given)
-    return {"encoder_outputs": states, "attention_mask": given.get("attention_mask")}
+    audio = "Whisper" in type(model).__name__  # whose forward takes no mask
+    return {"encoder_outputs": states, **({} if audio else {"attention_mask": given["attention_mask"]})}
 
 
 def steps(
@@ -69,8 +70,6 @@ def steps(
 ) -> torch.Tensor:
     """Logits of these many tokens, one call after the other."""
     held, start, found, given = cache() if held is None else held, 0, [], encoded(model)
-    if "Whisper" in type(model).__name__:
-        given.pop("attention_mask")
     ids = token_ids(3, sum(lengths))
     with torch.inference_mode():
         for length in lengths:
@@ -276,8 +275,6 @@ def test_edited_positions_are_seen(edit: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_in_training_and_with_gradients(model: Any, together: list[int]) -> None:
     given = encoded(model)
-    if "Whisper" in type(model).__name__:
-        given.pop("attention_mask")
     model(decoder_input_ids=token_ids(3, 1), cache=cache(), **given)
     model.train()
     with torch.no_grad():

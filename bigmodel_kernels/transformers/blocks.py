@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import bigmodel_kernels.ops.attention
 import bigmodel_kernels.ops.embedding
@@ -27,6 +26,7 @@ import bigmodel_kernels.ops.linear
 import bigmodel_kernels.ops.norm
 import bigmodel_kernels.ops.rotary  # noqa: F401  (all six define torch.ops.bigmodel.*)
 from bigmodel_kernels.distributed import ensure_sharding_rules
+from bigmodel_kernels.ops.linear.pieces import pieces_of
 from bigmodel_kernels.ops.registration import call, draw_seed
 from bigmodel_kernels.ops.side_by_side import cut
 from bigmodel_kernels.transformers import checks, whole_layer
@@ -141,31 +141,16 @@ def feed_forward_of_joined(
     kind = checks.activation(modules.get(activation))
     if both is None or last is None or kind is None or both[1] is not None:
         return None
-    if not both[0].is_cpu or type(both[0]) is not nn.Parameter:
+    halves = pieces(both[0], 2)
+    if halves is None:
         return None
-    gate, up = _halves_of(both[0])
+    gate, up = halves
     return FeedForward(Affine(up, None), Affine(*last), kind, w_gate=Affine(gate, None))
 
 
-class _Halves(NamedTuple):
-    """Of a weight that lay there: its first and its last rows."""
-
-    place: tuple[Any, ...]
-    first: Tensor
-    last: Tensor
-
-
-_halves = WeakTensorKeyDictionary()
-
-
-def _halves_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same tensors each time, while the weight lies where it lies, so that what is packed is found."""
-    place = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    known: _Halves | None = _halves.get(weight)
-    if known is None or known.place != place:
-        # Not of the parameter itself, which would keep it alive.
-        known = _halves[weight] = _Halves(place, *weight.detach().chunk(2))
-    return known.first, known.last
+def pieces(weight: Tensor, count: int) -> tuple[Tensor, ...] | None:
+    """So many equal ones of a weight's rows, each for the compiled library to pack; None of what it cannot."""
+    return pieces_of(weight, count) if weight.is_cpu and type(weight) is nn.Parameter else None
 
 
 class LayerParts(NamedTuple):
@@ -175,7 +160,8 @@ class LayerParts(NamedTuple):
     of the feed-forward's; 0 outside training. `unfused` is the feed-forward by the layer's own modules, for a
     `ffn` of None: post-norm with residual and norm, pre-norm from the normalised input without them.
     `head_norms` are weights of RMSNorms of queries and of keys, head by head or of all features. Norms are
-    None where there is none, `ffn_norm` also where that of attention serves both halves.
+    None where there is none, `ffn_norm` also where that of attention serves both halves. Query, key and value
+    may be one weight, three, or each as many pieces.
     """
 
     qkv: tuple[Part, ...]

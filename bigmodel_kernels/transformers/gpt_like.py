@@ -80,6 +80,8 @@ class Kin:
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     #: Of one weight for all three, from the head size and the number of queries that share a key.
     split: Callable[[Tensor, int, int], tuple[Tensor, ...]] = head_by_head
+    #: For another order than head by head: the equal pieces of that weight in the order query, key, value.
+    pieces: tuple[int, ...] = ()
     queries: Callable[[Any], int] = lambda attention: 1
     #: How often a key stands in the cache.
     repeats: Callable[[Any], int] = lambda attention: 1
@@ -341,7 +343,9 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         return None
     cached = [where.within(given.cache, given.mask) for where in layers.given]
     how = whole_layer.How(
-        order=order, interleaved=kin.rotary == "interleaved", head_by_head=len(kin.qkv) == 1
+        order=order,
+        interleaved=kin.rotary == "interleaved",
+        head_by_head=len(kin.qkv) == 1 and not kin.pieces,
     )
     attention: Any = _attention_of(first)
     alibi = attention._alibi(x.new_empty(len(x), layers.given[0].kv_heads * kin.queries(attention), 0), given)
@@ -351,11 +355,11 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
 
 
 def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
-    """All of a layer whose three projections lie apart, or in one head by head."""
+    """All of a layer whose three projections lie apart, or in one head by head or in pieces."""
     kin, attention = layer.kin, _attention_of(layer)
     if attention is None or kin.order(layer) not in ("pre", "post", "parallel"):
         return None
-    if len(kin.qkv) == 1 and kin.split is not head_by_head:
+    if len(kin.qkv) == 1 and kin.split is not head_by_head and not kin.pieces:
         return None
     w, p = layer._parts(attention, dtype), checks.probability(attention, kin.attention_dropout_of(attention))
     if w is None or p is None or kin.repeats(attention) != 1:
@@ -366,6 +370,10 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
     qkv = tuple(blocks.part(projections[name], kin.linear, dtype) for name in kin.qkv)
     if any(isinstance(part, nn.Module) for part in qkv):
         return None
+    if kin.pieces:
+        qkv = _in_pieces(qkv[0], kin.pieces)
+        if not qkv:
+            return None
     return LayerParts(
         qkv=qkv,
         head_dim=getattr(attention, kin.head_dim),
@@ -380,6 +388,12 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         ffn_p=w.ffn_p,
         unfused=w.unfused,
     )
+
+
+def _in_pieces(joined: Any, order: tuple[int, ...]) -> tuple[blocks.Affine, ...]:
+    """The pieces of one weight without a bias in this order; none if it cannot be read so."""
+    pieces = None if joined.bias is not None else blocks.pieces(joined.weight, len(order))
+    return () if pieces is None else tuple(blocks.Affine(pieces[i], None) for i in order)
 
 
 class Given(NamedTuple):

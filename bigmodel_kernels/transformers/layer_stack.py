@@ -134,10 +134,11 @@ class Where(NamedTuple):
     def of(layer: int, parts: LayerParts, scale: float, attention: Any, queries: int | None = None) -> Where:
         """`queries` share a key where one projection has all three."""
         qkv: tuple[Any, ...] = parts.qkv
-        heads = qkv[-1].weight.shape[0] // parts.head_dim
+        values = qkv[-(len(qkv) // 3 or 1) :]  # or all
+        heads = sum(part.weight.shape[0] for part in values) // parts.head_dim
         return Where(
             layer,
-            heads if len(qkv) == 3 or queries is None else heads // (queries + 2),
+            heads if len(qkv) > 1 or queries is None else heads // (queries + 2),
             scale,
             bool(getattr(attention, "is_causal", True)),
             attention_interface.own_window(attention),

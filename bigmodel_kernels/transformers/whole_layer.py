@@ -28,6 +28,7 @@ from bigmodel_kernels.ops import cuda_library
 from bigmodel_kernels.ops.linear import cuda as cuda_linear
 from bigmodel_kernels.ops.linear.cuda_choice import TORCH, Case
 from bigmodel_kernels.ops.linear.native import empty, joined, packed_together
+from bigmodel_kernels.ops.linear.pieces import known_pieces, pieces_of
 from bigmodel_kernels.ops.native_library import contiguous, lacking
 from bigmodel_kernels.ops.registration import nobody_listens, plain
 from bigmodel_kernels.transformers import checks, growing_cache, training_layer
@@ -346,7 +347,10 @@ class _Known:
         self.modules, self.dtype, self.device = list(modules), x.dtype, x.device
         self._snapshot = Snapshot(modules)
         held = self._snapshot.parameters(x.dtype, x.device) or ()
-        places = {id(tensor): i for i, tensor in enumerate(held) if tensor is not None}
+        places = {id(tensor): _Place(i) for i, tensor in enumerate(held) if tensor is not None}
+        for i, tensor in enumerate(held):
+            pieces = () if tensor is None else known_pieces(tensor)
+            places |= {id(piece): _Place(i, j, len(pieces)) for j, piece in enumerate(pieces)}
         # Not where other tensors than parameters are read, or some have another dtype.
         self.complete = all(
             id(t) in places
@@ -358,7 +362,7 @@ class _Known:
         self._layers = copy.copy(layers)
         self._layers.groups, self._layers.parts, self._layers._tensors = [], [], None
         self._groups = [[places[id(weight)] for weight in group] for group in layers.groups]
-        self._parts = [_Place(places[id(p)]) if isinstance(p, Tensor) else p for p in layers.parts]
+        self._parts = [places[id(p)] if isinstance(p, Tensor) else p for p in layers.parts]
 
     def layers(self, modules: Sequence[nn.Module], x: Tensor) -> Layers | None:
         """With the tensors that the modules hold now, if these are the same modules and hold the same."""
@@ -369,15 +373,21 @@ class _Known:
         if held is None:
             return None
         found = copy.copy(self._layers)
-        found.groups = [[held[i] for i in group] for group in self._groups]  # type: ignore[misc]
-        found.parts = [held[p.at] if type(p) is _Place else p for p in self._parts]
+        found.groups = [[place.of(held) for place in group] for group in self._groups]
+        found.parts = [p.of(held) if type(p) is _Place else p for p in self._parts]
         return found
 
 
 class _Place(NamedTuple):
-    """Of a parameter among all."""
+    """Of a parameter among all, or of one of its pieces."""
 
     at: int
+    piece: int = 0
+    pieces: int = 0
+
+    def of(self, held: Sequence[Tensor | None]) -> Any:
+        whole: Any = held[self.at]
+        return pieces_of(whole, self.pieces)[self.piece] if self.pieces else whole
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
 from bigmodel_kernels.models.tiny import build, decoder, gpt2_config, gpt_like, left_padding, token_ids
+from bigmodel_kernels.ops.linear import native
 from bigmodel_kernels.ops.native_library import unavailable
 from bigmodel_kernels.transformers import layer_stack, token_model, whole_layer
 
@@ -64,6 +65,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: gpt_like("GPTNeoX"),
     "gpt_neox, one behind the other": lambda: gpt_like("GPTNeoX", use_parallel_residual=False),
     "gptj": lambda: gpt_like("GPTJ"),
+    "codegen": lambda: gpt_like("CodeGen"),
     "phi": lambda: gpt_like("Phi"),
     "starcoder2": lambda: gpt_like("Starcoder2", sliding_window=None),
     "stablelm": lambda: gpt_like("StableLm"),
@@ -412,6 +414,23 @@ def test_edited_weights_are_seen(
         assert parameter.dim() == 1 or not torch.equal(before, after)
         before = after
     assert set(together) == {2}
+
+
+@pytest.mark.parametrize("kind", ["phi3", "codegen"])
+def test_weights_that_are_read_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules are looked at once, and copies of pieces count as those of the weights."""
+    model = KINDS[kind]()
+    bk.patch(model)
+    expected = continued(model).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_stack, "read_all", lambda *args: pytest.fail("looked at again"))
+        assert torch.equal(continued(model).logits, expected)
+    weights = [p for p in layers_of(model).parameters() if p.dim() == 2]
+    assert native.packed_bytes(layers_of(model)) >= sum(w.numel() * w.element_size() for w in weights)
+    layers_of(model)[1].mlp.register_parameter("another", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(pytest.fail.Exception), monkeypatch.context() as patch:
+        patch.setattr(layer_stack, "read_all", lambda *args: pytest.fail("looked at again"))
+        continued(model)
 
 
 def test_an_error_leaves_nothing_behind(model: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmodel_kernels.ops.linear.pieces import known_pieces
 from bigmodel_kernels.ops.native_library import contiguous, lacking, shaped
 from bigmodel_kernels.ops.packed_weight import PackedWeight, Place, layout_of, whole
 
@@ -101,7 +102,7 @@ def _version(weight: Tensor) -> int | None:
 def packed_bytes(what: torch.nn.Module | Iterable[Tensor]) -> int:
     """Bytes of the packed copies made for these tensors, or for the parameters of this module."""
     tensors = list(what.parameters() if isinstance(what, torch.nn.Module) else what)
-    wanted = {id(t) for t in tensors}
+    wanted = {id(t) for whole in tensors for t in (whole, *known_pieces(whole))}
     with _lock:
         entries = list(_entries.values())
     total = sum({id(t.packed): t.packed.numel() for t in tensors if isinstance(t, PackedWeight)}.values())

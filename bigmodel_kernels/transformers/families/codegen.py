@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.codegen import modeling_codegen as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 
@@ -37,6 +37,7 @@ KIN = Kin(
     dropouts=("attn.resid_dropout", "mlp.dropout"),
     qkv=("qkv_proj",),
     split=_split,
+    pieces=(0, 3, 6, 9, 2, 5, 8, 11, 1, 4, 7, 10),
     w_in="fc_in",
     w_out="fc_out",
     rotary="interleaved",
@@ -57,6 +58,10 @@ class BigmodelCodeGenMLP(gpt_like.MLP, hf.CodeGenMLP, kin=KIN):
 
 class BigmodelCodeGenBlock(gpt_like.Layer, hf.CodeGenBlock, kin=KIN):
     pass
+
+
+class BigmodelCodeGenModel(layer_stack.Model, hf.CodeGenModel, kin=KIN):
+    at = "h"
 
 
 @gpt_like.causal_lm(KIN)

@@ -149,7 +149,7 @@ def feed_forward_of_joined(
 
 
 def pieces(weight: Tensor, count: int) -> tuple[Tensor, ...] | None:
-    """So many equal ones of a weight's rows, each for the compiled library to pack; None of what it cannot."""
+    """So many equal ones of a weight's rows, as the library packs them; None of a weight that it does not."""
     return pieces_of(weight, count) if weight.is_cpu and type(weight) is nn.Parameter else None
 
 

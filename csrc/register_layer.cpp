@@ -227,7 +227,7 @@ struct Crossed {
 };
 
 // A layer of tokens: their keys and values become the ones behind the first `length` of the buffers (batch, kv_heads, room, head_dim), and
-// what each attends to are all up to its own, and then what an encoder has made if it is `crossed`.
+// what each attends to are all up to its own, or of these the last ones in a window, and then what an encoder has made if it is `crossed`.
 struct TokenLayer : LayerArgs {
   AttentionArgs attention;
   NormArgs head_norms[2];        // where they have a weight, of so many features: a head's, or all of them
@@ -247,8 +247,6 @@ struct TokenMemory {
 
 // What is the same for all layers of tokens.
 struct TokenCall {
-  int64_t length;
-  const OptionalTensor& key_padding_mask;
   bool interleaved;             // of a rotary embedding: pairs side by side
   bool head_by_head;            // in the projection: of each key the queries that share it, the key and the value
   double softcap;
@@ -275,6 +273,15 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
   attention.kv_heads = keys.size(1);
   attention.head_dim = keys.size(3);
   STD_TORCH_CHECK(attention.head_dim >= 1 && attention.head_dim <= 256, names[0], ": head_dim ", attention.head_dim, " must be 1 to 256");
+}
+
+// The mask (batch, tokens) of keys that are those of the last tokens.
+void set_last_keys(AttentionArgs& attention, const Tensor& mask) {
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == attention.batch && mask.size(1) >= attention.key_length, "key_padding_mask: shape ", shape_of(mask),
+                  " must be (", attention.batch, ", ", attention.key_length, " or more)");
+  const auto* const tokens = static_cast<const uint8_t*>(data_of(mask, "key_padding_mask", ScalarType::Bool, mask.numel()));
+  attention.key_padding_mask = tokens + mask.size(1) - attention.key_length;
+  attention.mask_stride = mask.size(1);
 }
 
 // Of what there is none, one for all layers, or one for each: how many there are, and that of a layer.
@@ -323,18 +330,18 @@ Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& c
   return crossed;
 }
 
-TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, double softmax_scale, const OptionalTensor& attention_bias,
-                       const OptionalTensor& cos, const OptionalTensor& sin, const TokenCall& call) {
+TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tensor& values, int64_t length, int64_t window, double softmax_scale,
+                       const OptionalTensor& mask, const OptionalTensor& attention_bias, const OptionalTensor& cos, const OptionalTensor& sin, const TokenCall& call) {
   TokenLayer layer = {};
   AttentionArgs& attention = layer.attention;
   const Dtype dtype = attention.dtype = dtype_of(x, "x");
   const ScalarType scalar_type = x.scalar_type();
-  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2), length = call.length;
+  const int64_t batch = x.size(0), rows = x.size(1), hidden = x.size(2);
   const char* const names[2] = {"keys", "values"};
   set_keys(attention, keys, values, names, batch, scalar_type);
   layer.buffers[0] = static_cast<char*>(keys.mutable_data_ptr());
   layer.buffers[1] = static_cast<char*>(values.mutable_data_ptr());
-  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "length: ", length, " must be 0 to ", keys.size(2) - rows,
+  STD_TORCH_CHECK(length >= 0 && length <= keys.size(2) - rows, "lengths: ", length, " must be 0 to ", keys.size(2) - rows,
                   ", for there is room for ", keys.size(2));
   attention.query_length = rows;
   attention.key_length = length + rows;
@@ -343,8 +350,10 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  set_options(attention, {call.key_padding_mask, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1, -1, -1,
-                          call.softcap, 0.0});
+  STD_TORCH_CHECK(window >= 0, "windows: ", window, " must be 0 (all keys) or more");
+  set_options(attention, {{}, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1,
+                          window && window < attention.key_length ? window - 1 : -1, -1, call.softcap, 0.0});
+  if (mask) set_last_keys(attention, *mask);
   result_strides(attention, attention.out_stride);
 
   const OptionalTensor* head_norms[2] = {&w.query_norm, &w.key_norm};
@@ -494,9 +503,9 @@ void each_layer(const std::vector<OptionalTensor>& parts, const std::vector<doub
 // logits is one for all layers or one for each. Where layers are crossed, `crossed` are CrossedParts' tensors layer by layer, with the epsilons of
 // their norms, `states` the keys and values that each attends to, and their scales are behind the others. `outer` are norms of what attention
 // and feed-forward add, two for each layer.
-Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers, int64_t length,
-                  OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos,
-                  std::vector<OptionalTensor> sin, bool interleaved, bool head_by_head, std::vector<OptionalTensor> crossed,
+Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, std::vector<Tensor> buffers,
+                  std::vector<int64_t> lengths, std::vector<int64_t> windows, std::vector<OptionalTensor> key_padding_masks,
+                  std::vector<Tensor> attention_biases, std::vector<OptionalTensor> cos, std::vector<OptionalTensor> sin, bool interleaved, bool head_by_head, std::vector<OptionalTensor> crossed,
                   std::vector<double> crossed_epsilons, std::vector<Tensor> states, OptionalTensor states_padding_mask, std::vector<double> softmax_scales,
                   double softcap, std::vector<OptionalTensor> outer, std::vector<double> outer_epsilons, double factor, Text norm_kind, double norm_offset,
                   Text order, Text activation) {
@@ -508,16 +517,19 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " layers that crossed_epsilons are for");
   STD_TORCH_CHECK(softmax_scales.size() == count + crosses, "softmax_scales: ", softmax_scales.size(), " must be one for each attention of ", count,
                   " layers, ", count + crosses);
+  check_each(key_padding_masks, "key_padding_masks", count);
   check_each(attention_biases, "attention_biases", count);
   check_each(cos, "cos", count);
   STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
   for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
+  STD_TORCH_CHECK(lengths.size() == count, "lengths: ", lengths.size(), " must be one for each of ", count, " layers");
+  STD_TORCH_CHECK(windows.empty() || windows.size() == count, "windows: ", windows.size(), " must be none, or one for each of ", count, " layers");
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
   const Kind kind = {order_of(order), norm_kind_of(norm_kind), norm_offset, activation_of(activation), factor};
-  const TokenCall call = {length, key_padding_mask, interleaved, head_by_head, softcap, kind};
+  const TokenCall call = {interleaved, head_by_head, softcap, kind};
   STD_TORCH_CHECK(!crosses || kind.order != Order::parallel, "order: crossed layers are not parallel");
   STD_TORCH_CHECK(outer.size() == outer_epsilons.size() && (outer.empty() || outer.size() == 2 * count), "outer: ", outer.size(),
                   " tensors and outer_epsilons, ", outer_epsilons.size(), ", must be none, or two for each of ", count, " layers");
@@ -526,8 +538,8 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   std::vector<TokenLayer> layers;
   layers.reserve(count);
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
-    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], softmax_scales[i], of_layer(attention_biases, i), of_layer(cos, i),
-                                 of_layer(sin, i), call));
+    layers.push_back(token_layer(x, w, buffers[2 * i], buffers[2 * i + 1], lengths[i], windows.empty() ? 0 : windows[i], softmax_scales[i],
+                                 of_layer(key_padding_masks, i), of_layer(attention_biases, i), of_layer(cos, i), of_layer(sin, i), call));
     for (size_t half = 0; half < 2 && !outer.empty(); half++)
       layers.back().outer[half] =
           norm_args(outer[2 * i + half], {}, outer_epsilons[2 * i + half], x.scalar_type(), hidden, kind.norm, norm_offset, "outer: norm_");
@@ -664,8 +676,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? b_context, Tensor? attention_norm_weight, Tensor? attention_norm_bias, float attention_norm_eps, Tensor packed_in, "
         "Tensor? b_in, Tensor packed_out, Tensor? b_out, Tensor? packed_gate, Tensor? b_gate, str activation, str norm_position, "
         "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, str norm_kind) -> Tensor");
-  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int length, Tensor? key_padding_mask, Tensor[] attention_biases, "
-        "Tensor?[] cos, Tensor?[] sin, bool interleaved, bool head_by_head, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, "
+  m.def("cpu_layers(Tensor x, Tensor?[] parts, float[] epsilons, Tensor(a!)[] buffers, int[] lengths, int[] windows, Tensor?[] key_padding_masks, "
+        "Tensor[] attention_biases, Tensor?[] cos, Tensor?[] sin, bool interleaved, bool head_by_head, Tensor?[] crossed, float[] crossed_epsilons, Tensor[] states, "
         "Tensor? states_padding_mask, float[] softmax_scales, float softcap, Tensor?[] outer, float[] outer_epsilons, float factor, "
         "str norm_kind, float norm_offset, str order, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "

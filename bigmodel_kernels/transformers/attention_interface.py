@@ -297,7 +297,7 @@ def visibility(
     elif not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; allowed are a tensor and None")
     elif mask.dim() in (2, 3):
-        window = None if mask.dim() == 2 else _window_of(mask, window)
+        window = None if mask.dim() == 2 else window_of(mask, window)
         two_sided = mask.dim() == 3 and mask.shape[1] == 2
         mask = mask[:, 0] if mask.dim() == 3 else mask
         mask = mask[:, -keys:]  # a sliding cache has dropped the first ones
@@ -330,7 +330,7 @@ def own_window(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
-def _window_of(mask: Tensor, window: int | None) -> int:
+def window_of(mask: Tensor, window: int | None) -> int:
     """That of a mask of three dimensions, which rides along, or else the layer's own."""
     found: int | None = getattr(mask, _WINDOW, window)
     if found is None:
@@ -652,7 +652,7 @@ def packed_attention(
     Of a `packable` mask, that of the padded batch, the window counts; `window` is the layer's own, see
     `visibility`.
     """
-    side = -1 if mask is None or mask.dim() != 3 else _window_of(mask, window) - 1
+    side = -1 if mask is None or mask.dim() != 3 else window_of(mask, window) - 1
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     terms = packing.terms(query, key, value, scale, side)
     return blocks.attended(terms, p)[None]

@@ -341,7 +341,9 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     layers = layer_stack.layers_of(stack, x, "linear", read)
     if layers is None or not layer_stack.causal(x, layers.given, given.is_causal):
         return None
-    cached = [where.within(given.cache, given.mask) for where in layers.given]
+    cached = layer_stack.within(stack, layers.given, given.cache, given.mask)
+    if cached is None:
+        return None
     how = whole_layer.How(
         order=order,
         interleaved=kin.rotary == "interleaved",

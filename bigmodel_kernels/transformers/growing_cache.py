@@ -6,6 +6,11 @@ a layer's keys are the beginning of a buffer with room for more, and a token is 
     layer.keys  [ k0 k1 k2 k3 |          room           ]      a view of the first tokens
     layer.keys  [ k0 k1 k2 k3 k4 |         room         ]      a longer view of the same buffer
 
+A layer that slides holds the last tokens alone, which lie behind those that it has dropped; at the end of the
+buffer they begin another one::
+
+    layer.keys  [ -- -- k2 k3 k4 |         room         ]
+
 To everybody else the cache is as before: what it holds are tensors of the same shapes and values, and nothing
 that was handed out is ever written to, since only the room behind it is. A layer that was cropped, reordered,
 copied or given other tensors holds one that is not the last view made here, and gets a buffer of its own.
@@ -26,12 +31,13 @@ _LEAST_ROOM, _SHARE = 64, 4
 
 
 class _Buffers:
-    """What a layer's tensors are the beginnings of, and the views that it was given last."""
+    """What a layer's tensors are parts of, and the views that it was given last."""
 
-    __slots__ = ("inference", "keys", "keys_view", "kinds", "room", "values", "values_view")
+    __slots__ = ("first", "inference", "keys", "keys_view", "kinds", "room", "values", "values_view")
 
     def __init__(self, key: Kind, value: Kind, least: int) -> None:
         self.room = least + max(_LEAST_ROOM, least // _SHARE)
+        self.first = 0  # of the tokens that the views have
         self.inference = torch.is_inference_mode_enabled()
         self.keys, self.values = (kind.empty(self.room) for kind in (key, value))
         self.keys_view: Tensor | None = None
@@ -48,14 +54,21 @@ class _Buffers:
         buffers.keys_view, buffers.values_view = keys, values
         return buffers
 
+    def ahead(self) -> tuple[Tensor, Tensor]:
+        """From the first token of the views on."""
+        if not self.first:
+            return self.keys, self.values
+        length = self.room - self.first
+        return self.keys.narrow(2, self.first, length), self.values.narrow(2, self.first, length)
+
     def holds(self, keys: Tensor, values: Tensor, key: Kind, value: Kind) -> bool:
         """Whether what a layer has are the views that it was given last, with room for these behind them."""
         return (
             self.keys_view is keys
             and self.values_view is values
-            and _begins(keys, self.keys)
-            and _begins(values, self.values)
-            and keys.shape[2] + key.shape[2] <= self.room
+            and _lies(keys, self.keys, self.first)
+            and _lies(values, self.values, self.first)
+            and self.first + keys.shape[2] + key.shape[2] <= self.room
             and self.kinds == (key.type, value.type)
             # a buffer of inference mode must not be changed outside it, nor is another one any use inside
             and self.inference == torch.is_inference_mode_enabled()
@@ -66,11 +79,12 @@ _buffers: weakref.WeakKeyDictionary[DynamicLayer, _Buffers] = weakref.WeakKeyDic
 
 
 class Room(NamedTuple):
-    """Where the next tokens of a layer are written: behind the first `length` of its buffers."""
+    """Where the next tokens of a layer are written: behind the `length` that it holds."""
 
-    keys: Tensor
+    keys: Tensor  # from the first that it holds on
     values: Tensor
     length: int
+    seen: int  # tokens, with those that it has dropped
     layer: DynamicLayer
     buffers: _Buffers
     #: Where the layer goes, if the cache has not made it yet.
@@ -84,11 +98,16 @@ class Room(NamedTuple):
                 self.layers.append(layer)
             layer.lazy_initialization(self.keys, self.values)
             _buffers[layer] = buffers
+        keys, values = (t.narrow(2, 0, end) for t in (self.keys, self.values))
+        held = keys, values
         if type(layer) is DynamicSlidingWindowLayer:
-            layer.cumulative_length = end
-        layer.keys = buffers.keys_view = self.keys.narrow(2, 0, end)
-        layer.values = buffers.values_view = self.values.narrow(2, 0, end)
-        return layer.keys, layer.values
+            layer.cumulative_length += new
+            drops = end - layer.sliding_window + 1
+            if drops > 0:
+                buffers.first += drops
+                held = keys[:, :, drops:], values[:, :, drops:]
+        layer.keys, layer.values = buffers.keys_view, buffers.values_view = held
+        return keys, values
 
 
 class Kind(NamedTuple):
@@ -154,35 +173,39 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
             layer, home, made = DynamicLayer(), layers, made + 1
         else:
             return None
-        if not _grows(layer, key.shape[2]) or not (first or layer.is_initialized):
+        if not (first or layer.is_initialized):
             return None
-        if not layer.is_initialized:
-            buffers, length = _Buffers(key, value, key.shape[2]), 0
+        keys, values = (layer.keys, layer.values) if layer.is_initialized else (None, None)
+        if layer.is_initialized and (keys is None or values is None):
+            return None
+        length = 0 if keys is None else keys.shape[2]
+        seen = _seen(layer, length)
+        if seen is None:
+            return None
+        if keys is None or values is None:
+            buffers = _Buffers(key, value, key.shape[2])
         else:
-            keys, values = layer.keys, layer.values
-            if keys is None or values is None:
-                return None
-            known, length = _buffers.get(layer), keys.shape[2]
+            known = _buffers.get(layer)
             if known is not None and known.holds(keys, values, key, value):
                 buffers = known
             elif _takes(keys, key) and _takes(values, value):
                 buffers = _buffers[layer] = _Buffers.of(keys, values, length + key.shape[2])
             else:
                 return None
-        found.append(Room(buffers.keys, buffers.values, length, layer, buffers, home))
+        found.append(Room(*buffers.ahead(), length, seen, layer, buffers, home))
     return found
 
 
-def _grows(layer: Any, new: int) -> bool:
-    """Whether the layer would keep all that it holds, and so many tokens more."""
+def _seen(layer: Any, length: int) -> int | None:
+    """How many tokens a layer that holds so many has seen; None if it is not as known."""
     if type(layer) is DynamicSlidingWindowLayer:
-        length = 0 if layer.keys is None else layer.keys.shape[2]
-        return (
-            not getattr(layer, "record_past", False)  # before transformers 5.20 there is none
-            and layer.cumulative_length == length
-            and length + new < layer.sliding_window
-        )
-    return type(layer) is DynamicLayer
+        if (
+            getattr(layer, "record_past", False) or layer.sliding_window < 2
+        ):  # before 5.20 there is no such record
+            return None
+        seen: int = layer.cumulative_length
+        return seen if length == min(seen, layer.sliding_window - 1) else None
+    return length if type(layer) is DynamicLayer else None
 
 
 def _takes(held: Tensor, new: Kind) -> bool:
@@ -198,6 +221,7 @@ def _takes(held: Tensor, new: Kind) -> bool:
     )
 
 
-def _begins(view: Tensor, buffer: Tensor) -> bool:
+def _lies(view: Tensor, buffer: Tensor, first: int) -> bool:
     """Whether a view lies where it was made: `data` may have been assigned to it since."""
-    return view.data_ptr() == buffer.data_ptr() and view.stride() == buffer.stride()
+    start = buffer.data_ptr() + first * buffer.stride(2) * buffer.element_size()
+    return view.data_ptr() == start and view.stride() == buffer.stride()

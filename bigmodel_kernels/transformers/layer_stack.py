@@ -36,10 +36,11 @@ Told = TypeVar("Told")
 class Stack:
     """The layers of a model whose forward is running."""
 
-    __slots__ = ("given", "layers", "model", "next")
+    __slots__ = ("given", "layers", "mask", "model", "next")
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], mask: Any) -> None:
         self.model, self.layers = model, layers
+        self.mask = mask  # that the model was given
         self.given: Tensor | None = None
         self.next = 0  # that hands it on
 
@@ -111,9 +112,9 @@ def read_all(
 
 
 @contextmanager
-def running(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+def running(model: nn.Module, layers: Sequence[nn.Module], mask: Any) -> Iterator[None]:
     before = _running.stack
-    _running.stack = Stack(model, layers)
+    _running.stack = Stack(model, layers, mask)
     try:
         yield
     finally:
@@ -151,6 +152,48 @@ class Where(NamedTuple):
         )
 
 
+def within(
+    stack: Stack, where: Sequence[Where], cache: Any, mask: Tensor | None
+) -> list[whole_layer.Cached] | None:
+    """What the layers attend to; None if that is not known of all from what the first was given."""
+    windows = [each.window for each in where]
+    masks = [(mask, windows[0])]
+    if any(window is not None for window in windows):
+        given = stack.mask
+        if isinstance(
+            given, dict
+        ):  # by an outer model, or the caller: a layer has the window that its mask has
+            types = list(getattr(stack.model.config, "layer_types", None) or ())[: len(where)]
+            of_types = [given.get(kind) for kind in types]
+            if len(of_types) < len(where) or of_types[0] is not mask:
+                return None
+            masks = list(zip(of_types, windows, strict=True))
+            windows = [None if m is None or m.dim() != 3 else window for m, window in masks]
+        elif given is not None and (type(given) is not Tensor or given.dim() != 2):
+            return None
+        elif mask is None and given is not None and len(set(windows)) > 1 and not bool(given.all()):
+            masks = [(given, None)]  # of which the first layer may no longer see all
+    known = {pair: _keys_seen(*pair) for pair in dict.fromkeys(masks)}
+    if any(told is not None and known[told, window] is None for told, window in known):
+        return None
+    found = [known[pair] for pair in masks]
+    if len(found) < len(where):
+        found = found * len(where)
+    return [
+        each._replace(window=window).within(cache, keys)
+        for each, window, keys in zip(where, windows, found, strict=True)
+    ]
+
+
+def _keys_seen(mask: Tensor | None, window: int | None) -> Tensor | None:
+    """Which keys (B, keys) are seen by a mask that says no more, or that they are within this window."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    if mask.dim() == 3 and mask.shape[1] == 1 and attention_interface.window_of(mask, window) == window:
+        return mask[:, 0]
+    return mask[:, 0, 0] if attention_interface.hides_keys(mask) else None
+
+
 def causal(x: Tensor, where: Sequence[Where], told: bool | None) -> bool:
     """Whether no token of x (B, tokens, hidden) sees those behind it, as a call has `told` or else its layers
     have it.
@@ -173,7 +216,8 @@ class Model(NamedForm):
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
         if graph or self.training or "forward" in self.__dict__ or _wants_states(self, kwargs):
             return super().__call__(*args, **kwargs)
-        with running(self, self.stacked()):
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        with running(self, self.stacked(), mask):
             return super().__call__(*args, **kwargs)
 
     def stacked(self) -> list[nn.Module]:

@@ -321,10 +321,12 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     weights = layers.around() if behind else ()
     if weights is None or not layer_stack.causal(x, where, given.is_causal):
         return None
-    cached = [each.within(given.cache, given.mask) for each in where]
+    cached = layer_stack.within(stack, where, given.cache, given.mask)
     outer = whole_layer.Outer(weights, epsilons)
     angles = _angles(x, given, stack)
-    return None if angles is None else whole_layer.tokens(x, layers, cached, how, angles, (), None, outer)
+    if angles is None or cached is None:
+        return None
+    return whole_layer.tokens(x, layers, cached, how, angles, (), None, outer)
 
 
 def _angles(x: Tensor, given: Given, stack: layer_stack.Stack) -> list[tuple[Tensor, Tensor]] | None:

@@ -87,7 +87,7 @@ class Cached(NamedTuple):
     kv_heads: int
     mask: Tensor | None
     scale: float
-    window: int | None = None  # it does not see more keys than that
+    window: int | None = None  # it sees the last ones, no more than that
     turned: bool = True  # by the angles of a rotary embedding, if there are any
 
 
@@ -461,8 +461,8 @@ def tokens(
         return None
     if len({each.layer for each in cached}) < len(cached):
         return None  # a layer that is called twice has more tokens
-    (batch, new), cache, mask = x.shape[:2], cached[0].cache, cached[0].mask
-    if any(each.cache is not cache or each.mask is not mask for each in cached):
+    (batch, new), cache = x.shape[:2], cached[0].cache
+    if any(each.cache is not cache for each in cached):
         return None
     kinds = [
         growing_cache.Kind((batch, each.kv_heads, new, head_dim), x.dtype, x.device)
@@ -472,18 +472,12 @@ def tokens(
     rooms = growing_cache.rooms(cache, wanted, first=True)
     if rooms is None:
         return None
-    length = rooms[0].length
-    if any(room.length != length for room in rooms):
+    seen, lengths = rooms[0].seen, [room.length for room in rooms]
+    if any(room.seen != seen for room in rooms) or (biases and set(lengths) != {seen}):
         return None
-    if any(each.window is not None and length + new >= each.window for each in cached):
+    masks = _masks(cached, batch, new, seen, lengths)
+    if masks is None:
         return None
-    if mask is None:
-        if length and new > 1:
-            return None  # each would see the first `new` keys alone
-    else:
-        if mask.shape != (batch, length + new):
-            return None
-        mask = mask.to(torch.bool).contiguous()
     crossed = _NOTHING if crossed is None else crossed
     hides = crossed.mask
     if hides is not None:
@@ -496,8 +490,9 @@ def tokens(
     cos, sin = _turns(angles, cached)
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), parts, layers.epsilons),
-        *([buffer for room in rooms for buffer in (room.keys, room.values)], length),
-        *(mask, list(biases), cos, sin, how.interleaved, how.head_by_head),
+        *([buffer for room in rooms for buffer in (room.keys, room.values)], lengths),
+        *([each.window or 0 for each in cached], masks, list(biases)),
+        *(cos, sin, how.interleaved, how.head_by_head),
         *(crossed.parts, crossed.epsilons, crossed.states, hides),
         *([*(each.scale for each in cached), *crossed.scales], how.softcap),
         *(list(outer.weights), outer.epsilons, how.factor),
@@ -506,6 +501,25 @@ def tokens(
     for room in rooms:
         room.written(new)
     return out  # type: ignore[no-any-return]
+
+
+def _masks(
+    cached: Sequence[Cached], batch: int, new: int, seen: int, lengths: Sequence[int]
+) -> list[Tensor | None] | None:
+    """Of all layers or of each, as the library reads them; None if one says something else."""
+    if new > 1 and seen and any(each.mask is None for each in cached):
+        return None  # each would see the first `new` keys alone
+    known: dict[int, Tensor] = {}
+    for each, length in zip(cached, lengths, strict=True):
+        mask = each.mask
+        if mask is not None and id(mask) not in known:
+            if mask.shape not in ((batch, seen + new), (batch, length + new)):
+                return None
+            known[id(mask)] = mask.to(torch.bool).contiguous()
+    if not known:
+        return []
+    masks = [None if each.mask is None else known[id(each.mask)] for each in cached]
+    return masks[:1] if all(mask is masks[0] for mask in masks) else masks  # type: ignore[return-value]
 
 
 def _turns(

@@ -441,11 +441,12 @@ def crossed_parts(i: Inputs, hidden: int, queries: int, kind: str) -> list[Any]:
 
 def layers(i: Inputs) -> dict[str, Any]:
     """Tokens for each of a batch, through layers with room for them in their keys and values, in every order.
-    A decoder may attend to an encoder.
+    A decoder may attend to an encoder, or to the last tokens alone.
     """
     batch, hidden, head_dim, kv_heads = i.among((1, 1, 3)), i.size(), i.size(64), i.among((1, 2, 3))
     count, length, rows = i.among((1, 2, 3)), i.among((0, 1, 33)), i.among((1, 1, 2, 7))
-    room = rows + i.among((0, 6))
+    room, slides, windowed = rows + i.among((0, 6)), i.chance(), i.chance()
+    lengths = [i.among((length, length // 2)) if slides else length for _ in range(count)]
     heads = kv_heads * i.among((1, 1, 2))
     features = (heads + 2 * kv_heads) * head_dim
     mask = torch.rand(batch, length + rows, generator=i.generator) > 0.3
@@ -472,9 +473,10 @@ def layers(i: Inputs) -> dict[str, Any]:
         ],
         "epsilons": [1e-5] * (3 * count),
         "buffers": [i.tensor(batch, kv_heads, length + room, head_dim) for _ in range(2 * count)],
-        "length": length,
-        "key_padding_mask": mask if i.chance() else None,
-        "attention_biases": [i.tensor(*bias) for _ in range(i.among((0, 0, 1, count)))],
+        "lengths": lengths,
+        "windows": [i.among((0, 1, 5, 40)) for _ in range(count)] if windowed else [],
+        "key_padding_masks": [i.among((mask, None)) for _ in range(i.among((0, 1, count)))],
+        "attention_biases": [i.tensor(*bias) for _ in range(0 if slides else i.among((0, 0, 1, count)))],
         "cos": [angles.cos()] * turns,
         "sin": [angles.sin()] * turns,
         "interleaved": i.chance(),

@@ -157,7 +157,7 @@ def test_norm_of_heads_of_another_dtype() -> None:
     parts = [None, None, qkv, None, None, None, weight, None, torch.ones(8), None, weight, None, weight, None]
     norms = [None, None, torch.ones(8).half(), None]
     buffers = [torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8)]
-    options = (0, None, [], [], [], False, False, [], [], [], None, [1.0], 0.0, [], [], 1.0)
+    options = ([0], [], [], [], [], [], False, False, [], [], [], None, [1.0], 0.0, [], [], 1.0)
     options += ("rms_norm", 0.0, "pre", "relu")
     native.cpu_layers(x, parts + [None] * 4, [1e-5] * 3, buffers, *options)
     with pytest.raises(RuntimeError, match="q_norm_weight: dtype"):

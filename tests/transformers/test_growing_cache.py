@@ -64,11 +64,12 @@ def test_tokens_are_written_behind_those_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("first", [2, 7, 12])
-def test_layers_with_a_window_grow_as_long_as_they_keep_all(first: int) -> None:
+def test_layers_with_a_window(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing_cache, "_LEAST_ROOM", 5)
     config = MistralConfig(num_hidden_layers=1, sliding_window=10)
     ours, own = DynamicCache(config=config), DynamicCache(config=config)
-    grown = []
-    for count in (first, 1, 1, 3, 1, 1, 1):
+    grown, places, handed_out = [], set(), []
+    for count in (first, 1, 1, 3, *[1] * 9, 14, 1, 1):
         key, value = tokens(count)
         found = growing_cache.append(ours, key, value, 0)
         grown.append(found is not None)
@@ -79,8 +80,11 @@ def test_layers_with_a_window_grow_as_long_as_they_keep_all(first: int) -> None:
             assert torch.equal(getattr(ours.layers[0], name), getattr(own.layers[0], name))
         assert ours.get_seq_length() == own.get_seq_length()
         assert ours.get_mask_sizes(1, 0) == own.get_mask_sizes(1, 0)
-    length = first + torch.tensor((0, 1, 2, 5, 6, 7, 8))
-    assert grown == [False, *(length[1:] < 10).tolist()]  # first tokens are the cache's own work
+        handed_out += [(t, t.clone()) for t in (*got, ours.layers[0].keys)]
+        places.add(ours.layers[0].keys.untyped_storage().data_ptr())
+    assert grown == [False, *[True] * (len(grown) - 1)]  # first tokens are the cache's own work
+    assert 3 <= len(places) < len(grown) - 4
+    assert all(torch.equal(t, before) for t, before in handed_out)
 
 
 def test_a_full_buffer_makes_room_for_a_share_more() -> None:
@@ -176,14 +180,20 @@ def test_the_cache_does_it_where_a_gradient_may_be_wanted() -> None:
     assert pair.add(1)
 
 
-@pytest.mark.parametrize("layer", ["sliding", "empty", "another batch"])
+@pytest.mark.parametrize(
+    "layer", ["of one key", "recording", "not what it has seen", "empty", "another batch"]
+)
 def test_what_is_left_to_the_cache(layer: str) -> None:
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2)
-    if layer == "sliding":
-        config.sliding_window = 4
-    cache = DynamicCache(config=config)
+    if layer in ("of one key", "recording", "not what it has seen"):
+        config.sliding_window = 1 if layer == "of one key" else 4
+    cache: Any = DynamicCache(config=config)
+    if layer == "recording":
+        cache.layers[0].record_past = True
     if layer != "empty":
         cache.update(*tokens(3), 0)
+    if layer == "not what it has seen":
+        cache.layers[0].keys = cache.layers[0].keys[:, :, 1:]
     batch = 1 if layer == "another batch" else 2
     assert growing_cache.append(cache, *tokens(1, batch), 0) is None
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +35,7 @@ from bigmodel_kernels import backends
 from bigmodel_kernels.models.tiny import build, decoder, gpt2_config, gpt_like, left_padding, token_ids
 from bigmodel_kernels.ops.linear import native
 from bigmodel_kernels.ops.native_library import unavailable
-from bigmodel_kernels.transformers import layer_stack, token_model, whole_layer
+from bigmodel_kernels.transformers import growing_cache, layer_stack, token_model, whole_layer
 
 pytestmark = pytest.mark.skipif(
     unavailable(torch.float32) is not None or backends.forced() not in (None, "native"),
@@ -370,11 +373,128 @@ def test_a_model_that_runs_fewer_layers_than_it_has(
     assert together == [2] and torch.equal(ours, separately(model, monkeypatch).logits)
 
 
-def test_windows_are_left_to_the_layers(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=4))
+KINDS_OF_LAYERS = ["sliding_attention", "full_attention"]
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: build(MistralForCausalLM, MistralConfig(**SIZE, **HEADS, sliding_window=4)),
+    "gemma2": lambda: decoder("Gemma2", sliding_window=4),
+    "gemma3": lambda: decoder("Gemma3", sliding_window=4, layer_types=KINDS_OF_LAYERS),
+    "olmo3": lambda: decoder("Olmo3", sliding_window=4),
+    "phi3": lambda: decoder("Phi3", sliding_window=4),
+    "qwen2": lambda: build(
+        Qwen2ForCausalLM,
+        Qwen2Config(**SIZE, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "starcoder2": lambda: gpt_like("Starcoder2", sliding_window=4),
+    "gpt_neo": lambda: gpt_like("GPTNeo", window_size=4),
+}
+
+
+@pytest.mark.parametrize("prompt", [2, 9])
+@pytest.mark.parametrize("padding", [0, 1, 7])
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_windows(
+    kind: str,
+    padding: int,
+    prompt: int,
+    together: list[int],
+    prompts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From before windows hide something until all that is padding is hidden, and buffers have been full."""
+    model = WINDOWED[kind]()
     bk.patch(model)
-    ours = continued(model).logits
-    assert together == [] and torch.equal(ours, separately(model, monkeypatch).logits)
+    monkeypatch.setattr(growing_cache, "_LEAST_ROOM", 3)
+    mask = torch.ones_like(IDS)
+    mask[0, : min(padding, prompt - 1)] = 0
+
+    def run() -> list[torch.Tensor]:
+        cache = DynamicCache(config=model.config)
+        found, handed_out = [], []
+        with torch.inference_mode():
+            for first, last in ((0, prompt), *((i, i + 1) for i in range(prompt, prompt + 12))):
+                seen = torch.nn.functional.pad(mask[:, :last], (0, max(0, last - mask.shape[1])), value=1)
+                ids = IDS[:, [i % IDS.shape[1] for i in range(first, last)]]
+                positions = (seen.cumsum(-1) - 1).clamp(0)[:, first:]
+                out = model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache)
+                found += [
+                    out.logits,
+                    *(t.clone() for layer in cache.layers for t in (layer.keys, layer.values)),
+                ]
+                handed_out += [t for layer in cache.layers for t in (layer.keys, layer.values)]
+                assert cache.get_seq_length() == last
+        held = [t for step in range(13) for t in found[step * 5 + 1 : step * 5 + 5]]
+        assert all(torch.equal(a, b) for a, b in zip(handed_out, held, strict=True))
+        return found
+
+    ours = run()
+    assert together == [2] * 12 and prompts == [prompt]
+    monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run(), strict=True))
+    bk.unpatch(model)
+    real = mask[:, :prompt].bool()
+    for step, (a, b) in enumerate(zip(ours[::5], run()[::5], strict=True)):
+        torch.testing.assert_close(a if step else a[real], b if step else b[real], rtol=1e-4, atol=1e-5)
+
+
+MASKS: dict[str, tuple[Any, bool]] = {
+    "all that is there": ({"full_attention": None, "sliding_attention": None}, True),
+    "some of it": (
+        {
+            "full_attention": None,
+            "sliding_attention": torch.arange(10).ge(8).expand(len(IDS), 1, 1, 10),
+        },
+        True,
+    ),
+    "padding": (
+        dict.fromkeys(("full_attention", "sliding_attention"), torch.arange(10).ge(2).expand(len(IDS), 10)),
+        True,
+    ),
+    "different padding": (
+        {
+            "full_attention": torch.arange(10).ge(2).expand(len(IDS), 10),
+            "sliding_attention": torch.arange(10).ge(3).expand(len(IDS), 10),
+        },
+        True,
+    ),
+    "of heads": (
+        {
+            "full_attention": None,
+            "sliding_attention": torch.arange(10).ge(3).expand(len(IDS), 4, 1, 10),
+        },
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_masks_of_the_callers_own(
+    kind: str, masks: str, together: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need not have the windows that the layers have."""
+    model = WINDOWED[kind]()
+    bk.patch(model)
+    given, at_once = MASKS[masks]
+    ours = continued(model, attention_mask=given).logits
+    assert together == [2] * at_once
+    assert torch.equal(ours, separately(model, monkeypatch, attention_mask=given).logits)
+    assert not torch.equal(ours, continued(model).logits)
+
+
+def test_a_model_within_another(together: list[int]) -> None:
+    """One that sees images makes the masks of its text model, one for each type of layers."""
+    text = Gemma3TextConfig(**SIZE, **HEADS, head_dim=16, sliding_window=8, layer_types=KINDS_OF_LAYERS)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"image_token_index": 98, "boi_token_index": 97, "eoi_token_index": 96, "mm_tokens_per_image": 4}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    model = build(
+        Gemma3ForConditionalGeneration, Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    )
+    options = {"attention_mask": left_padding(), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(IDS % 96, **options)
+    bk.patch(model)
+    assert torch.equal(model.generate(IDS % 96, **options), expected)
+    assert together == [2] * 11
 
 
 def test_other_caches(model: Any, together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,9 @@ struct SplitRight {
       auto ask = [&](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(ahead.from + i * 64, 0, 2); };
       marked = !(ahead.lines ? split_panel(from, there, parts, panel, ask) : split_panel(from, there, parts));
     } else if (!right.b.transposed) {
+      if constexpr (of_b == 1)
+        if (right.b.rows.stored(right.b.rows.of, begin, panel_index * panel, columns_of(panel_index, count)) && copy_rows(panel_index, count, begin, there, parts, stride))
+          return {parts, stride, false};
       marked = !split_rows<false>(panel_index, count, begin, there, parts, stride);
       if (marked) split_rows<true>(panel_index, count, begin, there, parts, stride);
     } else {
@@ -163,21 +166,54 @@ struct SplitRight {
   }
 
  private:
+  static constexpr int64_t rows_asked = 16;
+  int64_t columns_of(int64_t panel_index, int64_t count) const { return smaller(right.n - panel_index * panel, count * panel); }
+
+  // Rows of bf16, of which each number is its only part, into the panels of the chunk, two at a time. Returns whether all have parts.
+  bool copy_rows(int64_t panel_index, int64_t count, int64_t begin, int64_t depth, Parts<1>* parts, int64_t stride) const {
+    alignas(64) static constexpr bf16 zeros[widest_chunk * panel] = {};
+    const Rows& rows = right.b.rows;
+    const int64_t column = panel_index * panel, columns = columns_of(panel_index, count);
+    auto row = [&](int64_t i) { return i < depth ? rows.stored(rows.of, begin + i, column, columns) : zeros; };
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t i = 0; i < round_up(depth, split_depth); i += 2) {
+      const bf16 *even = row(i), *odd = row(i + 1);
+      for (int64_t ahead = i + rows_asked; ahead < smaller(depth, i + rows_asked + 2); ahead++)
+        for (int64_t at = 0; at < columns; at += 32) __builtin_prefetch(row(ahead) + at, 0, 2);
+      Parts<1>* block = parts + i / split_depth * (split_depth * panel);
+      for (int64_t p = 0; p < count; p++, block += stride) {
+        const int64_t here = smaller(panel, columns - p * panel);
+        alignas(64) bf16 ends[2][panel] = {};
+        const bf16 *x = even + p * panel, *y = odd + p * panel;
+        if (here < panel) {
+          x = static_cast<const bf16*>(memcpy(ends[0], x, size_t(here) * sizeof(bf16)));
+          y = static_cast<const bf16*>(memcpy(ends[1], y, size_t(here) * sizeof(bf16)));
+        }
+        for (int half = 0; half < 2; half++) {
+          auto load_half = [&](const bf16* from) __attribute__((always_inline)) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half * 16)); };
+          const __m512i pairs = pairs_of_rows(load_half(x), load_half(y));
+          largest = _mm512_max_epu16(largest, _mm512_and_si512(pairs, _mm512_set1_epi16(0x7fff)));
+          _mm512_store_si512(part_of(block, 0, half) + i % split_depth / 2 * 32, pairs);
+        }
+      }
+    }
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
+  }
+
   // Rows straight into all panels of the chunk, two at a time: split_panel's work. Rows that lie in memory are asked for before, since from
   // one to the next it is too far for the hardware's own prefetch. Returns whether all have parts; `any` splits any number.
   template <bool any>
   bool split_rows(int64_t panel_index, int64_t count, int64_t begin, int64_t depth, Parts<of_b>* parts, int64_t stride) const {
-    constexpr int64_t rows_ahead = 16;
     alignas(64) static constexpr float zeros[widest_chunk * panel] = {};
     alignas(64) float buffer[2][widest_chunk * panel];
     const Rows& rows = right.b.rows;
-    const int64_t column = panel_index * panel, columns = smaller(right.n - column, count * panel);
+    const int64_t column = panel_index * panel, columns = columns_of(panel_index, count);
     auto row = [&](int64_t i, float* made) { return i < depth ? rows.get(rows.of, begin + i, column, columns, made) : zeros; };
     __m512i largest = _mm512_setzero_si512();
     for (int64_t i = 0; i < round_up(depth, split_depth); i += 2) {
       const float *even = row(i, buffer[0]), *odd = row(i + 1, buffer[1]);
       if (even != buffer[0])
-        for (int64_t ahead = i + rows_ahead; ahead < smaller(depth, i + rows_ahead + 2); ahead++) {
+        for (int64_t ahead = i + rows_asked; ahead < smaller(depth, i + rows_asked + 2); ahead++) {
           const float* next = row(ahead, nullptr);
           for (int64_t at = 0; at < columns; at += 16) __builtin_prefetch(next + at, 0, 2);
         }

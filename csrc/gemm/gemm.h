@@ -226,6 +226,39 @@ static void pack_rows(const T* x, int64_t x_stride, int64_t rows, int64_t k, flo
 }
 
 #if BIGMODEL_BF16_DOT
+// out[i * out_stride + r] = rows[r][i] for 16 rows of 16 pairs.
+BIGMODEL_INLINE void transpose_pairs(const bf16* const rows[16], uint32_t* out, int64_t out_stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)  // a[i + c]: columns c, c + 4, c + 8, c + 12 of rows i to i + 3
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      a[i + 2 * half] = _mm512_unpacklo_epi64(b[i + half], b[i + 2 + half]);
+      a[i + 2 * half + 1] = _mm512_unpackhi_epi64(b[i + half], b[i + 2 + half]);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    const __m512i low01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44), high23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * out_stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * out_stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
+// Two rows' 16 numbers as pairs.
+BIGMODEL_INLINE __m512i pairs_of_rows(__m256i even, __m256i odd) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
 // k numbers as pairs of bf16; an odd k is completed with zero.
 template <class T>
 BIGMODEL_INLINE void copy_pairs(const T* x, int64_t k, uint32_t* pairs) {

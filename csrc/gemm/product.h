@@ -25,11 +25,12 @@
 namespace bigmodel::BIGMODEL_ISA {
 
 // A matrix known by its rows: get returns n floats, columns [column, column + n) of a row, in `buffer` where they had to be made. `parts`
-// says how many bits of them count, 8 for each (see split.h).
+// says how many bits of them count, 8 for each (see split.h). `stored` returns them as the bf16 that they are in memory, or null.
 struct Rows {
   const void* of;
   const float* (*get)(const void* of, int64_t row, int64_t column, int64_t n, float* buffer);
   int parts;
+  const bf16* (*stored)(const void* of, int64_t row, int64_t column, int64_t n);
 };
 // Those of stored numbers, and those that are enough for results of type T.
 template <class T> inline constexpr int parts_of_stored = sizeof(T) == sizeof(float) ? 3 : __is_same(T, bf16) ? 1 : 2;
@@ -37,9 +38,14 @@ template <class T> inline constexpr int parts_enough_for = sizeof(T) == sizeof(f
 
 template <class Source>
 static Rows as_rows(const Source& source, int parts = Source::parts) {
-  return {&source, [](const void* of, int64_t row, int64_t column, int64_t n, float* buffer) {
-            return static_cast<const Source*>(of)->get(row, column, n, buffer);
-          }, parts};
+  const auto get = [](const void* of, int64_t row, int64_t column, int64_t n, float* buffer) {
+    return static_cast<const Source*>(of)->get(row, column, n, buffer);
+  };
+  const auto stored = [](const void* of, int64_t row, int64_t column, int64_t n) -> const bf16* {
+    if constexpr (requires(const Source& s) { s.stored(row, column, n); }) return static_cast<const Source*>(of)->stored(row, column, n);
+    return nullptr;
+  };
+  return {&source, get, parts, stored};
 }
 
 // A matrix in memory.
@@ -53,6 +59,7 @@ struct Stored {
     each_vector(n, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(source + i, here), buffer + i, here); });
     return buffer;
   }
+  const bf16* stored(int64_t row, int64_t column, int64_t) const requires __is_same(T, bf16) { return data + row * stride + column; }
 };
 template <>
 struct Stored<float> {

@@ -32,6 +32,15 @@ struct Weights {
     }
     return buffer;
   }
+  // Those of a row that lie side by side.
+  const T* stored(int64_t row, int64_t column, int64_t length) const requires __is_same(T, bf16) {
+    const bool linear = layout == WeightLayout::linear;
+    int64_t& place = linear ? row : column;
+    int64_t i = 0;
+    while (place >= n[i] && i + 1 < count) place -= n[i++];
+    if (linear) return weight(i) + row * k + column;
+    return column + length <= n[i] ? weight(i) + row * n[i] + column : nullptr;
+  }
   Operand operand() const { return {as_rows(*this), layout == WeightLayout::linear}; }
   Operand transpose() const { return {as_rows(*this), layout != WeightLayout::linear}; }
 };

@@ -75,6 +75,20 @@ def test_rows_for_every_thread(isa: str, threads: int, rows: int, k: int, n: int
     assert_near(out, x.double() @ weight.double().t())
 
 
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 31, 33, 64, 95])
+@pytest.mark.parametrize("features", [(48,), (1, 16, 40), (17, 15, 32, 16), (16, 16, 33)])
+def test_packing(isa: str, features: tuple[int, ...], k: int, dtype: torch.dtype, layout: str) -> None:
+    """Weights beside each other, whole panels and parts of them: each number is where it was."""
+    weights = [randn(n, k, dtype=dtype, seed=i) for i, n in enumerate(features)]
+    packed = native.cpu_pack_weight(
+        weights if layout == "linear" else [w.t().contiguous() for w in weights], layout
+    )
+    out = native.cpu_linear(torch.eye(k, dtype=dtype), packed, None, "none", None, None, None, 1e-5)
+    assert torch.equal(out, torch.cat(weights).t())
+
+
 @pytest.mark.parametrize(("rows", "k", "n"), [(64, 31, 20), (70, 200, 65), (193, 450, 40)])
 def test_float32_products_keep_all_bits(isa: str, rows: int, k: int, n: int) -> None:
     """Numbers of all 24 bits, over many magnitudes, against the rounding of one float32 sum of k."""

@@ -215,6 +215,40 @@ def test_derivatives_over_the_whole_range(isa: str, activation: str) -> None:
     torch.testing.assert_close(dx[-6:, 0].double(), (x[-6:, 0] > 0).double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("where", ["x", "weight", "grad"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.3e38])
+def test_gradients_of_extreme_numbers(isa: str, value: float, where: str, made: bool, layout: str) -> None:
+    """One such number changes the rows or columns that it is in, as float32 has it, and no other; whether the
+    gradient before the activation is the one that was given or has to be made.
+    """
+    generator = torch.Generator().manual_seed(3)
+    dtype, features = torch.bfloat16, (40, 37)
+    tensors = {
+        "x": torch.rand(70, 50, generator=generator) + 0.5,
+        "weight": torch.rand(sum(features), 50, generator=generator) * 1e-2 + 1e-3,
+        "grad": torch.rand(70, sum(features), generator=generator) * 1e-2 + 1e-3,
+    }
+    tensors[where][41, 21] = value
+    x, weight, grad = (tensors[name].to(dtype) for name in ("x", "weight", "grad"))
+    weights = [w if layout == "linear" else w.t().contiguous() for w in weight.split(features)]
+    activation = "relu" if made else "none"
+    dx, _, _, _, *dw = native.cpu_linear_backward(
+        grad, x, weights, [], None, None, None, None, torch.ones_like(grad) if made else None, None,
+        activation=activation, weight_layout=layout, needs=[True, False, False, False, True, True],
+    )  # fmt: skip
+    x, weight, grad = x.double(), weight.double(), grad.double()
+    largest = torch.finfo(dtype).max  # beyond it float32's sums are as good as infinite
+    assert_close = lambda a, b: torch.testing.assert_close(  # noqa: E731
+        a.double().clamp(-largest, largest), b.clamp(-largest, largest), rtol=1e-2, atol=1e-3, equal_nan=True
+    )
+    assert_close(dx, grad @ weight)
+    for part, part_grad in zip(dw, grad.split(features, 1), strict=True):
+        expected = part_grad.t() @ x
+        assert_close(part, expected if layout == "linear" else expected.t())
+
+
 def test_only_what_is_needed_is_made_and_is_the_same() -> None:
     make = Inputs(torch.float32)
     x, w_in, w_out, residual, grad = (

@@ -32,13 +32,21 @@ LayerShape weight_shape(const Tensor& weight, WeightLayout layout, ScalarType dt
   return {weight.size(1 - out), weight.size(out)};
 }
 
+// How many rows of features x has.
+int64_t rows_along(const Tensor& x) {
+  const int64_t features = x.dim() > 0 ? x.size(x.dim() - 1) : 0;
+  return features > 0 ? x.numel() / features : 0;
+}
+
 // A weight as the products take it: packed as it came, or in parts as they lie. Parts that the CPU multiplies as pairs are packed into this
-// thread's scratch memory. Holds what `args` points at.
+// thread's scratch memory for so many rows that each thread can have its own (see csrc/gemm/cut.h): with fewer, each packs the columns that it
+// multiplies, which stay in its cache. Holds what `args` points at.
 struct GivenWeight {
+  static constexpr int64_t rows_packed_first = 768, rows_of_a_thread = 192;
   std::vector<const void*> parts;
   std::vector<int64_t> part_n;
   WeightArgs args = {};
-  GivenWeight(const std::vector<Tensor>& weights, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
+  GivenWeight(const std::vector<Tensor>& weights, int64_t rows, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
     STD_TORCH_CHECK(!weights.empty(), name, ": is empty");
     if (weights.size() == 1 && weights[0].scalar_type() == ScalarType::Byte) {
       const PackedHeader& header = check_packed(weights[0], name);
@@ -57,8 +65,8 @@ struct GivenWeight {
     }
     args = {k, n, nullptr, layout, int64_t(parts.size()), parts.data(), part_n.data()};
     const KernelTable& table = kernels();
-    if (dtype != Dtype::bfloat16 || !table.bf16_pairs) return;
     const Runtime lent = runtime();
+    if (dtype != Dtype::bfloat16 || !table.bf16_pairs || rows < std::max<int64_t>(rows_packed_first, rows_of_a_thread * lent.threads)) return;
     auto& header = *static_cast<PackedHeader*>(lent.scratch(slot, packed_size(k, n, dtype, table)));
     header = {packed_magic, k, n, dtype, table.panel, true, {}};
     int64_t column = 0;
@@ -128,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> cpu_linear_training(Tensor x, std::vector<Ten
   const ScalarType dtype = scalar_type_of(x, "x");
   const Dtype type = dtype_of(x, "x");
   const Activation act = activation_of(activation);
-  const GivenWeight weight(weights, layout_of(weight_layout), type, dtype, scratch_packed, "weights");
+  const GivenWeight weight(weights, rows_along(x), layout_of(weight_layout), type, dtype, scratch_packed, "weights");
   const int64_t rows = rows_of(x, weight.args.k), n = weight.args.n;
   const bool normed = has_norm(norm_weight, norm_bias);
   Tensor out = empty_rows_like(x, n);
@@ -189,7 +197,7 @@ std::vector<Tensor> cpu_linear_backward(Tensor grad, Tensor x, std::vector<Tenso
   Tensor made[2] = {nothing(dtype), nothing(dtype)};
   if (wants_preactivation || wants_prenorm) {
     for (Tensor& t : made) t = empty_result({rows, n}, dtype);
-    const GivenWeight given(weights, args.layout, args.dtype, dtype, scratch_packed, "weights");
+    const GivenWeight given(weights, rows, args.layout, args.dtype, dtype, scratch_packed, "weights");
     const LinearArgs again = {args.dtype, rows, args.x, given.args, joined(biases, dtype, n, "biases"), args.activation, addend, false, {},
                               made[1].mutable_data_ptr(), args.dropout, args.activation == Activation::none ? nullptr : made[0].mutable_data_ptr(), nullptr};
     kernels().linear(runtime(), again);
@@ -215,9 +223,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
   const Dtype type = dtype_of(x, "x");
   const WeightLayout layout = layout_of(weight_layout);
   const NormPosition position = position_of(norm_position);
-  const GivenWeight given_in({w_in}, layout, type, dtype, scratch_packed, "w_in"), given_out({w_out}, layout, type, dtype, scratch_packed_out, "w_out");
+  const GivenWeight given_in({w_in}, rows_along(x), layout, type, dtype, scratch_packed, "w_in"), given_out({w_out}, rows_along(x), layout, type, dtype, scratch_packed_out, "w_out");
   std::optional<GivenWeight> given_gate;
-  if (w_gate) given_gate.emplace(std::vector<Tensor>{*w_gate}, layout, type, dtype, scratch_packed_gate, "w_gate");
+  if (w_gate) given_gate.emplace(std::vector<Tensor>{*w_gate}, rows_along(x), layout, type, dtype, scratch_packed_gate, "w_gate");
   const WeightArgs &in = given_in.args, &second = given_out.args, *gate = given_gate ? &given_gate->args : nullptr;
   STD_TORCH_CHECK(in.n == second.k, "w_out: in_features ", second.k, " must be w_in's out_features ", in.n);
   STD_TORCH_CHECK(!gate || (gate->k == in.k && gate->n == in.n), "w_gate: shape must be w_in's");
@@ -290,9 +298,9 @@ std::vector<Tensor> cpu_feed_forward_backward(
     made[0] = empty_result({rows, inner}, dtype);
     if (w_gate) made[1] = empty_result({rows, inner}, dtype);
     made[2] = empty_result({rows, n}, dtype);
-    const GivenWeight in({w_in}, args.layout, args.dtype, dtype, scratch_packed, "w_in"), out({w_out}, args.layout, args.dtype, dtype, scratch_packed_out, "w_out");
+    const GivenWeight in({w_in}, rows, args.layout, args.dtype, dtype, scratch_packed, "w_in"), out({w_out}, rows, args.layout, args.dtype, dtype, scratch_packed_out, "w_out");
     std::optional<GivenWeight> gate;
-    if (w_gate) gate.emplace(std::vector<Tensor>{*w_gate}, args.layout, args.dtype, dtype, scratch_packed_gate, "w_gate");
+    if (w_gate) gate.emplace(std::vector<Tensor>{*w_gate}, rows, args.layout, args.dtype, dtype, scratch_packed_gate, "w_gate");
     // Without the norm after: what is asked for is its input.
     const FeedForwardArgs again = {args.dtype, rows, args.x, in.args, bias_in, out.args, bias_out, args.activation, addend,
                                    pre ? NormPosition::pre : NormPosition::none, pre ? args.norm : NormArgs{}, made[2].mutable_data_ptr(),

@@ -127,6 +127,65 @@ struct RowsRight {
   }
 };
 
+#if BIGMODEL_BF16_DOT
+// Rows of bf16, packed likewise, as pairs.
+struct PairsRight {
+  static constexpr bool packed = false, cut_by_rows = false;
+  static constexpr int64_t most_units = 8;
+  const Operand& b;
+  int64_t n, k;
+  Panels<uint32_t> chunk(const Runtime& runtime, int64_t panel_index, int64_t count, int64_t begin, int64_t depth) const {
+    uint32_t* const panels = static_cast<uint32_t*>(runtime.scratch(scratch_right, size_t(count * panel * depth) * sizeof(uint32_t)));
+    const int64_t first = 2 * begin, there = smaller(2 * depth, k - first), column = panel_index * panel, columns = smaller(n - column, count * panel);
+    b.transposed ? columns_as_rows(column, columns, first, there, panels) : rows_as_rows(column, columns, first, there, panels);
+    return {panels, depth * panel};
+  }
+
+ private:
+  static constexpr int64_t together = 16, deepest = 2 * depth_block_of<uint32_t>, rows_asked = 16;
+  // Of a row, those that lie side by side as they are, or else in `buffer`.
+  const bf16* row(int64_t at, int64_t column, int64_t length, bf16* buffer) const {
+    if (const bf16* there = b.rows.stored(b.rows.of, at, column, length)) return there;
+    alignas(64) float made[larger(deepest, widest_chunk * panel)];
+    const float* numbers = b.rows.get(b.rows.of, at, column, length, made);
+    each_vector(length, [&](int64_t i, int here) __attribute__((always_inline)) { store(load(numbers + i, here), buffer + i, here); });
+    return buffer;
+  }
+  void columns_as_rows(int64_t column, int64_t columns, int64_t first, int64_t depth, uint32_t* panels) const {
+    alignas(64) static constexpr bf16 zeros[deepest] = {};
+    alignas(64) bf16 buffer[together][deepest];
+    for (int64_t at = 0; at < round_up(columns, panel); at += together)
+      columns_as_pairs([&](int64_t i) { return at + i < columns ? row(column + at + i, first, depth, buffer[i]) : zeros; }, depth,
+                       panels + at / panel * (ceil_div(depth, 2) * panel) + at % panel);
+  }
+  void rows_as_rows(int64_t column, int64_t columns, int64_t first, int64_t depth, uint32_t* panels) const {
+    alignas(64) static constexpr bf16 zeros[widest_chunk * panel] = {};
+    alignas(64) bf16 buffer[2][widest_chunk * panel];
+    for (int64_t i = 0; i < depth; i += 2) {
+      const bf16* const even = row(first + i, column, columns, buffer[0]);
+      const bf16* const odd = i + 1 < depth ? row(first + i + 1, column, columns, buffer[1]) : zeros;
+      if (even != buffer[0])
+        for (int64_t ahead = i + rows_asked; ahead < smaller(depth, i + rows_asked + 2); ahead++) {
+          const bf16* const next = b.rows.stored(b.rows.of, first + ahead, column, columns);
+          for (int64_t at = 0; at < columns; at += 32) __builtin_prefetch(next + at, 0, 2);
+        }
+      uint32_t* out = panels + i / 2 * panel;
+      for (int64_t at = 0; at < round_up(columns, panel); at += panel, out += ceil_div(depth, 2) * panel)
+        for (int64_t half = at; half < at + panel; half += together) {
+          const int64_t here = smaller(together, columns - half);
+          alignas(32) bf16 ends[2][together] = {};
+          auto numbers = [&](const bf16* from, bf16* end) __attribute__((always_inline)) {
+            if (here < together) from = here > 0 ? static_cast<const bf16*>(memcpy(end, from + half, size_t(here) * sizeof(bf16))) : end;
+            else from += half;
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+          };
+          _mm512_store_si512(out + half % panel, pairs_of_rows(numbers(even, ends[0]), numbers(odd, ends[1])));
+        }
+    }
+  }
+};
+#endif
+
 // How far ahead of a weight that is read once it is asked for, in bytes. The hardware's own prefetch stops at each page of 4 KB, and so finds
 // the next one begun; asked for from a page ahead on, there are two streams to follow, and a tenth to a fifth of the speed is lost.
 inline constexpr int64_t stream_ahead = 2560;
@@ -445,7 +504,11 @@ void multiply_packed(const Runtime& runtime, const Left<typename Step::A>& left,
 template <class Step>
 void multiply_operand(const Runtime& runtime, const Left<typename Step::A>& left, const Operand& right, int64_t n, int64_t k, float* direct,
                       int64_t direct_stride, Finish finish) {
-  multiply_unsplit<Step>(runtime, left, RowsRight{right, n}, n, k, direct, direct_stride, finish);
+#if BIGMODEL_BF16_DOT
+  if constexpr (Step::k_per_step > 1) return multiply_columns<Step>(runtime, left, PairsRight{right, n, k}, n, direct, direct_stride, finish);
+  else
+#endif
+    multiply_unsplit<Step>(runtime, left, RowsRight{right, n}, n, k, direct, direct_stride, finish);
 }
 
 void product(const Runtime& runtime, const Operand& a, int64_t m, const Operand& b, int64_t n, int64_t k, float* direct, int64_t direct_stride,
@@ -475,6 +538,9 @@ BIGMODEL_PACKED(StepOf<float>::Type, StepOf<float>::Type)
 BIGMODEL_PACKED(StepOf<bf16>::Type, StepOf<bf16>::Type)
 BIGMODEL_PACKED(StepOf<fp16>::Type, StepOf<fp16>::Type)
 BIGMODEL_OPERAND(Widen<float>)
+#if BIGMODEL_BF16_DOT
+BIGMODEL_OPERAND(Pairs)
+#endif
 #if BIGMODEL_AMX
 BIGMODEL_PACKED(StepOf<float>::Type, Split<3, 3>)
 BIGMODEL_PACKED(StepOf<fp16>::Type, Split<2, 2>)

@@ -254,9 +254,37 @@ BIGMODEL_INLINE void transpose_pairs(const bf16* const rows[16], uint32_t* out, 
   }
 }
 
-// Two rows' 16 numbers as pairs.
+// 16 columns of k numbers, which column(i) points at, as pairs: a line of them for each two k, `panel` apart; an odd k is completed with zero.
+// The hardware's own prefetch does not follow so many columns.
+template <class Column>
+static void columns_as_pairs(const Column& column, int64_t k, uint32_t* out) {
+  constexpr int64_t count = 16, block = 2 * count, ahead = 4 * block;
+  const bf16* columns[count];
+  for (int64_t i = 0; i < count; i++) columns[i] = column(i);
+  int64_t at = 0;
+  for (; at + block <= k; at += block) {
+    transpose_pairs(columns, out + at / 2 * panel, panel);
+    for (int64_t i = 0; i < count; i++, columns[i - 1] += block)
+      if (at + ahead < k) __builtin_prefetch(columns[i] + ahead);
+  }
+  if (at == k) return;
+  alignas(64) bf16 ends[count][block] = {};
+  alignas(64) uint32_t last[count][count];
+  for (int64_t i = 0; i < count; i++) columns[i] = static_cast<const bf16*>(memcpy(ends[i], columns[i], size_t(k - at) * sizeof(bf16)));
+  transpose_pairs(columns, last[0], count);
+  for (int64_t pair = 0; pair < ceil_div(k - at, 2); pair++) memcpy(out + (at / 2 + pair) * panel, last[pair], sizeof last[pair]);
+}
+
+// Two rows' 16 numbers as pairs, and those of k rows, which row(i) points at, likewise.
 BIGMODEL_INLINE __m512i pairs_of_rows(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+template <class Row>
+static void rows_as_pairs(const Row& row, int64_t k, uint32_t* out) {
+  auto numbers = [&](int64_t i) __attribute__((always_inline)) {
+    return i < k ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row(i))) : _mm256_setzero_si256();
+  };
+  for (int64_t i = 0; i < k; i += 2, out += panel) _mm512_storeu_si512(out, pairs_of_rows(numbers(i), numbers(i + 1)));
 }
 
 // k numbers as pairs of bf16; an odd k is completed with zero.

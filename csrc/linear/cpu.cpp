@@ -3,38 +3,6 @@
 
 namespace bigmodel::BIGMODEL_ISA {
 
-#if BIGMODEL_BF16_DOT
-// 16 columns, k deep, of a weight as it lies, as pairs: a line of them for each two k, `panel` apart. Columns of a (out, in) weight are rows
-// in memory, of which as many are read together; the hardware's own prefetch does not follow so many.
-static void pack_pairs_of_columns(const bf16* weight, WeightLayout layout, int64_t k, int64_t stride, uint32_t* out) {
-  constexpr int64_t columns = 16, block = 2 * columns, ahead = 4 * block;
-  if (layout == WeightLayout::linear) {
-    for (int64_t at = 0; at < k; at += block) {
-      alignas(64) bf16 ends[columns][block];
-      const bf16* rows[columns];
-      for (int64_t i = 0; i < columns; i++) {
-        rows[i] = weight + i * stride + at;
-        if (at + ahead < k) __builtin_prefetch(rows[i] + ahead);
-        if (at + block > k) rows[i] = static_cast<const bf16*>(memcpy(memset(ends[i], 0, sizeof ends[i]), rows[i], size_t(k - at) * sizeof(bf16)));
-      }
-      if (at + block <= k) transpose_pairs(rows, out + at / 2 * panel, panel);
-      else {
-        alignas(64) uint32_t last[columns][columns];
-        transpose_pairs(rows, last[0], columns);
-        for (int64_t pair = 0; pair < ceil_div(k - at, 2); pair++) memcpy(out + (at / 2 + pair) * panel, last[pair], sizeof last[pair]);
-      }
-    }
-    return;
-  }
-  for (int64_t at = 0; at < k; at += 2) {
-    auto row = [&](int64_t i) __attribute__((always_inline)) {
-      return i < k ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + i * stride)) : _mm256_setzero_si256();
-    };
-    _mm512_storeu_si512(out + at / 2 * panel, pairs_of_rows(row(at), row(at + 1)));
-  }
-}
-#endif
-
 // Weight element (k, n) goes to panel n / panel, row k, column n % panel; with pairs two neighbouring k share a 32-bit word.
 // Columns past n and the last odd k are zero, so no kernel ever asks where a weight ends.
 void pack(const Runtime& runtime, const PackArgs& args) {
@@ -58,8 +26,10 @@ void pack(const Runtime& runtime, const PackArgs& args) {
 #if BIGMODEL_BF16_DOT
         if constexpr (__is_same(T, bf16))
           if (in_panel % 16 == 0 && smaller(stop - column, args.n - n) >= 16) {
+            const bf16* const first = weight + n * stride_n;
             uint32_t* const pairs = reinterpret_cast<uint32_t*>(panels + column / panel * (rows * panel)) + in_panel;
-            pack_pairs_of_columns(weight + n * stride_n, args.layout, args.k, args.layout == WeightLayout::linear ? stride_n : stride_k, pairs);
+            if (args.layout == WeightLayout::linear) columns_as_pairs([&](int64_t i) { return first + i * stride_n; }, args.k, pairs);
+            else rows_as_pairs([&](int64_t i) { return first + i * stride_k; }, args.k, pairs);
             column += 16;
             continue;
           }

@@ -98,10 +98,10 @@ static void multiply_weight(const Runtime& runtime, const Left<typename Step::A>
   if (weight.packed) {
     const auto* panels = reinterpret_cast<const typename Packed::B*>(static_cast<const PackedHeader*>(weight.packed) + 1);
     multiply_packed<Step, Packed>(runtime, left, panels, weight.n, weight.k, direct, direct_stride, finish);
-  } else if constexpr (Step::k_per_step == 1) {
+  } else {
     const Weights<T> rows = {weight.parts, weight.part_n, weight.count, weight.k, weight.layout};
     const Operand right = rows.operand();
-    if constexpr (splits<Step>) multiply_operand<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
+    if constexpr (splits<Step> || Step::k_per_step > 1) multiply_operand<Step>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
     else multiply_operand<Widen<float>>(runtime, left, right, weight.n, weight.k, direct, direct_stride, finish);
   }
 }

@@ -34,7 +34,7 @@ struct Rows {
 };
 // Those of stored numbers, and those that are enough for results of type T.
 template <class T> inline constexpr int parts_of_stored = sizeof(T) == sizeof(float) ? 3 : __is_same(T, bf16) ? 1 : 2;
-template <class T> inline constexpr int parts_enough_for = sizeof(T) == sizeof(float) ? 3 : 2;
+template <class T> inline constexpr int parts_enough_for = parts_of_stored<T>;
 
 template <class Source>
 static Rows as_rows(const Source& source, int parts = Source::parts) {

@@ -9,7 +9,8 @@
 //
 //     l.h  m.h  m.m  h.m  h.l  h.h     in this order: small ones first, and each step loads one side's tiles only
 //
-// Where results are bf16 or fp16, two parts (16 bits) are enough, and one part is all of a bf16: four products, two, or one.
+// Where results are fp16, two parts (16 bits) are enough: four products. Where they are bf16 it is one, all of a stored number and what is
+// computed rounded to one, as it would be between two operators.
 //
 // The parts of numbers below 2^-110 are subnormal bf16, which the unit takes for zero. Infinities, NaN and the few numbers that bf16 would
 // round to infinity have no such parts: a tile that holds one is marked, and multiplied by vectors from the parts' sum.
@@ -51,9 +52,9 @@ BIGMODEL_INLINE PartsOf16<count> split(__m512 x) {
   PartsOf16<count> parts;
 #pragma GCC unroll 3
   for (int part = 0; part < count; part++) {
-    // The third part is what is left, the only one is the number itself: both have no bits to round.
+    // The third part is what is left, and has no bits to round.
     const __m512i bits = _mm512_castps_si512(x);
-    parts.part[part] = part == 2 || count == 1 ? bits : _mm512_and_si512(_mm512_add_epi32(bits, half), top);
+    parts.part[part] = part == 2 ? bits : _mm512_and_si512(_mm512_add_epi32(bits, half), top);
     if (part + 1 < count) x = _mm512_sub_ps(x, _mm512_castsi512_ps(parts.part[part]));
   }
   return parts;

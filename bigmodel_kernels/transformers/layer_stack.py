@@ -171,7 +171,7 @@ def within(
             windows = [None if m is None or m.dim() != 3 else window for m, window in masks]
         elif given is not None and (type(given) is not Tensor or given.dim() != 2):
             return None
-        elif mask is None and given is not None and len(set(windows)) > 1 and not bool(given.all()):
+        elif windows[0] is not None and len(set(windows)) > 1 and given is not None and not bool(given.all()):
             masks = [(given, None)]  # of which the first layer may no longer see all
     known = {pair: _keys_seen(*pair) for pair in dict.fromkeys(masks)}
     if any(told is not None and known[told, window] is None for told, window in known):

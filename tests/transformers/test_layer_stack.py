@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 from collections.abc import Callable
@@ -389,13 +390,13 @@ WINDOWED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("prompt", [2, 9])
+@pytest.mark.parametrize("prompt", [(2,), (9,), (3, 4, 2)], ids=str)
 @pytest.mark.parametrize("padding", [0, 1, 7])
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_windows(
     kind: str,
     padding: int,
-    prompt: int,
+    prompt: tuple[int, ...],
     together: list[int],
     prompts: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -405,13 +406,14 @@ def test_windows(
     bk.patch(model)
     monkeypatch.setattr(growing_cache, "_LEAST_ROOM", 3)
     mask = torch.ones_like(IDS)
-    mask[0, : min(padding, prompt - 1)] = 0
+    mask[0, : min(padding, prompt[0] - 1)] = 0
+    starts = list(itertools.accumulate((*prompt, *[1] * 12), initial=0))
 
     def run() -> list[torch.Tensor]:
         cache = DynamicCache(config=model.config)
         found, handed_out = [], []
         with torch.inference_mode():
-            for first, last in ((0, prompt), *((i, i + 1) for i in range(prompt, prompt + 12))):
+            for first, last in itertools.pairwise(starts):
                 seen = torch.nn.functional.pad(mask[:, :last], (0, max(0, last - mask.shape[1])), value=1)
                 ids = IDS[:, [i % IDS.shape[1] for i in range(first, last)]]
                 positions = (seen.cumsum(-1) - 1).clamp(0)[:, first:]
@@ -422,16 +424,16 @@ def test_windows(
                 ]
                 handed_out += [t for layer in cache.layers for t in (layer.keys, layer.values)]
                 assert cache.get_seq_length() == last
-        held = [t for step in range(13) for t in found[step * 5 + 1 : step * 5 + 5]]
+        held = [t for step in range(len(starts) - 1) for t in found[step * 5 + 1 : step * 5 + 5]]
         assert all(torch.equal(a, b) for a, b in zip(handed_out, held, strict=True))
         return found
 
     ours = run()
-    assert together == [2] * 12 and prompts == [prompt]
+    assert together == [2] * 12 and prompts == list(prompt)
     monkeypatch.setattr(whole_layer, "tokens", lambda *args: None)
     assert all(torch.equal(a, b) for a, b in zip(ours, run(), strict=True))
     bk.unpatch(model)
-    real = mask[:, :prompt].bool()
+    real = mask[:, : prompt[0]].bool()
     for step, (a, b) in enumerate(zip(ours[::5], run()[::5], strict=True)):
         torch.testing.assert_close(a if step else a[real], b if step else b[real], rtol=1e-4, atol=1e-5)
 

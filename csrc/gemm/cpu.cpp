@@ -128,6 +128,30 @@ struct RowsRight {
 };
 
 #if BIGMODEL_BF16_DOT
+inline constexpr int64_t rows_asked = 16;   // so many rows before they are read: from one to the next it is too far for the hardware's own prefetch
+
+// put(row, at, pairs) for every second row and every 16 columns: their numbers and those of the next row, `columns` of each, and what `width` has
+// more than these is zero. row(i, which) points at one, ahead(i) at one that is asked for meanwhile, or is null.
+template <class Row, class Ahead, class Put>
+static void each_pair_of_rows(const Row& row, const Ahead& ahead, int64_t rows, int64_t columns, int64_t width, const Put& put) {
+  constexpr int64_t together = 16;
+  for (int64_t i = 0; i < rows; i += 2) {
+    const bf16* const both[2] = {row(i, 0), row(i + 1, 1)};
+    for (int64_t next = i + rows_asked; next < i + rows_asked + 2; next++)
+      if (const bf16* const asked = ahead(next))
+        for (int64_t at = 0; at < columns; at += 32) __builtin_prefetch(asked + at, 0, 2);
+    for (int64_t at = 0; at < width; at += together) {
+      alignas(32) bf16 ends[2][together] = {};
+      auto numbers = [&](int which) __attribute__((always_inline)) {
+        const bf16* from = both[which] + at;
+        if (const int64_t here = columns - at; here < together) from = here > 0 ? static_cast<const bf16*>(memcpy(ends[which], from, size_t(here) * sizeof(bf16))) : ends[which];
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      };
+      put(i, at, pairs_of_rows(numbers(0), numbers(1)));
+    }
+  }
+}
+
 // Rows of bf16, packed likewise, as pairs.
 struct PairsRight {
   static constexpr bool packed = false, cut_by_rows = false;
@@ -142,7 +166,7 @@ struct PairsRight {
   }
 
  private:
-  static constexpr int64_t together = 16, deepest = 2 * depth_block_of<uint32_t>, rows_asked = 16;
+  static constexpr int64_t together = 16, deepest = 2 * depth_block_of<uint32_t>;
   // Of a row, those that lie side by side as they are, or else in `buffer`.
   const bf16* row(int64_t at, int64_t column, int64_t length, bf16* buffer) const {
     if (const bf16* there = b.rows.stored(b.rows.of, at, column, length)) return there;
@@ -161,27 +185,12 @@ struct PairsRight {
   void rows_as_rows(int64_t column, int64_t columns, int64_t first, int64_t depth, uint32_t* panels) const {
     alignas(64) static constexpr bf16 zeros[widest_chunk * panel] = {};
     alignas(64) bf16 buffer[2][widest_chunk * panel];
-    for (int64_t i = 0; i < depth; i += 2) {
-      const bf16* const even = row(first + i, column, columns, buffer[0]);
-      const bf16* const odd = i + 1 < depth ? row(first + i + 1, column, columns, buffer[1]) : zeros;
-      if (even != buffer[0])
-        for (int64_t ahead = i + rows_asked; ahead < smaller(depth, i + rows_asked + 2); ahead++) {
-          const bf16* const next = b.rows.stored(b.rows.of, first + ahead, column, columns);
-          for (int64_t at = 0; at < columns; at += 32) __builtin_prefetch(next + at, 0, 2);
-        }
-      uint32_t* out = panels + i / 2 * panel;
-      for (int64_t at = 0; at < round_up(columns, panel); at += panel, out += ceil_div(depth, 2) * panel)
-        for (int64_t half = at; half < at + panel; half += together) {
-          const int64_t here = smaller(together, columns - half);
-          alignas(32) bf16 ends[2][together] = {};
-          auto numbers = [&](const bf16* from, bf16* end) __attribute__((always_inline)) {
-            if (here < together) from = here > 0 ? static_cast<const bf16*>(memcpy(end, from + half, size_t(here) * sizeof(bf16))) : end;
-            else from += half;
-            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-          };
-          _mm512_store_si512(out + half % panel, pairs_of_rows(numbers(even, ends[0]), numbers(odd, ends[1])));
-        }
-    }
+    const int64_t stride = ceil_div(depth, 2) * panel;
+    each_pair_of_rows([&](int64_t i, int which) { return i < depth ? row(first + i, column, columns, buffer[which]) : zeros; },
+                      [&](int64_t i) { return i < depth ? b.rows.stored(b.rows.of, first + i, column, columns) : nullptr; }, depth, columns, round_up(columns, panel),
+                      [&](int64_t i, int64_t at, __m512i pairs) __attribute__((always_inline)) {
+                        _mm512_store_si512(panels + at / panel * stride + i / 2 * panel + at % panel, pairs);
+                      });
   }
 };
 #endif
@@ -225,7 +234,6 @@ struct SplitRight {
   }
 
  private:
-  static constexpr int64_t rows_asked = 16;
   int64_t columns_of(int64_t panel_index, int64_t count) const { return smaller(right.n - panel_index * panel, count * panel); }
 
   // Rows of bf16, of which each number is its only part, into the panels of the chunk, two at a time. Returns whether all have parts.
@@ -233,29 +241,14 @@ struct SplitRight {
     alignas(64) static constexpr bf16 zeros[widest_chunk * panel] = {};
     const Rows& rows = right.b.rows;
     const int64_t column = panel_index * panel, columns = columns_of(panel_index, count);
-    auto row = [&](int64_t i) { return i < depth ? rows.stored(rows.of, begin + i, column, columns) : zeros; };
+    auto stored = [&](int64_t i) { return i < depth ? rows.stored(rows.of, begin + i, column, columns) : nullptr; };
     __m512i largest = _mm512_setzero_si512();
-    for (int64_t i = 0; i < round_up(depth, split_depth); i += 2) {
-      const bf16 *even = row(i), *odd = row(i + 1);
-      for (int64_t ahead = i + rows_asked; ahead < smaller(depth, i + rows_asked + 2); ahead++)
-        for (int64_t at = 0; at < columns; at += 32) __builtin_prefetch(row(ahead) + at, 0, 2);
-      Parts<1>* block = parts + i / split_depth * (split_depth * panel);
-      for (int64_t p = 0; p < count; p++, block += stride) {
-        const int64_t here = smaller(panel, columns - p * panel);
-        alignas(64) bf16 ends[2][panel] = {};
-        const bf16 *x = even + p * panel, *y = odd + p * panel;
-        if (here < panel) {
-          x = static_cast<const bf16*>(memcpy(ends[0], x, size_t(here) * sizeof(bf16)));
-          y = static_cast<const bf16*>(memcpy(ends[1], y, size_t(here) * sizeof(bf16)));
-        }
-        for (int half = 0; half < 2; half++) {
-          auto load_half = [&](const bf16* from) __attribute__((always_inline)) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + half * 16)); };
-          const __m512i pairs = pairs_of_rows(load_half(x), load_half(y));
-          largest = _mm512_max_epu16(largest, _mm512_and_si512(pairs, _mm512_set1_epi16(0x7fff)));
-          _mm512_store_si512(part_of(block, 0, half) + i % split_depth / 2 * 32, pairs);
-        }
-      }
-    }
+    each_pair_of_rows([&](int64_t i, int) { return i < depth ? stored(i) : zeros; }, stored, round_up(depth, split_depth), columns, count * panel,
+                      [&](int64_t i, int64_t at, __m512i pairs) __attribute__((always_inline)) {
+                        largest = _mm512_max_epu16(largest, _mm512_and_si512(pairs, _mm512_set1_epi16(0x7fff)));
+                        Parts<1>* const block = parts + at / panel * stride + i / split_depth * (split_depth * panel);
+                        _mm512_store_si512(part_of(block, 0, at % panel / F32::width) + i % split_depth / 2 * 32, pairs);
+                      });
     return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
   }
 

@@ -77,7 +77,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
     const Tensor& t = *tensors[i];
     check_cpu(t, names[i]);
     STD_TORCH_CHECK(t.dim() == rank, names[i], ": shape ", shape_of(t), " must have ", rank, " dimensions");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, names[i], ": dtype differs from query's");
+    STD_TORCH_CHECK(scalar_type_of(t, names[i]) == dtype, names[i], ": dtype differs from query's");
     STD_TORCH_CHECK(t.size(rank - 1) == query.size(rank - 1), names[i], ": head_dim ", t.size(rank - 1), " differs from query's ", query.size(rank - 1));
     check_aligned(t, names[i]);
     row_strides(t, names[i], varlen, strides[i]);
@@ -144,7 +144,7 @@ void set_options(AttentionArgs& args, const AttentionOptions& options) {
   if (sinks) {
     args.sinks_dtype = dtype_of(*sinks, "sinks");
     STD_TORCH_CHECK(args.sinks_dtype == args.dtype || args.sinks_dtype == Dtype::float32, "sinks: dtype must be query's or float32");
-    args.sinks = data_of(*sinks, "sinks", sinks->scalar_type(), args.heads);
+    args.sinks = data_of(*sinks, "sinks", scalar_type_of(*sinks, "sinks"), args.heads);
   }
   STD_TORCH_CHECK(std::isfinite(softmax_scale), "softmax_scale: must be finite");
   STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap: must be 0 (none) or positive");
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
   int64_t* strides[2] = {args.grad_out_stride, forward.out_stride};
   for (int i = 0; i < 2; i++) {
     check_cpu(*tensors[i], names[i]);
-    STD_TORCH_CHECK(tensors[i]->scalar_type() == dtype, names[i], ": dtype differs from query's");
+    STD_TORCH_CHECK(scalar_type_of(*tensors[i], names[i]) == dtype, names[i], ": dtype differs from query's");
     STD_TORCH_CHECK(shape_of(*tensors[i]) == shape_of(query), names[i], ": shape ", shape_of(*tensors[i]), " must be query's ", shape_of(query));
     check_aligned(*tensors[i], names[i]);
     row_strides(*tensors[i], names[i], varlen, strides[i]);

@@ -193,8 +193,7 @@ void together(void (*body)(const void* of), const void* of) {
 void check_defined(const Tensor& tensor, const char* name) { STD_TORCH_CHECK(tensor.defined(), name, ": must be a tensor, not None"); }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
-  check_defined(tensor, name);
-  switch (tensor.scalar_type()) {
+  switch (scalar_type_of(tensor, name)) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
@@ -234,7 +233,7 @@ void* mutable_elements(const Tensor& tensor) {
 // A dense array of exactly this dtype and this many elements.
 const void* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
   check_cpu(tensor, name);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": dtype differs from the input's");
+  STD_TORCH_CHECK(scalar_type_of(tensor, name) == dtype, name, ": dtype differs from the input's");
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": shape ", shape_of(tensor), " does not have ", numel, " elements");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
   check_aligned(tensor, name);
@@ -275,7 +274,7 @@ size_t packed_size(int64_t k, int64_t n, Dtype dtype, const KernelTable& table) 
 // whatever stands there, it must not send a kernel out of the tensor.
 const PackedHeader& check_packed(const Tensor& packed, const char* name) {
   check_cpu(packed, name);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.dim() == 1 &&
+  STD_TORCH_CHECK(scalar_type_of(packed, name) == ScalarType::Byte && packed.is_contiguous() && packed.dim() == 1 &&
                       packed.numel() >= int64_t(sizeof(PackedHeader)),
                   name, ": is not a weight packed by cpu_pack_weight");
   const auto& header = *static_cast<const PackedHeader*>(packed.const_data_ptr());
@@ -312,7 +311,7 @@ Tensor cpu_pack_weight(std::vector<Tensor> weights, Text weight_layout) {
   header = {packed_magic, k, n, dtype, table.panel, dtype == Dtype::bfloat16 && table.bf16_pairs, {}};
   int64_t column = 0;
   for (const Tensor& weight : weights) {
-    const void* data = data_of(weight, "weights", weights[0].scalar_type(), weight.numel());
+    const void* data = data_of(weight, "weights", scalar_type_of(weights[0], "weights"), weight.numel());
     table.pack(runtime(), {data, layout, dtype, k, weight.size(out), column, &header});
     column += weight.size(out);
   }
@@ -476,7 +475,7 @@ void embedding_tables(const OptionalTensor (&ids)[3], const OptionalTensor (&tab
   for (int t = 0; t < 3; t++) {
     if (tables[t]) {
       STD_TORCH_CHECK(tables[t]->dim() == 2 && tables[t]->size(1) == hidden, table_names[t], ": shape ", shape_of(*tables[t]), " must be (rows, ", hidden, ")");
-      table_data[t] = data_of(*tables[t], table_names[t], word.scalar_type(), tables[t]->size(0) * hidden);
+      table_data[t] = data_of(*tables[t], table_names[t], scalar_type_of(word, "word"), tables[t]->size(0) * hidden);
     }
     id_data[t] = ids_of(ids[t], id_names[t], tables[t], tokens);
   }
@@ -509,8 +508,8 @@ void set_angles(RotaryArgs& args, const Tensor& cos, const Tensor& sin) {
   args.angles = cos.size(2);
   args.angles_dtype = dtype_of(cos, "cos");
   args.shared_angles = cos.size(0) == 1;
-  args.cosine = data_of(cos, "cos", cos.scalar_type(), cos.numel());
-  args.sine = data_of(sin, "sin", cos.scalar_type(), cos.numel());
+  args.cosine = data_of(cos, "cos", scalar_type_of(cos, "cos"), cos.numel());
+  args.sine = data_of(sin, "sin", scalar_type_of(cos, "cos"), cos.numel());
 }
 
 std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved) {
@@ -526,7 +525,7 @@ std::tuple<Tensor, Tensor> cpu_rotary(Tensor query, Tensor key, Tensor cos, Tens
     const Tensor& x = i ? key : query;
     const char* name = i ? "key" : "query";
     check_cpu(x, name);
-    STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), name, ": dtype differs from the input's");
+    STD_TORCH_CHECK(scalar_type_of(x, name) == query.scalar_type(), name, ": dtype differs from the input's");
     STD_TORCH_CHECK(x.numel() == 0 || dim == 1 || x.stride(3) == 1, name, ": last dimension must be contiguous");
     check_aligned(x, name);
     args.heads[i] = x.size(1);

@@ -38,7 +38,7 @@ std::unique_ptr<float[]> logsumexp_memory(AttentionArgs& args, int64_t rows) {
 Tensor context_of(const Tensor& x, const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   AttentionArgs args = attention_args(query, key, value, options);
   const int64_t rows = args.cu_seqlens_q ? query.size(0) : args.batch * args.query_length;
-  STD_TORCH_CHECK(x.scalar_type() == query.scalar_type(), "query: dtype differs from x's");
+  STD_TORCH_CHECK(scalar_type_of(x, "x") == scalar_type_of(query, "query"), "query: dtype differs from x's");
   STD_TORCH_CHECK(x.size(x.dim() - 1) > 0, "x: shape ", shape_of(x), " has no features");  // or its elements could not tell its rows
   STD_TORCH_CHECK(x.numel() == rows * x.size(x.dim() - 1), "query: shape ", shape_of(query), " does not have the rows of x, ", shape_of(x));
   Tensor context = empty_rows_like(x, args.heads * args.head_dim);
@@ -262,7 +262,7 @@ void set_keys(AttentionArgs& attention, const Tensor& keys, const Tensor& values
     check_cpu(t, names[i]);
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch, names[i], ": shape ", shape_of(t), " must be (", batch, ", kv_heads, room, head_dim)");
     STD_TORCH_CHECK(shape_of(t) == shape_of(keys), names[i], ": shape ", shape_of(t), " must be that of ", names[0], ", ", shape_of(keys));
-    STD_TORCH_CHECK(t.scalar_type() == scalar_type, names[i], ": dtype differs from x's");
+    STD_TORCH_CHECK(scalar_type_of(t, names[i]) == scalar_type, names[i], ": dtype differs from x's");
     STD_TORCH_CHECK(t.size(3) == 1 || t.stride(3) == 1, names[i], ": last dimension must be contiguous");
     check_aligned(t, names[i]);
     for (int d = 0; d < 3; d++) strides[i][d] = t.stride(d);

@@ -24,7 +24,7 @@ struct LayerShape { int64_t k, n; };
 LayerShape weight_shape(const Tensor& weight, WeightLayout layout, ScalarType dtype, const char* name) {
   check_cpu(weight, name);
   STD_TORCH_CHECK(weight.dim() == 2, name, ": shape ", shape_of(weight), " must have two dimensions");
-  STD_TORCH_CHECK(weight.scalar_type() == dtype, name, ": dtype differs from the input's");
+  STD_TORCH_CHECK(scalar_type_of(weight, name) == dtype, name, ": dtype differs from the input's");
   STD_TORCH_CHECK(weight.is_contiguous(), name, ": must be contiguous");
   STD_TORCH_CHECK(weight.numel() > 0, name, ": shape ", shape_of(weight), " has no elements");
   check_aligned(weight, name);
@@ -48,7 +48,7 @@ struct GivenWeight {
   WeightArgs args = {};
   GivenWeight(const std::vector<Tensor>& weights, int64_t rows, WeightLayout layout, Dtype dtype, ScalarType scalar, int slot, const char* name) {
     STD_TORCH_CHECK(!weights.empty(), name, ": is empty");
-    if (weights.size() == 1 && weights[0].scalar_type() == ScalarType::Byte) {
+    if (weights.size() == 1 && scalar_type_of(weights[0], name) == ScalarType::Byte) {
       const PackedHeader& header = check_packed(weights[0], name);
       STD_TORCH_CHECK(header.dtype == dtype, name, ": dtype differs from the input's");
       args = packed_weight(header);

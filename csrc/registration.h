@@ -39,7 +39,12 @@ std::string shape_of(const Tensor& tensor);
 void check_defined(const Tensor& tensor, const char* name);
 inline ScalarType scalar_type_of(const Tensor& tensor, const char* name) {
   check_defined(tensor, name);
-  return tensor.scalar_type();
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {  // torch's interface for libraries does not know all of its dtypes
+    STD_TORCH_CHECK(false, name, ": dtype is not supported");
+    throw;
+  }
 }
 void check_cpu(const Tensor& tensor, const char* name);
 void check_aligned(const Tensor& tensor, const char* name);

@@ -77,8 +77,8 @@ def test_rows_for_every_thread(isa: str, threads: int, rows: int, k: int, n: int
 
 @pytest.mark.parametrize("layout", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k", [1, 2, 31, 33, 64, 95])
-@pytest.mark.parametrize("features", [(48,), (1, 16, 40), (17, 15, 32, 16), (16, 16, 33)])
+@pytest.mark.parametrize("k", [1, 33, 64, 94])
+@pytest.mark.parametrize("features", [(48,), (1, 16, 40), (16, 17, 15, 33)])
 def test_packing(isa: str, features: tuple[int, ...], k: int, dtype: torch.dtype, layout: str) -> None:
     """Weights beside each other, whole panels and parts of them: each number is where it was."""
     weights = [randn(n, k, dtype=dtype, seed=i) for i, n in enumerate(features)]

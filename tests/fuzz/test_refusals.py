@@ -130,6 +130,41 @@ def test_norm_bias_alone() -> None:
         )
 
 
+def test_dtypes_of_every_kind() -> None:
+    """Those too that torch's interface for libraries does not know."""
+    quantized = {
+        torch.qint8,
+        torch.quint8,
+        torch.qint32,
+        torch.quint4x2,
+        torch.quint2x4,
+    }  # torch's own to refuse
+    every = {t for t in vars(torch).values() if isinstance(t, torch.dtype)} - {torch.float32} - quantized
+    x, packed = torch.ones(4, 8), native.cpu_pack_weight([torch.ones(8, 8)], "linear")
+    options = {"activation": "relu", "weight_layout": "linear", "norm_position": "none"}
+    for dtype in every:
+        other = torch.empty(8, 8, dtype=dtype)
+        with pytest.raises(RuntimeError, match=r"\bw_in\b"):
+            native.cpu_feed_forward_training(x, other, None, x, *[None] * 7, **options)
+        with pytest.raises(RuntimeError, match=r"\bquery\b|\bkey\b"):
+            native.cpu_attention(
+                x[None, None],
+                other[None, None],
+                x[None, None],
+                *[None] * 7,
+                4,
+                8,
+                1.0,
+                False,
+                -1,
+                -1,
+                0.0,
+                0.0,
+            )
+        with pytest.raises(RuntimeError, match=r"\bresidual\b"):
+            native.cpu_linear(x, packed, None, "none", other[:4], None, None, 1e-5)
+
+
 def test_misaligned() -> None:
     x = torch.frombuffer(bytearray(33), dtype=torch.float32, offset=1, count=8)
     with pytest.raises(RuntimeError, match="x: its address"):

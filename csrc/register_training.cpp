@@ -2,7 +2,7 @@
 // (bigmodel::linear_training and so on), with these differences:
 //
 //   weights      in a *_training op each may be the layer's own weight or, where it does not change between calls, what cpu_pack_weight
-//                made of it (for linear: of all of them, as the only element). A weight as it lies is packed into scratch memory for the
+//                made of it (for linear: of all of them, as the only element). A weight as it lies is packed anew for each
 //                call: one that an optimizer changes with every step gains nothing from a kept copy. Backward ops take weights as they lie.
 //   results      a result that is not there or not wanted is an empty tensor
 //   saved        preactivation, gate_preactivation and prenorm may be None or empty: the forward pass is then run again for them.
@@ -223,9 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_feed_forward_training(
   const Dtype type = dtype_of(x, "x");
   const WeightLayout layout = layout_of(weight_layout);
   const NormPosition position = position_of(norm_position);
-  const GivenWeight given_in({w_in}, rows_along(x), layout, type, dtype, scratch_packed, "w_in"), given_out({w_out}, rows_along(x), layout, type, dtype, scratch_packed_out, "w_out");
+  const int64_t along = rows_along(x);
+  const GivenWeight given_in({w_in}, along, layout, type, dtype, scratch_packed, "w_in");
+  const GivenWeight given_out({w_out}, along, layout, type, dtype, scratch_packed_out, "w_out");
   std::optional<GivenWeight> given_gate;
-  if (w_gate) given_gate.emplace(std::vector<Tensor>{*w_gate}, rows_along(x), layout, type, dtype, scratch_packed_gate, "w_gate");
+  if (w_gate) given_gate.emplace(std::vector<Tensor>{*w_gate}, along, layout, type, dtype, scratch_packed_gate, "w_gate");
   const WeightArgs &in = given_in.args, &second = given_out.args, *gate = given_gate ? &given_gate->args : nullptr;
   STD_TORCH_CHECK(in.n == second.k, "w_out: in_features ", second.k, " must be w_in's out_features ", in.n);
   STD_TORCH_CHECK(!gate || (gate->k == in.k && gate->n == in.n), "w_gate: shape must be w_in's");

@@ -330,6 +330,16 @@ def own_window(attention: Any) -> int | None:
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
+def window_of_masks(attention: Any) -> int | None:
+    """The window that a model's masks have for an attention: none where its file makes no such masks, whatever
+    the config says.
+    """
+    files = (sys.modules[cls.__module__] for cls in type(attention).__mro__)
+    if any(hasattr(file, "create_sliding_window_causal_mask") for file in files):
+        return own_window(attention)
+    return None
+
+
 def window_of(mask: Tensor, window: int | None) -> int:
     """That of a mask of three dimensions, which rides along, or else the layer's own."""
     found: int | None = getattr(mask, _WINDOW, window)

@@ -199,9 +199,8 @@ def rooms(cache: Any, wanted: Iterable[tuple[int, Kind, Kind]], first: bool = Fa
 def _seen(layer: Any, length: int) -> int | None:
     """How many tokens a layer that holds so many has seen; None if it is not as known."""
     if type(layer) is DynamicSlidingWindowLayer:
-        if (
-            getattr(layer, "record_past", False) or layer.sliding_window < 2
-        ):  # before 5.20 there is no such record
+        recording = getattr(layer, "record_past", False)  # before transformers 5.20 there is none
+        if recording or layer.sliding_window < 2:
             return None
         seen: int = layer.cumulative_length
         return seen if length == min(seen, layer.sliding_window - 1) else None

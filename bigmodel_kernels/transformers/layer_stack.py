@@ -142,7 +142,7 @@ class Where(NamedTuple):
             heads if len(qkv) > 1 or queries is None else heads // (queries + 2),
             scale,
             bool(getattr(attention, "is_causal", True)),
-            attention_interface.own_window(attention),
+            attention_interface.window_of_masks(attention),
             getattr(attention, "use_rope", True),  # SmolLM3 has layers without
         )
 
@@ -160,9 +160,8 @@ def within(
     masks = [(mask, windows[0])]
     if any(window is not None for window in windows):
         given = stack.mask
-        if isinstance(
-            given, dict
-        ):  # by an outer model, or the caller: a layer has the window that its mask has
+        if isinstance(given, dict):
+            # By an outer model, or the caller: a layer has the window that its mask has.
             types = list(getattr(stack.model.config, "layer_types", None) or ())[: len(where)]
             of_types = [given.get(kind) for kind in types]
             if len(of_types) < len(where) or of_types[0] is not mask:
@@ -173,15 +172,12 @@ def within(
             return None
         elif windows[0] is not None and len(set(windows)) > 1 and given is not None and not bool(given.all()):
             masks = [(given, None)]  # of which the first layer may no longer see all
-    known = {pair: _keys_seen(*pair) for pair in dict.fromkeys(masks)}
-    if any(told is not None and known[told, window] is None for told, window in known):
+    keys = {pair: _keys_seen(*pair) for pair in masks}
+    if any(told is not None and seen is None for (told, _), seen in keys.items()):
         return None
-    found = [known[pair] for pair in masks]
-    if len(found) < len(where):
-        found = found * len(where)
     return [
-        each._replace(window=window).within(cache, keys)
-        for each, window, keys in zip(where, windows, found, strict=True)
+        each._replace(window=window).within(cache, keys[masks[i % len(masks)]])
+        for i, (each, window) in enumerate(zip(where, windows, strict=True))
     ]
 
 

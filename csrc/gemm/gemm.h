@@ -264,8 +264,10 @@ static void columns_as_pairs(const Column& column, int64_t k, uint32_t* out) {
   int64_t at = 0;
   for (; at + block <= k; at += block) {
     transpose_pairs(columns, out + at / 2 * panel, panel);
-    for (int64_t i = 0; i < count; i++, columns[i - 1] += block)
+    for (int64_t i = 0; i < count; i++) {
       if (at + ahead < k) __builtin_prefetch(columns[i] + ahead);
+      columns[i] += block;
+    }
   }
   if (at == k) return;
   alignas(64) bf16 ends[count][block] = {};

@@ -438,6 +438,19 @@ def test_windows(
         torch.testing.assert_close(a if step else a[real], b if step else b[real], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
+def test_a_window_that_the_model_has_no_masks_for(kind: str, sliding: bool, together: list[int]) -> None:
+    """A config may name one all the same, which caches made from it read."""
+    model = KINDS[kind]()
+    model.config.sliding_window = 4
+    make = lambda: DynamicCache(config=model.config if sliding else None)  # noqa: E731
+    expected = continued(model, make()).logits
+    bk.patch(model)
+    torch.testing.assert_close(continued(model, make()).logits, expected, rtol=1e-4, atol=1e-5)
+    assert together == [2]
+
+
 MASKS: dict[str, tuple[Any, bool]] = {
     "all that is there": ({"full_attention": None, "sliding_attention": None}, True),
     "some of it": (

@@ -331,8 +331,8 @@ def own_window(attention: Any) -> int | None:
 
 
 def window_of_masks(attention: Any) -> int | None:
-    """The window that a model's masks have for an attention: none where its file makes no such masks, whatever
-    the config says.
+    """The window that a model has in its masks for an attention: none where its file makes no such masks,
+    whatever the config says.
     """
     files = (sys.modules[cls.__module__] for cls in type(attention).__mro__)
     if any(hasattr(file, "create_sliding_window_causal_mask") for file in files):

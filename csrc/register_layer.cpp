@@ -294,6 +294,12 @@ OptionalTensor of_layer(const std::vector<T>& all, size_t layer) {
   return all.empty() ? OptionalTensor() : OptionalTensor(all[all.size() == 1 ? 0 : layer]);
 }
 
+void check_angles(const std::vector<OptionalTensor>& cos, const std::vector<OptionalTensor>& sin, size_t layers) {
+  check_each(cos, "cos", layers);
+  STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
+  for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
+}
+
 Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& call) {
   Crossed crossed = {};
   AttentionArgs& attention = crossed.attention;
@@ -519,9 +525,7 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
                   " layers, ", count + crosses);
   check_each(key_padding_masks, "key_padding_masks", count);
   check_each(attention_biases, "attention_biases", count);
-  check_each(cos, "cos", count);
-  STD_TORCH_CHECK(sin.size() == cos.size(), "sin: ", sin.size(), " must be as many as cos, ", cos.size());
-  for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
+  check_angles(cos, sin, count);
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   STD_TORCH_CHECK(lengths.size() == count, "lengths: ", lengths.size(), " must be one for each of ", count, " layers");
   STD_TORCH_CHECK(windows.empty() || windows.size() == count, "windows: ", windows.size(), " must be none, or one for each of ", count, " layers");
@@ -592,13 +596,16 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
 }
 
 struct EncoderLayer : LayerArgs {
+  RotaryArgs rotary;            // where it has cosines
   AttentionArgs attention;
 };
 
 // All layers of an encoder, on x (batch, rows, hidden) or, with `lengths`, on packed rows (tokens, hidden). A bias of the logits is one for all
-// layers or one for each.
+// layers or one for each, and so are the cosines and sines (1 or batch, rows, angles) by which queries and keys are turned; of packed rows they
+// are those of one sequence. Of windows there are none, or one for each layer: so many rows to each side, with its own, or 0 for all.
 Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<double> epsilons, int64_t head_dim, OptionalTensor lengths, int64_t longest,
-                   OptionalTensor key_padding_mask, std::vector<Tensor> attention_biases, double softmax_scale, Text norm_kind, Text order, Text activation) {
+                   OptionalTensor key_padding_mask, bool is_causal, std::vector<int64_t> windows, std::vector<Tensor> attention_biases,
+                   std::vector<OptionalTensor> cos, std::vector<OptionalTensor> sin, bool interleaved, double softmax_scale, Text norm_kind, Text order, Text activation) {
   check_cpu(x, "x");
   const int64_t rank = lengths ? 2 : 3;
   STD_TORCH_CHECK(x.dim() == rank && x.size(rank - 1) > 0, "x: shape ", shape_of(x), " must have ", rank, " dimensions, the last not empty");
@@ -606,11 +613,22 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   const Dtype dtype = dtype_of(x, "x");
   const Kind kind = {order_of(order), norm_kind_of(norm_kind), 0.0, activation_of(activation)};
   STD_TORCH_CHECK(kind.order != Order::parallel, "order: an encoder's layers are not parallel");
-  check_each(attention_biases, "attention_biases", layers_of(epsilons));
+  const size_t count = layers_of(epsilons);
+  check_each(attention_biases, "attention_biases", count);
+  check_angles(cos, sin, count);
+  STD_TORCH_CHECK(windows.empty() || windows.size() == count, "windows: ", windows.size(), " must be none, or one for each of ", count, " layers");
   std::vector<EncoderLayer> layers;
   std::optional<Tensor> qkv;    // of every layer, as the heads are
   std::vector<Tensor> each;     // of them
+  std::vector<Tensor> turned;   // queries and keys, where a layer turns them
   int64_t heads = 0;
+  const auto as_heads = [&](const Tensor& features) {
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = heads;
+    shape.push_back(head_dim);
+    const Tensor t = torch::stable::view(features, shape);
+    return lengths ? t : torch::stable::transpose(t, 1, 2);
+  };
   each_layer(parts, epsilons, [&](const LayerParts& w, size_t i) {
     STD_TORCH_CHECK(!w.query_norm && !w.key_norm, "parts: an encoder's heads have no norms");
     EncoderLayer layer = {};
@@ -620,18 +638,29 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       heads = head_dim < 1 ? 0 : features / head_dim / 3;
       STD_TORCH_CHECK(heads > 0 && heads * head_dim * 3 == features, "head_dim: ", head_dim, " does not divide a third of the first projection's ", features, " out_features");
       qkv = empty_rows_like(x, features);
-      std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-      shape.back() = heads;
-      shape.push_back(head_dim);
-      const auto part = [&](int64_t i) {
-        Tensor t = torch::stable::view(torch::stable::narrow(*qkv, rank - 1, i * heads * head_dim, heads * head_dim), shape);
-        return lengths ? t : torch::stable::transpose(t, 1, 2);
-      };
-      for (int64_t i = 0; i < 3; i++) each.push_back(part(i));
+      for (int64_t i = 0; i < 3; i++) each.push_back(as_heads(torch::stable::narrow(*qkv, rank - 1, i * heads * head_dim, heads * head_dim)));
     }
     STD_TORCH_CHECK(features == 3 * heads * head_dim, "parts: all layers must have ", heads, " heads of ", head_dim, ", not ", features, " out_features");
-    layer.attention = attention_args(each[0], each[1], each[2], {key_padding_mask, of_layer(attention_biases, i), lengths, lengths, {}, {}, {},
-                                                                 longest, longest, softmax_scale, false, -1, -1, 0.0, 0.0});
+    const OptionalTensor cosine = of_layer(cos, i), sine = of_layer(sin, i);
+    if (cosine) {
+      while (turned.size() < 2) turned.push_back(as_heads(empty_rows_like(x, heads * head_dim)));
+      layer.rotary = {.dtype = dtype, .batch = lengths ? 1 : x.size(0), .rows = x.size(rank - 2), .head_dim = head_dim, .heads = {heads, heads},
+                      .interleaved = interleaved};
+      set_angles(layer.rotary, *cosine, *sine);
+      for (int i = 0; i < 2; i++) {
+        layer.rotary.x[i] = each[size_t(i)].const_data_ptr();
+        layer.rotary.stride[i][0] = layer.rotary.rows * features;
+        layer.rotary.stride[i][1] = head_dim;
+        layer.rotary.stride[i][2] = features;
+        layer.rotary.out[i] = turned[size_t(i)].mutable_data_ptr();
+      }
+    }
+    const int64_t window = windows.empty() ? 0 : windows[i];
+    STD_TORCH_CHECK(window >= 0, "windows: ", window, " must be 0 (all rows) or more");
+    const int64_t side = window && window < (lengths ? longest : x.size(1)) ? window - 1 : -1;
+    const std::vector<Tensor>& seen = cosine ? turned : each;
+    layer.attention = attention_args(seen[0], seen[1], each[2], {key_padding_mask, of_layer(attention_biases, i), lengths, lengths, {}, {}, {},
+                                                                 longest, longest, softmax_scale, is_causal, side, side, 0.0, 0.0});
     set_products(layer, w, x, rows, heads * head_dim, kind);
     layers.push_back(std::move(layer));
   });
@@ -657,6 +686,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       layer.qkv.x = layer.norm.weight ? normed : from;
       layer.qkv.out = projected;
       kernels().linear(runtime(), layer.qkv);
+      if (layer.rotary.cosine) kernels().rotary(runtime(), layer.rotary);
       kernels().attention(runtime(), layer.attention);
       run_context(layer.context, from, layer.attention.out, second);
       run_feed_forward(layer, second, second, results[i % 2]);
@@ -681,7 +711,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel, m) {
         "Tensor? states_padding_mask, float[] softmax_scales, float softcap, Tensor?[] outer, float[] outer_epsilons, float factor, "
         "str norm_kind, float norm_offset, str order, str activation) -> Tensor");
   m.def("cpu_encoder(Tensor x, Tensor?[] parts, float[] epsilons, int head_dim, Tensor? lengths, int longest, Tensor? key_padding_mask, "
-        "Tensor[] attention_biases, float softmax_scale, str norm_kind, str order, str activation) -> Tensor");
+        "bool is_causal, int[] windows, Tensor[] attention_biases, Tensor?[] cos, Tensor?[] sin, bool interleaved, float softmax_scale, str norm_kind, "
+        "str order, str activation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel, CPU, m) {

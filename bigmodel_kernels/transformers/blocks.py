@@ -66,6 +66,13 @@ def eps_of(norm: Any) -> float:
     return float(getattr(norm, "eps", 0.0))
 
 
+def half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, every angle once, of those that have each for both halves of a head."""
+    cos, sin = angles
+    count = cos.shape[-1] // 2
+    return cos[..., :count], sin[..., :count]
+
+
 class Terms(NamedTuple):
     """All that `bigmodel::attention` is told in a layer but for its dropout; the defaults are the operator's.
 

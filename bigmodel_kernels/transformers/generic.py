@@ -53,7 +53,9 @@ def stands_for(original: Any) -> Callable[[type], type]:
 
     def decorate(cls: type) -> type:
         cls.__name__ = original.__name__
-        dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), original._can_record_outputs)
+        recorded = getattr(original, "_can_record_outputs", None)  # a part of a model has none
+        if recorded is not None:
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), recorded)
         return cls
 
     return decorate

@@ -57,6 +57,11 @@ def head_by_head(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ..
     return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
 
+def in_thirds(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
+    """The same of a product that has all of each in turn."""
+    return whole.unflatten(-1, (3, -1, head_dim)).unbind(-3)
+
+
 @dataclass(frozen=True)
 class Kin:
     """The classes of one model, the names of their parts, and the patched form of each class."""
@@ -259,6 +264,10 @@ class MLP(Form):
             return super().forward(hidden_states, *args)  # type: ignore[no-any-return]
         return blocks.feed_forward(hidden_states, ffn, "linear", args[0] if args else None, dropout_p=p)
 
+    def joined(self, dtype: torch.dtype | None) -> FeedForward | None:
+        """One whose first weight holds gate and up, if one call may read it so."""
+        return None
+
 
 class Layer(layer_stack.Layer):
     """The whole layer, norms and sums in the calls of its halves."""
@@ -267,8 +276,9 @@ class Layer(layer_stack.Layer):
         attention, given, parts = _attention_of(self), None, None
         if attention is not None:
             given = _given(attention, args, kwargs)
-        if given is not None and given.told is None and given.cache is not None:
-            out = layer_stack.result(self, kwargs, partial(_tokens, hidden_states, given))
+        if given is not None and given.told is None:
+            all_layers = _rows if given.cache is None else _tokens
+            out = layer_stack.result(self, kwargs, partial(all_layers, hidden_states, given))
             if out is not None:
                 return self.gives(out)
         if given is not None and not attention_interface.wants_attentions(kwargs):
@@ -325,7 +335,7 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         return None
 
     def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:
-        parts = _whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
+        parts = whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
         if parts is None or kin.order(layer) != order:
             return None
         attention: Any = _attention_of(layer)
@@ -347,7 +357,7 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     how = whole_layer.How(
         order=order,
         interleaved=kin.rotary == "interleaved",
-        head_by_head=len(kin.qkv) == 1 and not kin.pieces,
+        head_by_head=len(kin.qkv) == 1 and kin.split is head_by_head,
     )
     attention: Any = _attention_of(first)
     alibi = attention._alibi(x.new_empty(len(x), layers.given[0].kv_heads * kin.queries(attention), 0), given)
@@ -356,12 +366,45 @@ def _tokens(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     return whole_layer.tokens(x, layers, cached, how, angles, biases)
 
 
-def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
-    """All of a layer whose three projections lie apart, or in one head by head or in pieces."""
+def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
+    """The result of all layers of an encoder without positions in its layers, or None (see
+    `whole_layer.encoded`).
+    """
+    first: Any = stack.layers[0]
+    kin, order = first.kin, first.kin.order(first)
+    plain = given.packing is None and given.angles is None and given.alibi is None
+    if kin.causal_lm is not None or order == "parallel" or not plain or not whole_layer.few(x):
+        return None
+
+    def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, tuple[float, bool]] | None:
+        parts = whole_parts(layer, dtype) if checks.intact(layer, kin.forms[kin.layer]) else None
+        if parts is None or kin.order(layer) != order:
+            return None
+        attention: Any = _attention_of(layer)
+        return parts, (kin.scale(attention), bool(attention.is_causal))
+
+    layers = layer_stack.layers_of(stack, x, "linear", read)
+    if layers is None or not layers.takes or len(set(layers.given)) > 1:
+        return None
+    scale, causal = layers.given[0]
+    mask = given.mask
+    if mask is None:
+        causal = causal if given.is_causal is None else given.is_causal
+    elif mask.dim() == 2 and mask.shape == x.shape[:2]:
+        causal, mask = True, mask.bool()
+    elif attention_interface.hides_keys(mask) and mask.shape[::3] == x.shape[:2]:
+        causal, mask = False, mask[:, 0, 0]
+    else:
+        return None
+    return whole_layer.encoded(x, layers, scale, mask, None, 0, whole_layer.How(order=order), (), (), (), causal)
+
+
+def whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
+    """All of a layer whose three projections lie apart, or in one head by head, in thirds or in pieces."""
     kin, attention = layer.kin, _attention_of(layer)
     if attention is None or kin.order(layer) not in ("pre", "post", "parallel"):
         return None
-    if len(kin.qkv) == 1 and kin.split is not head_by_head and not kin.pieces:
+    if len(kin.qkv) == 1 and kin.split not in (head_by_head, in_thirds) and not kin.pieces:
         return None
     w, p = layer._parts(attention, dtype), checks.probability(attention, kin.attention_dropout_of(attention))
     if w is None or p is None or kin.repeats(attention) != 1:
@@ -376,11 +419,12 @@ def _whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:
         qkv = _in_pieces(qkv[0], kin.pieces)
         if not qkv:
             return None
+    norm = None if checks.intact(w.attention_norm, nn.Identity) else w.attention_norm
     return LayerParts(
         qkv=qkv,
         head_dim=getattr(attention, kin.head_dim),
         attention_out=w.attention_out,
-        attention_norm=w.attention_norm,
+        attention_norm=norm,
         attention_eps=w.attention_eps,
         attention_p=p,
         context_p=w.attention_p,
@@ -453,10 +497,7 @@ def _angles(kin: Kin, positions: Any) -> tuple[Tensor, Tensor] | None:
     if not isinstance(positions, (tuple, list)) or len(positions) != 2 or positions[0].dim() != 3:
         return None
     cos, sin = reversed(positions) if kin.sine_first else positions
-    if kin.rotary == "half":
-        count = cos.shape[-1] // 2
-        cos, sin = cos[..., :count], sin[..., :count]
-    return cos, sin
+    return blocks.half((cos, sin)) if kin.rotary == "half" else (cos, sin)
 
 
 def _attention_of(layer: Any) -> Any:
@@ -480,7 +521,7 @@ def _dropped_inside(half: Any, kin: Kin, which: int) -> float | None:
 def _ffn(mlp: Any, kin: Kin, dtype: torch.dtype | None) -> FeedForward | None:
     """Its weights, if one call may read them all."""
     if kin.gated:
-        return None
+        return mlp.joined(dtype)  # type: ignore[no-any-return]
     w_in, w_out, *gate = kin.ffn_projections
     return blocks.feed_forward_of(
         mlp, w_in, w_out, kin.activation, dtype, gate[0] if gate else None, linear=kin.linear
@@ -609,9 +650,10 @@ def family(name: str, kin: Kin, left: dict[type, str] | None = None) -> Family:
         )
     else:
         ops = ("layer_norm", "feed_forward")
-    for model in kin.models:
+    for model in (*kin.models, *kin.above):
         if model in forms:
-            rules.append(layer_stack.rule(model, forms[model]))
+            note = layer_stack.TOKEN_NOTE if heads else layer_stack.ROWS_NOTE
+            rules.append(layer_stack.rule(model, forms[model], note=note))
     return Family(
         name=name,
         rules=(

@@ -248,11 +248,15 @@ class Layer(Form):
         return out
 
 
+#: Of a decoder and of an encoder.
+TOKEN_NOTE, ROWS_NOTE = "its layers in one call for a token", "its layers in one call on few rows"
+
+
 def rule(
     original: type[nn.Module],
     form: type[Model],
     check: Callable[[Any], str | None] = lambda model: None,
-    note: str = "its layers in one call for a token",
+    note: str = TOKEN_NOTE,
 ) -> Rule:
     """Lets the first layer do the work of all, where `check` does not say why not."""
 

@@ -280,7 +280,7 @@ class Model(token_model.Model, layer_stack.Model):
     def enter(self, ids: Tensor, positions: Tensor, around: Sequence[Any]) -> tuple[Tensor, Any]:
         none = (None,) * 6
         states = torch.ops.bigmodel.cpu_embedding.default(ids, around[0], *none, 0.0)
-        return states, _half(self.rotary_emb(states, positions))
+        return states, blocks.half(self.rotary_emb(states, positions))
 
     def leave(self, states: Tensor, around: Sequence[Any], told: Any) -> Tensor:
         return torch.ops.bigmodel.cpu_rms_norm.default(states, around[1], told, None)  # type: ignore[no-any-return]
@@ -333,7 +333,7 @@ def _angles(x: Tensor, given: Given, stack: layer_stack.Stack) -> list[tuple[Ten
     """Those of all layers, or of each; None if some of them cannot be known from the first layer's."""
     first: Any = stack.layers[0]
     model: Any = stack.model
-    own = _half((given.cos, given.sin))
+    own = blocks.half((given.cos, given.sin))
     if not first.kin.angles_by_type:
         return [own]
     rotary = model.__dict__["_modules"].get("rotary_emb")
@@ -343,7 +343,7 @@ def _angles(x: Tensor, given: Given, stack: layer_stack.Stack) -> list[tuple[Ten
     found = {types[0]: own}
     for kind in types:
         if kind not in found:
-            found[kind] = _half(rotary(x, given.positions, kind))
+            found[kind] = blocks.half(rotary(x, given.positions, kind))
     return [found[kind] for kind in types]
 
 
@@ -363,13 +363,6 @@ def _outer(layer: Any, dtype: torch.dtype | None) -> list[Any]:
     modules, norms = layer.__dict__["_modules"], layer.kin.norms
     names = (norms.attention_outer, norms.ffn_outer)
     return [scale_of(modules[name], dtype) for name in names if name is not None]
-
-
-def _half(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, every angle once."""
-    cos, sin = angles
-    count = cos.shape[-1] // 2
-    return cos[..., :count], sin[..., :count]
 
 
 def _read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, layer_stack.Where] | None:

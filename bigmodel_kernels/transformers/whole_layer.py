@@ -543,11 +543,16 @@ def encoded(
     longest: int,
     how: How = How(order="post"),  # noqa: B008  (immutable)
     biases: Sequence[Tensor] = (),
+    windows: Sequence[int | None] = (),
+    angles: Sequence[Angles] = (),
+    causal: bool = False,
 ) -> Tensor | None:
     """The result of layers one behind the other on rows of an encoder.
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
-    (`blocks.Terms`). `biases` are as for `tokens`. None for what it does not take.
+    (`blocks.Terms`). `biases` and `angles` are as for `tokens`, these of packed rows (1, tokens, angles). With
+    `windows`, one for each layer, a row sees so many to each side, its own among them. None for what it does
+    not take.
     """
     if not takes_all(x, layers, "cpu_encoder"):
         return None
@@ -558,7 +563,9 @@ def encoded(
         return None
     return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
         *(x.contiguous(), parts, layers.epsilons, layers.head_dims[0], contiguous(lengths), longest),
-        *(contiguous(padding), list(biases), scale, how.norm_kind, how.order, layers.activation),
+        *(contiguous(padding), causal, [window or 0 for window in windows], list(biases)),
+        *([contiguous(cos) for cos, _ in angles], [contiguous(sin) for _, sin in angles], how.interleaved),
+        *(scale, how.norm_kind, how.order, layers.activation),
     )
 
 

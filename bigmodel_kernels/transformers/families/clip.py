@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.clip import modeling_clip as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -34,6 +34,10 @@ class BigmodelCLIPMLP(gpt_like.MLP, hf.CLIPMLP, kin=KIN):
 
 
 class BigmodelCLIPEncoderLayer(gpt_like.Layer, hf.CLIPEncoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelCLIPEncoder(layer_stack.Model, hf.CLIPEncoder, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.deit import modeling_deit as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -33,6 +33,10 @@ class BigmodelDeiTMLP(gpt_like.MLP, hf.DeiTMLP, kin=KIN):
 
 
 class BigmodelDeiTLayer(gpt_like.Layer, hf.DeiTLayer, kin=KIN):
+    pass
+
+
+class BigmodelDeiTModel(layer_stack.Model, hf.DeiTModel, kin=KIN):
     pass
 
 

@@ -8,18 +8,26 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.modernbert import modeling_modernbert as hf
 
-from bigmodel_kernels.transformers import bert_like, blocks, checks, fused_loss, gpt_like, packed_encoder
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    bert_like,
+    blocks,
+    checks,
+    fused_loss,
+    gpt_like,
+    packed_encoder,
+    whole_layer,
+    whole_model,
+)
+from bigmodel_kernels.transformers.blocks import FeedForward
 from bigmodel_kernels.transformers.families import ChildRule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 from bigmodel_kernels.transformers.gpt_like import Kin
-
-
-def in_thirds(whole: Tensor, head_dim: int, queries: int) -> tuple[Tensor, ...]:
-    """Query, key and value, each (..., heads, head_dim), of a product that has all of each in turn."""
-    return whole.unflatten(-1, (3, -1, head_dim)).unbind(-3)
 
 
 KIN = Kin(
@@ -33,7 +41,7 @@ KIN = Kin(
     norms=("attn_norm", "mlp_norm"),  # the first of the first layer is nn.Identity
     dropouts=("attn.out_drop", ""),
     qkv=("Wqkv",),
-    split=in_thirds,
+    split=gpt_like.in_thirds,
     out="Wo",
     w_in="Wi",
     w_out="Wo",
@@ -55,19 +63,103 @@ class BigmodelModernBertMLP(gpt_like.MLP, hf.ModernBertMLP, kin=KIN):
         if checks.watched_globally():
             return hf.ModernBertMLP.forward(self, hidden_states)  # type: ignore[no-any-return]
         dtype = checks.dtype_of(hidden_states)
-        ffn = blocks.feed_forward_of_joined(self, "Wi", "Wo", "act", dtype)
-        if ffn is not None and checks.probability(self, "drop") == 0:
+        ffn = self.joined(dtype)
+        if ffn is not None:
             return blocks.feed_forward(hidden_states, ffn, "linear", None)
         both, down = (blocks.part(part, nn.Linear, dtype) for part in (self.Wi, self.Wo))
         return blocks.gated_of_one(hidden_states, both, self.act, down, self.drop)
+
+    def joined(self, dtype: torch.dtype | None) -> FeedForward | None:
+        if checks.probability(self, "drop") != 0:
+            return None
+        return blocks.feed_forward_of_joined(self, "Wi", "Wo", "act", dtype)
 
 
 class BigmodelModernBertEncoderLayer(gpt_like.Layer, hf.ModernBertEncoderLayer, kin=KIN):
     pass
 
 
-class BigmodelModernBertModel(packed_encoder.Encoder, hf.ModernBertModel, kin=KIN):
+class BigmodelModernBertModel(whole_model.Model, packed_encoder.Encoder, hf.ModernBertModel, kin=KIN):
+    """Texts that are not long in three calls: embeddings, all layers, and the last norm."""
+
     windows = True
+
+    def at_once(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *rest: Any,
+        position_ids: Any = None,
+        **others: Any,
+    ) -> BaseModelOutput | None:
+        if (
+            rest
+            or not whole_model.plain(self, input_ids, others)
+            or input_ids.numel() > whole_layer.MOST_ROWS
+            or not attention_interface.gets_readable_masks(self)
+        ):
+            return None
+        shape, padding = input_ids.shape, None
+        if attention_mask is not None:
+            if not whole_model.masks_tokens(attention_mask, shape):
+                return None
+            padding = attention_mask.bool()
+            padding = None if bool(padding.all()) else padding.contiguous()
+        layers = self._together()
+        around = None if layers is None else layers.around()
+        if layers is None or around is None:
+            return None
+        scale, eps, last_eps = layers.given
+        word, *norms = around
+        packing = None if padding is None else self._packing((input_ids, attention_mask), others)
+        ids = input_ids.contiguous() if packing is None else input_ids[padding]
+        try:
+            x = torch.ops.bigmodel.cpu_embedding.default(ids, word, None, None, None, None, *norms[:2], eps)
+        except RuntimeError:
+            return None  # the model's own forward says what is wrong with the ids
+        kinds = [layer.attention_type for layer in self.layers]
+        if position_ids is None:
+            position_ids = torch.arange(shape[1])[None]
+        turns = {kind: blocks.half(self.rotary_emb(x, position_ids, kind)) for kind in set(kinds)}
+        window = self.config.sliding_window + 1  # as the masks have it
+        windows = [window if kind == "sliding_attention" and window < shape[1] else None for kind in kinds]
+        lengths, longest = None, 0
+        if packing is not None:
+            turns = {kind: _packed(packing, turn) for kind, turn in turns.items()}
+            padding, lengths, longest = None, packing.cu_seqlens, packing.longest
+        x = whole_layer.encoded(
+            *(x, layers, scale, padding, lengths, longest, whole_layer.How(), ()),
+            *(windows, [turns[kind] for kind in kinds]),
+        )
+        if x is None:
+            return None
+        x = torch.ops.bigmodel.cpu_layer_norm.default(x, *norms[2:], last_eps, None)
+        return BaseModelOutput(last_hidden_state=x if packing is None else packing.unpack(x))
+
+    def _together(self) -> whole_layer.Layers | None:
+        """All layers, with the scale of their attention and the epsilons of the embeddings and of the last
+        norm; around them the table and these two norms.
+        """
+        embeddings: Any = self.embeddings
+        roots = (embeddings, self.layers, self.final_norm)
+
+        def gather(dtype: torch.dtype) -> whole_layer.Gathered | None:
+            layers: list[Any] = list(self.layers)
+            form = KIN.forms[hf.ModernBertEncoderLayer]
+            if not all(checks.intact(layer, form) for layer in layers):
+                return None
+            if not checks.intact(embeddings, hf.ModernBertEmbeddings) or checks.probability(embeddings, "drop") != 0:
+                return None
+            table = checks.parameters(embeddings.tok_embeddings, nn.Embedding, dtype)
+            norms = [checks.parameters(n, BigmodelLayerNorm, dtype) for n in (embeddings.norm, self.final_norm)]
+            parts = [gpt_like.whole_parts(layer, dtype) for layer in layers]
+            if table is None or None in norms or None in parts:
+                return None
+            given = (KIN.scale(layers[0].attn), embeddings.norm.eps, self.final_norm.eps)
+            return parts, given, [table[0], *norms[0], *norms[1]]
+
+        like = getattr(embeddings.tok_embeddings, "weight", None)
+        return whole_model.layers_of(self, roots, like, "linear", "cpu_encoder", gather)
 
 
 class BigmodelModernBertPaddedModel(BigmodelModernBertModel):
@@ -84,6 +176,12 @@ class BigmodelModernBertPredictionHead(bert_like.Transform, hf.ModernBertPredict
 )
 class BigmodelModernBertForMaskedLM(hf.ModernBertForMaskedLM):
     pass
+
+
+def _packed(packing: blocks.Packing, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The angles of packed rows."""
+    cos, sin = (packing.rows(t.expand(packing.shape[0], -1, -1)) for t in angles)
+    return cos, sin
 
 
 _check_layer = partial(gpt_like.check_layer, KIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.siglip import modeling_siglip as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -34,6 +34,10 @@ class BigmodelSiglipMLP(gpt_like.MLP, hf.SiglipMLP, kin=KIN):
 
 
 class BigmodelSiglipEncoderLayer(gpt_like.Layer, hf.SiglipEncoderLayer, kin=KIN):
+    pass
+
+
+class BigmodelSiglipEncoder(layer_stack.Model, hf.SiglipEncoder, kin=KIN):
     pass
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.vit import modeling_vit as hf
 
-from bigmodel_kernels.transformers import gpt_like
+from bigmodel_kernels.transformers import gpt_like, layer_stack
 from bigmodel_kernels.transformers.gpt_like import Kin
 
 KIN = Kin(
@@ -33,6 +33,10 @@ class BigmodelViTMLP(gpt_like.MLP, hf.ViTMLP, kin=KIN):
 
 
 class BigmodelViTLayer(gpt_like.Layer, hf.ViTLayer, kin=KIN):
+    pass
+
+
+class BigmodelViTModel(layer_stack.Model, hf.ViTModel, kin=KIN):
     pass
 
 

@@ -335,10 +335,12 @@ class Encoder(Form):
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
         result = None
-        if together is not None and seen.bias is None and whole_layer.few(x):
+        if together is not None and whole_layer.few(x):
             if packing is None:
-                result = whole_layer.encoded(x, together, scale, seen.padding, None, 0)
-            else:
+                biases = [] if seen.bias is None else [seen.bias]
+                how = whole_layer.How(order="post")
+                result = whole_layer.encoded(x, together, scale, seen.padding, None, 0, how, biases)
+            elif seen.bias is None:
                 result = whole_layer.encoded(x, together, scale, None, packing.cu_seqlens, packing.longest)
         if result is not None:
             x = result

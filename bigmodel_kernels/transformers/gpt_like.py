@@ -277,7 +277,7 @@ class Layer(layer_stack.Layer):
         if attention is not None:
             given = _given(attention, args, kwargs)
         if given is not None and given.told is None:
-            all_layers = _rows if given.cache is None else _tokens
+            all_layers = _rows if self.kin.causal_lm is None else _tokens
             out = layer_stack.result(self, kwargs, partial(all_layers, hidden_states, given))
             if out is not None:
                 return self.gives(out)
@@ -373,7 +373,7 @@ def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
     first: Any = stack.layers[0]
     kin, order = first.kin, first.kin.order(first)
     plain = given.packing is None and given.angles is None and given.alibi is None
-    if kin.causal_lm is not None or order == "parallel" or not plain or not whole_layer.few(x):
+    if given.cache is not None or order == "parallel" or not plain or not whole_layer.few(x):
         return None
 
     def read(layer: Any, dtype: torch.dtype | None) -> tuple[LayerParts, tuple[float, bool]] | None:

@@ -226,7 +226,7 @@ class Layer(layer_stack.Layer):
         attention, given = self.__dict__["_modules"]["self_attn"], None
         if is_form(attention, self.kin.attention):
             given = _given(attention, args, kwargs)
-        if given is not None and given.told is None and given.cache is not None:
+        if given is not None and given.told is None:
             out = layer_stack.result(self, kwargs, partial(_tokens, hidden_states, given))
             if out is not None:
                 return out

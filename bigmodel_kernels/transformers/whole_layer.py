@@ -80,7 +80,9 @@ class Crossed(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What a token attends to: its layer's in a cache and itself, but for what the mask (B, keys) hides."""
+    """What a token attends to: its layer's in a cache, which may be None, and itself, but for what the mask
+    (B, keys) hides.
+    """
 
     cache: Any
     layer: int
@@ -452,7 +454,7 @@ def tokens(
 ) -> Tensor | None:
     """The result of layers one behind the other for the next tokens of sequences.
 
-    x is (B, tokens, hidden); the caches then have their keys and values. `angles` are cosines and sines (1 or
+    x is (B, tokens, hidden); the cache, if there is one, then has their keys and values. `angles` are cosines and sines (1 or
     B, tokens, half of what is turned of a head) of a rotary embedding, and `biases` (1 or B, 1 or heads,
     tokens, all keys) are added to the logits: none, one for all layers, or one for each. None, and nothing
     done, for other calls and caches.
@@ -469,10 +471,10 @@ def tokens(
         for each, head_dim in zip(cached, layers.head_dims, strict=True)
     ]
     wanted = zip((each.layer for each in cached), kinds, kinds, strict=True)
-    rooms = growing_cache.rooms(cache, wanted, first=True)
+    rooms = [] if cache is None else growing_cache.rooms(cache, wanted, first=True)
     if rooms is None:
         return None
-    seen, lengths = rooms[0].seen, [room.length for room in rooms]
+    seen, lengths = rooms[0].seen if rooms else 0, [room.length for room in rooms] or [0] * len(cached)
     if any(room.seen != seen for room in rooms) or (biases and set(lengths) != {seen}):
         return None
     masks = _masks(cached, batch, new, seen, lengths)
@@ -490,7 +492,7 @@ def tokens(
     cos, sin = _turns(angles, cached)
     out = torch.ops.bigmodel.cpu_layers.default(
         *(x.contiguous(), parts, layers.epsilons),
-        *([buffer for room in rooms for buffer in (room.keys, room.values)], lengths),
+        *([buffer for room in rooms for buffer in (room.keys, room.values)] or _passing(kinds), lengths),
         *([each.window or 0 for each in cached], masks, list(biases)),
         *(cos, sin, how.interleaved, how.head_by_head),
         *(crossed.parts, crossed.epsilons, crossed.states, hides),
@@ -501,6 +503,12 @@ def tokens(
     for room in rooms:
         room.written(new)
     return out  # type: ignore[no-any-return]
+
+
+def _passing(kinds: Sequence[growing_cache.Kind]) -> list[Tensor]:
+    """Keys and values of layers that keep none: each writes over those of the one before."""
+    made = {kind: (kind.empty(kind.shape[2]), kind.empty(kind.shape[2])) for kind in set(kinds)}
+    return [buffer for kind in kinds for buffer in made[kind]]
 
 
 def _masks(

@@ -510,6 +510,11 @@ def encoder(i: Inputs) -> dict[str, Any]:
     kind = i.among(("layer_norm", "rms_norm"))
     bias = (i.among((1, batch)), i.among((1, heads)), length, length)
     biases = 0 if packed else i.among((0, 0, 1, count))
+    turns = i.among((1, count)) if head_dim > 1 and i.chance() else 0
+    angles = torch.rand(
+        *(1 if packed else i.among((1, batch)), rows[-1], head_dim // 2), generator=i.generator
+    )
+    cos = [angles.cos() if turns == 1 or i.chance() else None for _ in range(turns)]
     return {
         "x": i.tensor(*rows, hidden),
         "parts": [
@@ -525,7 +530,12 @@ def encoder(i: Inputs) -> dict[str, Any]:
         "lengths": ends if packed else None,
         "longest": length,
         "key_padding_mask": mask if not packed and i.chance() else None,
+        "is_causal": i.chance(),
+        "windows": [i.among((0, 1, 4, 40)) for _ in range(count)] if i.chance() else [],
         "attention_biases": [i.tensor(*bias) for _ in range(biases)],
+        "cos": cos,
+        "sin": [None if c is None else angles.sin() for c in cos],
+        "interleaved": i.chance(),
         "softmax_scale": head_dim**-0.5,
         "norm_kind": kind,
         "order": i.among(("pre", "post")),

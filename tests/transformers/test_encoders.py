@@ -173,7 +173,7 @@ def test_other_heads(prefix: str, head: str, labels: tuple[int, ...] | None) -> 
 
 @pytest.mark.parametrize("prefix", ENCODERS)
 def test_every_layer_is_fused_and_the_report_accounts_for_all(
-    prefix: str, monkeypatch: pytest.MonkeyPatch
+    prefix: str, monkeypatch: pytest.MonkeyPatch, layer_by_layer: None
 ) -> None:
     model, calls = encoder(prefix), []
     report = bk.patch(model)

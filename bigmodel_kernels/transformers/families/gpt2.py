@@ -93,7 +93,7 @@ class BigmodelGPT2Block(layer_stack.Layer, hf.GPT2Block):
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cache, mask, told, plain = _call(args, kwargs)
         parts = None
-        if plain and told is None and cache is not None:
+        if plain and told is None:
             out = layer_stack.result(self, kwargs, partial(_tokens, hidden_states, cache, mask))
             if out is not None:
                 return out

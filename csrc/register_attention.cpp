@@ -90,7 +90,7 @@ AttentionArgs attention_args(const Tensor& query, const Tensor& key, const Tenso
   STD_TORCH_CHECK(args.head_dim >= 1 && args.head_dim <= 256, "query: head_dim ", args.head_dim, " must be 1 to 256");
   STD_TORCH_CHECK(args.kv_heads >= 1 && args.heads % args.kv_heads == 0, "key: ", args.kv_heads, " kv heads do not divide ", args.heads, " query heads");
   if (varlen) {
-    STD_TORCH_CHECK(!key_padding_mask && !bias, "key_padding_mask, bias: must be None with cu_seqlens");
+    STD_TORCH_CHECK(!key_padding_mask, "key_padding_mask: must be None with cu_seqlens");
     STD_TORCH_CHECK(cu_seqlens_q->numel() == cu_seqlens_k->numel(), "cu_seqlens_k: shape ", shape_of(*cu_seqlens_k), " must be cu_seqlens_q's ", shape_of(*cu_seqlens_q));
     args.cu_seqlens_q = cumulative_lengths(*cu_seqlens_q, "cu_seqlens_q", query.size(0), max_seqlen_q);
     args.cu_seqlens_k = cumulative_lengths(*cu_seqlens_k, "cu_seqlens_k", key.size(0), max_seqlen_k);
@@ -124,7 +124,8 @@ void set_options(AttentionArgs& args, const AttentionOptions& options) {
     args.bias_dtype = dtype_of(*bias, "bias");
     STD_TORCH_CHECK(args.bias_dtype == args.dtype || args.bias_dtype == Dtype::float32, "bias: dtype must be query's or float32");
     STD_TORCH_CHECK(bias->dim() <= 4, "bias: shape ", shape_of(*bias), " must have at most 4 dimensions");
-    const int64_t full[4] = {args.batch, args.heads, args.query_length, args.key_length};
+    // Of packed rows it is counted from the first of each sequence.
+    const int64_t full[4] = {args.batch, args.heads, cu_seqlens_q ? max_seqlen_q : args.query_length, cu_seqlens_q ? max_seqlen_k : args.key_length};
     for (int64_t i = 0; i < bias->dim(); i++) {
       const int64_t d = 4 - bias->dim() + i;
       STD_TORCH_CHECK(bias->size(i) == 1 || bias->size(i) == full[d], "bias: shape ", shape_of(*bias), " does not broadcast to (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
@@ -178,6 +179,12 @@ std::vector<int64_t> logsumexp_shape(const Tensor& query, const AttentionArgs& a
 
 namespace {
 
+// The operators take no bias of packed rows; whole layers do (register_layer.cpp).
+AttentionArgs operator_args(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
+  STD_TORCH_CHECK(!options.cu_seqlens_q || !options.bias, "bias: must be None with cu_seqlens");
+  return attention_args(query, key, value, options);
+}
+
 // A result in query's form: dense ones lie in memory as (B, S, H, D), in the order in which the next projection reads them.
 Tensor empty_like_query(const Tensor& query, const AttentionArgs& args, int64_t strides[3]) {
   result_strides(args, strides);
@@ -191,7 +198,7 @@ std::tuple<Tensor, Tensor> cpu_attention(Tensor query, Tensor key, Tensor value,
                                          OptionalTensor alibi_slopes, OptionalTensor sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
                                          double softmax_scale, bool is_causal, int64_t window_left, int64_t window_right, double softcap,
                                          double dropout_p) {
-  AttentionArgs args = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks,
+  AttentionArgs args = operator_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks,
                                                           max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap,
                                                           dropout_p});
   Tensor out = empty_like_query(query, args, args.out_stride);
@@ -213,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
     bool side_by_side) {
   AttentionBackwardArgs args = {};
   AttentionArgs& forward = args.forward;
-  forward = attention_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
+  forward = operator_args(query, key, value, {key_padding_mask, bias, cu_seqlens_q, cu_seqlens_k, dropout_seed, alibi_slopes, sinks, max_seqlen_q,
                                                max_seqlen_k, softmax_scale, is_causal, window_left, window_right, softcap, dropout_p});
   const bool varlen = cu_seqlens_q.has_value();
   const ScalarType dtype = scalar_type_of(query, "query");
@@ -288,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cpu_attention_backward(
 
 AttentionMapsArgs attention_maps_args(const Tensor& query, const Tensor& key, const OptionalTensor& query_padding_mask, const AttentionOptions& options) {
   AttentionMapsArgs args = {};
-  args.attention = attention_args(query, key, key, options);
+  args.attention = operator_args(query, key, key, options);
   if (query_padding_mask) {
     const int64_t batch = args.attention.batch, length = args.attention.query_length;
     STD_TORCH_CHECK(!args.attention.cu_seqlens_q, "query_padding_mask: must be None with cu_seqlens");

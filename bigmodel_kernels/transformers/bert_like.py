@@ -313,6 +313,8 @@ class Encoder(Form):
     #: False for a head that mixes positions: question answering takes a softmax over all positions of a
     #: sequence, padded ones included, so those have to hold what eager puts there.
     packs: ClassVar[bool] = True
+    #: Whether `position_bias` depends on the distance of two positions alone.
+    relative: ClassVar[bool] = False
     #: What it returns.
     output: ClassVar[type] = BaseModelOutputWithPastAndCrossAttentions
 
@@ -335,13 +337,17 @@ class Encoder(Form):
             x, attend = hidden_states, _dense(seen, scale)
         x = self.enter(x)
         result = None
-        if together is not None and whole_layer.few(x):
+        if together is not None and (whole_layer.few(x) or seen.bias is not None):
+            how = whole_layer.How(order="post")
+            biases = [] if seen.bias is None else [seen.bias]
             if packing is None:
-                biases = [] if seen.bias is None else [seen.bias]
-                how = whole_layer.How(order="post")
                 result = whole_layer.encoded(x, together, scale, seen.padding, None, 0, how, biases)
-            elif seen.bias is None:
-                result = whole_layer.encoded(x, together, scale, None, packing.cu_seqlens, packing.longest)
+            elif not biases or (self.relative and packing.unbroken()):
+                longest = packing.longest
+                biases = [bias[..., :longest, :longest] for bias in biases]
+                result = whole_layer.encoded(
+                    *(x, together, scale, None, packing.cu_seqlens, longest, how, biases)
+                )
         if result is not None:
             x = result
         else:

@@ -606,6 +606,13 @@ class Packing:
         self.longest = int(lengths.max())
         self.index = mask.flatten().nonzero().flatten()
 
+    def unbroken(self) -> bool:
+        """Whether the real tokens of each sequence follow each other, padding before or behind them."""
+        begins, ends = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        there = ends > begins
+        first, last = self.index[begins[there]], self.index[ends[there] - 1]
+        return bool((last - first < (ends - begins)[there]).all())
+
     def pack(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.index)
 

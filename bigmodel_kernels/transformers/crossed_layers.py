@@ -101,9 +101,17 @@ def encoded(
     how: whole_layer.How,
     biases: Callable[[], Sequence[Tensor]] = lambda: (),
 ) -> Tensor | None:
-    """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed."""
+    """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed.
+
+    `biases` depend on the distance of two positions alone. With them, padding is left out here, and its
+    states are zeros.
+    """
     padding, packing = given.mask, given.packing
-    if not whole_layer.few(x) or given.cache is not None or given.states is not None or given.is_causal:
+    if given.cache is not None or given.states is not None or given.is_causal:
+        return None
+    added = biases()
+    packs = packing is None and bool(added) and attention_interface.says_padding(padding)
+    if not packs and not whole_layer.few(x):
         return None
     if packing is not None:
         if not attention_interface.hides_keys(padding):
@@ -116,8 +124,18 @@ def encoded(
     if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
         return None
     scale = layers.given[0][0].scale
+    if packs:
+        found = attention_interface.packing_of(padding)
+        if found is not None and found.unbroken():
+            length = found.longest
+            added = [bias[..., :length, :length] for bias in added]
+            lengths = (found.cu_seqlens, length)
+            out = whole_layer.encoded(found.pack(x), layers, scale, None, *lengths, how, added)
+            return None if out is None else found.unpack(out)
+    if not whole_layer.few(x):
+        return None
     if packing is None:
-        return whole_layer.encoded(x, layers, scale, padding, None, 0, how, biases())
+        return whole_layer.encoded(x, layers, scale, padding, None, 0, how, added)
     lengths = (packing.cu_seqlens, packing.longest)
     out = whole_layer.encoded(x[0], layers, scale, None, *lengths, how)
     return None if out is None else out[None]

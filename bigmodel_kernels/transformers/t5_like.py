@@ -239,7 +239,7 @@ def _all_layers(x: Tensor, named: dict[str, Any], stack: layer_stack.Stack) -> T
     """The result of all layers, or None (see `whole_layer.tokens` and `whole_layer.encoded`)."""
     first: Any = stack.layers[0]
     kin, parts = first.kin, list(first.layer)
-    if x.dtype is torch.float16 or named.get("position_bias") is not None or not whole_layer.few(x):
+    if x.dtype is torch.float16 or named.get("position_bias") is not None:
         return None  # half precision its own code clamps
     calls = [(parts[0], None, named.get("attention_mask"))]
     if (states := named.get("encoder_hidden_states")) is not None and first.is_decoder:

@@ -558,9 +558,10 @@ def encoded(
     """The result of layers one behind the other on rows of an encoder.
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
-    (`blocks.Terms`). `biases` and `angles` are as for `tokens`, these of packed rows (1, tokens, angles). With
-    `windows`, one for each layer, a row sees so many to each side, its own among them. None for what it does
-    not take.
+    (`blocks.Terms`). `biases` and `angles` are as for `tokens`: of packed rows those (1 or B, 1 or heads,
+    `longest`, `longest`), and these (1, tokens, angles). With `windows`, one for each layer, a row sees so many
+    to each side, its own among them. In one call for few rows; for more, one for each layer. None for what it
+    does not take.
     """
     if not takes_all(x, layers, "cpu_encoder"):
         return None
@@ -569,12 +570,26 @@ def encoded(
     parts = layers.tensors()
     if parts is None:
         return None
-    return torch.ops.bigmodel.cpu_encoder.default(  # type: ignore[no-any-return]
-        *(x.contiguous(), parts, layers.epsilons, layers.head_dims[0], contiguous(lengths), longest),
-        *(contiguous(padding), causal, [window or 0 for window in windows], list(biases)),
-        *([contiguous(cos) for cos, _ in angles], [contiguous(sin) for _, sin in angles], how.interleaved),
-        *(scale, how.norm_kind, how.order, layers.activation),
-    )
+    x, count = x.contiguous(), len(layers)
+    lengths, padding = contiguous(lengths), contiguous(padding)
+    cos, sin = [contiguous(cos) for cos, _ in angles], [contiguous(sin) for _, sin in angles]
+    each: list[Sequence[Any]] = [
+        *(parts, layers.epsilons, [window or 0 for window in windows], list(biases), cos, sin)
+    ]
+    step = count if few(x) else 1
+    for first in range(0, count, step):
+
+        def here(of_all: Sequence[Any], first: int = first) -> Sequence[Any]:
+            """Those of these layers."""
+            size = len(of_all) // count
+            return of_all[first * size : (first + step) * size] if size else of_all
+
+        these = [here(of_all) for of_all in each]
+        x = torch.ops.bigmodel.cpu_encoder.default(
+            *(x, *these[:2], layers.head_dims[0], lengths, longest, padding, causal, *these[2:]),
+            *(how.interleaved, scale, how.norm_kind, how.order, layers.activation),
+        )
+    return x
 
 
 def takes_all(x: Tensor, layers: Layers, op: str) -> bool:

@@ -124,6 +124,7 @@ class BigmodelMPNetLayer(encoder_like.Layer, hf.MPNetLayer, kin=KIN):
 
 class BigmodelMPNetEncoder(bert_like.Encoder, hf.MPNetEncoder, kin=KIN):
     output = BaseModelOutput
+    relative = True
 
     def position_bias(self, x: Tensor) -> Tensor:
         return self.compute_position_bias(x[:1])  # type: ignore[no-any-return, no-untyped-call]

@@ -378,6 +378,13 @@ def right_padding(batch: int = 3, length: int = 17) -> Tensor:
     return mask
 
 
+def holes(batch: int = 3, length: int = 17) -> Tensor:
+    """Padding behind the texts, and within them."""
+    mask = right_padding(batch, length)
+    mask[:, 2] = 0
+    return mask
+
+
 def left_padding(batch: int = 3, length: int = 17) -> Tensor:
     return right_padding(batch, length).flip(1)
 

@@ -111,6 +111,7 @@ def test_every_layer_is_fused_and_the_report_accounts_for_all(prefix: str) -> No
         patched.remove(name)
 
 
+@pytest.mark.usefixtures("layer_by_layer")
 @pytest.mark.parametrize("prefix", BERT_LIKE)
 def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mask, shapes = bert_like(prefix), right_padding(), []
@@ -118,7 +119,6 @@ def test_padding_is_taken_out(prefix: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         blocks, "post_norm_layer", lambda x, *args: shapes.append(tuple(x.shape)) or run(x, *args)
     )
-    monkeypatch.setattr(whole_layer, "MOST_ROWS", 0)  # layer by layer
     bk.patch(model)
     with torch.no_grad():
         model(ids_of(mask), attention_mask=mask)

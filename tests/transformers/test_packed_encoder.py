@@ -10,7 +10,7 @@ import torch
 
 import bigmodel_kernels as bk
 from bigmodel_kernels.models.rule import assert_as_near, eager_of, float64_of
-from bigmodel_kernels.models.tiny import encoder, left_padding, right_padding, seq2seq, token_ids
+from bigmodel_kernels.models.tiny import encoder, holes, left_padding, right_padding, seq2seq, token_ids
 from bigmodel_kernels.transformers import attention_interface, whole_layer
 
 #: With norms behind, with norms before and one at the end, and with windows and rotary embedding.
@@ -42,12 +42,6 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(attention_interface, "packed_attention", counted)
     monkeypatch.setattr(whole_layer, "encoded", counted_all)
     return found
-
-
-def holes(batch: int = 3, length: int = 17) -> torch.Tensor:
-    mask = right_padding(batch, length)
-    mask[:, 2] = 0
-    return mask
 
 
 def one_token_each(batch: int = 3, length: int = 17) -> torch.Tensor:

@@ -8,7 +8,8 @@ the mask.
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,23 +86,91 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         """
         bias: Any = 0
         if self.relative_attention:
-            bias = self.disentangled_attention_bias(  # type: ignore[no-untyped-call]
-                query.reshape(-1, *query.shape[2:]),
-                key.reshape(-1, *key.shape[2:]),
-                relative_pos,
-                self.pos_dropout(rel_embeddings),
-                self._terms(),
-            )
+            positions, places = self.pos_dropout(rel_embeddings), _places(relative_pos, self.pos_ebd_size, key)
+            if places is not None:
+                bias = self._bias(query, key, positions, places)
+            else:
+                bias = self.disentangled_attention_bias(  # type: ignore[no-untyped-call]
+                    query.reshape(-1, *query.shape[2:]),
+                    key.reshape(-1, *key.shape[2:]),
+                    relative_pos,
+                    positions,
+                    self._terms(),
+                )
         if isinstance(bias, Tensor):
             bias = bias.view(*query.shape[:2], *bias.shape[-2:])
         else:
             bias = torch.zeros((), dtype=query.dtype, device=query.device)
         mask = mask.bool()
+        if not attention_interface.is_tracing(mask) and mask.is_cpu and bool(mask.all()):
+            return query, Visibility(key.shape[2], bias=bias)
         sees = mask.any(dim=-1, keepdim=True)
         hidden = torch.zeros(sees.shape, dtype=bias.dtype, device=bias.device).masked_fill_(
             sees, float("-inf")
         )
         return query.masked_fill(~sees, 0), Visibility(key.shape[2], bias=torch.where(mask, bias, hidden))
+
+
+    def _bias(self, query: Tensor, key: Tensor, positions: Tensor, places: Places) -> Any:
+        """What `disentangled_attention_bias` gives, (B, H, S, S), from the positions that are needed.
+
+        Each product is of a head with all sequences: (H, B S, D) with (H, D, positions).
+        """
+        x = positions[places.first : places.first + places.count]
+        size, bias = self.attention_head_size, 0
+        if self.share_att_key:
+            of_query, of_key, _ = blocks.heads(x, self.projections(checks.dtype_of(x)), "linear", size)
+        terms = (("c2p", query, "key", places.of_queries), ("p2c", key, "query", places.of_keys))
+        for name, content, other, index in terms:
+            if name not in self.pos_att_type:
+                continue
+            if self.share_att_key:
+                position = of_key if other == "key" else of_query
+            else:
+                position = getattr(self, f"pos_{other}_proj")(x).unflatten(-1, (-1, size))
+            rows = content.transpose(0, 1).flatten(1, 2)
+            scores = torch.bmm(rows, (position * self.scaling).permute(1, 2, 0))
+            scores = scores.unflatten(1, (content.shape[0], -1))
+            scores = scores.gather(-1, index.expand(*scores.shape[:2], -1, -1))
+            bias = bias + (scores if name == "c2p" else scores.transpose(-1, -2))
+        return bias.transpose(0, 1) if isinstance(bias, Tensor) else bias
+
+
+class Places(NamedTuple):
+    """Which positions a batch needs of the table, `count` from the `first` on, and of these that of each key
+    for each query, and the other way round, (S, S).
+    """
+
+    first: int
+    count: int
+    of_queries: Tensor
+    of_keys: Tensor
+
+
+#: Of the distances that were seen last: all layers of a model share them.
+_last: tuple[Any, tuple[Any, ...], Places] | None = None
+
+
+def _places(distances: Any, span: int, key: Tensor) -> Places | None:
+    """For distances (1, S, S) of as many queries as keys; None where their values may not be looked at, or a
+    look waits for a device.
+    """
+    global _last
+    length = key.shape[2]
+    if not isinstance(distances, Tensor) or distances.shape != (1, length, length) or not length:
+        return None
+    if not distances.is_cpu or not key.is_cpu or attention_interface.is_tracing(distances):
+        return None
+    state = (None if distances.is_inference() else distances._version, span)
+    if _last is not None and _last[0]() is distances and _last[1] == state and state[0] is not None:
+        return _last[2]
+    both = [(span + sign * distances[0].long()).clamp(0, 2 * span - 1) for sign in (1, -1)]
+    ends = [each.aminmax() for each in both]
+    first = min(int(low) for low, _ in ends)
+    count = max(int(high) for _, high in ends) + 1 - first
+    found = Places(first, count, *(each - first for each in both))
+    _last = weakref.ref(distances), state, found
+    return found
 
 
 class BigmodelDebertaV2SelfOutput(bert_like.SelfOutput, hf.DebertaV2SelfOutput, kin=KIN):

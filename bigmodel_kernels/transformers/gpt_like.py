@@ -396,7 +396,9 @@ def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         causal, mask = False, mask[:, 0, 0]
     else:
         return None
-    return whole_layer.encoded(x, layers, scale, mask, None, 0, whole_layer.How(order=order), (), (), (), causal)
+    return whole_layer.encoded(
+        x, layers, scale, mask, None, 0, whole_layer.How(order=order), (), (), (), causal
+    )
 
 
 def whole_parts(layer: Any, dtype: torch.dtype | None) -> LayerParts | None:

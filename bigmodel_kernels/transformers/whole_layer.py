@@ -454,10 +454,10 @@ def tokens(
 ) -> Tensor | None:
     """The result of layers one behind the other for the next tokens of sequences.
 
-    x is (B, tokens, hidden); the cache, if there is one, then has their keys and values. `angles` are cosines and sines (1 or
-    B, tokens, half of what is turned of a head) of a rotary embedding, and `biases` (1 or B, 1 or heads,
-    tokens, all keys) are added to the logits: none, one for all layers, or one for each. None, and nothing
-    done, for other calls and caches.
+    x is (B, tokens, hidden); the cache, if there is one, then has their keys and values. `angles` are cosines
+    and sines (1 or B, tokens, half of what is turned of a head) of a rotary embedding, and `biases` (1 or B,
+    1 or heads, tokens, all keys) are added to the logits: none, one for all layers, or one for each. None,
+    and nothing done, for other calls and caches.
     """
     if x.dim() != 3 or not x.shape[1] or not few(x) or not takes_all(x, layers, "cpu_layers"):
         return None
@@ -559,9 +559,9 @@ def encoded(
 
     x is (B, S, hidden), with the mask `padding` (B, S) or none, or packed rows (tokens, hidden) of `lengths`
     (`blocks.Terms`). `biases` and `angles` are as for `tokens`: of packed rows those (1 or B, 1 or heads,
-    `longest`, `longest`), and these (1, tokens, angles). With `windows`, one for each layer, a row sees so many
-    to each side, its own among them. In one call for few rows; for more, one for each layer. None for what it
-    does not take.
+    `longest`, `longest`), and these (1, tokens, angles). With `windows`, one for each layer, a row sees so
+    many to each side, its own among them. In one call for few rows; for more, one for each layer. None for
+    what it does not take.
     """
     if not takes_all(x, layers, "cpu_encoder"):
         return None

@@ -32,7 +32,7 @@ from bigmodel_kernels.models.tiny import (
     right_padding,
     token_ids,
 )
-from bigmodel_kernels.transformers import blocks, whole_layer
+from bigmodel_kernels.transformers import blocks
 
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert"]
 PATCHED = ("Embeddings", "Encoder", *(2 * ("Layer", "SelfAttention", "SelfOutput")))

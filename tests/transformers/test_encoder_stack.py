@@ -12,6 +12,7 @@ import torch
 import bigmodel_kernels as bk
 from bigmodel_kernels import backends
 from bigmodel_kernels.models.rule import assert_as_near, eager_of, float64_of
+from bigmodel_kernels.models.tiny import encoder as encoder_alone
 from bigmodel_kernels.models.tiny import holes, left_padding, right_padding, seq2seq, token_ids
 from bigmodel_kernels.ops.native_library import unavailable
 from bigmodel_kernels.transformers import layer_stack, whole_layer
@@ -22,11 +23,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 #: One of each form and order, one with a gate, and Whisper, whose keys have no bias.
-KINDS = ("T5", "MT5", "UMT5", "Bart", "MBart", "Whisper")
+SEQ2SEQ = ("T5", "MT5", "UMT5", "Bart", "MBart", "Whisper")
+#: Those without a decoder: where they are in a model.
+OTHERS = {
+    "ViT": lambda: encoder_alone("ViT").vit,
+    "DeiT": lambda: encoder_alone("DeiT").deit,
+    "CLIP": lambda: encoder_alone("CLIP").text_model,  # causal
+    "Siglip": lambda: encoder_alone("Siglip").text_model,
+    "CLIP's images": lambda: encoder_alone("CLIP").vision_model,
+}
+KINDS = (*SEQ2SEQ, *OTHERS)
+GPT_LIKE = ("vit", "deit", "clip", "siglip")
+#: Which of them get no mask.
+UNMASKED = {"Whisper": (6, 34), "ViT": (3, 12, 12), "DeiT": (3, 12, 12), "CLIP's images": (3, 12, 12)}
+BY_CLASS = {
+    "WhisperEncoder": "Whisper",
+    "ViTModel": "ViT",
+    "DeiTModel": "DeiT",
+    "CLIPVisionModel": "CLIP's images",
+}
 
 
 def encoder_of(prefix: str) -> Any:
-    return seq2seq(prefix, "Model").get_encoder()
+    return OTHERS[prefix]() if prefix in OTHERS else seq2seq(prefix, "Model").get_encoder()
 
 
 @pytest.fixture(params=KINDS)
@@ -45,14 +64,20 @@ def together(watch: Any) -> list[int]:
 
 
 def layers_of(encoder: Any) -> Any:
+    encoder = getattr(encoder, "encoder", encoder)
     return encoder.block if hasattr(encoder, "block") else encoder.layers
+
+
+def unmasked(encoder: Any) -> tuple[int, ...] | None:
+    """The shape of what it is given instead of tokens."""
+    return UNMASKED.get(BY_CLASS.get(type(encoder).__name__, ""))
 
 
 def states(encoder: Any, padding: Callable[[], torch.Tensor] | None = None, **options: Any) -> torch.Tensor:
     torch.manual_seed(0)
     with torch.no_grad():
-        if type(encoder).__name__ == "WhisperEncoder":
-            return encoder(torch.randn(3, 6, 34, dtype=encoder.dtype), **options)[0]  # type: ignore[no-any-return]
+        if (shape := unmasked(encoder)) is not None:
+            return encoder(torch.randn(3, *shape, dtype=encoder.dtype), **options)[0]  # type: ignore[no-any-return]
         mask = None if padding is None else padding()
         return encoder(token_ids(), attention_mask=mask, **options)[0]  # type: ignore[no-any-return]
 
@@ -70,7 +95,8 @@ def test_bits_are_those_of_the_layers(
 ) -> None:
     encoder.to(dtype)
     ours, expected = states(encoder, padding), separately(encoder, monkeypatch, padding)
-    assert together == ([] if dtype is torch.float16 else [2])
+    clamps = dtype is torch.float16 and layers_of(encoder)[0].__module__.split(".")[-1] not in GPT_LIKE
+    assert together == ([] if clamps else [2])
     if padding is right_padding and together and type(encoder).__name__.endswith("T5Stack"):
         assert not ours[right_padding() == 0].any()  # the layers alone keep it
     else:
@@ -81,11 +107,13 @@ def test_bits_are_those_of_the_layers(
 @pytest.mark.parametrize("padding", [left_padding, right_padding, holes])
 @pytest.mark.parametrize("prefix", KINDS)
 def test_as_near_as_eager(prefix: str, padding: Any, dtype: torch.dtype, together: list[int]) -> None:
+    if (prefix, padding) == ("CLIP", left_padding):
+        pytest.skip("eager in float64 has NaN where the first queries see nothing")
     model = encoder_of(prefix).to(dtype)
     eager, reference = eager_of(model), float64_of(model)
     bk.patch(model)
     outputs = (states(m, padding) for m in (model, eager, reference))
-    assert_as_near(*outputs, where=None if prefix == "Whisper" else padding().bool())
+    assert_as_near(*outputs, where=None if prefix in UNMASKED else padding().bool())
     assert together == [2]
 
 
@@ -103,7 +131,7 @@ def test_many_tokens_with_padding_take_a_call_for_each_layer(
 def test_many_tokens_go_layer_by_layer(
     encoder: Any, together: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole_layer, "MOST_ROWS", 50)
+    monkeypatch.setattr(whole_layer, "MOST_ROWS", 20)
     ours = states(encoder)
     assert together == []
     assert torch.equal(ours, separately(encoder, monkeypatch))
@@ -181,8 +209,8 @@ def test_edited_weights_are_seen(encoder: Any, together: list[int], monkeypatch:
 
 def test_in_training_and_with_gradients(encoder: Any, together: list[int]) -> None:
     with torch.enable_grad():
-        inputs = torch.randn(3, 6, 34) if type(encoder).__name__ == "WhisperEncoder" else token_ids()
-        encoder(inputs)
+        shape = unmasked(encoder)
+        encoder(token_ids() if shape is None else torch.randn(3, *shape))
     encoder.train()
     states(encoder)
     assert together == [] and layer_stack.current() is None

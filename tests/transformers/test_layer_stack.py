@@ -209,6 +209,26 @@ def test_a_prompt_that_no_mask_goes_with(
     assert_same_caches(*caches)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_cache(
+    kind: str, padded: bool, dtype: torch.dtype, prompts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = KINDS[kind]().to(dtype)
+    bk.patch(model)
+    mask = left_padding() if padded else None
+    for length in (17, 1):
+        inputs = {"attention_mask": None if mask is None else mask[:, -length:], "use_cache": False}
+        prompts.clear()
+        with torch.no_grad():
+            ours = model(IDS[:, :length], **inputs)
+            assert prompts == ([] if length == 1 else [17]) and ours.past_key_values is None
+            with monkeypatch.context() as patch:
+                patch.setattr(whole_layer, "tokens", lambda *args: None)
+                assert torch.equal(ours.logits, model(IDS[:, :length], **inputs).logits)
+
+
 def test_a_long_prompt_goes_layer_by_layer(
     model: Any, prompts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

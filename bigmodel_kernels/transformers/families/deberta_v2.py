@@ -86,7 +86,10 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         """
         bias: Any = 0
         if self.relative_attention:
-            positions, places = self.pos_dropout(rel_embeddings), _places(relative_pos, self.pos_ebd_size, key)
+            positions, places = (
+                self.pos_dropout(rel_embeddings),
+                _places(relative_pos, self.pos_ebd_size, key),
+            )
             if places is not None:
                 bias = self._bias(query, key, positions, places)
             else:
@@ -110,13 +113,12 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         )
         return query.masked_fill(~sees, 0), Visibility(key.shape[2], bias=torch.where(mask, bias, hidden))
 
-
     def _bias(self, query: Tensor, key: Tensor, positions: Tensor, places: Places) -> Any:
         """What `disentangled_attention_bias` gives, (B, H, S, S), from the positions that are needed.
 
         Each product is of a head with all sequences: (H, B S, D) with (H, D, positions).
         """
-        x = positions[places.first : places.first + places.count]
+        x = positions[places.first : places.first + places.needed]
         size, bias = self.attention_head_size, 0
         if self.share_att_key:
             of_query, of_key, _ = blocks.heads(x, self.projections(checks.dtype_of(x)), "linear", size)
@@ -137,12 +139,12 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
 
 
 class Places(NamedTuple):
-    """Which positions a batch needs of the table, `count` from the `first` on, and of these that of each key
+    """Which positions a batch needs of the table, so many from the `first` on, and of these that of each key
     for each query, and the other way round, (S, S).
     """
 
     first: int
-    count: int
+    needed: int
     of_queries: Tensor
     of_keys: Tensor
 

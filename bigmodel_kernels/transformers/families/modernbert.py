@@ -29,7 +29,6 @@ from bigmodel_kernels.transformers.families import ChildRule
 from bigmodel_kernels.transformers.generic import BigmodelLayerNorm, BigmodelLinear
 from bigmodel_kernels.transformers.gpt_like import Kin
 
-
 KIN = Kin(
     hf.ModernBertAttention,
     hf.ModernBertEncoderLayer,
@@ -148,11 +147,16 @@ class BigmodelModernBertModel(whole_model.Model, packed_encoder.Encoder, hf.Mode
             form = KIN.forms[hf.ModernBertEncoderLayer]
             if not all(checks.intact(layer, form) for layer in layers):
                 return None
-            if not checks.intact(embeddings, hf.ModernBertEmbeddings) or checks.probability(embeddings, "drop") != 0:
+            if (
+                not checks.intact(embeddings, hf.ModernBertEmbeddings)
+                or checks.probability(embeddings, "drop") != 0
+            ):
                 return None
             table = checks.parameters(embeddings.tok_embeddings, nn.Embedding, dtype)
-            norms = [checks.parameters(n, BigmodelLayerNorm, dtype) for n in (embeddings.norm, self.final_norm)]
-            parts = [gpt_like.whole_parts(layer, dtype) for layer in layers]
+            norms: list[Any] = [
+                checks.parameters(n, BigmodelLayerNorm, dtype) for n in (embeddings.norm, self.final_norm)
+            ]
+            parts: list[Any] = [gpt_like.whole_parts(layer, dtype) for layer in layers]
             if table is None or None in norms or None in parts:
                 return None
             given = (KIN.scale(layers[0].attn), embeddings.norm.eps, self.final_norm.eps)

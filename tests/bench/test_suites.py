@@ -26,6 +26,7 @@ NAMES = (
     "training",
     "translation",
     "decoders",
+    "encoders",
 )
 
 

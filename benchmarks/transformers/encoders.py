@@ -1,6 +1,6 @@
 """A batch through every other family of encoders that `patch` knows, beside transformers with the attention
-that it takes by itself (sdpa, or eager where a family has no other): twelve layers of 768 features with random
-weights. BERT has a suite of its own.
+that it takes by itself (sdpa, or eager where a family has no other): twelve layers of 768 features with
+random weights. BERT has a suite of its own.
 
 A text or an image alone, where what counts is how many calls it takes next to reading the weights, and a
 padded batch, of which results are compared at real tokens.

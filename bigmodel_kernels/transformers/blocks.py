@@ -469,11 +469,26 @@ def attention(terms: Terms, dropout_p: float = 0.0) -> Tensor:
 
 def attended(terms: Terms, dropout_p: float = 0.0) -> Tensor:
     """The heads' results side by side, (..., hidden)."""
+    if terms.lengths is not None and terms.bias is not None:
+        terms = _padded(terms)  # the operator takes no bias of packed rows
     out = attention(terms, dropout_p)
     if terms.lengths is not None:
         return out.flatten(-2)
     out = out.transpose(1, 2).flatten(2)
     return out if terms.packing is None else terms.packing.pack(out)
+
+
+def _padded(terms: Terms) -> Terms:
+    """Packed rows with a bias (1 or B, 1 or H, longest, longest) as a batch with padding behind them."""
+    assert terms.lengths is not None
+    mask = torch.arange(terms.longest, device=terms.query.device) < terms.lengths.diff()[:, None]
+    packing = Packing(mask)
+    query, key, value = (
+        packing.unpack(t.flatten(1)).unflatten(-1, t.shape[1:]).transpose(1, 2)
+        for t in (terms.query, terms.key, terms.value)
+    )
+    dense = terms._replace(query=query, key=key, value=value, lengths=None, longest=0)
+    return dense._replace(padding=mask, packing=packing)
 
 
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:

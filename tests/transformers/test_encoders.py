@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import decoder_checks
@@ -22,6 +24,7 @@ from encoder_checks import (
 from torch import nn
 
 import bigmodel_kernels as bk
+from bigmodel_kernels import backends
 from bigmodel_kernels.models import checks
 from bigmodel_kernels.models.rule import (
     assert_all_near,
@@ -37,6 +40,7 @@ from bigmodel_kernels.models.tiny import (
     VOCABULARY,
     encoder,
     family_of,
+    holes,
     left_padding,
     right_padding,
     token_ids,
@@ -135,8 +139,104 @@ def test_outputs(prefix: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_padded_batches(prefix: str, padding: Any) -> None:
-    """DeBERTa's states at padding too: question answering looks at them."""
-    assert_all_near(runs(encoder(prefix), **inputs_of(prefix, padding())))
+    real = padding().bool() if prefix == "DebertaV2" else None
+    assert_all_near(runs(encoder(prefix), **inputs_of(prefix, padding())), real)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each layer of BERT's kind ran on, or sequences with their padding."""
+    seen: list[int] = []
+    run = blocks.post_norm_layer
+    monkeypatch.setattr(blocks, "post_norm_layer", lambda x, *args: seen.append(x.shape[0]) or run(x, *args))
+    return seen
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("padding", "packed"), [(right_padding, True), (left_padding, False), (holes, False)]
+)
+def test_padding_of_deberta_is_taken_out(
+    padding: Any, packed: bool, dtype: torch.dtype, backend: str | None, rows: list[int]
+) -> None:
+    """Where each text begins at once and has no gaps. One operator for one has no bias without padding."""
+    mask, model = padding(), encoder("DebertaV2", "Model").to(dtype)
+    with backends.use(backend) if backend else nullcontext():
+        assert_all_near(runs(model, **inputs_of("DebertaV2", mask)), mask.bool())
+    assert rows == [int(mask.sum()) if packed else 3] * 2
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+def test_states_of_deberta_that_are_asked_for_have_their_padding(by_config: bool, rows: list[int]) -> None:
+    model, inputs = encoder("DebertaV2", "Model"), inputs_of("DebertaV2", right_padding())
+    if by_config:
+        model.config.output_hidden_states = True
+    else:
+        inputs["output_hidden_states"] = True
+    outputs = runs(model, **inputs)
+    assert {"hidden_states.2", "hidden_states.0"} <= {*outputs[0]} and rows == [3, 3]
+    assert_all_near(outputs)
+
+
+def test_question_answering_by_deberta_has_its_padding(rows: list[int]) -> None:
+    inputs = inputs_of("DebertaV2", right_padding())
+    assert_all_near(runs(encoder("DebertaV2", "ForQuestionAnswering"), **inputs))
+    assert rows == [3, 3]
+
+
+@pytest.mark.parametrize("watched", ["a hook on a layer", "a layer that is replaced"])
+def test_layers_of_deberta_that_are_not_as_known(watched: str, rows: list[int]) -> None:
+    model, inputs = encoder("DebertaV2", "Model"), inputs_of("DebertaV2", right_padding())
+    eager = eager_of(model)
+    bk.patch(model)
+    for network in (model, eager):
+        layer = network.encoder.layer[1]
+        if watched == "a hook on a layer":
+            layer.register_forward_hook(lambda module, args, out: (out[0] * 2, out[1]))
+        else:
+            layer.output.dense = nn.Sequential(layer.output.dense)
+    with torch.no_grad():
+        outputs = [network(**inputs).last_hidden_state for network in (model, eager)]
+    real = right_padding().bool()
+    torch.testing.assert_close(*(out[real] for out in outputs), atol=1e-5, rtol=1e-5)
+    assert 3 in rows  # all with their padding
+
+
+@pytest.mark.parametrize("length", [3, 17, 40])
+@pytest.mark.parametrize("inference", [False, True])
+def test_deberta_projects_the_positions_that_a_batch_needs(
+    length: int, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 2 x 32 buckets: far ones are shared, so that 40 tokens need fewer than they have distances."""
+    model, seen = encoder("DebertaV2", "Model", position_buckets=32), []
+    form = type(bk.patch(model) and model.encoder.layer[0].attention.self)
+    run = form._bias
+    monkeypatch.setattr(form, "_bias", lambda *args: seen.append(args[-1].needed) or run(*args))
+    ids = torch.randint(3, VOCABULARY, (2, length))
+    with torch.inference_mode() if inference else torch.no_grad():
+        ours = model(ids).last_hidden_state
+        monkeypatch.setattr(form, "_bias", None)
+        monkeypatch.setattr(sys.modules[form.__module__], "_places", lambda *args: None)
+        expected = model(ids).last_hidden_state
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert len(seen) == 2 and len(set(seen)) == 1
+    assert seen[0] == 2 * length - 1 if length < 17 else seen[0] <= min(2 * length - 1, 64)
+
+
+def test_distances_of_the_callers_own() -> None:
+    model = encoder("DebertaV2", "Model")
+    eager = eager_of(model)
+    bk.patch(model)
+    states, mask = torch.randn(3, 17, 48), torch.ones(3, 17)
+    given = model.encoder.get_rel_pos(states)
+    for _ in range(2):
+        with torch.no_grad():
+            ours, expected = (
+                m.encoder(states, mask, relative_pos=given).last_hidden_state for m in (model, eager)
+            )
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        given[:, :9] = given[:, :9].flip(1)  # the very same tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +248,8 @@ def test_padded_batches_in_windows(padding: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("prefix", "changes"), VARIANTS)
 def test_variants(prefix: str, changes: dict[str, Any]) -> None:
     mask = right_padding() if prefix == "DebertaV2" else None
-    assert_all_near(runs(encoder(prefix, **changes), **inputs_of(prefix, mask)))
+    outputs = runs(encoder(prefix, **changes), **inputs_of(prefix, mask))
+    assert_all_near(outputs, None if mask is None else mask.bool())
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,36 @@
 """DeBERTa v2 and v3: BERT's layer with disentangled attention.
 
-What position and content say of each other is a logit for each query and key, made from both: the model's own
-code makes it from the queries and keys that we have, and attention adds it. Batches keep their padding:
-attention without it takes no bias. Embeddings stay the model's own: between norm and dropout they multiply by
-the mask.
+What position and content say of each other is a logit for each query and key, made from both: the model's
+own code makes it from the queries and keys that we have, or on the CPU we, and attention adds it. There
+batches run without their padding, too. Embeddings stay the model's own: between norm and dropout they multiply by the
+mask.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta_v2 import modeling_deberta_v2 as hf
 
-from bigmodel_kernels.transformers import attention_interface, bert_like, blocks, checks, fused_loss
+from bigmodel_kernels.transformers import (
+    attention_interface,
+    bert_like,
+    blocks,
+    checks,
+    fused_loss,
+    packed_encoder,
+)
 from bigmodel_kernels.transformers.attention_interface import Visibility
 from bigmodel_kernels.transformers.bert_like import Kin
-from bigmodel_kernels.transformers.blocks import Terms
-from bigmodel_kernels.transformers.families import ChildRule, Family
-from bigmodel_kernels.transformers.generic import BigmodelLinear
+from bigmodel_kernels.transformers.blocks import Packing, Terms
+from bigmodel_kernels.transformers.families import ChildRule, Family, Rule
+from bigmodel_kernels.transformers.generic import BigmodelLinear, Form, NamedForm
 
 KIN = Kin(
     embeddings=hf.DebertaV2Embeddings,
@@ -88,7 +98,7 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         if self.relative_attention:
             positions, places = (
                 self.pos_dropout(rel_embeddings),
-                _places(relative_pos, self.pos_ebd_size, key),
+                _places(relative_pos, self.pos_ebd_size, key.shape[2]),
             )
             if places is not None:
                 bias = self._bias(query, key, positions, places)
@@ -112,6 +122,22 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
             sees, float("-inf")
         )
         return query.masked_fill(~sees, 0), Visibility(key.shape[2], bias=torch.where(mask, bias, hidden))
+
+    def packed_bias(
+        self, packing: Packing, relative_pos: Any, rel_embeddings: Any, query: Tensor, key: Tensor
+    ) -> Tensor | None:
+        """Of packed rows (tokens, H, D), whose sequences have no gaps: (B, H, longest, longest)."""
+        if not self.relative_attention:
+            return None
+        length = packing.longest
+        dense = (
+            packing.unpack(t.flatten(1))[:, :length].unflatten(-1, t.shape[1:]).transpose(1, 2)
+            for t in (query, key)
+        )
+        places = _places(relative_pos, self.pos_ebd_size, length)
+        assert places is not None  # as the encoder has seen
+        bias = self._bias(*dense, self.pos_dropout(rel_embeddings), places)
+        return bias if isinstance(bias, Tensor) else None
 
     def _bias(self, query: Tensor, key: Tensor, positions: Tensor, places: Places) -> Any:
         """What `disentangled_attention_bias` gives, (B, H, S, S), from the positions that are needed.
@@ -153,15 +179,14 @@ class Places(NamedTuple):
 _last: tuple[Any, tuple[Any, ...], Places] | None = None
 
 
-def _places(distances: Any, span: int, key: Tensor) -> Places | None:
+def _places(distances: Any, span: int, length: int) -> Places | None:
     """For distances (1, S, S) of as many queries as keys; None where their values may not be looked at, or a
     look waits for a device.
     """
     global _last
-    length = key.shape[2]
     if not isinstance(distances, Tensor) or distances.shape != (1, length, length) or not length:
         return None
-    if not distances.is_cpu or not key.is_cpu or attention_interface.is_tracing(distances):
+    if not distances.is_cpu or attention_interface.is_tracing(distances):
         return None
     state = (None if distances.is_inference() else distances._version, span)
     if _last is not None and _last[0]() is distances and _last[1] == state and state[0] is not None:
@@ -190,7 +215,18 @@ class BigmodelDebertaV2Layer(bert_like.Layer, hf.DebertaV2Layer, kin=KIN):
         relative_pos: Any = None,
         rel_embeddings: Any = None,
         output_attentions: bool = False,
+        bigmodel_run: tuple[Any, Packing] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """A call with `bigmodel_run`, the layer's modules and how rows are packed, gets packed states."""
+        if bigmodel_run is not None:
+            modules, packing = bigmodel_run
+            bias = partial(modules.attention.packed_bias, packing, relative_pos, rel_embeddings)
+
+            def attend_packed(query: Tensor, key: Tensor, value: Tensor) -> Terms:
+                terms = packing.terms(query, key, value, modules.attention.scaling)
+                return terms._replace(bias=bias(query, key))
+
+            return self.fused(hidden_states, modules, attend_packed), None
         modules = None
         asked = attention_interface.wants_attentions({"output_attentions": output_attentions})
         if query_states is None and not asked and not checks.watched_globally():
@@ -215,6 +251,87 @@ class BigmodelDebertaV2Layer(bert_like.Layer, hf.DebertaV2Layer, kin=KIN):
         return self.fused(hidden_states, modules, attend), None
 
 
+class BigmodelDebertaV2Encoder(Form, hf.DebertaV2Encoder, kin=KIN):
+    """All layers on packed tokens, where the model has said that it wants the last states alone."""
+
+    #: False under a head whose result depends on what stands at padding.
+    packs: ClassVar[bool] = True
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Any,
+        attention_mask: Any,
+        output_hidden_states: bool = True,
+        output_attentions: bool = False,
+        query_states: Any = None,
+        relative_pos: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
+        plain = not output_attentions and query_states is None and relative_pos is None and return_dict
+        packing = self._packing(hidden_states, attention_mask) if plain else None
+        layers: list[Any] = list(self.layer)
+        gathered = [] if packing is None else [bert_like.gathered(layer, KIN) for layer in layers]
+        if packing is None or None in gathered:
+            return hf.DebertaV2Encoder.forward(
+                *(self, hidden_states, attention_mask, output_hidden_states, output_attentions),
+                *(query_states, relative_pos, return_dict),
+            )
+        x = packing.pack(hidden_states)
+        distances = self.get_rel_pos(hidden_states[:, : packing.longest])  # type: ignore[no-untyped-call]
+        positions = self.get_rel_embedding()  # type: ignore[no-untyped-call]
+        for layer, modules in zip(layers, gathered, strict=True):
+            x, _ = layer(
+                *(x, attention_mask),
+                relative_pos=distances,
+                rel_embeddings=positions,
+                bigmodel_run=(modules, packing),
+            )
+        last = packing.unpack(x)
+        return BaseModelOutput(
+            last_hidden_state=last, hidden_states=(last,) if output_hidden_states else None
+        )
+
+    def _packing(self, x: Any, mask: Any) -> Packing | None:
+        if (
+            not (self.packs and _wanted.last_states_alone)
+            or self.conv is not None  # it looks at neighbours
+            or not isinstance(x, Tensor)
+            or not isinstance(mask, Tensor)
+            or not (x.is_cpu and mask.is_cpu)
+            or mask.dim() != 2
+            or attention_interface.is_tracing(mask)
+            or checks.watched_globally()
+        ):
+            return None
+        padding = mask.bool()
+        packing = None if bool(padding.all()) else attention_interface.packing_of(padding)
+        return packing if packing is not None and packing.unbroken() else None
+
+
+class BigmodelDebertaV2PaddedEncoder(BigmodelDebertaV2Encoder):
+    packs = False
+
+
+class _Wanted(threading.local):
+    last_states_alone = False
+
+
+_wanted = _Wanted()
+
+
+class BigmodelDebertaV2Model(NamedForm, hf.DebertaV2Model, kin=KIN):
+    """Its own forward asks the encoder for all states, whether its caller does or not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        before = _wanted.last_states_alone
+        _wanted.last_states_alone = not asked and len(args) < 7 and self.z_steps < 2
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            _wanted.last_states_alone = before
+
+
 class BigmodelLegacyDebertaV2PredictionHeadTransform(
     bert_like.Transform, hf.LegacyDebertaV2PredictionHeadTransform
 ):
@@ -228,15 +345,34 @@ class BigmodelDebertaV2ForMaskedLM(hf.DebertaV2ForMaskedLM):
     pass
 
 
+_check_encoder = partial(
+    packed_encoder.check, hf.DebertaV2Layer, KIN, partial(bert_like.whole_bert_layer, KIN)
+)
+
+
+def _check_model(model: Any) -> str | None:
+    """Its states are what it wants of the encoder that runs without padding."""
+    return checks.reason_for_class(model.encoder, hf.DebertaV2Encoder) or _check_encoder(model.encoder)
+
+
 FAMILY = Family(
     name="deberta_v2",
     rules=(
+        Rule(hf.DebertaV2Model, BigmodelDebertaV2Model, (), _check_model, "says which states it wants"),
+        Rule(hf.DebertaV2Encoder, BigmodelDebertaV2Encoder, (), _check_encoder, packed_encoder.NOTE),
         *bert_like.layer_rules(KIN),
         bert_like.transform_rule(BigmodelLegacyDebertaV2PredictionHeadTransform),
     ),
     children=(
         ChildRule(hf.LegacyDebertaV2LMPredictionHead, "decoder", nn.Linear, BigmodelLinear, ("linear",)),
         ChildRule(hf.ContextPooler, "dense", nn.Linear, BigmodelLinear, ("linear",)),
+        packed_encoder.keeps_padding(
+            hf.DebertaV2ForQuestionAnswering,
+            "deberta.encoder",
+            hf.DebertaV2Encoder,
+            BigmodelDebertaV2PaddedEncoder,
+            _check_encoder,
+        ),
     ),
     losses=fused_loss.rules(*KIN.forms.values()),
     models=(hf.DebertaV2Model,),

@@ -2,8 +2,8 @@
 
 What position and content say of each other is a logit for each query and key, made from both: the model's
 own code makes it from the queries and keys that we have, or on the CPU we, and attention adds it. There
-batches run without their padding, too. Embeddings stay the model's own: between norm and dropout they multiply by the
-mask.
+batches run without their padding, too. Embeddings stay the model's own: between norm and dropout they
+multiply by the mask.
 """
 
 from __future__ import annotations

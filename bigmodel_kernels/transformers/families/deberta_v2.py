@@ -130,13 +130,13 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         if not self.relative_attention:
             return None
         length = packing.longest
-        dense = (
+        query, key = (
             packing.unpack(t.flatten(1))[:, :length].unflatten(-1, t.shape[1:]).transpose(1, 2)
             for t in (query, key)
         )
         places = _places(relative_pos, self.pos_ebd_size, length)
         assert places is not None  # as the encoder has seen
-        bias = self._bias(*dense, self.pos_dropout(rel_embeddings), places)
+        bias = self._bias(query, key, self.pos_dropout(rel_embeddings), places)
         return bias if isinstance(bias, Tensor) else None
 
     def _bias(self, query: Tensor, key: Tensor, positions: Tensor, places: Places) -> Any:

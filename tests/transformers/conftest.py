@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:

@@ -176,8 +176,7 @@ def assert_same_caches(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("lengths", [[9], [2, 7, 1, 4]], ids=str)
-@pytest.mark.parametrize("made", ["by the config", "layer by layer"])
+@pytest.mark.parametrize(("made", "lengths"), [("by the config", [9]), ("layer by layer", [2, 7, 1, 4])])
 def test_a_prompt_and_what_follows_it(
     made: str,
     lengths: list[int],

@@ -142,31 +142,47 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
     def _bias(self, query: Tensor, key: Tensor, positions: Tensor, places: Places) -> Any:
         """What `disentangled_attention_bias` gives, (B, H, S, S), from the positions that are needed.
 
-        Each product is of a head with all sequences: (H, B S, D) with (H, D, positions).
+        Each product is of a head with all sequences, B S rows. That of keys has the positions as its rows:
+        so both are read, and the bias is written, in the order of the keys.
         """
         x = positions[places.first : places.first + places.needed]
-        size, bias = self.attention_head_size, 0
+        size, batch, found = self.attention_head_size, len(query), []
         if self.share_att_key:
             of_query, of_key, _ = blocks.heads(x, self.projections(checks.dtype_of(x)), "linear", size)
-        terms = (("c2p", query, "key", places.of_queries), ("p2c", key, "query", places.of_keys))
-        for name, content, other, index in terms:
-            if name not in self.pos_att_type:
-                continue
+
+        def projected(name: str) -> Tensor:
+            """(H, positions, D)"""
             if self.share_att_key:
-                position = of_key if other == "key" else of_query
+                x_of = of_key if name == "key" else of_query
             else:
-                position = getattr(self, f"pos_{other}_proj")(x).unflatten(-1, (-1, size))
-            rows = content.transpose(0, 1).flatten(1, 2)
-            scores = torch.bmm(rows, (position * self.scaling).permute(1, 2, 0))
-            scores = scores.unflatten(1, (content.shape[0], -1))
-            scores = scores.gather(-1, index.expand(*scores.shape[:2], -1, -1))
-            bias = bias + (scores if name == "c2p" else scores.transpose(-1, -2))
-        return bias.transpose(0, 1) if isinstance(bias, Tensor) else bias
+                x_of = getattr(self, f"pos_{name}_proj")(x).unflatten(-1, (-1, size))
+            return (x_of * self.scaling).transpose(0, 1)
+
+        if "c2p" in self.pos_att_type:
+            rows = query.transpose(0, 1).flatten(1, 2)
+            scores = torch.bmm(rows, projected("key").transpose(1, 2)).unflatten(1, (batch, -1))
+            found.append(_gathered(scores, -1, places.of_queries))
+        if "p2c" in self.pos_att_type:
+            rows = key.transpose(0, 1).flatten(1, 2)
+            scores = torch.bmm(projected("query"), rows.transpose(1, 2)).unflatten(2, (batch, -1))
+            scores = scores.transpose(1, 2)
+            found.append(_gathered(scores, -2, places.of_keys))
+        return sum(found[1:], found[0]).transpose(0, 1) if found else 0
+
+
+def _gathered(scores: Tensor, dim: int, places: Tensor) -> Tensor:
+    """Those at the same places (S, S) for all heads and sequences; half precision as integers, of which torch
+    gathers twice as many, where no gradient is wanted.
+    """
+    places = places.expand(*scores.shape[:2], -1, -1)
+    if scores.element_size() == 2 and not torch.is_grad_enabled():
+        return scores.view(torch.int16).gather(dim, places).view(scores.dtype)
+    return scores.gather(dim, places)
 
 
 class Places(NamedTuple):
-    """Which positions a batch needs of the table, so many from the `first` on, and of these that of each key
-    for each query, and the other way round, (S, S).
+    """Which positions a batch needs of the table, so many from the `first` on, and of these for each query and
+    key, (S, S), that of the key seen by the query, and that of the query seen by the key.
     """
 
     first: int
@@ -191,11 +207,12 @@ def _places(distances: Any, span: int, length: int) -> Places | None:
     state = (None if distances.is_inference() else distances._version, span)
     if _last is not None and _last[0]() is distances and _last[1] == state and state[0] is not None:
         return _last[2]
-    both = [(span + sign * distances[0].long()).clamp(0, 2 * span - 1) for sign in (1, -1)]
+    seen = (distances[0].long(), -distances[0].long().T)
+    both = [(span + each).clamp(0, 2 * span - 1) for each in seen]
     ends = [each.aminmax() for each in both]
     first = min(int(low) for low, _ in ends)
     count = max(int(high) for _, high in ends) + 1 - first
-    found = Places(first, count, *(each - first for each in both))
+    found = Places(first, count, *((each - first).contiguous() for each in both))
     _last = weakref.ref(distances), state, found
     return found
 

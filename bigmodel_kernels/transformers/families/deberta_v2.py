@@ -181,8 +181,8 @@ def _gathered(scores: Tensor, dim: int, places: Tensor) -> Tensor:
 
 
 class Places(NamedTuple):
-    """Which positions a batch needs of the table, so many from the `first` on, and of these for each query and
-    key, (S, S), that of the key seen by the query, and that of the query seen by the key.
+    """Which positions a batch needs of the table, so many from the `first` on, and of these for each query
+    and key, (S, S), that of the key seen by the query, and that of the query seen by the key.
     """
 
     first: int

@@ -210,7 +210,7 @@ class Model(NamedForm):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        if graph or self.training or "forward" in self.__dict__ or _wants_states(self, kwargs):
+        if graph or self.training or "forward" in self.__dict__ or wants_states(self, kwargs):
             return super().__call__(*args, **kwargs)
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         with running(self, self.stacked(), mask):
@@ -222,7 +222,7 @@ class Model(NamedForm):
         return list(layers)[: self.config.num_hidden_layers]
 
 
-def _wants_states(model: Any, kwargs: dict[str, Any]) -> bool:
+def wants_states(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the states between layers are asked for: some models collect them without a hook."""
     wanted = kwargs.get("output_hidden_states")
     return bool(model.config.output_hidden_states if wanted is None else wanted)

@@ -168,8 +168,11 @@ def test_padding_of_deberta_is_taken_out(
 
 
 @pytest.mark.parametrize("by_config", [False, True])
-def test_states_of_deberta_that_are_asked_for_have_their_padding(by_config: bool, rows: list[int]) -> None:
-    model, inputs = encoder("DebertaV2", "Model"), inputs_of("DebertaV2", right_padding())
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_states_of_deberta_that_are_asked_for_have_their_padding(
+    head: str, by_config: bool, rows: list[int]
+) -> None:
+    model, inputs = encoder("DebertaV2", head), inputs_of("DebertaV2", right_padding())
     if by_config:
         model.config.output_hidden_states = True
     else:

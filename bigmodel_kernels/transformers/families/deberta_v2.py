@@ -24,6 +24,7 @@ from bigmodel_kernels.transformers import (
     blocks,
     checks,
     fused_loss,
+    layer_stack,
     packed_encoder,
 )
 from bigmodel_kernels.transformers.attention_interface import Visibility
@@ -340,8 +341,10 @@ class BigmodelDebertaV2Model(NamedForm, hf.DebertaV2Model, kin=KIN):
     """Its own forward asks the encoder for all states, whether its caller does or not."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
         before = _wanted.last_states_alone
+        asked = layer_stack.wants_states(self, kwargs)
         _wanted.last_states_alone = not asked and len(args) < 7 and self.z_steps < 2
         try:
             return super().__call__(*args, **kwargs)

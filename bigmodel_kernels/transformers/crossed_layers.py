@@ -99,18 +99,17 @@ def encoded(
     given: Given,
     read: Callable[[Any, torch.dtype | None], Read | None],
     how: whole_layer.How,
-    biases: Callable[[], Sequence[Tensor]] = lambda: (),
+    biases: Callable[[], Sequence[Tensor]] | None = None,
 ) -> Tensor | None:
     """The result of all layers of an encoder, or None (see `whole_layer.encoded`); x may be packed.
 
-    `biases` depend on the distance of two positions alone. With them, padding is left out here, and its
-    states are zeros.
+    `biases` makes those of `whole_layer.encoded`, which depend on the distance of two positions alone. With
+    them, padding is left out here, and its states are zeros.
     """
     padding, packing = given.mask, given.packing
     if given.cache is not None or given.states is not None or given.is_causal:
         return None
-    added = biases()
-    packs = packing is None and bool(added) and attention_interface.says_padding(padding)
+    packs = packing is None and biases is not None and attention_interface.says_padding(padding)
     if not packs and not whole_layer.few(x):
         return None
     if packing is not None:
@@ -124,6 +123,7 @@ def encoded(
     if layers is None or not layers.takes or len({where.scale for where, _ in layers.given}) > 1:
         return None
     scale = layers.given[0][0].scale
+    added = () if biases is None else biases()
     if packs:
         found = attention_interface.packing_of(padding)
         if found is not None and found.unbroken():

@@ -277,10 +277,11 @@ def _biases(stack: layer_stack.Stack, of: Callable[[Any], Tensor]) -> list[Tenso
 
 def _read(kin: Kin, crosses: bool, layer: Any, dtype: torch.dtype | None) -> crossed_layers.Read | None:
     forms = kin.forms
+    if not checks.intact(layer, forms[kin.block]):
+        return None
     own, *between, last = layer.layer
     if not (
-        checks.intact(layer, forms[kin.block])
-        and is_form(own, kin.self_attention)
+        is_form(own, kin.self_attention)
         and is_form(last, kin.feed_forward)
         and len(between) >= crosses
         and all(is_form(part, kin.cross_attention) for part in between)

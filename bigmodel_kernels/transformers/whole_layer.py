@@ -578,18 +578,18 @@ def encoded(
     ]
     step = count if few(x) else 1
     for first in range(0, count, step):
-
-        def here(of_all: Sequence[Any], first: int = first) -> Sequence[Any]:
-            """Those of these layers."""
-            size = len(of_all) // count
-            return of_all[first * size : (first + step) * size] if size else of_all
-
-        these = [here(of_all) for of_all in each]
+        these = [_of_layers(of_all, first, step, count) for of_all in each]
         x = torch.ops.bigmodel.cpu_encoder.default(
             *(x, *these[:2], layers.head_dims[0], lengths, longest, padding, causal, *these[2:]),
             *(how.interleaved, scale, how.norm_kind, how.order, layers.activation),
         )
     return x
+
+
+def _of_layers(of_all: Sequence[Any], first: int, some: int, count: int) -> Sequence[Any]:
+    """Of what `count` layers have, as many for each: that of some. What they share is one, or none."""
+    size = len(of_all) // count
+    return of_all[first * size : (first + some) * size] if size else of_all
 
 
 def takes_all(x: Tensor, layers: Layers, op: str) -> bool:

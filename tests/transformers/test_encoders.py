@@ -227,6 +227,15 @@ def test_deberta_projects_the_positions_that_a_batch_needs(
     assert seen[0] == 2 * length - 1 if length < 17 else seen[0] <= min(2 * length - 1, 64)
 
 
+def test_deberta_trains_after_inference_on_as_many_tokens() -> None:
+    model, ids = encoder("DebertaV2", "Model"), torch.randint(3, VOCABULARY, (2, 13))
+    bk.patch(model)
+    with torch.inference_mode():
+        model(ids)
+    model(ids).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
 def test_distances_of_the_callers_own() -> None:
     model = encoder("DebertaV2", "Model")
     eager = eager_of(model)

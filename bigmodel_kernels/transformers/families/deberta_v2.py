@@ -9,7 +9,6 @@ multiply by the mask.
 from __future__ import annotations
 
 import threading
-import weakref
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -192,8 +191,8 @@ class Places(NamedTuple):
     of_keys: Tensor
 
 
-#: Of the distances that were seen last: all layers of a model share them.
-_last: tuple[Any, tuple[Any, ...], Places] | None = None
+#: Of the distances (a copy) and the span that were seen last: all layers of a model share them.
+_last: tuple[Tensor, int, Places] | None = None
 
 
 def _places(distances: Any, span: int, length: int) -> Places | None:
@@ -205,16 +204,16 @@ def _places(distances: Any, span: int, length: int) -> Places | None:
         return None
     if not distances.is_cpu or attention_interface.is_tracing(distances):
         return None
-    state = (None if distances.is_inference() else distances._version, span)
-    if _last is not None and _last[0]() is distances and _last[1] == state and state[0] is not None:
-        return _last[2]
-    seen = (distances[0].long(), -distances[0].long().T)
-    both = [(span + each).clamp(0, 2 * span - 1) for each in seen]
-    ends = [each.aminmax() for each in both]
-    first = min(int(low) for low, _ in ends)
-    count = max(int(high) for _, high in ends) + 1 - first
-    found = Places(first, count, *((each - first).contiguous() for each in both))
-    _last = weakref.ref(distances), state, found
+    last, distances = _last, distances.long()
+    if last is not None and last[1] == span and torch.equal(last[0], distances):
+        return last[2]
+    with torch.inference_mode(False):  # which makes tensors that no gradient may need
+        both = [(span + each).clamp(0, 2 * span - 1) for each in (distances[0], -distances[0].T)]
+        ends = [each.aminmax() for each in both]
+        first = min(int(low) for low, _ in ends)
+        needed = max(int(high) for _, high in ends) + 1 - first
+        found = Places(first, needed, *((each - first).contiguous() for each in both))
+        _last = distances.clone(), span, found
     return found
 
 

@@ -120,6 +120,8 @@ class BigmodelModernBertModel(whole_model.Model, packed_encoder.Encoder, hf.Mode
         if position_ids is None:
             position_ids = torch.arange(shape[1])[None]
         turns = {kind: blocks.half(self.rotary_emb(x, position_ids, kind)) for kind in set(kinds)}
+        if any(cos.shape[:2] not in ((1, shape[1]), tuple(shape)) for cos, _ in turns.values()):
+            return None
         window = self.config.sliding_window + 1  # as the masks have it
         windows = [window if kind == "sliding_attention" and window < shape[1] else None for kind in kinds]
         lengths, longest = None, 0

@@ -135,7 +135,7 @@ class LanguageModel(whole_model.Model):
         logits = torch.ops.bigmodel.cpu_linear.default(
             *(states, packed([held[0]], "linear"), contiguous(held[1]), "none", None, None, None, 0.0)
         )
-        return self.output(logits=logits, cache=cache)
+        return self.output(None, logits, cache)  # whose name is another before transformers 5.24
 
 
 def rule(form: type[LanguageModel]) -> Rule:

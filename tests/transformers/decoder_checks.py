@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class Doubled(nn.Linear):
 
 def logits_of(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
     return [{"logits": out["logits"]} for out in outputs]
+
+
+#: The name of a cache in calls and in what they give; transformers before 5.24 has another.
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(transformers.GPT2LMHeadModel.forward).parameters
+    else "past_key_values"
+)
 
 
 def before(version: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_checks import CACHE
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import bigmodel_kernels as bk
@@ -75,7 +76,7 @@ def steps(
         for length in lengths:
             now = {} if mask is None else {"decoder_attention_mask": mask[:, : start + length]}
             out = model(
-                decoder_input_ids=ids[:, start : start + length], cache=held, **now, **given, **options
+                decoder_input_ids=ids[:, start : start + length], **{CACHE: held}, **now, **given, **options
             )
             found.append(out.logits)
             start += length
@@ -146,7 +147,7 @@ def test_a_decoder_alone(together: list[int], monkeypatch: pytest.MonkeyPatch) -
         held, found = DynamicCache(), []
         with torch.inference_mode():
             for i in range(6):
-                found.append(model(ids[:, i : i + 1], cache=held).logits)
+                found.append(model(ids[:, i : i + 1], **{CACHE: held}).logits)
         return torch.cat(found, dim=1)
 
     ours = run()
@@ -275,8 +276,8 @@ def test_edited_positions_are_seen(edit: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_in_training_and_with_gradients(model: Any, together: list[int]) -> None:
     given = encoded(model)
-    model(decoder_input_ids=token_ids(3, 1), cache=cache(), **given)
+    model(decoder_input_ids=token_ids(3, 1), **{CACHE: cache()}, **given)
     model.train()
     with torch.no_grad():
-        model(decoder_input_ids=token_ids(3, 1), cache=cache(), **given)
+        model(decoder_input_ids=token_ids(3, 1), **{CACHE: cache()}, **given)
     assert together == [] and layer_stack.current() is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_checks import CACHE
 from transformers import (
     DynamicCache,
     Gemma3Config,
@@ -162,7 +163,7 @@ def read(model: Any, cache: Any, lengths: Any, mask: Any = None, **options: Any)
         for length in lengths:
             seen = None if mask is None else mask[:, : start + length]
             ids = IDS[:, start : start + length]
-            found.append(model(ids, attention_mask=seen, cache=cache, **options).logits)
+            found.append(model(ids, attention_mask=seen, **{CACHE: cache}, **options).logits)
             start += length
     return torch.cat(found, dim=1)
 

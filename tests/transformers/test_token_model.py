@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_checks import CACHE
 from test_layer_stack import IDS, KINDS, PAST
 from test_whole_layer import Counting
 from transformers import DynamicCache, GPT2LMHeadModel
@@ -60,7 +61,7 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def prefilled(model: Any) -> Any:
     cache = DynamicCache()
     with torch.inference_mode():
-        model(IDS[:, :9], cache=cache)
+        model(IDS[:, :9], **{CACHE: cache})
     return cache
 
 
@@ -68,7 +69,7 @@ def after(model: Any, ids: torch.Tensor = TOKEN, **options: Any) -> Any:
     """The output for a token after a prompt."""
     cache = prefilled(model)
     with torch.inference_mode():
-        return model(ids, cache=cache, **options)
+        return model(ids, **{CACHE: cache}, **options)
 
 
 def own(model: Any, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor = TOKEN, **options: Any) -> Any:
@@ -85,7 +86,7 @@ def assert_same(ours: Any, expected: Any) -> None:
         return
     assert list(ours.keys()) == list(expected.keys())
     assert torch.equal(ours[0], expected[0])
-    for layer, other in zip(ours.cache.layers, expected.cache.layers, strict=True):
+    for layer, other in zip(ours[CACHE].layers, expected[CACHE].layers, strict=True):
         assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
 
 
@@ -217,11 +218,11 @@ LISTENERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def test_who_listens_gets_the_operators(listener: str, model: Any, tokens: list[bool]) -> None:
     cache = prefilled(model)
     with torch.no_grad(), LISTENERS[listener]():
-        model(TOKEN, cache=copy.deepcopy(cache))
+        model(TOKEN, **{CACHE: copy.deepcopy(cache)})
     assert not any(tokens)
     model.train()
     with torch.no_grad():
-        model(TOKEN, cache=cache)
+        model(TOKEN, **{CACHE: cache})
     assert not any(tokens)
 
 
@@ -265,10 +266,10 @@ def test_wrong_ids_and_positions_are_told_of(model: Any) -> None:
     cache = prefilled(model)
     with torch.inference_mode():
         with pytest.raises(IndexError):
-            model(TOKEN + 10**6, cache=cache)
+            model(TOKEN + 10**6, **{CACHE: cache})
         if hasattr(model.base_model, "wpe"):
             with pytest.raises(IndexError):
-                model(TOKEN, cache=cache, position_ids=torch.tensor([[10**6]]))
+                model(TOKEN, **{CACHE: cache}, position_ids=torch.tensor([[10**6]]))
     assert all(layer.keys.shape[2] == 9 for layer in cache.layers)
 
 

@@ -300,6 +300,12 @@ void check_angles(const std::vector<OptionalTensor>& cos, const std::vector<Opti
   for (size_t i = 0; i < cos.size(); i++) STD_TORCH_CHECK(cos[i].has_value() == sin[i].has_value(), "sin: must be given with cos");
 }
 
+// Of each layer so many keys to a side, with its own, or 0 for all.
+void check_windows(const std::vector<int64_t>& windows, size_t layers) {
+  STD_TORCH_CHECK(windows.empty() || windows.size() == layers, "windows: ", windows.size(), " must be none, or one for each of ", layers, " layers");
+  for (int64_t window : windows) STD_TORCH_CHECK(window >= 0, "windows: ", window, " must be 0 (all keys) or more");
+}
+
 Crossed crossed_layer(const Tensor& x, const CrossedParts& w, const TokenCall& call) {
   Crossed crossed = {};
   AttentionArgs& attention = crossed.attention;
@@ -356,7 +362,6 @@ TokenLayer token_layer(const Tensor& x, const LayerParts& w, Tensor& keys, Tenso
   attention.heads = queries / attention.head_dim;
   STD_TORCH_CHECK(attention.kv_heads >= 1 && queries > 0 && queries % kv == 0, "parts: the ", qkv.n,
                   " out_features of the first projection must be queries, keys and values of ", attention.kv_heads, " kv heads of ", attention.head_dim, " in keys");
-  STD_TORCH_CHECK(window >= 0, "windows: ", window, " must be 0 (all keys) or more");
   set_options(attention, {{}, attention_bias, {}, {}, {}, {}, {}, rows, attention.key_length, softmax_scale, rows > 1,
                           window && window < attention.key_length ? window - 1 : -1, -1, call.softcap, 0.0});
   if (mask) set_last_keys(attention, *mask);
@@ -528,7 +533,7 @@ Tensor cpu_layers(Tensor x, std::vector<OptionalTensor> parts, std::vector<doubl
   check_angles(cos, sin, count);
   STD_TORCH_CHECK(buffers.size() == 2 * count, "buffers: ", buffers.size(), " tensors must be two for each of ", count, " layers");
   STD_TORCH_CHECK(lengths.size() == count, "lengths: ", lengths.size(), " must be one for each of ", count, " layers");
-  STD_TORCH_CHECK(windows.empty() || windows.size() == count, "windows: ", windows.size(), " must be none, or one for each of ", count, " layers");
+  check_windows(windows, count);
   check_cpu(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, "x: shape ", shape_of(x), " must be (batch, rows, hidden), the last two not empty");
   const int64_t rows = rows_of(x, x.size(2)), hidden = x.size(2);
@@ -616,7 +621,7 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
   const size_t count = layers_of(epsilons);
   check_each(attention_biases, "attention_biases", count);
   check_angles(cos, sin, count);
-  STD_TORCH_CHECK(windows.empty() || windows.size() == count, "windows: ", windows.size(), " must be none, or one for each of ", count, " layers");
+  check_windows(windows, count);
   std::vector<EncoderLayer> layers;
   std::optional<Tensor> qkv;    // of every layer, as the heads are
   std::vector<Tensor> each;     // of them
@@ -656,7 +661,6 @@ Tensor cpu_encoder(Tensor x, std::vector<OptionalTensor> parts, std::vector<doub
       }
     }
     const int64_t window = windows.empty() ? 0 : windows[i];
-    STD_TORCH_CHECK(window >= 0, "windows: ", window, " must be 0 (all rows) or more");
     const int64_t side = window && window < (lengths ? longest : x.size(1)) ? window - 1 : -1;
     const std::vector<Tensor>& seen = cosine ? turned : each;
     layer.attention = attention_args(seen[0], seen[1], each[2], {key_padding_mask, of_layer(attention_biases, i), lengths, lengths, {}, {}, {},

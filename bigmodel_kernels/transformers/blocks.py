@@ -482,13 +482,13 @@ def _padded(terms: Terms) -> Terms:
     """Packed rows with a bias (1 or B, 1 or H, longest, longest) as a batch with padding behind them."""
     assert terms.lengths is not None
     mask = torch.arange(terms.longest, device=terms.query.device) < terms.lengths.diff()[:, None]
-    packing = Packing(mask)
-    query, key, value = (
-        packing.unpack(t.flatten(1)).unflatten(-1, t.shape[1:]).transpose(1, 2)
-        for t in (terms.query, terms.key, terms.value)
-    )
-    dense = terms._replace(query=query, key=key, value=value, lengths=None, longest=0)
-    return dense._replace(padding=mask, packing=packing)
+    dense = terms._replace(padding=mask, lengths=None, longest=0)
+
+    def attend(*heads: Tensor) -> Terms:
+        query, key, value = (t.transpose(1, 2) for t in heads)
+        return dense._replace(query=query, key=key, value=value)
+
+    return Packing(mask).padded(attend)(terms.query, terms.key, terms.value)
 
 
 def post_norm_layer(x: Tensor, w: LayerParts, attend: Attend, layout: str = "linear") -> Tensor:
@@ -636,6 +636,10 @@ class Packing:
         out = torch.zeros(batch * length, x.shape[-1], dtype=x.dtype, device=x.device)
         return out.index_copy(0, self.index, x).view(batch, length, -1)
 
+    def unpack_heads(self, x: Tensor) -> Tensor:
+        """(tokens, heads, head size) as (B, S, heads, head size)."""
+        return self.unpack(x.flatten(1)).unflatten(-1, x.shape[1:])
+
     def rows(self, x: Tensor) -> Tensor:
         """x as one sequence of real tokens, (1, tokens, hidden), if it is not so yet."""
         return self.pack(x)[None] if x.shape[:2] == self.shape else x
@@ -658,8 +662,7 @@ class Packing:
         """`attend` of (B, S, heads, head size), for packed tokens: attention alone runs with the padding."""
 
         def terms(*heads: Tensor) -> Terms:
-            dense = (self.unpack(t.flatten(1)).unflatten(-1, t.shape[1:]) for t in heads)
-            return attend(*dense)._replace(packing=self)
+            return attend(*map(self.unpack_heads, heads))._replace(packing=self)
 
         return terms
 

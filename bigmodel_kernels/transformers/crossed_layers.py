@@ -116,7 +116,7 @@ def encoded(
         if not attention_interface.hides_keys(padding):
             return None  # a window
     elif padding is not None:
-        padding = _keys_seen(padding, x)
+        padding = keys_seen(padding, x)
         if padding is None or padding.shape != x.shape[:2]:
             return None
     layers = layer_stack.layers_of(stack, x, "linear", read)
@@ -141,7 +141,7 @@ def encoded(
     return None if out is None else out[None]
 
 
-def _keys_seen(mask: Tensor, x: Tensor) -> Tensor | None:
+def keys_seen(mask: Tensor, x: Tensor) -> Tensor | None:
     """Of a mask that says no more, which keys each sequence of x sees, bool (B, S)."""
     if not attention_interface.hides_keys(mask) or mask.shape[0] not in (1, x.shape[0]):
         return None
@@ -153,7 +153,7 @@ def _crossed(x: Tensor, layers: whole_layer.Layers, given: Given) -> whole_layer
     parts, where = layers.around(), [w for _, w in layers.given]
     held, states, mask = given.cache.layers, [], given.mask
     if mask is not None and mask.dim() != 2:
-        mask = _keys_seen(mask, x)
+        mask = keys_seen(mask, x)
         if mask is None:
             return None
     if parts is None:

@@ -38,6 +38,7 @@ from bigmodel_kernels.transformers import (
     attention_interface,
     blocks,
     checks,
+    crossed_layers,
     fused_loss,
     layer_stack,
     packed_encoder,
@@ -99,7 +100,8 @@ class Kin:
     w_out: str = "fc2"
     activation: str = "act"
     w_gate: str = ""  # if it is gated
-    #: Whether `w_in` holds gate and up: two products, and all between by the model's own modules.
+    #: Whether `w_in` holds gate and up: two products, and all between by the model's own modules, or what the
+    #: form's `joined` gives of a dtype.
     gated: bool = False
     #: "half", "interleaved", or none. GPT-J has its sines first.
     rotary: str = ""
@@ -264,10 +266,6 @@ class MLP(Form):
             return super().forward(hidden_states, *args)  # type: ignore[no-any-return]
         return blocks.feed_forward(hidden_states, ffn, "linear", args[0] if args else None, dropout_p=p)
 
-    def joined(self, dtype: torch.dtype | None) -> FeedForward | None:
-        """One whose first weight holds gate and up, if one call may read it so."""
-        return None
-
 
 class Layer(layer_stack.Layer):
     """The whole layer, norms and sums in the calls of its halves."""
@@ -392,10 +390,10 @@ def _rows(x: Tensor, given: Given, stack: layer_stack.Stack) -> Tensor | None:
         causal = causal if given.is_causal is None else given.is_causal
     elif mask.dim() == 2 and mask.shape == x.shape[:2]:
         causal, mask = True, mask.bool()
-    elif attention_interface.hides_keys(mask) and mask.shape[::3] == x.shape[:2]:
-        causal, mask = False, mask[:, 0, 0]
     else:
-        return None
+        causal, mask = False, crossed_layers.keys_seen(mask, x)
+        if mask is None or mask.shape != x.shape[:2]:
+            return None
     return whole_layer.encoded(
         x, layers, scale, mask, None, 0, whole_layer.How(order=order), (), (), (), causal
     )

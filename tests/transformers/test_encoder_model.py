@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from past_forward import calls_of, own_of, result
 from test_token_model import LISTENERS
 from transformers import BertModel, CamembertModel, RobertaModel, XLMRobertaModel
 
@@ -48,28 +50,10 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each call of a model, whether it went past its forward."""
-    seen: list[bool] = []
-    run = encoder_model.Model.at_once
-
-    def at_once(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = run(self, *args, **kwargs)
-        seen.append(found is not None)
-        return found
-
-    monkeypatch.setattr(encoder_model.Model, "at_once", at_once)
-    return seen
+    return calls_of(encoder_model.Model, monkeypatch)
 
 
-def result(model: Any, *args: Any, **options: Any) -> Any:
-    with torch.no_grad():
-        return model(*args, **options)
-
-
-def own(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Any:
-    """The same by the model's own forward."""
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder_model.Model, "at_once", lambda *args, **kwargs: None)
-        return result(model, *args, **options)
+own = partial(own_of, encoder_model.Model)
 
 
 def assert_same(ours: Any, expected: Any) -> None:

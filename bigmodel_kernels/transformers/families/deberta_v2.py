@@ -130,10 +130,7 @@ class BigmodelDisentangledSelfAttention(bert_like.SelfAttention, hf.Disentangled
         if not self.relative_attention:
             return None
         length = packing.longest
-        query, key = (
-            packing.unpack(t.flatten(1))[:, :length].unflatten(-1, t.shape[1:]).transpose(1, 2)
-            for t in (query, key)
-        )
+        query, key = (packing.unpack_heads(t)[:, :length].transpose(1, 2) for t in (query, key))
         places = _places(relative_pos, self.pos_ebd_size, length)
         assert places is not None  # as the encoder has seen
         bias = self._bias(query, key, self.pos_dropout(rel_embeddings), places)

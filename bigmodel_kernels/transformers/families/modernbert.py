@@ -123,7 +123,7 @@ class BigmodelModernBertModel(whole_model.Model, packed_encoder.Encoder, hf.Mode
         if any(cos.shape[:2] not in ((1, shape[1]), tuple(shape)) for cos, _ in turns.values()):
             return None
         window = self.config.sliding_window + 1  # as the masks have it
-        windows = [window if kind == "sliding_attention" and window < shape[1] else None for kind in kinds]
+        windows = [window if kind == "sliding_attention" else None for kind in kinds]
         lengths, longest = None, 0
         if packing is not None:
             turns = {kind: _packed(packing, turn) for kind, turn in turns.items()}
